@@ -1,0 +1,75 @@
+"""Where the broker listens, when nobody says otherwise."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from loopmux.errors import ConfigError
+
+ENDPOINT_VARIABLE = "LOOPMUX_ENDPOINT"
+_LONGEST_IPC_PATH = 100
+"""A Unix socket path holds 107 bytes; the worker socket and the lock file add a suffix of at most 7."""
+
+
+def runtime_folder() -> Path:
+    """The per-user folder for sockets and locks: ``$XDG_RUNTIME_DIR/loopmux`` or one in the temporary folder.
+
+    It is not created here: whoever binds creates it with mode 0700 (``private_folder``).
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "loopmux" if runtime else Path(tempfile.gettempdir()) / f"loopmux-{os.getuid()}"
+
+
+def default_endpoint() -> str:
+    """``$LOOPMUX_ENDPOINT``, else the per-user ipc socket."""
+    return os.environ.get(ENDPOINT_VARIABLE) or f"ipc://{runtime_folder() / 'client.ipc'}"
+
+
+def worker_endpoint(client_endpoint: str) -> str:
+    """The endpoint for workers and launchers that belongs to a client endpoint.
+
+    Beside the client's socket for ipc; for tcp an ipc socket of this user named after the port.
+    """
+    path = ipc_path(client_endpoint)
+    if path is not None:
+        return f"ipc://{path}.work"
+    port = client_endpoint.rsplit(":", 1)[-1]
+    return f"ipc://{runtime_folder() / f'tcp-{port}.work'}"
+
+
+def ipc_path(endpoint: str) -> Path | None:
+    """The socket file of an ipc endpoint, None for tcp.
+
+    Raises:
+        ConfigError: neither ipc nor tcp, or a path too long for a Unix socket.
+    """
+    if endpoint.startswith("tcp://"):
+        if not endpoint.rsplit(":", 1)[-1].isdecimal():
+            raise ConfigError(f"endpoint {endpoint!r} names no port, expected for example tcp://127.0.0.1:7750")
+        return None
+    if not endpoint.startswith("ipc://") or len(endpoint) == len("ipc://"):
+        raise ConfigError(f"endpoint {endpoint!r} is neither ipc:///path/to/socket nor tcp://host:port")
+    path = endpoint.removeprefix("ipc://")
+    size = len(os.fsencode(path))
+    if size > _LONGEST_IPC_PATH:
+        raise ConfigError(
+            f"the socket path of {endpoint!r} has {size} bytes, at most {_LONGEST_IPC_PATH} fit: choose a shorter folder"
+        )
+    return Path(path)
+
+
+def private_folder(folder: Path) -> Path:
+    """Create a folder that only this user can enter, or check that an existing one is ours.
+
+    Raises:
+        ConfigError: it belongs to another user (somebody else made it first in a shared temporary folder).
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owner = folder.stat().st_uid
+    if owner not in (os.getuid(), 0):
+        raise ConfigError(
+            f"{folder} belongs to user {owner}, expected {os.getuid()}: set $LOOPMUX_ENDPOINT to a folder of yours"
+        )
+    return folder

@@ -1,0 +1,195 @@
+"""The error family.
+
+::
+
+    LoopmuxError
+    ├── BadRequestError            (also ValueError)      bad_request
+    │   └── ContextLengthError                            context_length
+    ├── ModelNotFoundError         (also LookupError)     model_not_found
+    ├── AdapterNotFoundError       (also LookupError)     adapter_not_found
+    ├── PayloadTooLargeError                              payload_too_large
+    ├── OverloadedError            .retry_after           overloaded
+    ├── DeadlineExceededError      (also TimeoutError)    deadline
+    ├── CancelledError                                    cancelled
+    ├── WorkerLostError            .partial_text          worker_lost
+    ├── EngineError                                       engine
+    ├── AuthError                  (also PermissionError) auth
+    ├── ConnectionLostError        (also ConnectionError) connection_lost
+    ├── ProtocolError                                     protocol
+    ├── ConfigError                                       config
+    └── ToolLoopError                                     tool_loop
+        ├── MaxTurnsError          .result                max_turns
+        └── ToolNotFoundError                             tool_not_found
+
+Every error carries the text so far where there is any (``partial_text``), and ``request_id``, ``model``, ``worker`` and
+``retryable``. A message says what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class LoopmuxError(Exception):
+    """Root of everything Loopmux raises on purpose.
+
+    Attributes:
+        code: the error's name on the wire.
+        retryable: whether the same request may succeed if it is submitted again.
+        request_id: hexadecimal id of the request, or None.
+        model: the model id the request named, or None.
+        worker: the worker that ran it, or None.
+        partial_text: text received before the error.
+    """
+
+    code: ClassVar[str] = "error"
+    default_retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        request_id: str | None = None,
+        model: str | None = None,
+        worker: str | None = None,
+        retryable: bool | None = None,
+        partial_text: str = "",
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.request_id = request_id
+        self.model = model
+        self.worker = worker
+        self.retryable = self.default_retryable if retryable is None else retryable
+        self.partial_text = partial_text
+        self.retry_after = retry_after
+
+
+class BadRequestError(LoopmuxError, ValueError):
+    """The request itself is wrong: a field is missing, of the wrong type or out of range."""
+
+    code = "bad_request"
+
+
+class ContextLengthError(BadRequestError):
+    """Prompt and answer together do not fit in the model's context."""
+
+    code = "context_length"
+
+
+class ModelNotFoundError(LoopmuxError, LookupError):
+    """No launcher and no worker knows the model."""
+
+    code = "model_not_found"
+
+
+class AdapterNotFoundError(LoopmuxError, LookupError):
+    """The model is there, the adapter is not."""
+
+    code = "adapter_not_found"
+
+
+class PayloadTooLargeError(LoopmuxError):
+    """The request is larger than a message may be; it was not sent."""
+
+    code = "payload_too_large"
+
+
+class OverloadedError(LoopmuxError):
+    """A queue is full. ``retry_after`` is the number of seconds after which another try is sensible."""
+
+    code = "overloaded"
+    default_retryable = True
+
+
+class DeadlineExceededError(LoopmuxError, TimeoutError):
+    """The request's total deadline passed while it was queued or running, or its stream was idle for too long."""
+
+    code = "deadline"
+
+
+class CancelledError(LoopmuxError):
+    """The request was cancelled: by its caller, because its client went away, or because it did not read."""
+
+    code = "cancelled"
+
+
+class WorkerLostError(LoopmuxError):
+    """The worker died after the stream had begun; ``partial_text`` holds what had arrived."""
+
+    code = "worker_lost"
+    default_retryable = True
+
+
+class EngineError(LoopmuxError):
+    """The engine failed while it ran the request."""
+
+    code = "engine"
+
+
+class AuthError(LoopmuxError, PermissionError):
+    """The peer is not allowed to do this."""
+
+    code = "auth"
+
+
+class ConnectionLostError(LoopmuxError, ConnectionError):
+    """The broker cannot be reached, or went away while the request was under way."""
+
+    code = "connection_lost"
+    default_retryable = True
+
+
+class ProtocolError(LoopmuxError):
+    """A peer sent something that the protocol does not allow, or speaks another version of it."""
+
+    code = "protocol"
+
+
+class ConfigError(LoopmuxError):
+    """A configuration file or a command line is wrong. Programs end with exit code 78."""
+
+    code = "config"
+
+
+class ToolLoopError(LoopmuxError):
+    """A tool loop ended without an answer. ``messages`` is the transcript so far, fit for resuming."""
+
+    code = "tool_loop"
+
+    def __init__(self, message: str, *, messages: list[dict[str, Any]] | None = None, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.messages = messages or []
+
+
+class MaxTurnsError(ToolLoopError):
+    """The loop used all its turns and the model still wants tools. ``result`` is the loop so far."""
+
+    code = "max_turns"
+
+    def __init__(self, message: str, *, result: Any = None, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.result = result
+
+
+class ToolNotFoundError(ToolLoopError):
+    """``tool_choice`` or the caller named a tool that was not handed over."""
+
+    code = "tool_not_found"
+
+
+def _by_code(root: type[LoopmuxError]) -> dict[str, type[LoopmuxError]]:
+    found = {root.code: root}
+    for sub in root.__subclasses__():
+        found |= _by_code(sub)
+    return found
+
+
+BY_CODE: dict[str, type[LoopmuxError]] = _by_code(LoopmuxError)
+"""Wire code to class, for the whole family."""
+
+
+def from_code(code: str, message: str, **details: Any) -> LoopmuxError:
+    """The error for a code that came over the wire; an unknown code (a newer peer) becomes a plain LoopmuxError."""
+    return BY_CODE.get(code, LoopmuxError)(message, **details)

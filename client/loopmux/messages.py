@@ -1,0 +1,403 @@
+"""Typed ROUTE and BODY contents of every message, and the launcher's hand-over to a worker.
+
+Classes whose docstring starts with ROUTE are read by the broker and must stay within ``wire.ROUTE_LIMIT`` and
+``codec.ROUTE_LIMITS``; those that start with BODY are for the endpoints. Times are seconds and relative: no two
+processes share a clock.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from loopmux.errors import BadRequestError
+from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
+
+DEFAULT_TIMEOUT = 600.0
+"""Total deadline of a request that names none, seconds."""
+DEFAULT_MAX_NEW_TOKENS = 256
+
+# --- the connection ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """ROUTE of HELLO: a client introduces itself; ``instance`` (16 bytes) stays the same over its reconnections."""
+
+    versions: tuple[int, ...]
+    instance: bytes
+    software: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """ROUTE of WELCOME: the broker's answer to HELLO and to REGISTER.
+
+    ``epoch`` (8 bytes) is random per broker process: another one means that the broker restarted and knows nothing.
+    ``heartbeat`` is the interval in which the peer is expected to say something; after three it counts as gone.
+    """
+
+    version: int
+    epoch: bytes
+    heartbeat: float
+    max_message: int
+    window: int
+    software: str = ""
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """ROUTE of SUBMIT: what the broker needs to admit, queue and place a request without reading its prompt.
+
+    Attributes:
+        timeout: seconds until the deadline, from now.
+        prompt_size: characters (or token ids) of the prompt, a hint for load.
+        hashes: chained hashes of the messages, for routing to a known prefix.
+        continues: a later turn of a tool loop; goes before first turns of the same priority.
+        wait: queue for a model that is not loaded yet instead of failing at once.
+    """
+
+    model: str
+    adapter: str | None = None
+    session: str | None = None
+    priority: int = 0
+    timeout: float = DEFAULT_TIMEOUT
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    prompt_size: int = 0
+    hashes: tuple[bytes, ...] = ()
+    continues: bool = False
+    wait: bool = True
+    deterministic: bool = False
+    trace: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """ROUTE of RUN: a submitted request on its way to a worker; the TOKENS frame holds the prefix to resume from."""
+
+    model: str
+    adapter: str | None = None
+    session: str | None = None
+    timeout: float = DEFAULT_TIMEOUT
+    deterministic: bool = False
+    trace: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are off.
+
+    ``seed`` None draws a fresh one per request. ``logit_bias`` maps token ids (as text: map keys on the wire are texts)
+    to what is added to their logits.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: dict[str, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse values outside their range.
+
+        Raises:
+            BadRequestError: naming the field, the value and the range.
+        """
+        _in_range("temperature", self.temperature, 0, 100)
+        _in_range("top_p", self.top_p, 0, 1, above_low=True)
+        _in_range("top_k", self.top_k, 0, 2**31 - 1)
+        _in_range("min_p", self.min_p, 0, 1)
+        _in_range("repetition_penalty", self.repetition_penalty, 0, 100, above_low=True)
+        _in_range("presence_penalty", self.presence_penalty, -100, 100)
+        _in_range("frequency_penalty", self.frequency_penalty, -100, 100)
+        if self.seed is not None:
+            _in_range("seed", self.seed, 0, 2**63 - 1)
+        for token, bias in self.logit_bias.items():
+            if not token.isdecimal():
+                raise BadRequestError(f"logit_bias: found the key {token!r}, expected a token id such as '42'")
+            _in_range(f"logit_bias[{token}]", bias, -1000, 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """BODY of SUBMIT and RUN: what to generate. Exactly one of ``prompt``, ``messages``, ``prompt_token_ids`` is set.
+
+    Attributes:
+        prompt_token_ids: packed as in ``wire.pack_tokens``.
+        messages: role/content maps as chat templates take them; assistant ones may have ``tool_calls``.
+        tools: JSON-schema function descriptions.
+        logprobs: how many alternatives to report per token; None for no log probabilities at all.
+        response_format: a JSON schema the text must follow.
+    """
+
+    prompt: str | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    prompt_token_ids: bytes | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    deterministic: bool = False
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    response_format: dict[str, Any] | None = None
+    reasoning: bool | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse what no engine could run.
+
+        Raises:
+            BadRequestError: naming the field, what was found and what was expected.
+        """
+        given = [n for n in ("prompt", "messages", "prompt_token_ids") if getattr(self, n) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise BadRequestError(f"found {found}, expected exactly one of prompt, messages, prompt_token_ids")
+        if self.messages is not None and not self.messages:
+            raise BadRequestError("messages: found an empty list, expected at least one message")
+        if self.prompt_token_ids is not None and (not self.prompt_token_ids or len(self.prompt_token_ids) % 4):
+            raise BadRequestError("prompt_token_ids: expected at least one token id")
+        _in_range("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
+        if any(not s for s in self.stop):
+            raise BadRequestError("stop: found an empty text, expected texts of at least one character")
+        if self.logprobs is not None:
+            _in_range("logprobs", self.logprobs, 0, 20)
+        self.sampling.check()
+
+
+def _in_range(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
+    fits = math.isfinite(value) and (low < value if above_low else low <= value) and value <= high
+    if not fits:
+        bounds = f"above {low} and at most {high}" if above_low else f"from {low} to {high}"
+        raise BadRequestError(f"{name}: found {value}, expected a value {bounds}")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionHint:
+    """ROUTE of SESSION: between turns, whether the session comes back, and when if the client knows."""
+
+    session: str
+    state: Literal["waiting_on_tool", "done"]
+    expected: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """ROUTE of PHASE: a waiting request learns what its model is doing."""
+
+    phase: str
+    position: int = 0
+    elapsed: float = 0.0
+    detail: str = ""
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tok:
+    """BODY of TOK: what the tokens of the message mean to a reader; text may lag behind tokens, never lead."""
+
+    text: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """BODY of END."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    timing: Timing
+    model: str
+    worker: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """BODY of ERROR, CANCELLED and EXPIRED: becomes one of ``loopmux.errors`` by its code."""
+
+    code: str
+    message: str
+    retryable: bool = False
+    model: str | None = None
+    worker: str | None = None
+    retry_after: float | None = None
+    usage: Usage | None = None
+
+
+# --- membership -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model id that a worker answers to: the base alone or the base with one adapter.
+
+    ``fingerprint`` names the content (base, adapter, dtype); a request resumes only where it is equal.
+    """
+
+    id: str
+    fingerprint: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """ROUTE of REGISTER: a worker or a launcher joins. The BODY is a free report for ``status``.
+
+    Attributes:
+        boot: 16 random bytes per process; output is accepted from the registered boot only.
+        models: what a worker serves, at most 64; empty for a launcher.
+        slots: requests the worker runs at once.
+        adapters: names of adapters that a request may ask for on top of a model id.
+    """
+
+    role: Literal["worker", "launcher"]
+    name: str
+    boot: bytes
+    versions: tuple[int, ...]
+    host: str = ""
+    models: tuple[ServedModel, ...] = ()
+    adapters: tuple[str, ...] = ()
+    slots: int = 0
+    engine: str = ""
+    pid: int = 0
+    software: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """ROUTE of HB. The header's ``seq`` is the progress counter: it moves whenever the engine does."""
+
+    running: int = 0
+    queued: int = 0
+    tokens_per_second: float = 0.0
+
+
+ModelPhase = Literal["idle", "queued", "building", "loading", "warming", "ready", "failed"]
+"""What a model's launcher is doing for it; ``idle`` is declared but not started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """ROUTE of CATALOGUE: a launcher declares one model, or reports what it is doing for it.
+
+    Sent for each model after REGISTER and at every change. ``removed`` takes the model out of the catalogue.
+    ``detail`` is a line for people (progress, or the reason of a failure with the worker's last words).
+    """
+
+    model: str
+    phase: ModelPhase
+    elapsed: float = 0.0
+    detail: str = ""
+    workers: int = 0
+    removed: bool = False
+
+
+# --- status -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One model as the broker sees it."""
+
+    id: str
+    phase: ModelPhase
+    workers: int = 0
+    queued: int = 0
+    running: int = 0
+    detail: str = ""
+    elapsed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker as the broker sees it. ``report`` is what the worker said about itself at REGISTER."""
+
+    name: str
+    models: tuple[str, ...]
+    slots: int
+    running: int
+    engine: str
+    pid: int
+    host: str
+    state: Literal["ready", "draining", "silent"]
+    served: int = 0
+    tokens: int = 0
+    tokens_per_second: float = 0.0
+    uptime: float = 0.0
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """BODY of REPORT: the broker's answer to STATUS. ``counters`` holds running totals by name."""
+
+    epoch: bytes
+    uptime: float
+    software: str
+    pid: int
+    clients: int
+    queued: int
+    running: int
+    models: tuple[ModelStatus, ...] = ()
+    workers: tuple[WorkerStatus, ...] = ()
+    launchers: tuple[str, ...] = ()
+    counters: dict[str, int] = field(default_factory=dict)
+
+
+# --- launcher to worker -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One model id that a worker is to serve: the base with ``adapter_dir`` or alone."""
+
+    id: str
+    adapter_dir: str | None = None
+    model_type: Literal["instruct", "base"] = "instruct"
+    system_prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """All a worker process needs to know, handed over as JSON (``loopmux-worker --spec FILE``).
+
+    Attributes:
+        endpoint: the broker's worker endpoint.
+        base_model: directory or hub id; None only for the echo engine.
+        slots: requests at once; None lets the engine choose.
+        context: tokens of prompt and answer together; None takes the model's own.
+        echo: settings of the echo engine: ``rate`` (tokens per second, 0 as fast as possible), ``tokens``.
+    """
+
+    name: str
+    endpoint: str
+    models: tuple[ModelSpec, ...]
+    base_model: str | None = None
+    engine: Literal["auto", "slots", "plain", "echo"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    slots: int | None = None
+    context: int | None = None
+    kv_cache_gib: float | None = None
+    torch_threads: int | None = None
+    use_4bit: bool = False
+    use_8bit: bool = False
+    trust_remote_code: bool = False
+    allow_pickle_weights: bool = False
+    echo: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,135 @@
+"""What a caller gets back: results, stream events, tool calls, usage and timing.
+
+These are plain frozen dataclasses; the same ``ToolCall``, ``Usage`` and ``Timing`` travel inside messages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "deadline", "error"]
+"""Why a generation ended: an end or stop token or string, its limit, calls to run, or one of the failures."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call that the model made, whole.
+
+    Attributes:
+        id: unique within the request; the tool message that answers it carries it.
+        name: the tool's name as the model wrote it.
+        arguments: parsed arguments; empty when ``error`` is set.
+        error: why the call could not be parsed, or None. Such a call is answered with the error, never run.
+        raw: the text the model produced for it.
+    """
+
+    id: str
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    raw: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request, or their sum over a loop.
+
+    ``cached_tokens`` are those of ``prompt_tokens`` whose attention state was reused instead of computed.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where a request's time went inside the worker, seconds.
+
+    Attributes:
+        queued: from arrival at the worker to the start of its prefill.
+        first_token: from arrival at the worker to its first token (TTFT there).
+        total: from arrival at the worker to its end.
+    """
+
+    queued: float = 0.0
+    first_token: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A produced token, its log probability, and the most likely alternatives as (token id, log probability)."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """A piece of clean text. The deltas of a stream, joined, are the result's text.
+
+    ``position`` is the index of the first token behind this piece; ``token_ids`` may be empty when held-back text is
+    released.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    position: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The request waits: where it stands in the queue and what its model is doing (queued, building, loading …)."""
+
+    phase: str
+    position: int = 0
+    elapsed: float = 0.0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished generation.
+
+    Attributes:
+        text: clean text, without prompt, special tokens or tool calls.
+        token_ids: all produced token ids, end token included.
+        finish_reason: why it ended.
+        tool_calls: the calls of this turn, in order.
+        model, adapter, worker: who answered.
+        request_id: hexadecimal, as in logs and ``status``.
+        attempts: 1 unless a worker was lost on the way.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timing: Timing
+    model: str
+    adapter: str | None
+    worker: str
+    request_id: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    attempts: int = 1
+
+
+StreamEvent = TextDelta | ToolCall | Waiting | Usage
+"""What iterating over a stream yields. ``Usage`` comes last."""

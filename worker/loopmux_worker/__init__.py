@@ -1,0 +1,1 @@
+"""The worker: one process that keeps a base model and its adapters loaded and generates."""

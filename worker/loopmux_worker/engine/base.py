@@ -1,0 +1,141 @@
+"""The interface between a worker's wire side and whatever generates.
+
+One thread owns the engine and calls everything here. An engine is a step machine: requests are submitted and cancelled
+between steps, and each ``step`` returns what came of it. Text work (incremental detokenising, stop strings, tool-call
+parsing) is the engine's, because stopping depends on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from loopmux.errors import LoopmuxError
+from loopmux.messages import Generate, Run, ServedModel
+from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A request in one of its attempts: a superseded attempt and its successor may meet in one engine."""
+
+    request: bytes
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request as the engine gets it. ``prefix`` are tokens already produced by an earlier attempt."""
+
+    key: Key
+    run: Run
+    generate: Generate
+    prefix: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Produced:
+    """Tokens that a step produced for one request.
+
+    ``position`` is the absolute index of the first token of ``ids``. ``ids`` may be empty when only held-back text or a
+    call is released.
+    """
+
+    key: Key
+    position: int
+    ids: tuple[int, ...]
+    text: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request ended by itself. ``total`` is the number of tokens, prefix included."""
+
+    key: Key
+    total: int
+    reason: FinishReason
+    usage: Usage
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request could not be run or continued; the engine goes on without it."""
+
+    key: Key
+    total: int
+    error: LoopmuxError
+    usage: Usage = field(default_factory=Usage)
+
+
+Output = Produced | Finished | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What an engine is. ``report`` is shown by ``status``: versions, device, dtype, memory, why this engine."""
+
+    engine: str
+    models: tuple[ServedModel, ...]
+    slots: int
+    adapters: tuple[str, ...] = ()
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the engine is, for heartbeats. ``progress`` moves whenever the engine does."""
+
+    running: int
+    queued: int
+    progress: int
+
+
+class Engine(Protocol):
+    """What the worker drives. Not thread-safe: one thread owns it."""
+
+    def describe(self) -> Description:
+        """What is loaded; stable between ``load_adapter`` and ``unload_adapter``."""
+        ...
+
+    def submit(self, job: Job) -> None:
+        """Take a request in.
+
+        Raises:
+            LoopmuxError: it cannot be run here (bad field, unknown model or adapter, prompt longer than the context).
+        """
+        ...
+
+    def cancel(self, key: Key) -> Usage | None:
+        """Forget a request before the next token; None if it is not here (any more)."""
+        ...
+
+    def step(self) -> list[Output]:
+        """Advance everything by one step and return what came of it; ``[]`` at once when there is nothing to do."""
+        ...
+
+    def load(self) -> Load:
+        """Load and progress; cheap."""
+        ...
+
+    def load_adapter(self, name: str, directory: str) -> ServedModel:
+        """Load an adapter beside the others and serve it as a model id of that name.
+
+        Raises:
+            LoopmuxError: it does not fit, or this engine cannot load at run time.
+        """
+        ...
+
+    def unload_adapter(self, name: str) -> None:
+        """Unload an adapter; requests that use it end first.
+
+        Raises:
+            AdapterNotFoundError: no such adapter.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release threads and memory."""
+        ...
