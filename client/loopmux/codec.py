@@ -105,7 +105,7 @@ def decode(data: bytes, limits: Limits) -> Any:
             max_bin_len=limits.size,
             max_ext_len=0,
         )
-    except Exception as error:  # noqa: BLE001 - the decoder raises RecursionError, OverflowError, TypeError and its own
+    except Exception as error:
         raise ProtocolError(f"undecodable MessagePack ({type(error).__name__}: {error})") from error
 
 
@@ -125,8 +125,8 @@ def unpack(cls: type[T], data: bytes, limits: Limits = ROUTE_LIMITS) -> T:
 def build(cls: type[T], value: Any, path: str = "", *, strict: bool = False) -> T:
     """Turn plain values into ``cls`` (a dataclass or any annotated type it may use), checking every field.
 
-    Supported: ``None``, bool, int, float (whole numbers accepted), str, bytes, Literal, Enum, Optional and unions, list,
-    tuple[X, ...], dict[str, X], dataclasses, and Any (taken as it is). With ``strict`` an unknown key is an error.
+    Supported: ``None``, bool, int, float (whole numbers accepted), str, bytes, Literal, Enum, Optional and unions,
+    list, tuple[X, ...], dict[str, X], dataclasses, and Any (taken as it is). With ``strict`` an unknown key is an error.
 
     Raises:
         FieldError: naming the path, what was found and what was expected.

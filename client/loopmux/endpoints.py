@@ -55,7 +55,8 @@ def ipc_path(endpoint: str) -> Path | None:
     size = len(os.fsencode(path))
     if size > _LONGEST_IPC_PATH:
         raise ConfigError(
-            f"the socket path of {endpoint!r} has {size} bytes, at most {_LONGEST_IPC_PATH} fit: choose a shorter folder"
+            f"the socket path of {endpoint!r} has {size} bytes, at most {_LONGEST_IPC_PATH} fit: "
+            "choose a shorter folder"
         )
     return Path(path)
 

@@ -83,8 +83,7 @@ class TokenLogprob:
 class TextDelta:
     """A piece of clean text. The deltas of a stream, joined, are the result's text.
 
-    ``position`` is the index of the first token behind this piece; ``token_ids`` may be empty when held-back text is
-    released.
+    ``position`` is the absolute index of the first of the tokens ``token_ids`` that this piece came with.
     """
 
     text: str

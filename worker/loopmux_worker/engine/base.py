@@ -37,8 +37,8 @@ class Job:
 class Produced:
     """Tokens that a step produced for one request.
 
-    ``position`` is the absolute index of the first token of ``ids``. ``ids`` may be empty when only held-back text or a
-    call is released.
+    ``position`` is the absolute index of the first token of ``ids``, which is never empty: receivers tell a repeated
+    message from a new one by token positions, so held-back text is released together with the request's last token.
     """
 
     key: Key
