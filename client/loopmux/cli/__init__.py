@@ -1,0 +1,63 @@
+"""The ``loopmux`` command.
+
+It needs what the client needs and no more. A subcommand that belongs to another part becomes that part's program
+(``delegate``); the rest talks to the broker (``talk``, ``show``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+
+import loopmux
+from loopmux.cli import delegate, show, talk
+from loopmux.errors import ConfigError, LoopmuxError
+
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_CONFIG, EXIT_INTERRUPTED = 0, 1, 2, 78, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 good, 1 failure, 2 usage, 78 bad configuration, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in arguments
+    try:
+        if arguments and arguments[0] in delegate.PROGRAMS:
+            return delegate.run(arguments[0], arguments[1:])
+        options = _parser().parse_args(arguments)
+        code: int = options.run(options)
+        sys.stdout.flush()
+    except LoopmuxError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"loopmux: {error}", file=sys.stderr)
+        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILURE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left (`loopmux generate … | head`). Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loopmux",
+        description="Run many tool-call loops against local language models with adapters.",
+        epilog="Programs of other parts: " + "; ".join(f"{n}: {p.help}" for n, p in delegate.PROGRAMS.items()),
+    )
+    parser.add_argument("--version", action="version", version=f"loopmux {loopmux.__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--endpoint", help="the broker's endpoint; default: $LOOPMUX_ENDPOINT, else the user's ipc socket"
+    )
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    talk.add_commands(commands, common)
+    show.add_commands(commands, common)
+    for name, program in delegate.PROGRAMS.items():
+        commands.add_parser(name, help=program.help, add_help=False)
+    return parser

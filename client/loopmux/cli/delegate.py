@@ -1,0 +1,56 @@
+"""Subcommands that are another part's program: this process becomes it, so signals and exit codes are its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+
+from loopmux.errors import LoopmuxError
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Where a subcommand lives: ``python -m module words…``; ``needs`` are the packages of ``extra``."""
+
+    module: str
+    words: tuple[str, ...]
+    needs: tuple[str, ...]
+    extra: str
+    help: str
+
+
+_LAUNCHER = ("loopmux_launcher", "loopmux_broker", "yaml", "structlog")
+PROGRAMS = {
+    "up": Program("loopmux_launcher", ("up",), _LAUNCHER, "server", "broker, launcher and workers in the foreground"),
+    "down": Program("loopmux_launcher", ("down",), _LAUNCHER, "server", "stop what `up` started"),
+    "env": Program("loopmux_launcher", ("env",), _LAUNCHER, "server", "build, list and find model environments"),
+    "config": Program("loopmux_launcher", ("config",), _LAUNCHER, "server", "check a configuration file"),
+    "logs": Program("loopmux_launcher", ("logs",), _LAUNCHER, "server", "show a worker's log"),
+    "run-adapter": Program(
+        "loopmux_worker",
+        ("run-adapter",),
+        ("loopmux_worker", "torch", "transformers", "peft", "structlog"),
+        "worker",
+        "one generation in this process, no broker",
+    ),
+}
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Become the program behind a subcommand.
+
+    Raises:
+        LoopmuxError: a package it needs is not installed here.
+    """
+    program = PROGRAMS[name]
+    missing = [package for package in program.needs if importlib.util.find_spec(package) is None]
+    if missing:
+        raise LoopmuxError(
+            f"`loopmux {name}` needs {', '.join(missing)}, which {sys.executable} does not have: "
+            f"install it with  pip install 'loopmux[{program.extra}]'"
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", program.module, *program.words, *arguments])  # noqa: S606
