@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loopmux import cli
+from loopmux.cli import delegate, show, talk
+from loopmux.errors import BadRequestError
+from loopmux.messages import ModelStatus, Status, WorkerStatus
+
+
+def test_no_broker_is_one_clear_line_and_exit_code_1(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "loopmux", "status", "--endpoint", f"ipc://{tmp_path}/none.ipc"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "loopmux up" in done.stderr
+    assert f"{tmp_path}/none.ipc" in done.stderr
+
+
+def test_a_wrong_endpoint_is_a_configuration_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "--endpoint", "http://nowhere"]) == cli.EXIT_CONFIG
+    assert "tcp://host:port" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fly"])
+    assert ended.value.code == cli.EXIT_USAGE
+
+
+def test_a_missing_extra_prints_the_install_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["up"]) == cli.EXIT_FAILURE
+    assert "pip install 'loopmux[server]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(delegate.PROGRAMS))
+def test_delegated_programs_explain_themselves(name: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "loopmux", name, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+
+
+def test_a_prompt_that_is_not_utf8_is_refused_with_the_byte_and_its_place() -> None:
+    with pytest.raises(BadRequestError, match="0xff at position 2"):
+        talk._read_prompt(b"ab\xff".decode("utf-8", "surrogateescape"))
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.9, "59s"), (185, "3m05s"), (7620, "2h07m")])
+def test_durations(seconds: float, text: str) -> None:
+    assert show.duration(seconds) == text
+
+
+def test_status_shows_workers_and_models() -> None:
+    worker = WorkerStatus("w1", ("a", "b"), 4, 1, "plain", 77, "h", "ready", 9, 100, 12.4, 61)
+    status = Status(b"e" * 8, 5, "0.1.0", 42, 1, 0, 1, (ModelStatus("a", "ready", 1),), (worker,))
+    text = show.render_status(status)
+    assert "pid 42" in text
+    assert "w1      ready  1/4      9       100     12     plain   77   1m01s  a b" in text
+    assert "a      ready  1" in text
+
+
+def test_status_without_workers_has_no_empty_table() -> None:
+    assert show.render_status(Status(b"e" * 8, 5, "0.1.0", 42, 1, 0, 0)).endswith("no models")

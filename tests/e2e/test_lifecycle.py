@@ -1,0 +1,108 @@
+"""Start, work, die, restart, stop: what is there afterwards and what is not."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+import loopmux
+from e2e import stacks
+
+
+def test_the_model_is_loaded_once_over_many_calls(demo_stack: stacks.Stack) -> None:
+    with loopmux.Client(demo_stack.endpoint) as client:
+        before = {w.name: (w.pid, w.served) for w in client.status().workers}
+        for _ in range(8):
+            client.generate("Hello", model="shout", max_new_tokens=4)
+        after = {w.name: (w.pid, w.served) for w in client.status().workers}
+    assert {n: pid for n, (pid, _) in before.items()} == {n: pid for n, (pid, _) in after.items()}
+    assert sum(s for _, s in after.values()) == sum(s for _, s in before.values()) + 8
+
+
+def test_adapters_answer_side_by_side_from_the_same_processes(demo_stack: stacks.Stack) -> None:
+    with loopmux.Client(demo_stack.endpoint) as client:
+        plain = client.generate("What is Loopmux?", model="default", temperature=0).text
+        loud = client.generate("What is Loopmux?", model="shout", temperature=0).text
+        assert plain == client.generate("What is Loopmux?", model="default", temperature=0).text
+        assert len(client.status().workers) == 2
+    assert loud == loud.upper() != plain
+    assert loud.casefold() == plain.casefold()
+
+
+def test_a_killed_worker_is_started_again_and_others_go_on(echo_config: Path, home: Path) -> None:
+    stack = stacks.start(echo_config, home, folder=home / "kill")
+    try:
+        with loopmux.Client(stack.endpoint) as client:
+            victim = next(w for w in client.status().workers if "echo" in w.models)
+            psutil.Process(victim.pid).kill()
+            assert client.generate("still there?", model="echo").finish_reason == "length"
+            stacks.wait_for(
+                lambda: (
+                    len(ws := [w for w in client.status().workers if "echo" in w.models]) == 2
+                    and victim.pid not in {w.pid for w in ws}
+                ),
+                "the worker to be replaced",
+            )
+    finally:
+        assert stack.stop() == 0
+
+
+def test_a_worker_that_dies_in_mid_stream_gives_the_text_so_far(echo_config: Path, home: Path) -> None:
+    stack = stacks.start(echo_config, home, folder=home / "mid")
+    try:
+        with loopmux.Client(stack.endpoint) as client, client.stream("x", model="slow", max_new_tokens=500) as stream:
+            seen = [next(e.text for e in stream if isinstance(e, loopmux.TextDelta))]
+            pid = next(w.pid for w in client.status().workers if "slow" in w.models)
+            psutil.Process(pid).kill()
+            with pytest.raises(loopmux.WorkerLostError) as lost:
+                seen.extend(e.text for e in stream if isinstance(e, loopmux.TextDelta))
+        assert lost.value.partial_text == "".join(seen) != ""
+        assert lost.value.retryable
+    finally:
+        assert stack.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_however_up_ends(echo_config: Path, home: Path, number: int) -> None:
+    stack = stacks.start(echo_config, home, folder=home / f"end{number}")
+    family = stack.family()
+    assert len(family) == 5  # up, broker, three workers
+    code = stack.stop(number)
+    assert code == (-number if number == signal.SIGKILL else 0)
+    stacks.wait_for(
+        lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), "all to end"
+    )
+    stacks.wait_for(lambda: not stack.left_behind(), f"files to go: {stack.left_behind()}")
+
+
+def test_down_stops_what_up_started(echo_config: Path, home: Path) -> None:
+    stack = stacks.start(echo_config, home, folder=home / "down")
+    family = stack.family()
+    done = subprocess.run(
+        [sys.executable, "-m", "loopmux", "down", "--endpoint", stack.endpoint], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert stack.process.wait(10) == 0
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family)
+    assert stack.left_behind() == []
+
+
+def test_a_second_up_on_the_same_socket_says_who_holds_it(echo_stack: stacks.Stack, echo_config: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "loopmux", "up", "--config", str(echo_config), "--endpoint", echo_stack.endpoint],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=stacks.environment(echo_stack.home),
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    pids = {str(p.pid) for p in echo_stack.family()}
+    assert any(pid in done.stderr for pid in pids), done.stderr
+    with loopmux.Client(echo_stack.endpoint) as client:
+        assert client.generate("undisturbed", model="echo").text
