@@ -40,6 +40,7 @@ class LoopmuxError(Exception):
         model: the model id the request named, or None.
         worker: the worker that ran it, or None.
         partial_text: text received before the error.
+        messages: in an error that ended a tool loop, the transcript so far, fit for resuming; else empty.
     """
 
     code: ClassVar[str] = "error"
@@ -64,6 +65,7 @@ class LoopmuxError(Exception):
         self.retryable = self.default_retryable if retryable is None else retryable
         self.partial_text = partial_text
         self.retry_after = retry_after
+        self.messages: list[dict[str, Any]] = []
 
 
 class BadRequestError(LoopmuxError, ValueError):

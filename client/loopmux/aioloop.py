@@ -1,0 +1,187 @@
+"""The tool loop's asyncio shell; ``loop`` tells what its arguments mean."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import inspect
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from loopmux import loop as sync
+from loopmux import toolrun
+from loopmux.errors import LoopmuxError, ToolLoopError
+from loopmux.loopevents import (
+    AbandonTool,
+    Action,
+    AskApproval,
+    AskModel,
+    ChatMessage,
+    Decided,
+    Event,
+    Fail,
+    Finish,
+    HintWaiting,
+    LoopEvent,
+    LoopFinished,
+    Report,
+    RunTool,
+    TimePassed,
+    ToolFinished,
+    ToolLoopResult,
+    ToolStarted,
+    TurnFinished,
+    TurnStarted,
+)
+
+_LAST_WORDS = 1.0
+"""Seconds that cancelled coroutine tools get to clean up when a loop ends before them."""
+
+
+async def run(
+    client: Any, prompt_or_messages: str | Iterable[ChatMessage], on_event: sync.OnEvent | None, **settings: Any
+) -> ToolLoopResult:
+    """``loop.arun``."""
+    async with contextlib.aclosing(iterate(client, prompt_or_messages, **settings)) as events:
+        async for event in events:
+            if on_event is not None:
+                await _awaited(on_event(event))
+            if isinstance(event, LoopFinished):
+                return event.result
+    raise ToolLoopError("the tool loop ended without a result")  # unreachable: a loop ends in a result or an error
+
+
+async def iterate(
+    client: Any,
+    prompt_or_messages: str | Iterable[ChatMessage],
+    *,
+    tools: Iterable[Any] | None,
+    before_tool: sync.BeforeTool | None = None,
+    session: str | None = None,
+    **settings: Any,
+) -> AsyncGenerator[LoopEvent]:
+    """``loop.aiterate``."""
+    # in a thread: a tool source may ask its server what it has
+    plan = await asyncio.to_thread(sync.prepare, prompt_or_messages, tools, session, before_tool is not None, settings)
+    async with contextlib.aclosing(_Shell(client, plan, before_tool).events()) as events:
+        async for event in events:
+            yield event
+
+
+@dataclass(slots=True)
+class _Shell:
+    """Carries out the core's actions on the running event loop."""
+
+    client: Any
+    plan: sync.Plan
+    before_tool: sync.BeforeTool | None
+    done: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+
+    async def events(self) -> AsyncGenerator[LoopEvent]:
+        """The loop, from start to end."""
+        loop = self.plan.loop
+        try:
+            actions = deque(loop.start(time.monotonic()))
+            while True:
+                while actions:
+                    match actions.popleft():
+                        case AskModel() as ask:
+                            yield TurnStarted(ask.turn)
+                            async with self.client.stream(**self.plan.turn_options(ask)) as stream:
+                                async for delta in stream:
+                                    yield delta
+                                result = stream.result
+                            actions += loop.handle(TurnFinished(ask.turn, result), time.monotonic())
+                        case RunTool() as job:
+                            yield ToolStarted(job.turn, job.call)
+                            self._start(job)
+                        case Report(event):
+                            yield event
+                        case Finish(finished):
+                            yield LoopFinished(finished)
+                            return
+                        case action:
+                            actions += await self._perform(action)
+                actions += loop.handle(await self._next(), time.monotonic())
+        except LoopmuxError as error:
+            error.messages = error.messages or list(loop.messages)
+            raise
+        finally:
+            await self._cancel_tools()
+            await self._hint("done")
+
+    async def _perform(self, action: Action) -> list[Action]:
+        """The actions that tell observers nothing; what follows from them."""
+        match action:
+            case HintWaiting():
+                await self._hint("waiting_on_tool")
+            case AskApproval(number, call):
+                answer = await _awaited(self.before_tool(call)) if self.before_tool else True
+                return self.plan.loop.handle(Decided(number, sync.decision(answer, call)), time.monotonic())
+            case AbandonTool(number):
+                if task := self.tasks.pop(number, None):
+                    task.cancel()
+            case Fail(error):
+                raise error
+        return []
+
+    def _start(self, job: RunTool) -> None:
+        if _is_coroutine_function(job.tool.function):
+            self.tasks[job.number] = asyncio.create_task(self._await_tool(job), name=f"loopmux-tool-{job.call.name}")
+        else:
+            self._start_thread(job)
+
+    async def _await_tool(self, job: RunTool) -> None:
+        self.done.put_nowait(ToolFinished(job.number, await toolrun.perform_async(job.tool, job.call)))
+
+    def _start_thread(self, job: RunTool) -> None:
+        context, running = contextvars.copy_context(), asyncio.get_running_loop()
+
+        def work() -> None:
+            event = ToolFinished(job.number, context.run(toolrun.perform, job.tool, job.call))
+            try:
+                running.call_soon_threadsafe(self.done.put_nowait, event)
+            except RuntimeError:
+                pass  # the event loop is closed: nobody waits for this any more
+
+        # not asyncio's own pool: that one is joined at the end, and a tool that never returns would hang the program
+        threading.Thread(target=work, name=f"loopmux-tool-{job.call.name}", daemon=True).start()
+
+    async def _next(self) -> Event:
+        """Wait for a tool, or for the time at which the next one is late."""
+        wake = self.plan.loop.wake
+        try:
+            async with asyncio.timeout(None if wake is None else max(0.0, wake - time.monotonic())):
+                event = await self.done.get()
+        except TimeoutError:
+            return TimePassed()
+        if isinstance(event, ToolFinished):
+            self.tasks.pop(event.number, None)
+        return event
+
+    async def _cancel_tools(self) -> None:
+        tasks = [task for task in self.tasks.values() if not task.done()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_LAST_WORDS)
+
+    async def _hint(self, state: str) -> None:
+        try:
+            await _awaited(self.client.hint(self.plan.loop.session, state))
+        except LoopmuxError:
+            pass  # a hint saves work and changes no result: a broken connection shows in the next turn
+
+
+def _is_coroutine_function(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - not a test of being callable: objects with an async __call__
+
+
+async def _awaited(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value

@@ -1,0 +1,335 @@
+"""Running tool loops: ``run`` and ``iterate``, and ``arun`` and ``aiterate`` for asyncio.
+
+All take a client, a prompt or a list of messages, and ``tools=``. Further keywords:
+
+- ``max_turns``, ``max_tool_calls``, ``tool_timeout``, ``max_result_size``, ``max_failures``, ``concurrency``,
+  ``timeout`` (of the whole loop), ``stop_when_denied``: see ``loopevents.Limits``;
+- ``before_tool(call)``: asked before each call, in call order; answers ``Run()``, ``Deny(reason)``,
+  ``Substitute(result)``, or for short True, False, or a text that stands in for the result;
+- ``on_event(event)`` (``run`` and ``arun``): sees every ``LoopEvent``, in the caller's thread;
+- ``session``: the session id of all turns, a fresh one if not given;
+- everything else is an option of ``client.stream`` and holds for every turn, but for a ``tool_choice`` that forces a
+  call: it holds for the first turn only, since the loop could not end otherwise.
+
+Calls of one turn run at the same time, in threads (coroutine functions: in an event loop of their own for ``run``, in
+the caller's for ``arun``). A thread cannot be stopped: a tool that exceeds its time is answered with an error and left
+to itself, and what it returns later is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import queue
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from loopmux import toolrun, tools
+from loopmux.errors import BadRequestError, LoopmuxError, ToolLoopError, ToolNotFoundError
+from loopmux.loopevents import (
+    AbandonTool,
+    Action,
+    AskApproval,
+    AskModel,
+    ChatMessage,
+    Decided,
+    Decision,
+    Deny,
+    Event,
+    Fail,
+    Finish,
+    HintWaiting,
+    Limits,
+    LoopEvent,
+    LoopFinished,
+    Report,
+    Run,
+    RunTool,
+    Substitute,
+    TimePassed,
+    ToolFinished,
+    ToolLoopResult,
+    ToolStarted,
+    TurnFinished,
+    TurnStarted,
+)
+from loopmux.results import Result, StreamEvent, ToolCall
+from loopmux.turns import Loop
+
+BeforeTool = Callable[[ToolCall], Any]
+"""Gives a ``Decision``, or True, False or a text for short; a coroutine function is awaited by ``arun``."""
+OnEvent = Callable[[LoopEvent], Any]
+
+_FORCED = ("auto", "none")
+"""The choices that leave the model free to answer; every other one forces a call."""
+
+
+class Stream(Protocol):
+    """What the loop needs of a stream."""
+
+    @property
+    def result(self) -> Result:
+        """The finished turn, after the last event."""
+        ...
+
+    def __iter__(self) -> Iterator[StreamEvent]: ...
+
+
+class LoopClient(Protocol):
+    """What the loop needs of a client."""
+
+    def stream(self, *, messages: list[ChatMessage], tools: list[dict[str, Any]], **options: Any) -> Any:
+        """A context manager around a ``Stream``; leaving it early cancels the turn."""
+        ...
+
+    def hint(self, session: str, state: Any, expected: float | None = None) -> Any:
+        """Tell the broker whether the session comes back."""
+        ...
+
+
+def run(
+    client: LoopClient,
+    prompt_or_messages: str | Iterable[ChatMessage],
+    *,
+    tools: Iterable[Any] | None,
+    max_turns: int = 10,
+    before_tool: BeforeTool | None = None,
+    on_event: OnEvent | None = None,
+    session: str | None = None,
+    **settings: Any,
+) -> ToolLoopResult:
+    """Run a whole tool loop; the keywords are told above.
+
+    Raises:
+        BadRequestError: wrong messages, tools or limits; before anything is sent.
+        MaxTurnsError: turns or calls are used up and the model still asks for tools.
+        LoopmuxError: a turn failed. Errors that end a loop carry ``messages``, the transcript to resume from.
+    """
+    events = iterate(
+        client,
+        prompt_or_messages,
+        tools=tools,
+        max_turns=max_turns,
+        before_tool=before_tool,
+        session=session,
+        **settings,
+    )
+    with contextlib.closing(events):
+        for event in events:
+            if on_event is not None:
+                on_event(event)
+            if isinstance(event, LoopFinished):
+                return event.result
+    raise ToolLoopError("the tool loop ended without a result")  # unreachable: a loop ends in a result or an error
+
+
+def iterate(
+    client: LoopClient,
+    prompt_or_messages: str | Iterable[ChatMessage],
+    *,
+    tools: Iterable[Any] | None,
+    max_turns: int = 10,
+    before_tool: BeforeTool | None = None,
+    session: str | None = None,
+    **settings: Any,
+) -> Generator[LoopEvent]:
+    """As ``run``, event by event; the last one is ``LoopFinished``. Leaving the iteration early ends the loop."""
+    plan = prepare(prompt_or_messages, tools, session, before_tool is not None, {"max_turns": max_turns, **settings})
+    return _Shell(client, plan, before_tool).events()
+
+
+async def arun(
+    client: Any,
+    prompt_or_messages: str | Iterable[ChatMessage],
+    *,
+    tools: Iterable[Any] | None,
+    max_turns: int = 10,
+    on_event: OnEvent | None = None,
+    **settings: Any,
+) -> ToolLoopResult:
+    """``run`` for an ``AsyncClient``; ``before_tool`` and ``on_event`` may be coroutine functions."""
+    from loopmux import aioloop
+
+    return await aioloop.run(client, prompt_or_messages, on_event, tools=tools, max_turns=max_turns, **settings)
+
+
+def aiterate(
+    client: Any,
+    prompt_or_messages: str | Iterable[ChatMessage],
+    *,
+    tools: Iterable[Any] | None,
+    max_turns: int = 10,
+    **settings: Any,
+) -> AsyncIterator[LoopEvent]:
+    """``iterate`` for an ``AsyncClient``: ``async for event in aiterate(…)``."""
+    from loopmux import aioloop
+
+    return aioloop.iterate(client, prompt_or_messages, tools=tools, max_turns=max_turns, **settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A loop that is ready to start: its core, and what every turn is asked with."""
+
+    loop: Loop
+    schemas: list[dict[str, Any]]
+    options: dict[str, Any]
+
+    def turn_options(self, ask: AskModel) -> dict[str, Any]:
+        """The arguments of ``client.stream`` for one turn."""
+        options = dict(self.options)
+        if ask.turn > 1 and options.get("tool_choice", "auto") not in _FORCED:
+            options["tool_choice"] = "auto"
+        if ask.timeout is not None:
+            options["timeout"] = ask.timeout
+        return {
+            "messages": ask.messages,
+            "tools": self.schemas,
+            "session": self.loop.session,
+            "continues": ask.turn > 1,
+            **options,
+        }
+
+
+def prepare(
+    prompt_or_messages: str | Iterable[ChatMessage],
+    given: Iterable[Any] | None,
+    session: str | None,
+    approval: bool,
+    settings: dict[str, Any],
+) -> Plan:
+    """Check everything a loop is started with; nothing has been sent when it raises.
+
+    Raises:
+        BadRequestError: messages, tools or limits are wrong.
+        ToolNotFoundError: ``tool_choice`` names a tool that is not among them.
+    """
+    known = {f.name for f in dataclasses.fields(Limits)}
+    limits = Limits(**{name: value for name, value in settings.items() if name in known})
+    options = {name: value for name, value in settings.items() if name not in known}
+    by_name = tools.collect(given)
+    choice = options.get("tool_choice", "auto")
+    if choice not in ("auto", "none", "required", *by_name):
+        names = ", ".join(by_name) or "there are none"
+        raise ToolNotFoundError(f"tool_choice: found {choice!r}, expected auto, none, required or a tool of: {names}")
+    messages = _messages(prompt_or_messages)
+    loop = Loop(messages, by_name, limits, approval, session or secrets.token_hex(8))
+    return Plan(loop, [tool.schema for tool in by_name.values()], options)
+
+
+def _messages(given: str | Iterable[ChatMessage]) -> list[ChatMessage]:
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if isinstance(given, (dict, bytes)) or not isinstance(given, Iterable):
+        raise BadRequestError(f"messages: found {type(given).__name__}, expected a prompt or a list of messages")
+    return list(given)
+
+
+def decision(answer: Any, call: ToolCall) -> Decision:
+    """What ``before_tool`` answered, spelled out.
+
+    Raises:
+        ToolLoopError: it is none of the known answers; the call is not run.
+    """
+    match answer:
+        case Run() | Deny() | Substitute():
+            return answer
+        case True:
+            return Run()
+        case False:
+            return Deny()
+        case str():
+            return Substitute(answer)
+    raise ToolLoopError(
+        f"before_tool answered {answer!r:.80} for {call.name!r}, expected Run(), Deny(reason), Substitute(result), "
+        "True, False or a text"
+    )
+
+
+@dataclass(slots=True)
+class _Shell:
+    """Carries out the core's actions with threads; everything but the tools happens in the caller's thread."""
+
+    client: LoopClient
+    plan: Plan
+    before_tool: BeforeTool | None
+    done: queue.SimpleQueue[Event] = dataclasses.field(default_factory=queue.SimpleQueue)
+
+    def events(self) -> Generator[LoopEvent]:
+        """The loop, from start to end."""
+        loop = self.plan.loop
+        try:
+            actions = deque(loop.start(time.monotonic()))
+            while True:
+                while actions:
+                    event = yield from self._perform(actions.popleft())
+                    if isinstance(event, LoopFinished):
+                        yield event
+                        return
+                    if event is not None:
+                        actions += loop.handle(event, time.monotonic())
+                actions += loop.handle(self._next(), time.monotonic())
+        except LoopmuxError as error:
+            error.messages = error.messages or list(loop.messages)
+            raise
+        finally:
+            self._hint("done")
+
+    def _perform(self, action: Action) -> Generator[LoopEvent, None, Event | LoopFinished | None]:
+        """Carry out one action; what came of it, if that is known at once."""
+        match action:
+            case AskModel(turn=turn):
+                yield TurnStarted(turn)
+                return TurnFinished(turn, (yield from self._ask(action)))
+            case HintWaiting():
+                self._hint("waiting_on_tool")
+            case AskApproval(number, call):
+                return Decided(number, decision(self.before_tool(call) if self.before_tool else True, call))
+            case RunTool(turn=turn, call=call):
+                yield ToolStarted(turn, call)
+                self._start(action)
+            case AbandonTool():
+                pass  # a thread cannot be stopped; the core ignores what it may still return
+            case Report(event):
+                yield event
+            case Finish(result):
+                return LoopFinished(result)
+            case Fail(error):
+                raise error
+        return None
+
+    def _ask(self, ask: AskModel) -> Generator[LoopEvent, None, Result]:
+        opened: AbstractContextManager[Stream] = self.client.stream(**self.plan.turn_options(ask))
+        with opened as stream:
+            yield from stream
+            return stream.result
+
+    def _start(self, action: RunTool) -> None:
+        context = contextvars.copy_context()
+
+        def work() -> None:
+            self.done.put(ToolFinished(action.number, context.run(toolrun.perform, action.tool, action.call)))
+
+        # a daemon: a tool that never returns must not keep the program from ending
+        threading.Thread(target=work, name=f"loopmux-tool-{action.call.name}", daemon=True).start()
+
+    def _next(self) -> Event:
+        """Wait for a tool, or for the time at which the next one is late."""
+        wake = self.plan.loop.wake
+        try:
+            return self.done.get(timeout=None if wake is None else max(0.0, wake - time.monotonic()))
+        except queue.Empty:
+            return TimePassed()
+
+    def _hint(self, state: str) -> None:
+        try:
+            self.client.hint(self.plan.loop.session, state)
+        except LoopmuxError:
+            pass  # a hint saves work and changes no result: a broken connection shows in the next turn

@@ -1,0 +1,271 @@
+"""The tool loop's core: a model's turn or a tool's outcome in, what to do next out. No I/O, no clock, no threads.
+
+``Loop.start`` and ``Loop.handle`` return actions; a shell (``loop``, ``aioloop``) carries them out in their order and
+feeds back what happened. ``now`` is a monotonic time in seconds. The transcript that the core keeps is whole whenever
+the loop ends: every call of an assistant message has exactly one tool message, in call order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loopmux.errors import DeadlineExceededError, LoopmuxError, MaxTurnsError
+from loopmux.loopevents import (
+    AbandonTool,
+    Action,
+    AskApproval,
+    AskModel,
+    ChatMessage,
+    Decided,
+    Decision,
+    Deny,
+    Event,
+    Fail,
+    Finish,
+    HintWaiting,
+    Limits,
+    Report,
+    Run,
+    RunTool,
+    Substitute,
+    TimePassed,
+    ToolFinished,
+    ToolLoopResult,
+    ToolResult,
+    TurnFinished,
+)
+from loopmux.outcome import Outcome, failed, succeeded
+from loopmux.results import Result, ToolCall, Usage
+from loopmux.tools import Tool
+from loopmux.transcript import assistant_message, call_key, check_answered, cut, log_entry, skipped, tool_message
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A call of the current turn: its outcome once it has one."""
+
+    call: ToolCall
+    outcome: Outcome | None = None
+
+
+@dataclass(slots=True)
+class Loop:
+    """One tool loop.
+
+    Attributes:
+        messages: the transcript; the caller's own list and messages are copied, never changed.
+        approval: ask about each call that could be run.
+        deadline: when the whole loop must be over; set by ``start``.
+    """
+
+    messages: list[ChatMessage]
+    tools: Mapping[str, Tool]
+    limits: Limits = field(default_factory=Limits)
+    approval: bool = False
+    session: str = ""
+    turn: int = 0
+    text: str = ""
+    usage: Usage = field(default_factory=Usage)
+    tool_log: list[dict[str, Any]] = field(default_factory=list)
+    request_ids: list[str] = field(default_factory=list)
+    deadline: float | None = None
+    _finish_reason: str = ""
+    _calls: int = 0
+    _numbered: int = 0
+    _pending: dict[int, _Pending] = field(default_factory=dict)
+    _queue: deque[int] = field(default_factory=deque)
+    _running: dict[int, float] = field(default_factory=dict)
+    _failures: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.messages = copy.deepcopy(list(self.messages))
+        check_answered(self.messages)
+
+    @property
+    def wake(self) -> float | None:
+        """When ``TimePassed`` is due, unless something else happens first."""
+        return min(self._running.values(), default=None)
+
+    def start(self, now: float) -> list[Action]:
+        """The first actions."""
+        if self.limits.timeout is not None:
+            self.deadline = now + self.limits.timeout
+        return self._ask(now)
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """What to do after an event."""
+        match event:
+            case TurnFinished():
+                return self._turn_finished(event, now)
+            case Decided(number, decision):
+                return self._decided(number, decision, now)
+            case ToolFinished(number, outcome):
+                if number not in self._running:
+                    return []  # abandoned before it came back
+                return [*self._settle(number, outcome), *self._advance(now)]
+            case TimePassed():
+                return [*self._abandon_late(now), *self._advance(now)]
+
+    def result(self, finish_reason: str) -> ToolLoopResult:
+        """The loop so far."""
+        return ToolLoopResult(
+            self.text,
+            list(self.messages),
+            list(self.tool_log),
+            self.turn,
+            finish_reason,
+            self.usage,
+            self._calls,
+            tuple(self.request_ids),
+            self.session,
+        )
+
+    def _ask(self, now: float) -> list[Action]:
+        if self.deadline is not None and now >= self.deadline:
+            return [Fail(self._with_transcript(DeadlineExceededError(self._deadline_text())))]
+        self.turn += 1
+        left = None if self.deadline is None else self.deadline - now
+        return [AskModel(self.turn, list(self.messages), left)]
+
+    def _with_transcript(self, error: LoopmuxError) -> LoopmuxError:
+        error.messages = list(self.messages)
+        return error
+
+    def _deadline_text(self) -> str:
+        return f"the tool loop's deadline of {self.limits.timeout:g} s passed after {self.turn} turns"
+
+    def _turn_finished(self, event: TurnFinished, now: float) -> list[Action]:
+        result = event.result
+        self.text = result.text
+        self.usage += result.usage
+        self.request_ids.append(result.request_id)
+        self.messages.append(assistant_message(result.text, result.tool_calls))
+        actions: list[Action] = [Report(event)]
+        if not result.tool_calls:
+            return [*actions, Finish(self.result(result.finish_reason))]
+        first = self._numbered
+        self._numbered += len(result.tool_calls)
+        self._pending = {first + at: _Pending(call) for at, call in enumerate(result.tool_calls)}
+        if stop := self._reason_to_run_nothing(result):
+            self._finish_reason, why = stop
+            for number in self._pending:
+                actions += self._settle(number, skipped(why))
+            return [*actions, *self._advance(now)]
+        self._finish_reason = ""
+        admitted = [action for number, pending in self._pending.items() for action in self._admit(number, pending.call)]
+        if any(pending.outcome is None for pending in self._pending.values()):
+            actions.append(HintWaiting())
+        return [*actions, *admitted, *self._advance(now)]
+
+    def _reason_to_run_nothing(self, result: Result) -> tuple[str, str] | None:
+        if result.finish_reason == "length":
+            return "length", "the answer was cut at max_new_tokens"
+        if self.turn >= self.limits.max_turns:
+            return "max_turns", f"the limit of {self.limits.max_turns} turns was reached"
+        return None
+
+    def _admit(self, number: int, call: ToolCall) -> list[Action]:
+        """Refuse a call at once, ask about it, or queue it."""
+        tool = self.tools.get(call.name)
+        if call.error is not None:
+            return self._settle(number, failed(f"the call could not be read: {call.error}"))
+        if tool is None:
+            names = ", ".join(self.tools) or "there are none"
+            return self._settle(number, failed(f"unknown tool {call.name!r}, expected one of: {names}"))
+        if problems := tool.problems(call.arguments):
+            return self._settle(number, failed(f"bad arguments for {call.name}: {problems}"))
+        if self._calls >= self.limits.max_tool_calls:
+            self._finish_reason = "max_tool_calls"
+            return self._settle(number, skipped(f"the limit of {self.limits.max_tool_calls} tool calls was reached"))
+        self._calls += 1
+        if self.approval:
+            return [AskApproval(number, call)]
+        self._queue.append(number)
+        return []
+
+    def _decided(self, number: int, decision: Decision, now: float) -> list[Action]:
+        actions: list[Action] = []
+        match decision:
+            case Run():
+                self._queue.append(number)
+            case Deny(reason):
+                self._calls -= 1
+                text = f"Denied: {reason}" if reason else "Denied: the user did not allow this call."
+                actions = self._settle(number, Outcome("denied", text, error=reason or None))
+            case Substitute(result):
+                self._calls -= 1
+                actions = self._settle(number, succeeded(result, "substituted"))
+        return [*actions, *self._advance(now)]
+
+    def _advance(self, now: float) -> list[Action]:
+        """Start what may run; when nothing is left of the turn, close it."""
+        actions: list[Action] = []
+        while self._queue and len(self._running) < self.limits.concurrency:
+            number = self._queue.popleft()
+            if self.deadline is not None and now >= self.deadline:
+                actions += self._settle(number, failed("not run: the loop's deadline passed"))
+                continue
+            call = self._pending[number].call
+            tool = self.tools[call.name]
+            until = now + (tool.timeout or self.limits.tool_timeout)
+            self._running[number] = until if self.deadline is None else min(until, self.deadline)
+            actions.append(RunTool(number, self.turn, call, tool))
+        if self._pending and all(pending.outcome for pending in self._pending.values()):
+            actions += self._close_turn(now)
+        return actions
+
+    def _abandon_late(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for number in [n for n, until in self._running.items() if until <= now]:
+            tool = self.tools[self._pending[number].call.name]
+            late = self.deadline is not None and now >= self.deadline
+            limit = "the loop's deadline" if late else f"{tool.timeout or self.limits.tool_timeout:g} s"
+            actions += [AbandonTool(number), *self._settle(number, failed(f"no result within {limit}"))]
+        return actions
+
+    def _settle(self, number: int, outcome: Outcome) -> list[Action]:
+        """Give a call its one outcome, its text within the limit."""
+        self._running.pop(number, None)
+        outcome = cut(outcome, self.limits.max_result_size)
+        pending = self._pending[number]
+        pending.outcome = outcome
+        report = ToolResult(self.turn, pending.call, outcome.status, outcome.content, outcome.error)
+        return [Report(report)]
+
+    def _close_turn(self, now: float) -> list[Action]:
+        """Append the turn's tool messages in call order and decide how to go on."""
+        done = [(pending.call, pending.outcome) for pending in self._pending.values() if pending.outcome]
+        self._pending = {}
+        for call, outcome in done:
+            self.messages.append(tool_message(call, outcome.content))
+            self.tool_log.append(log_entry(call, outcome, self.turn))
+        if self.limits.stop_when_denied and all(outcome.status == "denied" for _, outcome in done):
+            return [Finish(self.result("denied"))]
+        if self._repeats(done):
+            return [Finish(self.result("repeat"))]
+        match self._finish_reason:
+            case "":
+                return self._ask(now)
+            case "length":
+                return [Finish(self.result("length"))]
+            case reason:
+                return [Fail(self._exhausted(reason))]
+
+    def _repeats(self, done: list[tuple[ToolCall, Outcome]]) -> bool:
+        """Count what failed, once per turn: the model has to see a failure before repeating it means anything."""
+        keys = {call_key(call): outcome.status in ("error", "denied") for call, outcome in done}
+        for key, bad in keys.items():
+            self._failures[key] = self._failures[key] + 1 if bad else 0
+        return any(self._failures[key] >= self.limits.max_failures for key in keys)
+
+    def _exhausted(self, reason: str) -> LoopmuxError:
+        limit = f"{reason}={getattr(self.limits, reason)}"
+        text = (
+            f"the tool loop used up {limit} and the model still asks for tools: raise the limit, "
+            "or run on from the error's .messages"
+        )
+        return MaxTurnsError(text, result=self.result(reason), messages=list(self.messages))
