@@ -9,6 +9,7 @@ from pathlib import Path
 from loopmux.errors import ConfigError
 
 ENDPOINT_VARIABLE = "LOOPMUX_ENDPOINT"
+_LAST_PORT = 65535
 _LONGEST_IPC_PATH = 100
 """A Unix socket path holds 107 bytes; the worker socket and the lock file add a suffix of at most 7."""
 
@@ -46,8 +47,11 @@ def ipc_path(endpoint: str) -> Path | None:
         ConfigError: neither ipc nor tcp, or a path too long for a Unix socket.
     """
     if endpoint.startswith("tcp://"):
-        if not endpoint.rsplit(":", 1)[-1].isdecimal():
-            raise ConfigError(f"endpoint {endpoint!r} names no port, expected for example tcp://127.0.0.1:7750")
+        port = endpoint.rsplit(":", 1)[-1]
+        if not port.isdecimal() or int(port) > _LAST_PORT:
+            raise ConfigError(
+                f"endpoint {endpoint!r} names no port up to {_LAST_PORT}, expected for example tcp://127.0.0.1:7750"
+            )
         return None
     if not endpoint.startswith("ipc://") or len(endpoint) == len("ipc://"):
         raise ConfigError(f"endpoint {endpoint!r} is neither ipc:///path/to/socket nor tcp://host:port")

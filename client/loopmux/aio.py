@@ -1,0 +1,395 @@
+"""The asyncio client: the same connection core, driven by the event loop through the socket's descriptor.
+
+A plain socket and ``loop.add_reader``: the descriptor of a ZeroMQ socket is edge-triggered and stands for sending and
+receiving alike, so after every turn the socket's events are looked at again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+from loopmux import __version__, wire
+from loopmux.client import Messages, hint_of, make_request
+from loopmux.connection import Connection
+from loopmux.endpoints import default_endpoint, ipc_path
+from loopmux.errors import CancelledError, ConnectionLostError, LoopmuxError
+from loopmux.events import (
+    Answer,
+    Asked,
+    CancelAsked,
+    Closed,
+    ConnectionEvent,
+    Consumed,
+    Deliver,
+    Fail,
+    Finish,
+    Hinted,
+    Received,
+    Request,
+    Submitted,
+    TimePassed,
+)
+from loopmux.link import Link
+from loopmux.messages import DEFAULT_TIMEOUT, ModelStatus, Status
+from loopmux.options import Defaults, Options, PromptOptions, merge
+from loopmux.pump import Sink, dispatch
+from loopmux.results import Result, StreamEvent, TextDelta
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from loopmux.loop import ToolLoopResult
+
+_DRAIN = 64
+"""Messages taken per turn of the loop before other tasks get theirs."""
+
+
+class _Inbox:
+    """What came for one request; one task waits for it. A cancelled wait loses nothing."""
+
+    def __init__(self) -> None:
+        self._items: deque[Deliver | Finish | Fail | Answer] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: Deliver | Finish | Fail | Answer) -> None:
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> Deliver | Finish | Fail | Answer:
+        while not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._items.popleft()
+
+
+class _Driver:
+    """One connection, driven by the event loop it was made in."""
+
+    def __init__(self, endpoint: str, connect_timeout: float) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.pid = os.getpid()
+        self.closed = False
+        self._core = Connection(endpoint, wire.new_id(), connect_timeout, f"loopmux {__version__}")
+        self._link = Link(endpoint)
+        self._sinks: dict[bytes, Sink] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._again: asyncio.Handle | None = None
+        self.loop.add_reader(self._link.descriptor, self._turn)
+
+    def start(self, event: Submitted | Asked, sink: Sink) -> None:
+        """Begin a request or a question whose outcome and events go to ``sink``."""
+        self._sinks[event.request.id if isinstance(event, Submitted) else event.id] = sink
+        self.post(event)
+
+    def post(self, event: ConnectionEvent) -> None:
+        """Handle an event of a caller now."""
+        if not self.closed:
+            self._handle(event)
+            self._settle()
+
+    def forget(self, request: bytes) -> None:
+        """Nobody waits for the outcome of this request any more."""
+        self._sinks.pop(request, None)
+
+    def close(self) -> None:
+        """Cancel what runs, say goodbye, close the socket; if the event loop is gone, only the last."""
+        if self.closed:
+            return
+        self.closed = True
+        if not self.loop.is_closed():
+            self._handle(Closed())
+            self.loop.remove_reader(self._link.descriptor)
+            for handle in (self._timer, self._again):
+                if handle is not None:
+                    handle.cancel()
+        self._link.close()
+
+    def _handle(self, event: ConnectionEvent) -> None:
+        dispatch(self._core.handle(event, self.loop.time()), self._link, self._sinks)
+
+    def _turn(self) -> None:
+        """Take what is there; the descriptor only says that something may have changed."""
+        self._again = None
+        self._link.flush()
+        for _ in range(_DRAIN):
+            frames = self._link.receive()
+            if frames is None:
+                break
+            self._handle(Received(frames))
+        self._settle()
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._handle(TimePassed())
+        self._settle()
+
+    def _settle(self) -> None:
+        """Come back for what the descriptor will not announce again, and for the next timer."""
+        if self._again is None and self._link.ready:
+            self._again = self.loop.call_soon(self._turn)
+        due = self._core.next_timer()
+        if self._timer is not None and due < self._timer.when():
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None and not math.isinf(due):
+            self._timer = self.loop.call_at(due, self._tick)
+
+
+class _Channel:
+    """The way to a broker that a client and its ``with_options`` copies share; opened at the first use in a loop."""
+
+    def __init__(self, endpoint: str, connect_timeout: float) -> None:
+        self._endpoint = endpoint
+        self.connect_timeout = connect_timeout
+        self._driver: _Driver | None = None
+        self._inherited: list[_Driver] = []
+        self._closed = False
+
+    def driver(self) -> _Driver:
+        """The driver of the running loop.
+
+        Raises:
+            ConnectionLostError: the client was closed.
+            RuntimeError: the client is in use by another loop.
+        """
+        if self._closed:
+            raise ConnectionLostError("the client is closed: make another one", retryable=False)
+        if self._driver is not None and self._driver.pid != os.getpid():
+            self._inherited.append(self._driver)  # a forked child: kept, for the parent's sockets are not ours to close
+            self._driver = None
+        if self._driver is not None and self._driver.loop is not asyncio.get_running_loop():
+            if not self._driver.loop.is_closed():
+                raise RuntimeError("this AsyncClient is used by another event loop: make one client per loop")
+            self._driver.close()
+            self._driver = None
+        if self._driver is None:
+            self._driver = _Driver(self._endpoint, self.connect_timeout)
+        return self._driver
+
+    def close(self) -> None:
+        """Close for good; a second time does nothing."""
+        self._closed = True
+        if self._driver is not None and self._driver.pid == os.getpid():
+            self._driver.close()
+
+
+class AsyncStream:
+    """A generation that is being received: ``async for`` over its events, once, in one task.
+
+    As an async context manager it cancels the request in the engine when the block is left before the end.
+    """
+
+    def __init__(self, driver: _Driver, request: Request) -> None:
+        self.request_id = request.id.hex()
+        self._driver = driver
+        self._id = request.id
+        self._inbox = _Inbox()
+        self._texts: list[str] = []
+        self._outcome: Result | LoopmuxError | None = None
+        self._raised = False
+        driver.start(Submitted(request), self._inbox.put)
+
+    def __aiter__(self) -> AsyncIterator[StreamEvent]:
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        if self._outcome is None:
+            event = await self._take()
+            if event is not None:
+                return event
+        if isinstance(self._outcome, LoopmuxError) and not self._raised:
+            self._raised = True
+            raise self._outcome
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave()
+
+    @property
+    def text(self) -> str:
+        """The text of the events read so far."""
+        return "".join(self._texts)
+
+    @property
+    def result(self) -> Result:
+        """The whole result of a stream that was read to its end; ``await wait()`` reads the rest first.
+
+        Raises:
+            LoopmuxError: the request failed or was cancelled, or has not ended yet.
+        """
+        if self._outcome is None:
+            raise LoopmuxError("the stream has not ended: read it to its end, or use `await stream.wait()`")
+        if isinstance(self._outcome, LoopmuxError):
+            raise self._outcome
+        return self._outcome
+
+    async def wait(self) -> Result:
+        """Read the rest of the stream and return the whole result.
+
+        Raises:
+            LoopmuxError: the request failed or was cancelled.
+        """
+        while self._outcome is None:
+            await self._take()
+        return self.result
+
+    def cancel(self) -> None:
+        """Ask for the end of the request; the reader then gets CancelledError, or the end if that was first."""
+        if self._outcome is None:
+            self._driver.post(CancelAsked(self._id))
+
+    def leave(self) -> None:
+        """Stop reading: an unfinished request is cancelled in the engine, and the reader's side ends at once."""
+        if self._outcome is None:
+            self._driver.forget(self._id)
+            self._driver.post(CancelAsked(self._id))
+            left = "the stream was left before its end"
+            self._outcome = CancelledError(left, request_id=self.request_id, partial_text=self.text)
+
+    async def _take(self) -> StreamEvent | None:
+        """Wait for the next event; None when the outcome came instead."""
+        match await self._inbox.get():
+            case Deliver(_, event, report):
+                if isinstance(event, TextDelta):
+                    self._texts.append(event.text)
+                if report:
+                    self._driver.post(Consumed(self._id, report))
+                return event
+            case Finish(_, result):
+                self._outcome = result
+            case Fail(_, error):
+                self._outcome = error
+        return None
+
+
+class AsyncClient:
+    """``Client`` for asyncio: the same methods, awaited. Belongs to the event loop it is first used in.
+
+    Cancelling a task that awaits a call cancels the request in the engine.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        connect_timeout: float = 5.0,
+        **options: Unpack[Defaults],
+    ) -> None:
+        self.endpoint = endpoint or default_endpoint()
+        ipc_path(self.endpoint)
+        self._options = merge(options, {"timeout": timeout})
+        self._channel = _Channel(self.endpoint, connect_timeout)
+        self._owner = True
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel what runs and close the connection. A copy made by ``with_options`` leaves it to its original."""
+        if self._owner:
+            self._channel.close()
+
+    def with_options(self, **options: Unpack[Options]) -> AsyncClient:
+        """A client with other defaults that shares this one's connection."""
+        copy = object.__new__(type(self))
+        copy.endpoint = self.endpoint
+        copy._options = merge(self._options, options)
+        copy._channel = self._channel
+        copy._owner = False
+        return copy
+
+    async def generate(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> Result:
+        """Generate from a prompt (or ``messages=``, ``prompt_token_ids=``) and wait for the whole result.
+
+        Raises:
+            LoopmuxError: one of the family in ``loopmux.errors``, with the text so far.
+        """
+        async with self._begin(options, prompt, collect=True) as answer:
+            return await answer.wait()
+
+    def stream(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> AsyncStream:
+        """Begin a generation whose events are read as they come: ``async with client.stream(…) as s``."""
+        return self._begin(options, prompt, collect=False)
+
+    async def chat(
+        self, messages: Messages, *, tools: Iterable[Any] | None = None, **options: Unpack[Options]
+    ) -> Result:
+        """One turn of a conversation; ``tools`` are functions, Tools or schemas.
+
+        The calls that the model makes are in the result's ``tool_calls``; nothing is run.
+        """
+        turn = {**options, "messages": messages, "tools": None if tools is None else list(tools)}
+        async with self._begin(turn, None, collect=True) as answer:
+            return await answer.wait()
+
+    async def run_tools(
+        self, prompt_or_messages: str | Messages, *, tools: Iterable[Any], max_turns: int = 10, **options: Any
+    ) -> ToolLoopResult:
+        """Let the model use tools until it answers; see ``loopmux.loop.arun``."""
+        from loopmux import loop
+
+        return await loop.arun(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
+
+    def iter_tools(
+        self, prompt_or_messages: str | Messages, *, tools: Iterable[Any], max_turns: int = 10, **options: Any
+    ) -> AsyncIterator[Any]:
+        """Like ``run_tools``, yielding what happens as it happens; see ``loopmux.loop.aiterate``."""
+        from loopmux import loop
+
+        events: AsyncIterator[Any] = loop.aiterate(
+            self, prompt_or_messages, tools=tools, max_turns=max_turns, **options
+        )
+        return events
+
+    async def hint(
+        self, session: str, state: Literal["waiting_on_tool", "done"], expected: float | None = None
+    ) -> None:
+        """Tell the broker whether a session comes back, and after how many seconds if that is known; never waits."""
+        self._channel.driver().post(Hinted(hint_of(session, state, expected)))
+
+    async def status(self) -> Status:
+        """What the broker knows: models, workers, launchers, counters.
+
+        Raises:
+            ConnectionLostError: no answer within ``connect_timeout``.
+        """
+        inbox = _Inbox()
+        driver = self._channel.driver()
+        driver.start(Asked(wire.new_id(), driver.loop.time() + self._channel.connect_timeout), inbox.put)
+        match await inbox.get():
+            case Answer(_, status):
+                return status
+            case Fail(_, error):
+                raise error
+            case other:
+                raise AssertionError(f"a question was answered with {other}")
+
+    async def models(self) -> list[ModelStatus]:
+        """The models the broker knows, as in ``status``."""
+        return list((await self.status()).models)
+
+    def _begin(self, options: Mapping[str, Any], prompt: str | None, *, collect: bool) -> AsyncStream:
+        driver = self._channel.driver()
+        request = make_request(merge(self._options, options, {"prompt": prompt}), driver.loop.time(), collect=collect)
+        return AsyncStream(driver, request)

@@ -1,0 +1,265 @@
+"""The sync client.
+
+Safe to share between threads: every call is a request of its own on one connection, which one background thread owns.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+from loopmux import wire
+from loopmux.codec import FieldError, build
+from loopmux.endpoints import default_endpoint, ipc_path
+from loopmux.errors import BadRequestError, CancelledError, ConnectionLostError, LoopmuxError
+from loopmux.events import Answer, Asked, CancelAsked, Consumed, Deliver, Fail, Finish, Hinted, Request, Submitted
+from loopmux.messages import DEFAULT_TIMEOUT, ModelStatus, SessionHint, Status
+from loopmux.options import Defaults, Options, PromptOptions, merge, prepare
+from loopmux.pump import Channel, Pump
+from loopmux.results import Result, StreamEvent, TextDelta
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from loopmux.loop import ToolLoopResult
+
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: role/content maps as chat templates take them."""
+
+
+class Stream:
+    """A generation that is being received: iterate over its events, once, in one thread.
+
+    As a context manager it cancels the request in the engine when the block is left before the end. Iterating raises
+    the request's error where it failed.
+    """
+
+    def __init__(self, pump: Pump, request: Request) -> None:
+        self.request_id = request.id.hex()
+        self._pump = pump
+        self._id = request.id
+        self._inbox: queue.SimpleQueue[Deliver | Finish | Fail | Answer] = queue.SimpleQueue()
+        self._texts: list[str] = []
+        self._outcome: Result | LoopmuxError | None = None
+        self._raised = False
+        pump.start(Submitted(request), self._inbox.put)
+
+    def __iter__(self) -> Iterator[StreamEvent]:
+        return self
+
+    def __next__(self) -> StreamEvent:
+        if self._outcome is None:
+            event = self._take()
+            if event is not None:
+                return event
+        if isinstance(self._outcome, LoopmuxError) and not self._raised:
+            self._raised = True
+            raise self._outcome
+        raise StopIteration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave()
+
+    def __del__(self) -> None:
+        # __init__ may have failed before the request began
+        if getattr(self, "_outcome", self) is None:
+            self.leave()
+
+    @property
+    def text(self) -> str:
+        """The text of the events read so far."""
+        return "".join(self._texts)
+
+    @property
+    def result(self) -> Result:
+        """The whole result; reads the rest of the stream if that was not done.
+
+        Raises:
+            LoopmuxError: the request failed or was cancelled.
+        """
+        while self._outcome is None:
+            self._take()
+        if isinstance(self._outcome, LoopmuxError):
+            raise self._outcome
+        return self._outcome
+
+    def cancel(self) -> None:
+        """Ask for the end of the request, from any thread.
+
+        The reader then gets CancelledError, or the end of the stream if that was first.
+        """
+        if self._outcome is None:
+            self._pump.post(CancelAsked(self._id))
+
+    def leave(self) -> None:
+        """Stop reading: an unfinished request is cancelled in the engine, and the reader's side ends at once."""
+        if self._outcome is None:
+            self._pump.forget(self._id)
+            self._pump.post(CancelAsked(self._id))
+            left = "the stream was left before its end"
+            self._outcome = CancelledError(left, request_id=self.request_id, partial_text=self.text)
+
+    def _take(self) -> StreamEvent | None:
+        """Wait for the next event; None when the outcome came instead."""
+        if self._pump.pid != os.getpid():
+            raise ConnectionLostError(f"this stream belongs to process {self._pump.pid}: make a request in this one")
+        match self._inbox.get():
+            case Deliver(_, event, report):
+                if isinstance(event, TextDelta):
+                    self._texts.append(event.text)
+                if report:
+                    self._pump.post(Consumed(self._id, report))
+                return event
+            case Finish(_, result):
+                self._outcome = result
+            case Fail(_, error):
+                self._outcome = error
+        return None
+
+
+class Client:
+    """A client of the broker at ``endpoint`` (``$LOOPMUX_ENDPOINT``, else this user's ipc socket).
+
+    Nothing is opened before the first call. ``timeout`` is the total deadline of a call that names none,
+    ``connect_timeout`` how long to wait for a broker that never answered, both in seconds. Other options become the
+    default of every call.
+
+    Raises:
+        ConfigError: the endpoint is not one.
+        BadRequestError: an unknown option.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        connect_timeout: float = 5.0,
+        **options: Unpack[Defaults],
+    ) -> None:
+        self.endpoint = endpoint or default_endpoint()
+        ipc_path(self.endpoint)
+        self._options = merge(options, {"timeout": timeout})
+        self._channel = Channel(self.endpoint, connect_timeout)
+        self._owner = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what runs and close the connection. A copy made by ``with_options`` leaves it to its original."""
+        if self._owner:
+            self._channel.close()
+
+    def with_options(self, **options: Unpack[Options]) -> Client:
+        """A client with other defaults that shares this one's connection."""
+        copy = object.__new__(type(self))
+        copy.endpoint = self.endpoint
+        copy._options = merge(self._options, options)
+        copy._channel = self._channel
+        copy._owner = False
+        return copy
+
+    def generate(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> Result:
+        """Generate from a prompt (or ``messages=``, ``prompt_token_ids=``) and wait for the whole result.
+
+        Raises:
+            LoopmuxError: one of the family in ``loopmux.errors``, with the text so far.
+        """
+        with self._begin(options, prompt, collect=True) as answer:
+            return answer.result
+
+    def stream(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> Stream:
+        """Begin a generation whose events are read as they come; use it as a context manager."""
+        return self._begin(options, prompt, collect=False)
+
+    def chat(self, messages: Messages, *, tools: Iterable[Any] | None = None, **options: Unpack[Options]) -> Result:
+        """One turn of a conversation; ``tools`` are functions, Tools or schemas.
+
+        The calls that the model makes are in the result's ``tool_calls``; nothing is run.
+        """
+        turn = {**options, "messages": messages, "tools": None if tools is None else list(tools)}
+        with self._begin(turn, None, collect=True) as answer:
+            return answer.result
+
+    def run_tools(
+        self, prompt_or_messages: str | Messages, *, tools: Iterable[Any], max_turns: int = 10, **options: Any
+    ) -> ToolLoopResult:
+        """Let the model use tools until it answers; see ``loopmux.loop.run``."""
+        from loopmux import loop
+
+        return loop.run(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
+
+    def iter_tools(
+        self, prompt_or_messages: str | Messages, *, tools: Iterable[Any], max_turns: int = 10, **options: Any
+    ) -> Iterator[Any]:
+        """Like ``run_tools``, yielding what happens as it happens; see ``loopmux.loop.iterate``."""
+        from loopmux import loop
+
+        events: Iterator[Any] = loop.iterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
+        return events
+
+    def hint(self, session: str, state: Literal["waiting_on_tool", "done"], expected: float | None = None) -> None:
+        """Tell the broker whether a session comes back, and after how many seconds if that is known; never waits."""
+        self._channel.pump().post(Hinted(hint_of(session, state, expected)))
+
+    def status(self) -> Status:
+        """What the broker knows: models, workers, launchers, counters.
+
+        Raises:
+            ConnectionLostError: no answer within ``connect_timeout``.
+        """
+        inbox: queue.SimpleQueue[Deliver | Finish | Fail | Answer] = queue.SimpleQueue()
+        question = Asked(wire.new_id(), time.monotonic() + self._channel.connect_timeout)
+        self._channel.pump().start(question, inbox.put)
+        match inbox.get():
+            case Answer(_, status):
+                return status
+            case Fail(_, error):
+                raise error
+            case other:
+                raise AssertionError(f"a question was answered with {other}")
+
+    def models(self) -> list[ModelStatus]:
+        """The models the broker knows, as in ``status``."""
+        return list(self.status().models)
+
+    def _begin(self, options: Mapping[str, Any], prompt: str | None, *, collect: bool) -> Stream:
+        request = make_request(merge(self._options, options, {"prompt": prompt}), time.monotonic(), collect=collect)
+        return Stream(self._channel.pump(), request)
+
+
+def make_request(options: Mapping[str, Any], now: float, *, collect: bool) -> Request:
+    """A request from merged options.
+
+    Raises:
+        BadRequestError, PayloadTooLargeError: it cannot be asked.
+    """
+    ready = prepare(options)
+    return Request(wire.new_id(), ready.submit, ready.body, now + ready.submit.timeout, ready.idle_timeout, collect)
+
+
+def hint_of(session: str, state: str, expected: float | None) -> SessionHint:
+    """A checked SESSION hint.
+
+    Raises:
+        BadRequestError: a field is of the wrong type or the state unknown.
+    """
+    try:
+        return build(SessionHint, {"session": session, "state": state, "expected": expected})
+    except FieldError as error:
+        raise BadRequestError(str(error)) from error

@@ -1,0 +1,330 @@
+"""One connection to a broker, shared by many requests: who is there, since when, and what to repeat.
+
+A pure core: ``Connection.handle(event, now)`` returns what to do. It does no I/O and reads no clock; the sync and the
+asyncio client are two shells around it.
+
+::
+
+    IDLE ──first request──▶ GREETING ──WELCOME──▶ READY ──silence, WHO──▶ GREETING
+      ▲                        │ ERROR, nobody there in time and nothing waits
+      └────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import assert_never
+
+from loopmux import codec, wire
+from loopmux.errors import CancelledError, ConnectionLostError, LoopmuxError, ProtocolError, from_code
+from loopmux.events import (
+    Action,
+    Answer,
+    Arrived,
+    Asked,
+    Attached,
+    CancelAsked,
+    Closed,
+    ConnectionEvent,
+    Consumed,
+    Detached,
+    Fail,
+    Hinted,
+    Introduce,
+    Ponged,
+    Received,
+    Refused,
+    Request,
+    RequestEvent,
+    Send,
+    Submitted,
+    TimePassed,
+)
+from loopmux.messages import Failure, Hello, Status, Welcome
+from loopmux.stream import RESEND, Exchange, Stage
+from loopmux.wire import Header, Kind, Message
+
+HELLO_AGAIN = 0.5
+"""Seconds until HELLO is repeated (docs/protocol.md)."""
+SILENT_HEARTBEATS = 3
+"""After so many heartbeats without a word the broker counts as away."""
+_STALE_TIMERS = 64
+"""Timers of ended requests that may lie in the heap before it is swept."""
+
+
+class State(Enum):
+    """What is known about the broker."""
+
+    IDLE = auto()
+    GREETING = auto()
+    READY = auto()
+    CLOSED = auto()
+
+
+@dataclass(slots=True)
+class _Question:
+    deadline: float
+    resend_at: float
+
+
+class Connection:
+    """All requests of one client over one socket.
+
+    ``instance`` (16 bytes) names the client over its reconnections. ``connect_timeout``, seconds, bounds the wait for a
+    broker that never answered; once one did, requests wait for its return within their deadline. ``malformed`` counts
+    messages that were dropped.
+    """
+
+    def __init__(self, endpoint: str, instance: bytes, connect_timeout: float, software: str = "") -> None:
+        self._endpoint = endpoint
+        self._hello = codec.pack(Hello(wire.VERSIONS, instance, software))
+        self._connect_timeout = connect_timeout
+        self.state = State.IDLE
+        self.malformed = 0
+        self._welcome: Welcome | None = None
+        self._exchanges: dict[bytes, Exchange] = {}
+        self._questions: dict[bytes, _Question] = {}
+        self._timers: list[tuple[float, bytes]] = []
+        self._armed: dict[bytes, float] = {}  # the earliest timer of each request that is in the heap
+        self._hello_at = math.inf
+        self._ping_at = math.inf
+        self._heard = 0.0
+        self._seen: float | None = None
+
+    def handle(self, event: ConnectionEvent, now: float) -> list[Action]:
+        """Take an event in and say what to do about it."""
+        self._forgive_pause(now)
+        match event:
+            case Received(frames):
+                return self._received(frames, now)
+            case Consumed(request) | CancelAsked(request):
+                return self._tell(request, event, now)
+            case TimePassed():
+                return self._time_passed(now)
+            case Submitted(request):
+                return self._submitted(request, now)
+            case Asked():
+                return self._asked(event, now)
+            case Hinted(hint):
+                session = Send(Message(Header(Kind.SESSION), codec.pack(hint)))
+                return [session] if self.state is State.READY else []  # a hint to nobody helps nobody
+            case Closed():
+                return self._closed(now)
+            case _:
+                assert_never(event)
+
+    def next_timer(self) -> float:
+        """When ``TimePassed`` is to be handled next; infinity for never."""
+        requests = self._timers[0][0] if self._timers else math.inf
+        questions = min((min(q.deadline, q.resend_at) for q in self._questions.values()), default=math.inf)
+        return min(requests, questions, self._hello_at, self._ping_at, self._unreachable_at())
+
+    # --- callers ------------------------------------------------------------------------------------------------------
+
+    def _submitted(self, request: Request, now: float) -> list[Action]:
+        exchange = self._exchanges[request.id] = Exchange(request, now)
+        if self.state is State.READY and self._welcome is not None:
+            return self._tell(request.id, _attached(self._welcome, fresh=False), now)
+        self._follow(exchange)
+        return self._greet(now) if self.state is State.IDLE else []
+
+    def _asked(self, event: Asked, now: float) -> list[Action]:
+        ready = self.state is State.READY
+        self._questions[event.id] = _Question(event.deadline, now + RESEND if ready else math.inf)
+        if self.state is State.IDLE:
+            return self._greet(now)
+        return [Send(Message(Header(Kind.STATUS, event.id)))] if ready else []
+
+    def _closed(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for request in list(self._exchanges):
+            actions += self._tell(request, CancelAsked(request), now)
+            actions += self._tell(request, Refused(CancelledError("the client was closed")), now)
+        actions += [Fail(id_, CancelledError("the client was closed")) for id_ in self._questions]
+        self._questions.clear()
+        if self.state is State.READY:
+            actions.append(Send(Message(Header(Kind.BYE))))
+        self.state = State.CLOSED
+        self._hello_at = self._ping_at = math.inf
+        return actions
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def _tell(self, request: bytes, event: RequestEvent, now: float) -> list[Action]:
+        exchange = self._exchanges.get(request)
+        if exchange is None:
+            return []
+        actions: list[Action] = [*exchange.handle(event, now)]
+        self._follow(exchange)
+        return actions
+
+    def _tell_all(self, event: RequestEvent, now: float) -> list[Action]:
+        return [action for request in list(self._exchanges) for action in self._tell(request, event, now)]
+
+    def _follow(self, exchange: Exchange) -> None:
+        """Forget an ended request; see to it that a live one is woken when it is due."""
+        id_ = exchange.request.id
+        if exchange.stage is Stage.DONE:
+            del self._exchanges[id_]
+            self._armed.pop(id_, None)
+            self._sweep()
+        elif exchange.due < self._armed.get(id_, math.inf):
+            self._armed[id_] = exchange.due
+            heapq.heappush(self._timers, (exchange.due, id_))
+
+    def _sweep(self) -> None:
+        if len(self._timers) > _STALE_TIMERS + 4 * len(self._exchanges):
+            self._timers = [(due, id_) for due, id_ in self._timers if self._armed.get(id_) == due]
+            heapq.heapify(self._timers)
+
+    def _wake_due(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        while self._timers and self._timers[0][0] <= now:
+            due, id_ = heapq.heappop(self._timers)
+            if self._armed.get(id_) == due:
+                del self._armed[id_]
+                actions += self._tell(id_, TimePassed(), now)
+        return actions
+
+    # --- what the broker says -----------------------------------------------------------------------------------------
+
+    def _received(self, frames: list[bytes], now: float) -> list[Action]:
+        try:
+            message = wire.from_frames(frames)
+            self._heard = now
+            if message.header.request in self._exchanges:
+                return self._tell(message.header.request, Arrived(message), now)
+            return self._about_connection(message, now)
+        except ProtocolError:
+            self.malformed += 1  # whatever it was to be, its sender repeats it or the request's deadline ends the wait
+            return []
+
+    def _about_connection(self, message: Message, now: float) -> list[Action]:
+        match message.kind:
+            case Kind.PONG:
+                return self._tell_all(Ponged(), now)
+            case Kind.WELCOME:
+                return self._welcomed(codec.unpack(Welcome, message.route), now)
+            case Kind.WHO if self.state is State.READY:
+                return self._lose(now)
+            case Kind.REPORT if message.header.request in self._questions:
+                return self._reported(message)
+            case Kind.ERROR if message.header.request == wire.NO_ID:
+                return self._turned_away(codec.unpack(Failure, message.body)) if self.state is State.GREETING else []
+            case kind if kind in wire.TERMINALS:  # our ENDACK was lost
+                return [Send(Message(Header(Kind.ENDACK, message.header.request)))]
+        return []
+
+    def _reported(self, message: Message) -> list[Action]:
+        id_ = message.header.request
+        del self._questions[id_]
+        try:
+            return [Answer(id_, codec.unpack(Status, message.body, codec.BODY_LIMITS))]
+        except ProtocolError as error:
+            return [Fail(id_, error)]
+
+    def _welcomed(self, welcome: Welcome, now: float) -> list[Action]:
+        known, self._welcome = self._welcome, welcome
+        fresh = known is None or known.epoch != welcome.epoch
+        if self.state is State.CLOSED or (self.state is State.READY and not fresh):
+            return []
+        if welcome.version not in wire.VERSIONS or welcome.heartbeat <= 0 or welcome.window < 1:
+            self._welcome = None
+            return self._refuse(ProtocolError(f"the broker at {self._endpoint} sent an impossible WELCOME: {welcome}"))
+        self.state = State.READY
+        self._hello_at = math.inf
+        self._ping_at = now + welcome.heartbeat
+        actions = self._tell_all(_attached(welcome, fresh=fresh), now)
+        for id_, question in self._questions.items():
+            question.resend_at = now + RESEND
+            actions.append(Send(Message(Header(Kind.STATUS, id_))))
+        return actions
+
+    def _turned_away(self, failure: Failure) -> list[Action]:
+        return self._refuse(from_code(failure.code, failure.message, retryable=failure.retryable))
+
+    def _refuse(self, error: LoopmuxError) -> list[Action]:
+        """Nobody will serve what waits now; the next request tries anew."""
+        self.state = State.IDLE
+        self._hello_at = self._ping_at = math.inf
+        actions: list[Action] = [Fail(id_, error) for id_ in self._questions]
+        self._questions.clear()
+        for request in list(self._exchanges):
+            actions += self._tell(request, Refused(_again(error)), self._heard)
+        return actions
+
+    # --- presence -----------------------------------------------------------------------------------------------------
+
+    def _greet(self, now: float) -> list[Action]:
+        self.state = State.GREETING
+        self._ping_at = math.inf
+        self._hello_at = now + HELLO_AGAIN
+        return [Introduce(Message(Header(Kind.HELLO), self._hello))]
+
+    def _lose(self, now: float) -> list[Action]:
+        for question in self._questions.values():
+            question.resend_at = math.inf
+        return [*self._tell_all(Detached(), now), *self._greet(now)]
+
+    def _forgive_pause(self, now: float) -> None:
+        """If it was we who were away (suspended, stopped), the broker's silence is not its fault."""
+        pause = now - (now if self._seen is None else self._seen)
+        self._seen = now
+        if self._welcome is not None and pause > 2 * self._welcome.heartbeat:
+            self._heard = min(now, self._heard + pause)
+
+    def _unreachable_at(self) -> float:
+        if self._welcome is not None or self.state is not State.GREETING or not self._exchanges:
+            return math.inf
+        return next(iter(self._exchanges.values())).born + self._connect_timeout  # the oldest comes first
+
+    def _nobody(self) -> ConnectionLostError:
+        return ConnectionLostError(
+            f"no broker answers at {self._endpoint} (waited {self._connect_timeout:g} s): start one with `loopmux up`, "
+            "or set $LOOPMUX_ENDPOINT to where one listens"
+        )
+
+    def _time_passed(self, now: float) -> list[Action]:
+        actions = self._presence(now)
+        while self._unreachable_at() <= now:
+            oldest = next(iter(self._exchanges))
+            actions += self._tell(oldest, Refused(self._nobody()), now)
+        actions += self._wake_due(now)
+        actions += self._ask_again(now)
+        if self.state is State.GREETING and self._welcome is None and not self._exchanges and not self._questions:
+            self.state = State.IDLE
+            self._hello_at = math.inf
+        return actions
+
+    def _presence(self, now: float) -> list[Action]:
+        if self.state is State.GREETING and now >= self._hello_at:
+            return self._greet(now)
+        if self.state is not State.READY or self._welcome is None or now < self._ping_at:
+            return []
+        if now - self._heard > SILENT_HEARTBEATS * self._welcome.heartbeat:
+            return self._lose(now)
+        self._ping_at = now + self._welcome.heartbeat
+        return [Send(Message(Header(Kind.PING)))]
+
+    def _ask_again(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for id_, question in list(self._questions.items()):
+            if now >= question.deadline:
+                del self._questions[id_]
+                actions.append(Fail(id_, self._nobody()))
+            elif now >= question.resend_at:
+                question.resend_at = now + RESEND
+                actions.append(Send(Message(Header(Kind.STATUS, id_))))
+        return actions
+
+
+def _attached(welcome: Welcome, *, fresh: bool) -> Attached:
+    return Attached(welcome.window, welcome.max_message, fresh)
+
+
+def _again(error: LoopmuxError) -> LoopmuxError:
+    """A copy of an error that several callers get: each notes its own request on it."""
+    return type(error)(error.message, retryable=error.retryable, retry_after=error.retry_after)

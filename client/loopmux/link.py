@@ -1,0 +1,98 @@
+"""A socket to the broker with the options the design asks for, and what could not be sent yet."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import zmq
+
+from loopmux.endpoints import ipc_path
+from loopmux.errors import ConfigError
+from loopmux.wire import CLIENT_MESSAGE_LIMIT, Message, to_frames
+
+_FAREWELL = 200
+"""Milliseconds that a closing socket may take to hand CANCEL and BYE to the kernel; it takes well under one."""
+
+_OPTIONS = {
+    zmq.IMMEDIATE: 1,  # without a connection a send fails instead of queueing for nobody
+    zmq.SNDTIMEO: 0,
+    zmq.RECONNECT_IVL: 50,
+    zmq.RECONNECT_IVL_MAX: 2000,
+    zmq.LINGER: 0,
+    zmq.HEARTBEAT_IVL: 1000,
+    zmq.HEARTBEAT_TIMEOUT: 3000,
+    zmq.HANDSHAKE_IVL: 2000,
+    zmq.MAXMSGSIZE: CLIENT_MESSAGE_LIMIT,
+}
+
+
+class Link:
+    """A DEALER connected to an endpoint; belongs to one thread at a time.
+
+    What the socket does not take (no connection, full pipe) waits here in order until ``flush`` gets rid of it.
+
+    Raises:
+        ConfigError: the endpoint is not one that can be connected to.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        ipc_path(endpoint)
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.DEALER)
+        self._unsent: deque[list[bytes]] = deque()
+        try:
+            for option, value in _OPTIONS.items():
+                self.socket.setsockopt(option, value)
+            self.socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(
+                f"cannot connect to {endpoint!r}: {error}; expected as in tcp://127.0.0.1:7750"
+            ) from error
+
+    @property
+    def descriptor(self) -> int:
+        """A file descriptor that becomes readable when ``ready`` may have changed (edge-triggered)."""
+        return int(self.socket.getsockopt(zmq.FD))
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to receive, or room for what waits to be sent."""
+        events = int(self.socket.getsockopt(zmq.EVENTS))
+        return bool(events & zmq.POLLIN or (events & zmq.POLLOUT and self._unsent))
+
+    @property
+    def blocked(self) -> bool:
+        """Whether something waits for the socket to take it."""
+        return bool(self._unsent)
+
+    def send(self, message: Message) -> None:
+        """Send, or keep for ``flush``."""
+        self._unsent.append(to_frames(message))
+        self.flush()
+
+    def introduce(self, message: Message) -> None:
+        """Send, and drop what waits: it was meant for a connection that is gone."""
+        self._unsent.clear()
+        self.send(message)
+
+    def flush(self) -> None:
+        """Send what waits, as far as the socket takes it."""
+        while self._unsent:
+            try:
+                self.socket.send_multipart(self._unsent[0], zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._unsent.popleft()
+
+    def receive(self) -> list[bytes] | None:
+        """The frames of the next message, or None."""
+        try:
+            return self.socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    def close(self) -> None:
+        """Close the socket, letting what it has taken leave first."""
+        self.socket.close(linger=_FAREWELL)
+        self._context.term()

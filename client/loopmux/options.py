@@ -1,0 +1,267 @@
+"""What a caller may say with a request, turned into the two halves of a SUBMIT in one place.
+
+``prepare`` refuses everything that can be refused without a broker: unknown options, wrong types, values out of range,
+texts that are not text, requests that are too large.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
+
+from loopmux import codec, wire
+from loopmux.errors import BadRequestError, PayloadTooLargeError, ProtocolError
+from loopmux.messages import DEFAULT_TIMEOUT, Generate, Sampling, Submit
+
+_DEEPEST = 64
+"""Nesting of messages and schemas; real ones stay under ten, and decoders recurse."""
+_SHOWN_BEFORE = 12
+"""Characters shown in front of the offending one in a text that is not valid Unicode."""
+
+
+class Defaults(TypedDict, total=False):
+    """Options that ``Client(...)`` takes beside its own ``timeout``; see ``Options``."""
+
+    model: str
+    adapter: str | None
+    session: str | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+    logit_bias: Mapping[int, float] | Mapping[str, float]
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    logprobs: int | None
+    response_format: Mapping[str, Any] | None
+    deterministic: bool
+    ignore_eos: bool
+    priority: int
+    idle_timeout: float | None
+    wait: bool
+    tool_choice: str
+    parallel_tool_calls: bool
+    reasoning: bool | None
+    template_kwargs: Mapping[str, Any]
+    continues: bool
+    hashes: Sequence[bytes]
+    trace: str | None
+
+
+class Options(Defaults, total=False):
+    """What may be said with every call, and once for all calls with ``with_options``.
+
+    ``timeout`` is the total deadline in seconds; ``idle_timeout`` ends a stream that has begun and then brings no token
+    for that long. ``model`` defaults to "default", ``max_new_tokens`` to 256, ``temperature`` to 0.7. An option that is
+    None counts as not given. ``continues`` and ``hashes`` are set by the tool loop: a later turn, and chained hashes of
+    its messages.
+    """
+
+    timeout: float
+
+
+class PromptOptions(Options, total=False):
+    """Options of ``generate`` and ``stream``, where messages or token ids may stand in for the prompt."""
+
+    messages: Sequence[Mapping[str, Any]]
+    prompt_token_ids: Sequence[int]
+    tools: Sequence[Any]
+
+
+KNOWN = PromptOptions.__optional_keys__ | {"prompt"}
+"""Every option name."""
+
+_SUBMIT = {f.name for f in fields(Submit)}
+_SAMPLING = {f.name for f in fields(Sampling)}
+_GENERATE = {f.name for f in fields(Generate)}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that may be sent: ROUTE still typed (its timeout shrinks while it waits), BODY packed; seconds."""
+
+    submit: Submit
+    body: bytes
+    idle_timeout: float | None = None
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of several layers, the later ones winning, those that are None left out.
+
+    Raises:
+        BadRequestError: an unknown option, naming the nearest known one.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name in layer:
+            if name not in KNOWN:
+                raise BadRequestError(_unknown(name))
+        merged |= layer
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def prepare(options: Mapping[str, Any]) -> Prepared:
+    """Check options (merged, with the prompt among them) and turn them into a request.
+
+    Raises:
+        BadRequestError: naming the option, what was found and what was expected.
+        PayloadTooLargeError: prompt, messages and tools are larger than a message may be.
+    """
+    given = merge(options)
+    given.setdefault("model", "default")
+    timeout = _seconds("timeout", given.pop("timeout", DEFAULT_TIMEOUT))
+    idle = given.pop("idle_timeout", None)
+    idle = None if idle is None else _seconds("idle_timeout", idle)
+    _normalise(given)
+    generate = _generate(given)
+    submit = _submit(given, timeout)
+    return Prepared(submit, _pack(generate, submit.model), idle)
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, KNOWN, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(sorted(KNOWN))
+    return f"unknown option {name!r}: {hint}"
+
+
+def _seconds(name: str, value: object) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
+        return float(value)
+    raise BadRequestError(f"{name}: found {codec.show(value)}, expected a number of seconds above 0")
+
+
+def _normalise(given: dict[str, Any]) -> None:
+    """Bring what may be written in several ways into the form of the messages; ``given`` is ours to change."""
+    if "prompt" in given:
+        _check_prompt(given["prompt"])
+    for name in ("messages", "tools", "stop_token_ids", "hashes"):
+        if isinstance(given.get(name), (str, bytes)):
+            raise BadRequestError(f"{name}: found {codec.show(given[name])}, expected a list")
+    if isinstance(given.get("stop"), str):
+        given["stop"] = (given["stop"],)
+    if given.get("tools"):
+        from loopmux.tools import schemas
+
+        given["tools"] = schemas(given["tools"])
+    if "prompt_token_ids" in given:
+        given["prompt_token_ids"] = _pack_ids(given["prompt_token_ids"])
+    if isinstance(given.get("logit_bias"), Mapping):
+        given["logit_bias"] = {str(token): bias for token, bias in given["logit_bias"].items()}
+    for name in ("messages", "tools", "response_format", "template_kwargs", "stop", "model", "adapter", "session"):
+        if name in given:
+            _check_plain(given[name], name, 0)
+
+
+def _check_prompt(prompt: object) -> None:
+    if isinstance(prompt, (bytes, bytearray)):
+        raise BadRequestError(
+            f"prompt: found {codec.show(prompt)}, expected a text: decode it first, as in prompt.decode('utf-8')"
+        )
+    if not isinstance(prompt, str):
+        raise BadRequestError(f"prompt: found {codec.show(prompt)}, expected a text")
+    _check_text(prompt, "prompt")
+
+
+def _pack_ids(ids: object) -> bytes:
+    if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
+        raise BadRequestError(f"prompt_token_ids: found {codec.show(ids)}, expected a list of token ids")
+    try:
+        return wire.pack_tokens(list(ids))
+    except ProtocolError as error:
+        raise BadRequestError(f"prompt_token_ids: {error.message}") from error
+
+
+def _check_text(text: str, path: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        before = text[max(0, error.start - _SHOWN_BEFORE) : error.start]
+        raise BadRequestError(
+            f"{path}: found the lone surrogate {text[error.start]!r} at character {error.start} (after {before!r}), "
+            "expected valid Unicode text: it was probably decoded from bytes that are not UTF-8"
+        ) from error
+
+
+def _check_plain(value: object, path: str, depth: int) -> None:
+    """Refuse what MessagePack or the peer's decoder would refuse, and say where it is."""
+    if depth > _DEEPEST:
+        raise BadRequestError(f"{path}: nested more than {_DEEPEST} levels deep")
+    if isinstance(value, str):
+        _check_text(value, path)
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                raise BadRequestError(f"{path}: found the key {codec.show(key)}, expected keys that are texts")
+            _check_text(key, f"a key of {path}")
+            _check_plain(entry, f"{path}.{key}", depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for i, entry in enumerate(value):
+            _check_plain(entry, f"{path}[{i}]", depth + 1)
+    elif value is not None and type(value) not in (bool, int, float):
+        raise BadRequestError(
+            f"{path}: found {codec.show(value)}, expected text, number, true, false, nothing, list or mapping"
+        )
+
+
+def _generate(given: Mapping[str, Any]) -> Generate:
+    body = {name: value for name, value in given.items() if name in _GENERATE}
+    body["sampling"] = {name: value for name, value in given.items() if name in _SAMPLING}
+    try:
+        generate = codec.build(Generate, body)
+    except codec.FieldError as error:
+        path = error.path.removeprefix("sampling.")
+        raise BadRequestError(f"{path}: found {error.found}, expected {error.expected}") from error
+    generate.check()
+    return generate
+
+
+def _submit(given: Mapping[str, Any], timeout: float) -> Submit:
+    route = {name: value for name, value in given.items() if name in _SUBMIT}
+    try:
+        submit = codec.build(Submit, route | {"timeout": timeout, "prompt_size": _size(given)})
+        size = len(codec.pack(submit))
+    except codec.FieldError as error:
+        raise BadRequestError(str(error)) from error
+    except ProtocolError as error:
+        raise BadRequestError(error.message) from error
+    if not submit.model:
+        raise BadRequestError("model: found an empty text, expected a model id")
+    if len(submit.hashes) > codec.ROUTE_LIMITS.array:
+        raise BadRequestError(f"hashes: found {len(submit.hashes)}, at most {codec.ROUTE_LIMITS.array} fit")
+    if size > wire.ROUTE_LIMIT:
+        texts = {name: len(str(given[name])) for name in ("model", "adapter", "session", "trace") if name in given}
+        longest = max(texts, key=texts.__getitem__)
+        raise BadRequestError(
+            f"{longest}: found a text of {texts[longest]} characters; model, adapter, session, trace and hashes "
+            f"take {size} bytes together, at most {wire.ROUTE_LIMIT} fit"
+        )
+    return submit
+
+
+def _size(given: Mapping[str, Any]) -> int:
+    """Characters or token ids of the prompt, roughly: the broker's hint for load."""
+    if "prompt_token_ids" in given:
+        return len(given["prompt_token_ids"]) // 4
+    contents = [m.get("content") for m in given.get("messages", ()) if isinstance(m, Mapping)]
+    return len(given.get("prompt", "")) + sum(len(text) for text in contents if isinstance(text, str))
+
+
+def _pack(generate: Generate, model: str) -> bytes:
+    try:
+        body = codec.pack(generate)
+    except ProtocolError as error:
+        raise BadRequestError(error.message, model=model) from error
+    if len(body) > wire.CLIENT_MESSAGE_LIMIT:
+        raise PayloadTooLargeError(
+            f"the request has {len(body)} bytes, at most {wire.CLIENT_MESSAGE_LIMIT} are accepted: shorten it",
+            model=model,
+        )
+    return body

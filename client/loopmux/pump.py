@@ -1,0 +1,224 @@
+"""The thread behind the sync client: it owns the socket and the connection core, callers meet it in queues."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+import zmq
+
+from loopmux import __version__
+from loopmux.connection import Connection
+from loopmux.errors import ConnectionLostError, LoopmuxError
+from loopmux.events import (
+    Action,
+    Answer,
+    Asked,
+    Closed,
+    ConnectionEvent,
+    Deliver,
+    Fail,
+    Finish,
+    Introduce,
+    Received,
+    Send,
+    Submitted,
+    TimePassed,
+)
+from loopmux.link import Link
+from loopmux.wire import new_id
+
+Sink = Callable[[Deliver | Finish | Fail | Answer], object]
+"""Where what concerns one request or question goes; called in the thread that owns the socket."""
+
+_DRAIN = 64
+"""Messages taken from the socket before callers and timers get their turn again."""
+_STOP_WITHIN = 2.0
+"""Seconds that closing waits for the thread; it needs a millisecond, and an exit must not hang on it."""
+
+
+def dispatch(actions: list[Action], link: Link, sinks: dict[bytes, Sink]) -> None:
+    """Carry out what the connection core wants done; each request's last action takes its sink away."""
+    for action in actions:
+        match action:
+            case Send(message):
+                link.send(message)
+            case Deliver(request):
+                if sink := sinks.get(request):
+                    sink(action)
+            case Finish(id_) | Fail(id_) | Answer(id_):
+                if sink := sinks.pop(id_, None):
+                    sink(action)
+            case Introduce(message):
+                link.introduce(message)
+
+
+class Pump:
+    """One connection and its thread. Every method but the thread's own may be called from any thread."""
+
+    def __init__(self, endpoint: str, connect_timeout: float) -> None:
+        self.pid = os.getpid()
+        self._core = Connection(endpoint, new_id(), connect_timeout, f"loopmux {__version__}")
+        self._link = Link(endpoint)
+        self._sinks: dict[bytes, Sink] = {}
+        self._posted: deque[ConnectionEvent] = deque()
+        self._asleep = False
+        self._ended = False
+        self._bell, self._button = socket.socketpair()
+        self._bell.setblocking(False)
+        self._button.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="loopmux-client", daemon=True)
+        self._thread.start()
+
+    def start(self, event: Submitted | Asked, sink: Sink) -> None:
+        """Begin a request or a question whose outcome and events go to ``sink``."""
+        id_ = event.request.id if isinstance(event, Submitted) else event.id
+        self._sinks[id_] = sink
+        self.post(event)
+        if self._ended and id_ in self._sinks:  # the thread ended before it could see the event
+            self.forget(id_)
+            sink(Fail(id_, _closed()))
+
+    def post(self, event: ConnectionEvent) -> None:
+        """Hand an event to the thread."""
+        self._posted.append(event)
+        if self._asleep:
+            self._ring()
+
+    def forget(self, request: bytes) -> None:
+        """Nobody waits for the outcome of this request any more."""
+        self._sinks.pop(request, None)
+
+    def stop(self) -> None:
+        """Cancel what runs, say goodbye, close the socket, end the thread. A forked child leaves its parent's alone."""
+        if self.pid != os.getpid() or self._ended:
+            return
+        self._posted.append(Closed())
+        self._ring()
+        if threading.current_thread() is not self._thread:  # the collector may run finalizers in any thread
+            self._thread.join(_STOP_WITHIN)
+
+    def _ring(self) -> None:
+        try:
+            self._button.send(b"\0")
+        except BlockingIOError:
+            pass  # it rings already
+        except OSError:
+            if not self._ended:
+                raise
+
+    def _run(self) -> None:
+        error: LoopmuxError = _closed()
+        try:
+            self._turn_until_closed()
+        except BaseException as cause:
+            error = LoopmuxError(
+                f"the client's connection thread failed ({type(cause).__name__}: {cause}): report this"
+            )
+            raise  # threading.excepthook prints it; callers get the error above
+        finally:
+            self._ended = True
+            for id_ in list(self._sinks):
+                if sink := self._sinks.pop(id_, None):
+                    sink(Fail(id_, error))
+            self._link.close()
+            self._bell.close()
+            self._button.close()
+
+    def _turn_until_closed(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._bell, zmq.POLLIN)
+        while True:
+            want = zmq.POLLIN | zmq.POLLOUT if self._link.blocked else zmq.POLLIN
+            poller.register(self._link.socket, want)
+            for ready, _ in poller.poll(self._nap()):
+                if ready == self._bell.fileno():
+                    self._bell.recv(4096)
+            self._asleep = False
+            self._link.flush()
+            self._take_messages()
+            if not self._take_posted():
+                return
+            now = time.monotonic()
+            if now >= self._core.next_timer():
+                self._handle(TimePassed(), now)
+
+    def _nap(self) -> int:
+        """Milliseconds until the next timer. From here on whoever posts must ring."""
+        self._asleep = True
+        if self._posted:
+            return 0
+        left = self._core.next_timer() - time.monotonic()
+        return -1 if math.isinf(left) else max(0, math.ceil(left * 1000))
+
+    def _take_messages(self) -> None:
+        for _ in range(_DRAIN):
+            frames = self._link.receive()
+            if frames is None:
+                return
+            self._handle(Received(frames), time.monotonic())
+
+    def _take_posted(self) -> bool:
+        """Handle what callers posted; False when that ended the connection."""
+        while self._posted:
+            event = self._posted.popleft()
+            self._handle(event, time.monotonic())
+            if isinstance(event, Closed):
+                return False
+        return True
+
+    def _handle(self, event: ConnectionEvent, now: float) -> None:
+        dispatch(self._core.handle(event, now), self._link, self._sinks)
+
+
+def _closed() -> ConnectionLostError:
+    return ConnectionLostError("the client is closed: make another one", retryable=False)
+
+
+class Channel:
+    """The way to a broker that a client and its ``with_options`` copies share; opened at the first use.
+
+    After a fork the child opens its own. An unclosed channel that is collected, or left at exit, closes itself.
+    """
+
+    def __init__(self, endpoint: str, connect_timeout: float) -> None:
+        self._endpoint = endpoint
+        self.connect_timeout = connect_timeout
+        self._pump: Pump | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def pump(self) -> Pump:
+        """The running pump.
+
+        Raises:
+            ConnectionLostError: the channel was closed.
+            ConfigError: the endpoint cannot be connected to.
+        """
+        if self._pid != os.getpid():  # a forked child: the parent's thread is not here, its lock may be taken for ever
+            self._pump, self._lock, self._pid = None, threading.Lock(), os.getpid()
+        with self._lock:
+            if self._closed:
+                raise _closed()
+            if self._pump is None:
+                self._pump = Pump(self._endpoint, self.connect_timeout)
+                # The registry of finalizers also keeps a forked child from collecting the parent's sockets.
+                weakref.finalize(self, self._pump.stop)
+            return self._pump
+
+    def close(self) -> None:
+        """Close for good; a second time does nothing."""
+        if self._pid != os.getpid():
+            self._pump, self._lock, self._pid = None, threading.Lock(), os.getpid()
+        with self._lock:
+            self._closed = True
+            pump, self._pump = self._pump, None
+        if pump is not None:
+            pump.stop()

@@ -1,0 +1,397 @@
+"""One request as the client sees it: submitted until somebody answers, output taken in order, one outcome.
+
+A pure core: ``Exchange.handle(event, now)`` returns what to do. It does no I/O and reads no clock.
+
+::
+
+    WAITING ──connected──▶ SUBMITTED ──anything──▶ OPEN ──terminal──▶ DONE
+       │                        └─────────┬──────────┘                  ▲
+       │ deadline, cancel                 └─deadline, violation─▶ CLOSING (CANCEL until a terminal)
+       └────────────────────────────────────────────────────────────────┘
+
+The caller's outcome (``Finish`` or ``Fail``, exactly one) and the end of the conversation with the broker are two
+things: a request that timed out here is cancelled there until the broker confirms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from enum import Enum, auto
+from typing import assert_never
+
+from loopmux import codec, wire
+from loopmux.errors import (
+    CancelledError,
+    ConnectionLostError,
+    DeadlineExceededError,
+    LoopmuxError,
+    PayloadTooLargeError,
+    ProtocolError,
+    from_code,
+)
+from loopmux.events import (
+    Arrived,
+    Attached,
+    CancelAsked,
+    Consumed,
+    Deliver,
+    Detached,
+    Fail,
+    Finish,
+    Ponged,
+    Refused,
+    Request,
+    RequestAction,
+    RequestEvent,
+    Send,
+    TimePassed,
+)
+from loopmux.messages import End, Failure, Phase, Tok
+from loopmux.results import Result, StreamEvent, TextDelta, TokenLogprob, ToolCall, Waiting
+from loopmux.wire import Header, Kind, Message
+
+RESEND = 1.0
+"""Seconds after which SUBMIT and CANCEL are sent again (docs/protocol.md)."""
+GRACE = 1.0
+"""Seconds after the deadline that a reachable broker gets to say so itself, with usage; half of the promised two."""
+PATIENCE = 2.0
+"""Seconds that a cancelled request waits for the broker's word before its caller is told."""
+KEPT = 60.0
+"""Seconds that the other side keeps a terminal; after that nothing more can come."""
+GAP_PAUSE = 0.25
+"""Seconds between two requests to resend from the same position: the chunks behind a lost one all show the gap."""
+
+
+class Stage(Enum):
+    """Where a request stands between client and broker."""
+
+    WAITING = auto()
+    SUBMITTED = auto()
+    OPEN = auto()
+    CLOSING = auto()
+    DONE = auto()
+
+
+class Exchange:
+    """A request on its way. ``received`` counts tokens, ``stage`` says where it stands, ``due`` when time matters."""
+
+    def __init__(self, request: Request, now: float) -> None:
+        self.request = request
+        self.born = now
+        self.stage = Stage.WAITING
+        self.received = 0
+        self._texts: list[str] = []
+        self._ids: list[int] = []
+        self._calls: list[ToolCall] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._window = 1
+        self._limit = 0  # first index that the broker may not send yet
+        self._consumed = 0
+        self._reported = 0  # position up to which the reader was asked to report
+        self._connected = False
+        self._cancelling = False
+        self._settled = False
+        self._quiet = False  # nothing came since the last PONG
+        self._early: Message | None = None  # a terminal that came before the tokens it counts
+        self._resend_at = math.inf
+        self._idle_at = math.inf
+        self._give_up_at = math.inf
+        self._gap_asked = (-1, -math.inf)
+
+    @property
+    def due(self) -> float:
+        """When ``TimePassed`` is to be handled next; infinity for never."""
+        return min(self._resend_at, self._idle_at, self._give_up_at, self._expires_at())
+
+    @property
+    def text(self) -> str:
+        """The text received so far."""
+        return "".join(self._texts)
+
+    def handle(self, event: RequestEvent, now: float) -> list[RequestAction]:
+        """Take an event in and say what to do about it."""
+        match event:
+            case Arrived(message):
+                return self._arrived(message, now)
+            case Consumed(total=total):
+                return self._consume(total)
+            case TimePassed():
+                return self._time_passed(now)
+            case CancelAsked():
+                return self._cancel(now)
+            case Ponged():
+                return self._ponged()
+            case Attached():
+                return self._attached(event, now)
+            case Detached():
+                self._connected = False
+                self._resend_at = math.inf
+                return []
+            case Refused(error):
+                self.stage = Stage.DONE
+                return self._fail(error)
+            case _:
+                assert_never(event)
+
+    # --- the connection under it --------------------------------------------------------------------------------------
+
+    def _attached(self, event: Attached, now: float) -> list[RequestAction]:
+        self._connected, self._window = True, event.window
+        untouched = self.stage is Stage.WAITING or (event.fresh and self.received == 0)
+        if self._settled or self._cancelling:
+            return self._reattach_leaving(event.fresh, now)
+        if untouched and len(self.request.body) > event.max_message:
+            self.stage = Stage.DONE
+            size, limit = len(self.request.body), event.max_message
+            return self._fail(PayloadTooLargeError(f"the request has {size} bytes, this broker accepts {limit}"))
+        if untouched:
+            self._early = None
+            self._give_up_at = math.inf
+            self._limit = event.window
+            return [self._submit(now)]
+        if event.fresh:
+            self.stage = Stage.DONE
+            return self._fail(ConnectionLostError(f"the broker was restarted after {self.received} tokens: try again"))
+        return [self._submit(now) if self.stage is Stage.SUBMITTED else self._credit()]
+
+    def _reattach_leaving(self, fresh: bool, now: float) -> list[RequestAction]:
+        if not fresh:
+            self._resend_at = now + RESEND
+            return [self._bare(Kind.CANCEL)]
+        self.stage = Stage.DONE  # the new broker never heard of it: nothing is left to cancel
+        return [] if self._settled else self._fail(CancelledError("the request was cancelled"))
+
+    def _submit(self, now: float) -> Send:
+        self.stage = Stage.SUBMITTED
+        self._resend_at = now + RESEND
+        left = max(self.request.deadline - now, 0.001)  # the broker takes no time that is not positive
+        route = codec.pack(dataclasses.replace(self.request.submit, timeout=left))
+        return Send(Message(Header(Kind.SUBMIT, self.request.id), route, self.request.body))
+
+    def _credit(self) -> Send:
+        self._limit = self._consumed + self._window
+        return Send(Message(Header(Kind.CREDIT, self.request.id, seq=self._limit, arg=self.received)))
+
+    def _bare(self, kind: Kind) -> Send:
+        return Send(Message(Header(kind, self.request.id)))
+
+    def _ponged(self) -> list[RequestAction]:
+        repeat = self._quiet and self.stage is Stage.OPEN and not self._settled
+        self._quiet = True
+        return [self._credit()] if repeat else []
+
+    # --- what the broker says -----------------------------------------------------------------------------------------
+
+    def _arrived(self, message: Message, now: float) -> list[RequestAction]:
+        self._quiet = False
+        if self.stage is Stage.SUBMITTED:
+            self.stage = Stage.OPEN
+            self._resend_at = self._resend_at if self._cancelling else math.inf
+        try:
+            match message.kind:
+                case Kind.TOK:
+                    return self._tokens(message, now)
+                case Kind.ACCEPTED:
+                    position = message.header.arg
+                    return self._deliver(Waiting("queued", position)) if position else []
+                case Kind.PHASE:
+                    phase = codec.unpack(Phase, message.route)
+                    return self._deliver(Waiting(phase.phase, phase.position, phase.elapsed, phase.detail))
+                case kind if kind in wire.TERMINALS:
+                    return self._terminal(message, now)
+        except ProtocolError as error:
+            return self._fail(error) + self._close(now)
+        return []
+
+    def _tokens(self, message: Message, now: float) -> list[RequestAction]:
+        start, count = message.header.seq, message.header.arg
+        if self._settled or start + count <= self.received:
+            return []
+        if start > self.received:
+            return self._ask_again(now)
+        ids = wire.unpack_tokens(message.tokens)
+        if start < self.received or len(ids) != count:
+            raise ProtocolError(
+                f"found a chunk of {len(ids)} tokens said to be {start} to {start + count - 1}, "
+                f"expected one that starts at {self.received}"
+            )
+        tok = codec.unpack(Tok, message.body, codec.BODY_LIMITS)
+        self.received += count
+        self._texts.append(tok.text)
+        self._ids += ids
+        self._calls += tok.calls
+        self._logprobs += tok.logprobs
+        self._restart_idle(now)
+        return self._pass_on(tok, ids, start) + self._conclude_early(now)
+
+    def _pass_on(self, tok: Tok, ids: list[int], start: int) -> list[RequestAction]:
+        """Tokens go to the reader, or count as read at once when nobody reads along."""
+        if self.request.collect:
+            return self._consume(self.received) if self._report_due() else []
+        report = self.received if self._report_due() else 0
+        delta = TextDelta(tok.text, tuple(ids), start, tok.logprobs)
+        deliveries: list[RequestAction] = [Deliver(self.request.id, delta, report)]
+        deliveries += [Deliver(self.request.id, call) for call in tok.calls]
+        return deliveries
+
+    def _report_due(self) -> bool:
+        """Whether half a window came since the last report: then the reader's progress is worth a CREDIT."""
+        if self.received - self._reported < self._window // 2:
+            return False
+        self._reported = self.received
+        return True
+
+    def _consume(self, total: int) -> list[RequestAction]:
+        self._consumed = max(self._consumed, total)
+        if self._settled or not self._connected or self._consumed + self._window <= self._limit:
+            return []
+        return [self._credit()]
+
+    def _ask_again(self, now: float) -> list[RequestAction]:
+        position, asked = self._gap_asked
+        if not self._connected or (position == self.received and now < asked + GAP_PAUSE):
+            return []
+        self._gap_asked = (self.received, now)
+        return [self._credit()]
+
+    def _terminal(self, message: Message, now: float) -> list[RequestAction]:
+        total = message.header.seq
+        if self._settled or self._cancelling or total == self.received:
+            return self._conclude(message)
+        if total < self.received:
+            raise ProtocolError(f"the broker ended the request at {total} tokens after {self.received} had arrived")
+        if self._early is None:
+            self._early = message
+            self._give_up_at = now + KEPT
+        return self._ask_again(now)
+
+    def _conclude_early(self, now: float) -> list[RequestAction]:
+        """A terminal that overtook its tokens counts as soon as they are here."""
+        if self._early is None or self._early.header.seq > self.received:
+            return []
+        return self._terminal(self._early, now)
+
+    def _conclude(self, message: Message) -> list[RequestAction]:
+        outcome = [] if self._settled else self._outcome(message)
+        self.stage = Stage.DONE
+        return [self._bare(Kind.ENDACK), *outcome]
+
+    def _outcome(self, message: Message) -> list[RequestAction]:
+        if message.kind is not Kind.END:
+            return self._fail(self._failure(codec.unpack(Failure, message.body, codec.BODY_LIMITS)))
+        if message.header.seq != self.received:
+            return self._fail(CancelledError("the request was cancelled before all of its output was here"))
+        end = codec.unpack(End, message.body, codec.BODY_LIMITS)
+        usage = self._deliver(end.usage)
+        self._settle()
+        return [*usage, Finish(self.request.id, self._result(end, message.header.attempt))]
+
+    def _result(self, end: End, attempt: int) -> Result:
+        return Result(
+            text=self.text,
+            token_ids=tuple(self._ids),
+            finish_reason=end.finish_reason,
+            usage=end.usage,
+            timing=end.timing,
+            model=end.model,
+            adapter=end.adapter,
+            worker=end.worker,
+            request_id=self.request.id.hex(),
+            tool_calls=tuple(self._calls),
+            logprobs=tuple(self._logprobs),
+            attempts=max(attempt, 1),
+        )
+
+    def _failure(self, failure: Failure) -> LoopmuxError:
+        error = from_code(failure.code, failure.message, retryable=failure.retryable, retry_after=failure.retry_after)
+        error.model, error.worker = failure.model, failure.worker
+        return error
+
+    def _deliver(self, event: StreamEvent) -> list[RequestAction]:
+        return [] if self._settled or self.request.collect else [Deliver(self.request.id, event)]
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        self._settled = True
+        self._idle_at = self._resend_at = self._give_up_at = math.inf
+
+    def _fail(self, error: LoopmuxError) -> list[RequestAction]:
+        """The caller's outcome is this error; nothing if there was an outcome already."""
+        if self._settled:
+            return []
+        self._settle()
+        error.request_id = self.request.id.hex()
+        error.model = error.model or self.request.submit.model
+        error.partial_text = self.text
+        return [Fail(self.request.id, error)]
+
+    def _close(self, now: float) -> list[RequestAction]:
+        """The outcome is settled; tell the broker until it confirms, unless it never heard of the request."""
+        if self.stage is Stage.WAITING:
+            self.stage = Stage.DONE
+            return []
+        self.stage = Stage.CLOSING
+        self._cancelling = True
+        self._give_up_at = now + KEPT
+        self._resend_at = now + RESEND if self._connected else math.inf
+        return [self._bare(Kind.CANCEL)] if self._connected else []
+
+    def _cancel(self, now: float) -> list[RequestAction]:
+        if self._settled or self._cancelling:
+            return []
+        if self.stage is Stage.WAITING:
+            return self._fail(CancelledError("the request was cancelled before it was sent")) + self._close(now)
+        self._cancelling = True
+        self._give_up_at = now + PATIENCE
+        self._resend_at = now + RESEND if self._connected else math.inf
+        return [self._bare(Kind.CANCEL)] if self._connected else []
+
+    # --- time ---------------------------------------------------------------------------------------------------------
+
+    def _expires_at(self) -> float:
+        if self._settled:
+            return math.inf
+        asked = self._connected and self.stage is not Stage.WAITING
+        return self.request.deadline + (GRACE if asked else 0.0)
+
+    def _restart_idle(self, now: float) -> None:
+        if self.request.idle_timeout is not None:
+            self._idle_at = now + self.request.idle_timeout
+
+    def _time_passed(self, now: float) -> list[RequestAction]:
+        if now >= self._expires_at():
+            return self._fail(DeadlineExceededError(self._late())) + self._close(now)
+        if now >= self._idle_at:
+            return self._idle(now)
+        if now >= self._give_up_at:
+            return self._give_up(now)
+        if now < self._resend_at:
+            return []
+        if self._cancelling:
+            self._resend_at = now + RESEND
+            return [self._bare(Kind.CANCEL)]
+        return [self._submit(now)]
+
+    def _late(self) -> str:
+        stage = "no broker had taken it yet" if self.stage is Stage.WAITING else f"{self.received} tokens had arrived"
+        return f"the deadline of {self.request.submit.timeout:g} s passed; {stage}"
+
+    def _idle(self, now: float) -> list[RequestAction]:
+        self._restart_idle(now)
+        if self.received >= self._limit:  # it is the reader who does not take what is there
+            return []
+        quiet = f"no token came for {self.request.idle_timeout:g} s after {self.received} tokens"
+        return self._fail(DeadlineExceededError(f"{quiet} (idle_timeout)")) + self._close(now)
+
+    def _give_up(self, now: float) -> list[RequestAction]:
+        """The broker had its time: to confirm a cancellation, or to send the tokens that its terminal counts."""
+        self._give_up_at = math.inf
+        if self._settled:
+            self.stage = Stage.DONE
+            return []
+        if self._cancelling or self._early is None:
+            return self._fail(CancelledError("the request was cancelled")) + self._close(now)
+        missing = f"{self._early.header.seq - self.received} tokens at the end of the output were lost"
+        return self._fail(ConnectionLostError(missing)) + self._close(now)

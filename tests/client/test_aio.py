@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import loopmux
+from fakebroker import FakeBroker, whole_text
+from loopmux.wire import Kind
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeBroker]:
+    endpoint = f"ipc://{tmp_path / 'b'}" if request.param == "ipc" else "tcp://127.0.0.1:*"
+    with FakeBroker(endpoint) as fake:
+        yield fake
+
+
+@pytest.fixture
+def ipc_broker(tmp_path: Path) -> Iterator[FakeBroker]:
+    with FakeBroker(f"ipc://{tmp_path / 'b'}") as fake:
+        yield fake
+
+
+def run(endpoint: str, story: Callable[[loopmux.AsyncClient], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with loopmux.AsyncClient(endpoint) as client:
+            await story(client)
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], bool], within: float = 5.0) -> None:
+    async with asyncio.timeout(within):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def test_generates_and_streams_over_both_transports(broker: FakeBroker) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        result = await client.generate("x", max_new_tokens=300)
+        assert (result.text, result.token_ids) == (whole_text(300), tuple(range(300)))
+        async with client.stream("x", max_new_tokens=150) as stream:
+            events = [event async for event in stream]
+        assert stream.text == stream.result.text == whole_text(150)
+        assert events[-1] == loopmux.Usage(3, 150)
+        assert [m.id for m in await client.models()] == ["echo"]
+        await client.hint("s", "done")
+
+    run(broker.endpoint, story)
+    broker.wait_for(Kind.SESSION)
+    broker.wait_for(Kind.BYE)
+
+
+def test_many_tasks_share_a_client(ipc_broker: FakeBroker) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        results = await asyncio.gather(*(client.generate("x", max_new_tokens=20 + i) for i in range(200)))
+        assert [r.text for r in results] == [whole_text(20 + i) for i in range(200)]
+
+    run(ipc_broker.endpoint, story)
+    assert len(ipc_broker.peers) == 1
+
+
+def test_cancelling_a_task_cancels_its_request(ipc_broker: FakeBroker) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        task = asyncio.create_task(client.generate("x", model="hang"))
+        await until(lambda: ipc_broker.count(Kind.SUBMIT) == 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: ipc_broker.count(Kind.CANCEL) == 1 and ipc_broker.count(Kind.ENDACK) == 1)
+        assert (await client.generate("x", max_new_tokens=2)).text == whole_text(2)
+
+    run(ipc_broker.endpoint, story)
+
+
+def test_a_cancelled_wait_loses_no_event(ipc_broker: FakeBroker) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        texts = []
+        async with client.stream("x", max_new_tokens=400) as stream:
+            while True:
+                waiting = asyncio.ensure_future(anext(stream))
+                await asyncio.sleep(0)
+                waiting.cancel()
+                try:
+                    event = await waiting
+                except asyncio.CancelledError:
+                    continue
+                except StopAsyncIteration:
+                    break
+                if isinstance(event, loopmux.TextDelta):
+                    texts.append(event.text)
+        assert "".join(texts) == whole_text(400)
+
+    run(ipc_broker.endpoint, story)
+
+
+def test_leaving_a_stream_early_cancels_it(ipc_broker: FakeBroker) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        async with client.stream("x", model="hang") as stream:
+            await anext(stream)
+            with pytest.raises(loopmux.LoopmuxError, match="has not ended"):
+                _ = stream.result
+        await until(lambda: ipc_broker.count(Kind.ENDACK) == 1)
+        with pytest.raises(loopmux.CancelledError, match="left before"):
+            await stream.wait()
+
+    run(ipc_broker.endpoint, story)
+
+
+def test_cancel_ends_the_reader(ipc_broker: FakeBroker) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        async with client.stream("x", model="hang") as stream:
+            await anext(stream)
+            stream.cancel()
+            with pytest.raises(loopmux.CancelledError, match="as asked"):
+                await anext(stream)
+
+    run(ipc_broker.endpoint, story)
+
+
+def test_a_reader_that_stops_gets_no_more_than_its_window(ipc_broker: FakeBroker) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        async with client.stream("x", max_new_tokens=1000) as stream:
+            await anext(stream)
+            pings = ipc_broker.count(Kind.PING)
+            await until(lambda: ipc_broker.count(Kind.PING) > pings + 2)
+            assert next(iter(ipc_broker.live.values())).sent == ipc_broker.window
+            assert (await stream.wait()).text == whole_text(1000)
+
+    run(ipc_broker.endpoint, story)
+
+
+def test_deadline_and_nobody_there(ipc_broker: FakeBroker, tmp_path: Path) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        with pytest.raises(TimeoutError, match="deadline of 0"):
+            await client.generate("x", model="hang", timeout=0.1)
+
+    async def nobody() -> None:
+        async with loopmux.AsyncClient(f"ipc://{tmp_path / 'nobody'}", connect_timeout=0.1) as client:
+            with pytest.raises(loopmux.ConnectionLostError, match="loopmux up"):
+                await client.generate("x")
+            with pytest.raises(loopmux.ConnectionLostError, match="loopmux up"):
+                await client.status()
+
+    run(ipc_broker.endpoint, story)
+    asyncio.run(nobody())
+
+
+def test_a_client_follows_from_one_loop_to_the_next(ipc_broker: FakeBroker) -> None:
+    client = loopmux.AsyncClient(ipc_broker.endpoint, max_new_tokens=2)
+
+    async def call() -> str:
+        return (await client.generate("x")).text
+
+    assert asyncio.run(call()) == whole_text(2)
+    assert asyncio.run(call()) == whole_text(2)
+    asyncio.run(client.close())
+    with pytest.raises(loopmux.ConnectionLostError, match="closed"):
+        asyncio.run(call())
+
+
+def test_closing_ends_what_runs(ipc_broker: FakeBroker) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        task = asyncio.create_task(client.generate("x", model="hang"))
+        await until(lambda: ipc_broker.count(Kind.SUBMIT) == 1)
+        await client.close()
+        with pytest.raises(loopmux.CancelledError, match="client was closed"):
+            await task
+
+    run(ipc_broker.endpoint, story)

@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import loopmux
+from fakebroker import FakeBroker, wait_until, whole_text
+from loopmux import codec
+from loopmux.messages import Generate, SessionHint, Submit
+from loopmux.wire import Kind, Message
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeBroker]:
+    endpoint = f"ipc://{tmp_path / 'b'}" if request.param == "ipc" else "tcp://127.0.0.1:*"
+    with FakeBroker(endpoint) as fake:
+        yield fake
+
+
+@pytest.fixture
+def ipc_broker(tmp_path: Path) -> Iterator[FakeBroker]:
+    with FakeBroker(f"ipc://{tmp_path / 'b'}") as fake:
+        yield fake
+
+
+@pytest.fixture
+def client(ipc_broker: FakeBroker) -> Iterator[loopmux.Client]:
+    with loopmux.Client(ipc_broker.endpoint) as c:
+        yield c
+
+
+def test_generates_over_both_transports(broker: FakeBroker) -> None:
+    with loopmux.Client(broker.endpoint, model="echo") as client:
+        result = client.generate("Hello", max_new_tokens=300)
+    assert result.text == whole_text(300)
+    assert result.token_ids == tuple(range(300))
+    assert (result.finish_reason, result.model, result.worker) == ("length", "echo", "fake-worker")
+    assert result.usage == loopmux.Usage(3, 300)
+    assert len(bytes.fromhex(result.request_id)) == 16
+    broker.wait_for(Kind.BYE)
+    assert broker.count(Kind.ENDACK) == 1
+
+
+def test_streams_every_token_once_and_usage_last(client: loopmux.Client) -> None:
+    with client.stream("Hello", max_new_tokens=250) as stream:
+        events = list(stream)
+        assert stream.text == whole_text(250)
+    assert events[-1] == loopmux.Usage(3, 250)
+    deltas = [e for e in events if isinstance(e, loopmux.TextDelta)]
+    assert [i for d in deltas for i in d.token_ids] == list(range(250))
+    assert stream.result.text == whole_text(250)
+    assert list(stream) == []
+
+
+def test_the_result_reads_the_rest_of_a_stream(client: loopmux.Client) -> None:
+    with client.stream("Hello", max_new_tokens=100) as stream:
+        first = next(stream)
+        assert isinstance(first, loopmux.TextDelta)
+        assert stream.result.text == whole_text(100)
+
+
+def test_a_reader_that_stops_gets_no_more_than_its_window(client: loopmux.Client, ipc_broker: FakeBroker) -> None:
+    with client.stream("Hello", max_new_tokens=1000) as stream:
+        next(stream)
+        assert client.generate("another", max_new_tokens=500).text == whole_text(500)  # the connection is not held up
+        live = next(iter(ipc_broker.live.values()))
+        # several PONGs later, each of which repeats the credit, nothing more was sent
+        ipc_broker.wait_for(Kind.PING, ipc_broker.count(Kind.PING) + 3)
+        assert live.sent == ipc_broker.window
+        assert stream.result.text == whole_text(1000)
+
+
+def test_lost_chunks_and_a_lost_end_are_asked_for_again(tmp_path: Path) -> None:
+    lost: list[tuple[Kind, int]] = []
+
+    def loses(message: Message) -> bool:
+        place = (message.kind, message.header.seq)
+        if message.kind not in (Kind.TOK, Kind.END) or place in lost or place[1] % 3:
+            return False
+        lost.append(place)
+        return True
+
+    with FakeBroker(f"ipc://{tmp_path / 'b'}", loses=loses) as broker, loopmux.Client(broker.endpoint) as client:
+        assert client.generate("x", max_new_tokens=81).text == whole_text(81)
+    assert {kind for kind, _ in lost} == {Kind.TOK, Kind.END}
+    assert len(lost) > 5
+
+
+def test_leaving_a_stream_early_cancels_it(client: loopmux.Client, ipc_broker: FakeBroker) -> None:
+    with client.stream("Hello", model="hang") as stream:
+        next(stream)
+    assert ipc_broker.wait_for(Kind.CANCEL).header.request.hex() == stream.request_id
+    ipc_broker.wait_for(Kind.ENDACK)
+    with pytest.raises(loopmux.CancelledError, match="left before its end") as caught:
+        _ = stream.result
+    assert caught.value.partial_text == whole_text(4)
+
+
+def test_dropping_a_stream_cancels_it(client: loopmux.Client, ipc_broker: FakeBroker) -> None:
+    stream = client.stream("Hello", model="hang")
+    next(stream)
+    del stream
+    gc.collect()
+    ipc_broker.wait_for(Kind.CANCEL)
+
+
+def test_cancel_from_another_thread_ends_the_reader(client: loopmux.Client) -> None:
+    with client.stream("Hello", model="hang") as stream:
+        next(stream)
+        threading.Thread(target=stream.cancel).start()
+        with pytest.raises(loopmux.CancelledError, match="as asked") as caught:
+            next(stream)
+    assert caught.value.partial_text == whole_text(4)
+
+
+def test_many_threads_share_a_client(client: loopmux.Client) -> None:
+    def one(i: int) -> str:
+        total = 20 + i
+        if i % 2:
+            return client.generate("x", max_new_tokens=total).text[len(whole_text(total)) :]
+        with client.stream("x", max_new_tokens=total) as stream:
+            text = "".join(e.text for e in stream if isinstance(e, loopmux.TextDelta))
+        return text[len(whole_text(total)) :] or ("" if text == whole_text(total) else "differs")
+
+    with ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(one, range(200))) == {""}
+
+
+def test_errors_of_the_broker_arrive_with_their_details(client: loopmux.Client) -> None:
+    with pytest.raises(loopmux.OverloadedError, match="queue is full") as caught:
+        client.generate("x", model="overloaded")
+    error = caught.value
+    assert (error.retry_after, error.retryable, error.model) == (1.5, True, "overloaded")
+    assert len(error.request_id or "") == 32
+
+
+def test_an_undecodable_chunk_is_an_error_of_its_request_alone(client: loopmux.Client, ipc_broker: FakeBroker) -> None:
+    with pytest.raises(loopmux.ProtocolError, match="undecodable"):
+        client.generate("x", model="garbage")
+    ipc_broker.wait_for(Kind.ENDACK)
+    assert client.generate("x", max_new_tokens=5).text == whole_text(5)
+
+
+def test_a_silent_engine_ends_at_the_deadline(client: loopmux.Client, ipc_broker: FakeBroker) -> None:
+    with pytest.raises(TimeoutError, match=r"deadline of 0\.2 s passed; 4 tokens") as caught:
+        client.generate("x", model="hang", timeout=0.2)
+    assert isinstance(caught.value, loopmux.DeadlineExceededError)
+    assert caught.value.partial_text == whole_text(4)
+    ipc_broker.wait_for(Kind.CANCEL)
+
+
+def test_an_idle_stream_ends_by_its_idle_timeout(client: loopmux.Client, ipc_broker: FakeBroker) -> None:
+    with (
+        pytest.raises(loopmux.DeadlineExceededError, match="idle_timeout"),
+        client.stream("x", model="hang", idle_timeout=0.1) as stream,
+    ):
+        list(stream)
+    ipc_broker.wait_for(Kind.CANCEL)
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path / 'nobody'}"
+    with loopmux.Client(endpoint, connect_timeout=0.2) as client:
+        for call in (lambda: client.generate("x"), client.status):
+            with pytest.raises(ConnectionError, match="start one with `loopmux up`") as caught:
+                call()
+            assert endpoint in str(caught.value)
+            assert isinstance(caught.value, loopmux.ConnectionLostError)
+
+
+def test_a_broker_that_starts_later_is_found(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path / 'late'}"
+    with loopmux.Client(endpoint) as client, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.generate, "x", max_new_tokens=3)
+        with FakeBroker(endpoint):
+            assert waiting.result(5).text == whole_text(3)
+
+
+def test_a_restarted_broker_gets_what_had_no_token(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path / 'b'}"
+    with loopmux.Client(endpoint) as client, ThreadPoolExecutor(2) as pool:
+        with FakeBroker(endpoint) as first:
+            mute = pool.submit(client.generate, "x", model="mute", max_new_tokens=7)
+            hang = pool.submit(client.generate, "x", model="hang")
+            first.wait_for(Kind.SUBMIT, 2)
+            first.wait_for(Kind.PING, first.count(Kind.PING) + 2)  # by then the chunk of `hang` was read
+            mute_id = next(s.message for s in first.seen if s.message.kind is Kind.SUBMIT).header.request
+        with FakeBroker(endpoint, epoch=b"epoch--2") as second:
+            again = second.wait_for(Kind.SUBMIT)
+            assert again.header.request == mute_id or codec.unpack(Submit, again.route).model == "mute"
+            with pytest.raises(loopmux.ConnectionLostError, match="restarted after 4 tokens") as caught:
+                hang.result(5)
+            assert caught.value.retryable
+            assert caught.value.partial_text == whole_text(4)
+            client.close()
+            with pytest.raises(loopmux.CancelledError, match="client was closed"):
+                mute.result(5)
+
+
+def test_models_and_status(client: loopmux.Client, ipc_broker: FakeBroker) -> None:
+    assert [m.id for m in client.models()] == ["echo"]
+    assert client.status().epoch == ipc_broker.epoch
+
+
+def test_hints_reach_the_broker(client: loopmux.Client, ipc_broker: FakeBroker) -> None:
+    client.status()
+    client.hint("s1", "waiting_on_tool", 2.5)
+    assert codec.unpack(SessionHint, ipc_broker.wait_for(Kind.SESSION).route) == SessionHint(
+        "s1", "waiting_on_tool", 2.5
+    )
+    with pytest.raises(loopmux.BadRequestError, match="one of waiting_on_tool, done"):
+        client.hint("s1", "sleeping")  # type: ignore[arg-type]
+
+
+def test_options_travel(client: loopmux.Client, ipc_broker: FakeBroker) -> None:
+    mine = client.with_options(model="m", temperature=0, session="s")
+    mine.generate(messages=[{"role": "user", "content": "Hi"}], max_new_tokens=1, stop="END", top_k=5)
+    submitted = ipc_broker.wait_for(Kind.SUBMIT)
+    route = codec.unpack(Submit, submitted.route)
+    body = codec.unpack(Generate, submitted.body, codec.BODY_LIMITS)
+    assert (route.model, route.session, route.max_new_tokens, route.prompt_size) == ("m", "s", 1, 2)
+    assert (body.sampling.temperature, body.sampling.top_k, body.stop) == (0.0, 5, ("END",))
+    assert body.messages == ({"role": "user", "content": "Hi"},)
+
+
+def test_a_copy_with_options_shares_and_does_not_close_the_connection(
+    client: loopmux.Client, ipc_broker: FakeBroker
+) -> None:
+    with client.with_options(max_new_tokens=2) as copy:
+        assert copy.generate("x").text == whole_text(2)
+    assert client.generate("x", max_new_tokens=3).text == whole_text(3)
+    assert len(ipc_broker.peers) == 1
+
+
+def test_closing_is_final_and_harmless(ipc_broker: FakeBroker) -> None:
+    client = loopmux.Client(ipc_broker.endpoint)
+    client.generate("x", max_new_tokens=1)
+    client.close()
+    client.close()
+    ipc_broker.wait_for(Kind.BYE)
+    with pytest.raises(loopmux.ConnectionLostError, match="closed: make another"):
+        client.generate("x")
+    assert not [t for t in threading.enumerate() if t.name == "loopmux-client"]
+
+
+def test_an_unclosed_client_is_cleaned_up_when_collected(ipc_broker: FakeBroker) -> None:
+    client = loopmux.Client(ipc_broker.endpoint)
+    client.generate("x", max_new_tokens=1)
+    del client
+    gc.collect()
+    ipc_broker.wait_for(Kind.BYE)
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name == "loopmux-client"], "thread gone")
+
+
+def test_an_unclosed_client_does_not_hang_the_interpreter(ipc_broker: FakeBroker) -> None:
+    program = f"""
+        import loopmux
+        client = loopmux.Client({ipc_broker.endpoint!r})
+        print(client.generate("x", max_new_tokens=2).text)
+        stream = client.stream("x", model="hang")
+        next(stream)
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, whole_text(2).strip(), "")
+    ipc_broker.wait_for(Kind.BYE)
+
+
+def test_a_keyboard_interrupt_leaves_the_client_usable(ipc_broker: FakeBroker) -> None:
+    with loopmux.Client(ipc_broker.endpoint) as client:
+        interrupt = threading.Thread(
+            target=lambda: (ipc_broker.wait_for(Kind.SUBMIT), os.kill(os.getpid(), signal.SIGINT))
+        )
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            client.generate("x", model="hang")
+        interrupt.join()
+        ipc_broker.wait_for(Kind.CANCEL)
+        assert client.generate("x", max_new_tokens=2).text == whole_text(2)
+
+
+def test_a_forked_child_has_a_connection_of_its_own(ipc_broker: FakeBroker) -> None:
+    with loopmux.Client(ipc_broker.endpoint, max_new_tokens=2) as client:
+        stream = client.stream("x", model="hang")
+        next(stream)
+        child = os.fork()
+        if child == 0:
+            good = False
+            try:
+                good = client.generate("x").text == whole_text(2)
+                try:
+                    next(stream)
+                    good = False
+                except loopmux.ConnectionLostError:
+                    pass
+                client.close()
+            finally:
+                os._exit(0 if good else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert client.generate("x").text == whole_text(2)
+        assert len(ipc_broker.peers) == 2
+        stream.leave()
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["nowhere", "ipc://", "tcp://127.0.0.1", "tcp://127.0.0.1:99999", "ipc:///" + "x" * 200]
+)
+def test_endpoints_that_are_none(endpoint: str) -> None:
+    with pytest.raises(loopmux.ConfigError):
+        loopmux.Client(endpoint)
+
+
+def test_an_endpoint_that_zeromq_refuses() -> None:
+    with loopmux.Client("tcp://two words:7750") as client, pytest.raises(loopmux.ConfigError, match="cannot connect"):
+        client.generate("x")
