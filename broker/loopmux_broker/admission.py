@@ -1,0 +1,96 @@
+"""What is let in: limits by number and bytes, in all and per client, refused at once with a time to come back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loopmux_broker.clients import Client
+
+MIB = 1024 * 1024
+_SHORTEST, _LONGEST = 0.1, 30.0
+"""Bounds of ``retry_after``, seconds: sooner is a hammer, later leaves a freed queue empty."""
+_MEMORY = 0.1
+"""Weight of the newest interval in the running mean between two ends: about the last ten count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much may wait or be held.
+
+    Attributes:
+        queued, client_queued: requests waiting for a slot, in all and per client.
+        held, client_held: bytes of request bodies of live requests, in all and per client.
+        output: bytes of output that clients have not acknowledged, in all.
+    """
+
+    queued: int = 10_000
+    client_queued: int = 2_000
+    held: int = 512 * MIB
+    client_held: int = 128 * MIB
+    output: int = 512 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request is not let in, and when to try again (seconds)."""
+
+    reason: str
+    retry_after: float
+
+
+class Admission:
+    """Counts what is held, and refuses what would exceed the limits."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.queued = 0
+        self.held = 0
+        self.output = 0
+        self._interval = 0.0
+        self._last_end: float | None = None
+
+    def refusal(self, client: Client, size: int, *, queues: bool) -> Refusal | None:
+        """Whether a request of ``size`` bytes is refused; ``queues`` when no slot is free for it."""
+        reason = (self._full(client) if queues else "") or self._heavy(client, size)
+        return Refusal(reason, self.retry_after()) if reason else None
+
+    def _full(self, client: Client) -> str:
+        limits = self.limits
+        if self.queued >= limits.queued:
+            return f"{self.queued} requests are queued, the most allowed"
+        if client.queued >= limits.client_queued:
+            return f"{client.queued} requests of this client are queued, the most allowed for one client"
+        return ""
+
+    def _heavy(self, client: Client, size: int) -> str:
+        limits = self.limits
+        if self.held + size > limits.held:
+            return f"{self.held} bytes of requests are held and this one has {size}, {limits.held} are allowed"
+        if client.held + size > limits.client_held:
+            held, allowed = client.held, limits.client_held
+            return f"{held} bytes of this client's requests are held and this one has {size}, {allowed} are allowed"
+        if self.output > limits.output:
+            return f"{self.output} bytes of output wait for clients to read them, {limits.output} are allowed"
+        return ""
+
+    def retry_after(self) -> float:
+        """How long until a tenth of the queue has been served, at the pace of the last ends."""
+        return min(max(self._interval * self.queued / 10, _SHORTEST), _LONGEST)
+
+    def admit(self, client: Client, size: int) -> None:
+        """A request of ``size`` bytes is held from now on."""
+        self.held += size
+        client.held += size
+
+    def ended(self, client: Client, size: int, now: float) -> None:
+        """A request ended and its body is let go."""
+        self.held -= size
+        client.held -= size
+        if self._last_end is not None:
+            self._interval += _MEMORY * (now - self._last_end - self._interval)
+        self._last_end = now
+
+    def queue(self, client: Client, by: int) -> None:
+        """``by`` (1 or -1) requests wait more than before."""
+        self.queued += by
+        client.queued += by

@@ -1,0 +1,175 @@
+"""The broker's core: one event in, a list of actions out. No input or output, no clock.
+
+``ClientSide`` and ``WorkerSide`` say what follows from a message, ``Life`` moves requests through their states,
+``Streams`` sends output on; they share ``Tables``.
+"""
+
+from __future__ import annotations
+
+import traceback
+
+from loopmux import wire
+from loopmux.errors import ProtocolError
+from loopmux_broker.client_side import ClientSide
+from loopmux_broker.config import BrokerConfig
+from loopmux_broker.events import (
+    Action,
+    ClientSent,
+    ConnectionLost,
+    Event,
+    Log,
+    LoopStalled,
+    Peer,
+    PushBlocked,
+    TimerDue,
+    WorkerSent,
+)
+from loopmux_broker.life import Life, protocol_failure
+from loopmux_broker.streams import Streams
+from loopmux_broker.strikes import WINDOW
+from loopmux_broker.tables import LIVENESS, Alarm, Identity, Tables, TimerKey
+from loopmux_broker.worker_side import WorkerSide
+
+
+class Broker:
+    """What the broker does, as a function of what happens to it."""
+
+    def __init__(
+        self, config: BrokerConfig, *, epoch: bytes, now: float, pid: int = 0, software: str = "loopmux"
+    ) -> None:
+        """``epoch`` is 8 random bytes per process; ``now`` is on the same clock as that of every event."""
+        self.tables = Tables.empty(config, Identity(epoch, pid, software, now))
+        self._streams = Streams(self.tables)
+        self._life = Life(self.tables, self._streams)
+        self._clients = ClientSide(self.tables, self._life, self._streams)
+        self._workers = WorkerSide(self.tables, self._life, self._streams)
+
+    def next_timer(self) -> float | None:
+        """When ``TimerDue`` should be said at the latest, None if there is nothing to wait for."""
+        return self.tables.timers.next()
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """What is to be done about an event, in order. Raises nothing, whatever a peer sent."""
+        try:
+            self._handle(event, now)
+        except Exception:  # noqa: BLE001 - the one choke point: a bug met by one message must not stop all others
+            self.tables.counters["internal_errors"] += 1
+            fields: dict[str, object] = {"event": type(event).__name__, "traceback": traceback.format_exc()}
+            self.tables.out.append(Log("error", "internal error", fields))
+        actions, self.tables.out = self.tables.out, []
+        return actions
+
+    def _handle(self, event: Event, now: float) -> None:
+        match event:
+            case WorkerSent(peer, frames) | ClientSent(peer, frames):
+                self._hear(peer, frames, isinstance(event, WorkerSent), now)
+            case PushBlocked(peer, request, seq):
+                self._blocked(peer, request, seq, now)
+            case TimerDue():
+                for key in self.tables.timers.due(now):
+                    self._ring(key, now)
+            case ConnectionLost(peer):
+                self._connection_lost(peer, now)
+            case LoopStalled(gap):
+                self._stalled(gap)
+
+    def _hear(self, peer: Peer, frames: list[bytes], from_worker: bool, now: float) -> None:
+        if self.tables.strikes and self.tables.strikes.ignored(peer, now):
+            return
+        try:
+            message = wire.from_frames(frames)
+            if from_worker:
+                self._workers.hear(peer, message, frames, now)
+            else:
+                self._clients.hear(peer, message, now)
+        except ProtocolError as error:
+            self._strike(peer, frames, error, now)
+
+    def _strike(self, peer: Peer, frames: list[bytes], error: ProtocolError, now: float) -> None:
+        tables = self.tables
+        tables.counters["strikes"] += 1
+        head = frames[0] if frames else b""
+        # Told under the request's id where the header can be read, so that the sender knows which one failed.
+        request_id = head[6:22] if len(head) == wire.HEADER_SIZE else wire.NO_ID
+        tables.out.append(protocol_failure(peer, error, request_id))
+        if tables.strikes.strike(peer, now):
+            tables.out.append(Log("warning", f"a peer is ignored for {WINDOW:g} s", {"peer": peer.hex()}))
+        tables.timers.set((Alarm.STRIKES, peer, 0), now + WINDOW)
+
+    def _blocked(self, peer: Peer, request_id: bytes, seq: int, now: float) -> None:
+        client = self.tables.clients.by_peer.get(peer)
+        request = self.tables.requests.get(request_id)
+        if client is not None and request is not None and request.client is client:
+            self._streams.block(client, request, seq, now)
+
+    def _connection_lost(self, peer: Peer, now: float) -> None:
+        tables = self.tables
+        tables.strikes.forget(peer)
+        tables.timers.cancel((Alarm.STRIKES, peer, 0))
+        tables.rivals.pop(peer, None)
+        client = tables.clients.by_peer.get(peer)
+        if client is not None:
+            self._clients.lost(client, now)
+        member = tables.pool.member(peer)
+        if member is not None:
+            self._workers.lost(member, "lost its connection", now)
+
+    def _stalled(self, gap: float) -> None:
+        """Nobody was silent while the broker itself was away."""
+        tables = self.tables
+        tables.counters["stalls"] += 1
+        for client in tables.clients.by_peer.values():
+            client.heard += gap
+        for member in (*tables.pool.workers.values(), *tables.pool.launchers.values()):
+            member.heard += gap
+        for lease in tables.pool.leases.values():
+            lease.since += gap
+        tables.timers.delay(lambda key: key[0] in LIVENESS, gap)
+
+    def _ring(self, key: TimerKey, now: float) -> None:
+        alarm, whose, attempt = key
+        if isinstance(whose, str):
+            self._workers.redeclared(whose, now)
+        elif alarm in (Alarm.RUN, Alarm.STOP):
+            self._lease_rings(alarm, whose, attempt, now)
+        elif alarm in (Alarm.DEADLINE, Alarm.TERMINAL, Alarm.TOMBSTONE):
+            self._request_rings(alarm, whose, now)
+        else:
+            self._peer_rings(alarm, whose, now)
+
+    def _lease_rings(self, alarm: Alarm, request_id: bytes, attempt: int, now: float) -> None:
+        lease = self.tables.pool.leases.get((request_id, attempt))
+        if lease is None:
+            return
+        if alarm is Alarm.RUN:
+            self._life.run_unanswered(lease, now)
+        else:
+            self._life.stop(lease, lease.stopping, now)
+
+    def _request_rings(self, alarm: Alarm, request_id: bytes, now: float) -> None:
+        request = self.tables.requests.get(request_id)
+        if request is None:
+            return
+        match alarm:
+            case Alarm.DEADLINE:
+                self._life.deadline(request, now)
+            case Alarm.TERMINAL:
+                self._streams.repeat_terminal(request, now)
+            case _:
+                self._life.forget(request)
+
+    def _peer_rings(self, alarm: Alarm, whose: bytes, now: float) -> None:
+        client = self.tables.clients.by_instance.get(whose)
+        match alarm:
+            case Alarm.CLIENT_SILENT:
+                self._clients.silent(whose, now)
+            case Alarm.MEMBER_SILENT:
+                self._workers.silent(whose, now)
+            case Alarm.CLIENT_BLOCKED if client is not None:
+                self._streams.unblock(client, now)
+            case Alarm.CLIENT_GRACE if client is not None:
+                self._life.abandon(client, now)
+            case Alarm.STRIKES if not self.tables.strikes.expired(whose, now):
+                self.tables.timers.set((Alarm.STRIKES, whose, 0), now + WINDOW)
+            case _:
+                pass

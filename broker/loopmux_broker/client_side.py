@@ -1,0 +1,161 @@
+"""What clients say, and what comes of it."""
+
+from __future__ import annotations
+
+from loopmux import codec, wire
+from loopmux.errors import BadRequestError, ConnectionLostError, ProtocolError
+from loopmux.messages import Hello, SessionHint, Submit, Welcome
+from loopmux.wire import Header, Kind, Message
+from loopmux_broker.clients import Client
+from loopmux_broker.events import Peer, Send, say
+from loopmux_broker.life import Life, protocol_failure
+from loopmux_broker.report import report
+from loopmux_broker.requests import Request, State
+from loopmux_broker.streams import Streams
+from loopmux_broker.tables import Alarm, Tables
+
+ID_SIZE = 16
+"""Bytes of a client's instance and of a worker's boot id."""
+
+
+class ClientSide:
+    """Answers clients. Whoever has not said HELLO is asked for it."""
+
+    def __init__(self, tables: Tables, life: Life, streams: Streams) -> None:
+        self._t, self._life, self._streams = tables, life, streams
+
+    def hear(self, peer: Peer, message: Message, now: float) -> None:
+        """Handle one message.
+
+        Raises:
+            ProtocolError: it is not one that a client may send, or says what cannot be.
+        """
+        client = self._t.clients.by_peer.get(peer)
+        if message.kind is Kind.HELLO:
+            self._hello(peer, message, now)
+        elif client is None:
+            self._t.out.append(Send(peer, say(Kind.WHO)))
+        else:
+            client.heard = now
+            self._known(client, peer, message, now)
+
+    def _known(self, client: Client, peer: Peer, message: Message, now: float) -> None:
+        request = self._own(client, message.header.request)
+        match message.kind:
+            case Kind.CREDIT:
+                self._credit(client, request, message.header, now)
+            case Kind.SUBMIT:
+                self._submit(client, request, message, now)
+            case Kind.ENDACK:
+                if request is not None and request.state is State.DONE:
+                    self._life.acknowledged(request)
+            case Kind.CANCEL:
+                self._cancel(client, request, message.header.request, now)
+            case Kind.PING:
+                self._t.out.append(Send(peer, say(Kind.PONG)))
+            case Kind.SESSION:
+                self._session(client, codec.unpack(SessionHint, message.route))
+            case Kind.STATUS:
+                header = Header(Kind.REPORT, message.header.request)
+                self._t.out.append(Send(peer, Message(header, body=codec.pack(report(self._t, now)))))
+            case Kind.BYE:
+                self._life.abandon(client, now)
+            case kind:
+                raise ProtocolError(f"a client may not send {kind.name}")
+
+    def _own(self, client: Client, request_id: bytes) -> Request | None:
+        request = self._t.requests.get(request_id)
+        return request if request is not None and request.client is client else None
+
+    # --- the connection
+
+    def _hello(self, peer: Peer, message: Message, now: float) -> None:
+        hello = codec.unpack(Hello, message.route)
+        if len(hello.instance) != ID_SIZE:
+            raise ProtocolError(f"HELLO: found an instance of {len(hello.instance)} bytes, expected {ID_SIZE}")
+        version = agree(hello.versions)
+        if version is None:
+            self._t.out.append(no_common_version(peer, hello.versions))
+            return
+        client, moved = self._t.clients.introduce(hello.instance, peer, hello.software, now)
+        if moved:
+            self._streams.moved(client)
+            self._t.timers.cancel((Alarm.CLIENT_GRACE, client.instance, 0))
+            self._t.timers.set((Alarm.CLIENT_SILENT, peer, 0), now + self._t.patience)
+        self._t.out.append(welcome(self._t, peer, version, wire.CLIENT_MESSAGE_LIMIT))
+
+    def silent(self, peer: Peer, now: float) -> None:
+        """The time has come to see whether a client was silent for too long."""
+        client = self._t.clients.by_peer.get(peer)
+        if client is None:
+            return
+        due = client.heard + self._t.patience
+        if now < due:
+            self._t.timers.set((Alarm.CLIENT_SILENT, peer, 0), due)
+        else:
+            self.lost(client, now)
+
+    def lost(self, client: Client, now: float) -> None:
+        """A client's connection is gone, or dead: its requests live on for the grace time."""
+        if client.peer is not None:
+            self._t.timers.cancel((Alarm.CLIENT_SILENT, client.peer, 0))
+        self._t.counters["clients_lost"] += 1
+        self._t.clients.part(client)
+        self._t.timers.set((Alarm.CLIENT_GRACE, client.instance, 0), now + self._t.config.grace)
+
+    # --- requests
+
+    def _submit(self, client: Client, request: Request | None, message: Message, now: float) -> None:
+        request_id = message.header.request
+        if request_id == wire.NO_ID:
+            raise ProtocolError("SUBMIT: found a request id of zeros, expected 16 random bytes")
+        submit = codec.unpack(Submit, message.route)
+        if request is None and request_id not in self._t.requests:
+            self._life.submit(client, request_id, submit, message.body, now)
+        elif request is None or (request.state is not State.DONE and request.body != message.body):
+            error = BadRequestError("the request id is taken by another request, expected 16 fresh random bytes")
+            self._life.refuse(client, request_id, error, model=submit.model)
+        elif request.state is State.DONE:
+            self._streams.repeat_terminal(request, now)
+        else:
+            self._life.accept(request)
+
+    def _credit(self, client: Client, request: Request | None, header: Header, now: float) -> None:
+        if request is not None:
+            self._streams.credit(request, header.seq, header.arg, now)
+            return
+        error = ConnectionLostError("the broker gave the request up while the client was away")
+        self._life.refuse(client, header.request, error, model="", received=header.arg)
+
+    def _cancel(self, client: Client, request: Request | None, request_id: bytes, now: float) -> None:
+        if request is not None:
+            self._life.cancel(request, now)
+        elif request_id not in self._t.requests and len(client.requests) < self._t.config.limits.client_queued:
+            self._life.cancel_unknown(client, request_id, now)
+        else:
+            # No tombstone: the id is another client's, or this client has as many as it may have requests.
+            error = BadRequestError("CANCEL names no request of this client")
+            self._life.refuse(client, request_id, error, model="")
+
+    def _session(self, client: Client, hint: SessionHint) -> None:
+        if hint.state == "done":
+            self._t.affinity.forget(client.instance, hint.session)
+
+
+def agree(versions: tuple[int, ...]) -> int | None:
+    """The best protocol version that both sides speak."""
+    return max(set(versions) & set(wire.VERSIONS), default=None)
+
+
+def no_common_version(peer: Peer, versions: tuple[int, ...]) -> Send:
+    """The answer to a peer whose protocol versions are all unknown here."""
+    theirs, ours = (", ".join(map(str, v)) or "none" for v in (versions, wire.VERSIONS))
+    text = f"no common protocol version: the peer speaks {theirs}, the broker {ours}; install one release everywhere"
+    return protocol_failure(peer, ProtocolError(text))
+
+
+def welcome(tables: Tables, peer: Peer, version: int, max_message: int) -> Send:
+    """WELCOME for a client, a worker or a launcher."""
+    config, identity = tables.config, tables.identity
+    body = Welcome(version, identity.epoch, config.heartbeat, max_message, config.window, identity.software)
+    return Send(peer, Message(Header(Kind.WELCOME), route=codec.pack(body)))

@@ -1,0 +1,67 @@
+"""Clients: who they are over their connections, and what they have here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from loopmux_broker.events import Peer
+from loopmux_broker.requests import Request
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """One client instance, present (``peer`` set) or away.
+
+    Attributes:
+        instance: 16 random bytes that stay the same over its reconnections.
+        heard: when it last said anything.
+        requests: all of them, tombstones included.
+        queued, held: what admission limits: waiting requests, and bytes of bodies of live ones.
+        blocked: its pipe was full a moment ago; nothing is pushed until the retry.
+        waiting: requests with something to push once it is no longer blocked, in order.
+    """
+
+    instance: bytes
+    peer: Peer | None
+    heard: float
+    software: str = ""
+    requests: dict[bytes, Request] = field(default_factory=dict)
+    queued: int = 0
+    held: int = 0
+    blocked: bool = False
+    waiting: dict[bytes, Request] = field(default_factory=dict)
+
+
+class Clients:
+    """All clients, by instance and by connection."""
+
+    def __init__(self) -> None:
+        self.by_instance: dict[bytes, Client] = {}
+        self.by_peer: dict[Peer, Client] = {}
+
+    def introduce(self, instance: bytes, peer: Peer, software: str, now: float) -> tuple[Client, bool]:
+        """A client said who it is: the client, and whether it came over a new connection with requests here."""
+        client = self.by_instance.get(instance)
+        if client is None:
+            client = self.by_instance[instance] = Client(instance, peer, now, software)
+        moved = client.peer != peer
+        if moved and client.peer is not None:
+            del self.by_peer[client.peer]
+        previous = self.by_peer.get(peer)
+        if previous is not None and previous is not client:
+            self.part(previous)
+        client.peer, client.heard, client.blocked = peer, now, False
+        self.by_peer[peer] = client
+        return client, moved
+
+    def part(self, client: Client) -> None:
+        """Its connection is gone; the client itself stays known."""
+        if client.peer is not None:
+            del self.by_peer[client.peer]
+        client.peer, client.blocked = None, False
+        client.waiting.clear()
+
+    def forget(self, client: Client) -> None:
+        """It is gone for good."""
+        self.part(client)
+        self.by_instance.pop(client.instance, None)

@@ -1,0 +1,149 @@
+"""The broker's settings: ``configs/broker.yaml`` and the command line, checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loopmux import endpoints
+from loopmux.codec import FieldError, build
+from loopmux.errors import ConfigError
+from loopmux_broker.admission import MIB, Limits
+from loopmux_broker.dispatch import HeadStart
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerConfig:
+    """Everything that can be set. Times are seconds, sizes bytes.
+
+    Attributes:
+        endpoints: where clients connect; empty means ``$LOOPMUX_ENDPOINT`` or the per-user default.
+        worker_endpoints: where workers and launchers connect; empty means beside the first client endpoint.
+        heartbeat: interval in which peers say something; after three they count as gone.
+        window: tokens a client may be sent before it has to grant more.
+        grace: how long the requests of a client that went away live on.
+        max_attempts: workers that a request may be given to, one after the other.
+        resend: interval of what is repeated until it is answered.
+        run_timeout: after which an unanswered RUN is given up.
+        tombstone: how long an end waits for its acknowledgement.
+        retry: when to try again after a full pipe.
+        request_output: output that one request may hold unacknowledged before it is cancelled (slow client).
+        limits: what may wait or be held.
+        head_start: order in the queues.
+    """
+
+    endpoints: tuple[str, ...] = ()
+    worker_endpoints: tuple[str, ...] = ()
+    heartbeat: float = 1.0
+    window: int = 1024
+    grace: float = 2.0
+    max_attempts: int = 3
+    resend: float = 1.0
+    run_timeout: float = 2.0
+    tombstone: float = 60.0
+    retry: float = 0.01
+    request_output: int = MIB
+    limits: Limits = field(default_factory=Limits)
+    head_start: HeadStart = field(default_factory=HeadStart)
+
+    def with_endpoints(self, clients: tuple[str, ...], workers: tuple[str, ...]) -> BrokerConfig:
+        """The same with endpoints from the command line (where given) and the defaults filled in.
+
+        Raises:
+            ConfigError: an endpoint that is malformed, or tcp beyond this host.
+        """
+        chosen = clients or self.endpoints or (endpoints.default_endpoint(),)
+        behind = workers or self.worker_endpoints or (endpoints.worker_endpoint(chosen[0]),)
+        for endpoint in (*chosen, *behind):
+            check_endpoint(endpoint)
+        both = [e for e in chosen if e in behind]
+        if both:
+            raise ConfigError(f"{both[0]} is given for clients and for workers, expected two different endpoints")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return BrokerConfig(**values | {"endpoints": chosen, "worker_endpoints": behind})
+
+
+def load(path: Path) -> BrokerConfig:
+    """Read a configuration file.
+
+    Raises:
+        ConfigError: with file, line, key, what was found and what was expected.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    try:
+        config = build(BrokerConfig, values, strict=True)
+        _check_numbers(config, "")
+    except FieldError as error:
+        line = _line(tree, error.path.split("."))
+        raise ConfigError(f"{path}:{line}: {error}{_nearest(error)}") from error
+    return config
+
+
+def _check_numbers(config: Any, path: str) -> None:
+    for f in fields(config):
+        value, where = getattr(config, f.name), f"{path}{f.name}"
+        if is_dataclass(value):
+            _check_numbers(value, f"{where}.")
+        elif isinstance(value, (int, float)):
+            low = 0 if f.name in ("grace", "priority", "continuing") else None
+            fits = math.isfinite(value) and (value > 0 if low is None else value >= low)
+            if not fits:
+                expected = "a number above 0" if low is None else "a number of at least 0"
+                raise FieldError(where, f"{value} ({type(value).__name__})", expected)
+
+
+def _nearest(error: FieldError) -> str:
+    if not error.unknown:
+        return ""
+    known = error.expected.removeprefix("one of ").split(", ")
+    near = difflib.get_close_matches(error.path.rsplit(".", 1)[-1], known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _line(node: yaml.Node | None, path: list[str]) -> int:
+    """The line of the deepest key of ``path`` that the file has, from 1."""
+    line = node.start_mark.line + 1 if node is not None else 1
+    for name in path:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        pair = next(((k, v) for k, v in node.value if k.value == name.split("[")[0]), None)
+        if pair is None:
+            break
+        line, node = pair[0].start_mark.line + 1, pair[1]
+    return line
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Refuse what the broker must not bind.
+
+    Raises:
+        ConfigError: malformed, or tcp on an address that other hosts can reach: without encryption and keys anybody
+            there could run requests and read along.
+    """
+    if endpoints.ipc_path(endpoint) is not None:
+        return
+    host = endpoint.removeprefix("tcp://").rsplit(":", 1)[0].strip("[]")
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ConfigError(
+            f"{endpoint}: found host {host!r}, expected a loopback address (127.0.0.1, ::1, localhost): "
+            "connections are not encrypted yet, so other hosts are kept out; an ssh tunnel reaches this one from elsewhere"
+        )

@@ -1,0 +1,106 @@
+"""What happens to the broker (events, past tense) and what it wants done (actions, imperative).
+
+The shell turns sockets and the clock into events and carries out actions; tests write both down and compare lists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loopmux import wire
+from loopmux.wire import Header, Kind, Message
+
+Peer = bytes
+"""One connection, opaque to the core: unique among all sockets, never used again once it is lost."""
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSent:
+    """Frames came in on a client socket (without the routing id), unchecked."""
+
+    peer: Peer
+    frames: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSent:
+    """Frames came in on a worker socket, from a worker or a launcher (without the routing id), unchecked."""
+
+    peer: Peer
+    frames: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLost:
+    """A connection closed, and everything that had come in on it was handed over before."""
+
+    peer: Peer
+
+
+@dataclass(frozen=True, slots=True)
+class PushBlocked:
+    """A ``Push`` was not sent because the peer's pipe is full; nothing after it was sent to that peer either."""
+
+    peer: Peer
+    request: bytes
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimerDue:
+    """The time that ``Broker.next_timer`` named has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopStalled:
+    """The process itself was away for ``gap`` seconds (stopped, or out of processor time): nobody else was silent."""
+
+    gap: float
+
+
+Event = ClientSent | WorkerSent | ConnectionLost | PushBlocked | TimerDue | LoopStalled
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message that its receiver, or a timer, asks for again when it gets lost."""
+
+    peer: Peer
+    message: Message
+
+    @property
+    def frames(self) -> list[bytes]:
+        """The frames on the wire, without the routing id."""
+        return wire.to_frames(self.message)
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """Send a piece of a stream, frames as they came; if the pipe is full, say so with ``PushBlocked``."""
+
+    peer: Peer
+    frames: list[bytes]
+    request: bytes
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Write a line to the log. Never holds a prompt, an output or anything else that a client wrote."""
+
+    level: Literal["debug", "info", "warning", "error"]
+    event: str
+    fields: dict[str, object] = field(default_factory=dict)
+
+
+Action = Send | Push | Log
+
+
+def say(kind: Kind, request: bytes = wire.NO_ID, *, seq: int = 0, arg: int = 0, attempt: int = 0) -> Message:
+    """A message that is all header."""
+    return Message(Header(kind, request, seq, arg, attempt))

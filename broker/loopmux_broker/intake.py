@@ -1,0 +1,77 @@
+"""Whether a request is taken in, given who is there and how much is waiting; and if not, with which error."""
+
+from __future__ import annotations
+
+import difflib
+import math
+
+from loopmux.errors import (
+    AdapterNotFoundError,
+    BadRequestError,
+    EngineError,
+    LoopmuxError,
+    ModelNotFoundError,
+    OverloadedError,
+)
+from loopmux.messages import Catalogue
+from loopmux_broker.admission import Admission
+from loopmux_broker.dispatch import PRIORITY_LIMIT
+from loopmux_broker.pool import Pool, Worker
+from loopmux_broker.requests import Request
+
+_COLD_RETRY = 1.0
+"""``retry_after`` where a model has no worker yet, seconds: nobody knows how long loading takes, asking is cheap."""
+
+
+def objection(pool: Pool, request: Request) -> LoopmuxError | None:
+    """Why the request cannot run as things are, None if it can or may wait."""
+    submit = request.submit
+    if not (math.isfinite(submit.timeout) and submit.timeout > 0):
+        return BadRequestError(f"timeout: found {submit.timeout}, expected seconds above 0")
+    if abs(submit.priority) > PRIORITY_LIMIT:
+        return BadRequestError(f"priority: found {submit.priority}, expected -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}")
+    if pool.serving(submit.model):
+        return unknown_adapter(pool, request)
+    declared = pool.declared(submit.model)
+    if declared is None:
+        return unknown_model(pool, submit.model)
+    if declared.entry.phase == "failed":
+        return failed_to_start(declared.entry)
+    if not submit.wait:
+        text = (
+            f"model {submit.model!r} has no ready worker (it is {declared.entry.phase}) and the request does not wait"
+        )
+        return OverloadedError(text, retry_after=_COLD_RETRY)
+    return None
+
+
+def unknown_model(pool: Pool, model: str) -> LoopmuxError:
+    """Nobody serves or declares the model."""
+    known = pool.known()
+    if not known:
+        return ModelNotFoundError(f"model {model!r} is not known: no launcher and no worker has joined the broker")
+    near = difflib.get_close_matches(model, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ModelNotFoundError(f"model {model!r} is not known, expected one of {', '.join(known)}{hint}")
+
+
+def unknown_adapter(pool: Pool, request: Request) -> LoopmuxError | None:
+    """The model has workers, but the adapter that the request names is on none of them."""
+    model, adapter = request.lane
+    if adapter is None or any(worker.serves(model, adapter) for worker in pool.serving(model)):
+        return None
+    known = ", ".join(pool.adapters(model)) or "none"
+    return AdapterNotFoundError(f"model {model!r} has no adapter {adapter!r}, loaded are: {known}")
+
+
+def failed_to_start(entry: Catalogue) -> LoopmuxError:
+    """The model's launcher has given up on it."""
+    return EngineError(f"model {entry.model!r} failed to start: {entry.detail or 'its launcher gave no reason'}")
+
+
+def exhausted(admission: Admission, request: Request, worker: Worker | None) -> LoopmuxError | None:
+    """There is no room for the request now; ``worker`` is the one that has a free slot for it."""
+    refusal = admission.refusal(request.client, len(request.body), queues=worker is None)
+    if refusal is None:
+        return None
+    return OverloadedError(f"{refusal.reason}: try again later", retry_after=refusal.retry_after)

@@ -1,0 +1,60 @@
+"""What the broker tells about itself when asked (STATUS)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from loopmux.messages import ModelStatus, Status, WorkerStatus
+from loopmux_broker.pool import Worker
+from loopmux_broker.requests import State
+from loopmux_broker.tables import Tables
+
+_LATE = 1.5
+"""Heartbeats of silence after which a worker is shown as silent: one is missing."""
+
+
+def report(tables: Tables, now: float) -> Status:
+    """Everything that ``status`` shows."""
+    identity, pool = tables.identity, tables.pool
+    running = Counter(lease.request.submit.model for lease in pool.leases.values() if not lease.stopping)
+    queued = Counter(r.submit.model for r in tables.requests.values() if r.state is State.QUEUED)
+    return Status(
+        epoch=identity.epoch,
+        uptime=round(now - identity.started, 3),
+        software=identity.software,
+        pid=identity.pid,
+        clients=len(tables.clients.by_peer),
+        queued=tables.queues.length,
+        running=running.total(),
+        models=tuple(_model(tables, m, queued[m], running[m], now) for m in pool.known()),
+        workers=tuple(_worker(tables, w, now) for w in sorted(pool.workers.values(), key=lambda w: w.name)),
+        launchers=tuple(sorted(x.name for x in pool.launchers.values())),
+        counters=dict(sorted(tables.counters.items())),
+    )
+
+
+def _model(tables: Tables, model: str, queued: int, running: int, now: float) -> ModelStatus:
+    pool = tables.pool
+    declared, workers = pool.declared(model), len(pool.serving(model))
+    elapsed = declared.entry.elapsed + now - declared.since if declared else 0.0
+    detail = declared.entry.detail if declared else ""
+    return ModelStatus(model, pool.phase(model), workers, queued, running, detail, round(elapsed, 3))
+
+
+def _worker(tables: Tables, worker: Worker, now: float) -> WorkerStatus:
+    register = worker.register
+    return WorkerStatus(
+        name=worker.name,
+        models=tuple(worker.models),
+        slots=worker.slots,
+        running=len(worker.leases),
+        engine=register.engine,
+        pid=register.pid,
+        host=register.host,
+        state="silent" if now - worker.heard > _LATE * tables.config.heartbeat else "ready",
+        served=worker.served,
+        tokens=worker.tokens,
+        tokens_per_second=worker.load.tokens_per_second,
+        uptime=round(now - worker.since, 3),
+        report=worker.report,
+    )

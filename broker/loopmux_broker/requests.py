@@ -1,0 +1,102 @@
+"""Requests and their states.
+
+::
+
+    QUEUED ──dispatched──▶ DISPATCHED ──started──▶ RUNNING ──ended──▶ DONE ──▶ forgotten
+      ▲ │                      │ │                    │ │
+      │ └────────ended─────────│─┴──▶ DONE            │ │
+      └───────requeued─────────┴──────────────────────┘ (only before the first token)
+
+DONE is a tombstone: it is kept until the client acknowledges the terminal, at most 60 s. DETACHED is no state of its
+own but a request of whatever state whose client has no connection: it goes on as before when the client is back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from loopmux.messages import Submit
+from loopmux_broker.output import Output
+
+if TYPE_CHECKING:
+    from loopmux_broker.clients import Client
+    from loopmux_broker.pool import Lease
+
+
+class State(IntEnum):
+    """Where a request is in its life (IntEnum: hashed in C)."""
+
+    QUEUED = 1
+    DISPATCHED = 2
+    RUNNING = 3
+    DONE = 4
+
+
+class Step(IntEnum):
+    """What moves a request from one state to the next."""
+
+    DISPATCHED = 1
+    STARTED = 2
+    REQUEUED = 3
+    ENDED = 4
+
+
+TRANSITIONS: dict[State, dict[Step, State]] = {
+    State.QUEUED: {Step.DISPATCHED: State.DISPATCHED, Step.ENDED: State.DONE},
+    State.DISPATCHED: {Step.STARTED: State.RUNNING, Step.REQUEUED: State.QUEUED, Step.ENDED: State.DONE},
+    State.RUNNING: {Step.REQUEUED: State.QUEUED, Step.ENDED: State.DONE},
+    State.DONE: {},
+}
+"""Every step that there is; any other is a bug of the broker."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request from SUBMIT until it is forgotten.
+
+    Attributes:
+        body: BODY of SUBMIT, kept until the end because another attempt needs it.
+        arrived, deadline: on the broker's clock.
+        attempt: number of the last attempt, 0 before the first.
+        lease: the worker's slot that runs it now.
+        avoid: name of the worker that just failed it.
+        terminal: the frames of its one terminal, once DONE.
+        told: whether the terminal was pushed on the client's present connection.
+        origin: the lease whose worker gave the terminal; None when the broker made it.
+    """
+
+    id: bytes
+    client: Client
+    submit: Submit
+    body: bytes
+    arrived: float
+    deadline: float
+    output: Output
+    state: State = State.QUEUED
+    attempt: int = 0
+    lease: Lease | None = None
+    avoid: str = ""
+    terminal: list[bytes] | None = None
+    told: bool = False
+    origin: Lease | None = None
+    rank: tuple[float, int] = field(default=(0.0, 0))
+
+    def move(self, step: Step) -> None:
+        """Go to the next state.
+
+        Raises:
+            KeyError: the table has no such step from here.
+        """
+        self.state = TRANSITIONS[self.state][step]
+
+    @property
+    def detached(self) -> bool:
+        """Whether its client is away."""
+        return self.client.peer is None
+
+    @property
+    def lane(self) -> tuple[str, str | None]:
+        """The queue it belongs to: model id and adapter."""
+        return self.submit.model, self.submit.adapter

@@ -1,0 +1,79 @@
+"""What the broker knows, in one place, for the parts of its core to share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from loopmux_broker.admission import Admission
+from loopmux_broker.clients import Clients
+from loopmux_broker.config import BrokerConfig
+from loopmux_broker.dispatch import Affinity, Queues
+from loopmux_broker.events import Action, Peer
+from loopmux_broker.pool import Pool
+from loopmux_broker.requests import Request
+from loopmux_broker.strikes import Strikes
+from loopmux_broker.timers import Timers
+
+
+class Alarm(IntEnum):
+    """What a timer is for; the rest of its key says whose it is."""
+
+    CLIENT_SILENT = 1  # peer
+    CLIENT_GRACE = 2  # instance
+    CLIENT_BLOCKED = 3  # instance
+    MEMBER_SILENT = 4  # peer
+    RUN = 5  # request, attempt
+    STOP = 6  # request, attempt
+    DEADLINE = 7  # request
+    TERMINAL = 8  # request
+    TOMBSTONE = 9  # request
+    STRIKES = 10  # peer
+    LAUNCHER = 11  # name
+
+
+LIVENESS = frozenset({Alarm.CLIENT_SILENT, Alarm.CLIENT_GRACE, Alarm.MEMBER_SILENT, Alarm.RUN})
+"""Timers that judge a peer by its silence, and so must not count the time that the broker itself was away."""
+
+TimerKey = tuple[Alarm, bytes | str, int]
+"""(what for, whose, attempt or 0)."""
+
+
+@dataclass(slots=True)
+class Identity:
+    """Which broker process this is: told in WELCOME and REPORT."""
+
+    epoch: bytes
+    pid: int
+    software: str
+    started: float
+
+
+@dataclass(slots=True)
+class Tables:
+    """The broker's whole state. ``out`` collects the actions of the event that is being handled."""
+
+    config: BrokerConfig
+    identity: Identity
+    queues: Queues
+    admission: Admission
+    clients: Clients = field(default_factory=Clients)
+    pool: Pool = field(default_factory=Pool)
+    requests: dict[bytes, Request] = field(default_factory=dict)
+    affinity: Affinity = field(default_factory=Affinity)
+    strikes: Strikes = field(default_factory=Strikes)
+    timers: Timers[TimerKey] = field(default_factory=Timers)
+    rivals: dict[Peer, float] = field(default_factory=dict)
+    counters: Counter[str] = field(default_factory=Counter)
+    out: list[Action] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, config: BrokerConfig, identity: Identity) -> Tables:
+        """The state of a broker that has just started."""
+        return cls(config, identity, Queues(config.head_start), Admission(config.limits))
+
+    @property
+    def patience(self) -> float:
+        """Seconds of silence after which a peer is lost."""
+        return 3 * self.config.heartbeat

@@ -1,0 +1,248 @@
+"""What workers and launchers say, and what comes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loopmux import codec, wire
+from loopmux.errors import BadRequestError, ProtocolError
+from loopmux.messages import Catalogue, Heartbeat, Register
+from loopmux.wire import Kind, Message
+from loopmux_broker.client_side import ID_SIZE, agree, no_common_version, welcome
+from loopmux_broker.events import Log, Peer, Send, say
+from loopmux_broker.life import Life, protocol_failure
+from loopmux_broker.pool import Launcher, Lease, Worker
+from loopmux_broker.requests import State
+from loopmux_broker.streams import Streams
+from loopmux_broker.tables import Alarm, Tables
+
+_REPORT_LIMITS = codec.Limits(array=256, map=256, size=16 * 1024)
+"""A worker's report is for people; the broker decodes it, so it takes no more than a page of text in one field."""
+_REDECLARE = 5.0
+"""Seconds for which a new launcher process may repeat what the last one declared, before the rest is taken out."""
+_RUNNING = wire.TERMINALS - {Kind.EXPIRED}
+
+
+class WorkerSide:
+    """Answers workers and launchers. Whoever has not registered is asked to."""
+
+    def __init__(self, tables: Tables, life: Life, streams: Streams) -> None:
+        self._t, self._life, self._streams = tables, life, streams
+
+    def hear(self, peer: Peer, message: Message, frames: list[bytes], now: float) -> None:
+        """Handle one message; ``frames`` are what it was made from, for passing on.
+
+        Raises:
+            ProtocolError: it is not one that a worker or launcher may send, or says what cannot be.
+        """
+        worker = self._t.pool.workers.get(peer)
+        if worker is not None:
+            worker.heard = now
+            if message.kind is Kind.TOK:
+                self._tok(worker, message, frames, now)
+                return
+        if message.kind is Kind.REGISTER:
+            self._register(peer, message, now)
+        elif worker is not None:
+            self._from_worker(worker, message, frames, now)
+        elif (launcher := self._t.pool.launchers.get(peer)) is not None:
+            launcher.heard = now
+            self._from_launcher(launcher, message, now)
+        else:
+            self._t.out.append(Send(peer, say(Kind.WHO)))
+
+    def _from_worker(self, worker: Worker, message: Message, frames: list[bytes], now: float) -> None:
+        match message.kind:
+            case kind if kind in _RUNNING:
+                self._terminal(worker, message, frames, now)
+            case Kind.RUNACK:
+                lease = self._lease(worker, message)
+                if lease is not None:
+                    self._life.started(lease)
+            case Kind.HB:
+                worker.load = codec.unpack(Heartbeat, message.route)
+                worker.progress = message.header.seq
+                self._t.out.append(Send(worker.peer, say(Kind.PONG)))
+            case Kind.BYE:
+                self.lost(worker, "left", now)
+            case kind:
+                raise ProtocolError(f"a worker may not send {kind.name}")
+
+    def _from_launcher(self, launcher: Launcher, message: Message, now: float) -> None:
+        match message.kind:
+            case Kind.HB:
+                codec.unpack(Heartbeat, message.route)
+                self._t.out.append(Send(launcher.peer, say(Kind.PONG)))
+            case Kind.CATALOGUE:
+                entry = codec.unpack(Catalogue, message.route)
+                self._t.pool.declare(launcher, entry, now)
+                self._life.model_withdrawn(entry.model, now)
+            case Kind.BYE:
+                self.lost(launcher, "left", now)
+                self._withdraw(launcher.name, None, now)
+            case kind:
+                raise ProtocolError(f"a launcher may not send {kind.name}")
+
+    # --- output
+
+    def _lease(self, worker: Worker, message: Message) -> Lease | None:
+        """The slot that a worker speaks of; one that is not its own is answered with RESET."""
+        header = message.header
+        lease = self._t.pool.leases.get((header.request, header.attempt))
+        if lease is not None and lease.worker is worker:
+            return lease
+        self._t.counters["fenced"] += 1
+        self._t.out.append(Send(worker.peer, say(Kind.RESET, header.request, attempt=header.attempt)))
+        return None
+
+    def _tok(self, worker: Worker, message: Message, frames: list[bytes], now: float) -> None:
+        header = message.header
+        seq, count = header.seq, header.arg
+        if count == 0 or len(message.tokens) != 4 * count:
+            raise ProtocolError(f"TOK announces {count} tokens and has {len(message.tokens)} bytes of them")
+        lease = self._t.pool.leases.get((header.request, header.attempt))
+        if lease is None or lease.worker is not worker or lease.stopping:
+            if lease is None or not lease.stopping:
+                self._lease(worker, message)
+            return
+        if not lease.acknowledged:
+            self._life.started(lease)
+        request = lease.request
+        output = request.output
+        if seq != output.total:
+            self._misplaced(lease, seq, now)
+            return
+        worker.tokens += count
+        self._t.admission.output += output.add(seq, seq + count, frames)
+        if output.held > self._t.config.request_output:
+            self._life.slow_client(request, now)
+        else:
+            self._streams.push(request, now)
+
+    def _misplaced(self, lease: Lease, seq: int, now: float) -> None:
+        total = lease.request.output.total
+        if seq < total:
+            self._t.counters["duplicates"] += 1
+            return
+        self._t.counters["gaps"] += 1
+        self._life.output_broken(lease, f"lost output (tokens {total} to {seq - 1} did not arrive)", now)
+
+    def _terminal(self, worker: Worker, message: Message, frames: list[bytes], now: float) -> None:
+        header = message.header
+        request = self._t.requests.get(header.request)
+        lease = self._t.pool.leases.get((header.request, header.attempt))
+        if lease is None and request is not None and request.state is State.DONE:
+            origin = request.origin
+            if origin is not None and origin.worker is worker and origin.attempt == header.attempt:
+                return  # said again because the client has not acknowledged it yet
+        lease = self._lease(worker, message)
+        if lease is None:
+            return
+        if lease.stopping:
+            self._t.out.append(Send(worker.peer, say(Kind.ENDACK, header.request, attempt=header.attempt)))
+            self._life.release(lease, now)
+        else:
+            self._life.started(lease)
+            self._life.worker_ended(lease, message, frames, now)
+
+    # --- membership
+
+    def _register(self, peer: Peer, message: Message, now: float) -> None:
+        register = codec.unpack(Register, message.route)
+        report = _report(message.body)
+        if len(register.boot) != ID_SIZE or not register.name:
+            raise ProtocolError(f"REGISTER: expected a name and a boot id of {ID_SIZE} bytes")
+        if register.role == "worker" and (register.slots < 1 or not register.models):
+            raise ProtocolError("REGISTER: a worker needs at least one slot and one model")
+        version = agree(register.versions)
+        if version is None:
+            self._t.out.append(no_common_version(peer, register.versions))
+        elif self._may_join(peer, register, now):
+            self._join(peer, register, report, now)
+            self._t.out.append(welcome(self._t, peer, version, wire.WORKER_MESSAGE_LIMIT))
+            self._joined(peer, now)
+
+    def _may_join(self, peer: Peer, register: Register, now: float) -> bool:
+        """Whether the name is free, or will not be freed (then the newcomer is told), or is still to be seen."""
+        holder = self._t.pool.named(register)
+        if holder is None or holder.peer == peer or holder.register.boot == register.boot:
+            self._t.rivals.pop(peer, None)
+            return True
+        first = self._t.rivals.setdefault(peer, now)
+        if holder.heard >= first + self._t.config.heartbeat / 2:
+            del self._t.rivals[peer]
+            text = (
+                f"the {register.role} name {register.name!r} is taken by a living process "
+                f"(pid {holder.register.pid} on {holder.register.host or 'this host'}): stop it or choose another name"
+            )
+            self._t.out.append(protocol_failure(peer, BadRequestError(text)))
+        return False
+
+    def _join(self, peer: Peer, register: Register, report: dict[str, Any], now: float) -> None:
+        pool = self._t.pool
+        there = pool.member(peer)
+        if there is not None and (there.register.boot, there.name) != (register.boot, register.name):
+            self.lost(there, "was replaced", now)
+        member = pool.named(register)
+        if member is None:
+            common = (peer, register, now, now)
+            member = Worker(*common, report) if register.role == "worker" else Launcher(*common)
+            self._t.out.append(Log("info", f"{register.role} joined", {"name": register.name, "pid": register.pid}))
+        else:
+            pool.leave(member)
+            self._t.timers.cancel((Alarm.MEMBER_SILENT, member.peer, 0))
+            member.renew(peer, register, now)
+            if isinstance(member, Worker):
+                member.report = report
+        pool.join(member)
+        self._t.timers.set((Alarm.MEMBER_SILENT, peer, 0), now + self._t.patience)
+
+    def _joined(self, peer: Peer, now: float) -> None:
+        member = self._t.pool.member(peer)
+        if isinstance(member, Worker):
+            for model in member.models:
+                self._life.model_changed(model, now)
+            self._life.fill(member, now)
+        elif isinstance(member, Launcher):
+            self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + _REDECLARE)
+
+    def redeclared(self, name: str, now: float) -> None:
+        """A launcher has had its time to declare its models: what only its predecessor declared is taken out."""
+        launcher = next((x for x in self._t.pool.launchers.values() if x.name == name), None)
+        if launcher is not None:
+            self._withdraw(name, launcher.register.boot, now)
+
+    def _withdraw(self, name: str, keep_boot: bytes | None, now: float) -> None:
+        for model in self._t.pool.withdraw(name, keep_boot=keep_boot):
+            self._life.model_withdrawn(model, now)
+
+    def silent(self, peer: Peer, now: float) -> None:
+        """The time has come to see whether a worker or launcher was silent for too long."""
+        member = self._t.pool.member(peer)
+        if member is None:
+            return
+        due = member.heard + self._t.patience
+        if now < due:
+            self._t.timers.set((Alarm.MEMBER_SILENT, peer, 0), due)
+        else:
+            self.lost(member, f"was silent for {now - member.heard:.1f} s", now)
+
+    def lost(self, member: Worker | Launcher, why: str, now: float) -> None:
+        """A worker or launcher is gone. What a launcher declared stays until it says BYE or is back."""
+        role = member.register.role
+        self._t.out.append(Log("info" if why == "left" else "warning", f"{role} {why}", {"name": member.name}))
+        self._t.counters[f"{role}s_left" if why == "left" else f"{role}s_lost"] += 1
+        self._t.timers.cancel((Alarm.MEMBER_SILENT, member.peer, 0))
+        self._t.pool.leave(member)
+        if isinstance(member, Worker):
+            self._life.worker_lost(member, why, now)
+            for model in member.models:
+                if not self._t.pool.serving(model):
+                    self._life.model_changed(model, now)
+
+
+def _report(body: bytes) -> dict[str, Any]:
+    report = codec.decode(body, _REPORT_LIMITS) if body else {}
+    if not isinstance(report, dict):
+        raise ProtocolError(f"REGISTER: found a report that is {codec.show(report)}, expected a map")
+    return report
