@@ -85,12 +85,14 @@ class Stream(Protocol):
 class LoopClient(Protocol):
     """What the loop needs of a client."""
 
-    def stream(self, *, messages: list[ChatMessage], tools: list[dict[str, Any]], **options: Any) -> Any:
-        """A context manager around a ``Stream``; leaving it early cancels the turn."""
+    @property
+    def stream(self) -> Callable[..., Any]:
+        """Begins a turn: a context manager around a ``Stream``; leaving it early cancels the turn."""
         ...
 
-    def hint(self, session: str, state: Any, expected: float | None = None) -> Any:
-        """Tell the broker whether the session comes back."""
+    @property
+    def hint(self) -> Callable[..., Any]:
+        """Tells the broker whether the session comes back."""
         ...
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loopmux.errors import BadRequestError, LoopmuxError
-from loopmux.outcome import Outcome
+from loopmux.outcome import Outcome, Status
 from loopmux.results import Result, TextDelta, ToolCall, Usage, Waiting
 from loopmux.tools import Tool
 
@@ -155,12 +155,13 @@ class ToolStarted:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What came of a call; ``content`` is what the model will read."""
+    """What came of a call; ``content`` is what the model will read, the rest as in ``Outcome``."""
 
     turn: int
     call: ToolCall
-    status: str
+    status: Status
     content: str
+    result: Any = None
     error: str | None = None
 
 

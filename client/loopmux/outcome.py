@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from loopmux.tools import ToolError
+
 Status = Literal["success", "error", "denied", "substituted", "skipped"]
 """How a call ended: it ran; it could not be run or failed; the caller said no, or gave a result itself; a limit."""
 
@@ -54,6 +56,8 @@ def described(error: BaseException) -> str:
         text = str(error)
     except Exception:  # noqa: BLE001 - a broken __str__ must not hide the failure it tells of
         text = "(its text cannot be shown)"
+    if isinstance(error, ToolError) and text:
+        return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

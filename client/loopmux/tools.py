@@ -33,6 +33,10 @@ _MOST_PROBLEMS = 5
 """Problems of one call that are told at once: more would not fit a small model's attention."""
 
 
+class ToolError(Exception):
+    """Raise it in a tool to tell the model why it failed, word for word; other exceptions are told with their type."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tool:
     """A function with everything that the model and the loop need to know of it.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loopmux.errors import DeadlineExceededError, LoopmuxError, MaxTurnsError
@@ -183,7 +183,8 @@ class Loop:
             return self._settle(number, skipped(f"the limit of {self.limits.max_tool_calls} tool calls was reached"))
         self._calls += 1
         if self.approval:
-            return [AskApproval(number, call)]
+            # a copy: whoever is asked must not change what was checked
+            return [AskApproval(number, replace(call, arguments=copy.deepcopy(call.arguments)))]
         self._queue.append(number)
         return []
 
@@ -233,7 +234,7 @@ class Loop:
         outcome = cut(outcome, self.limits.max_result_size)
         pending = self._pending[number]
         pending.outcome = outcome
-        report = ToolResult(self.turn, pending.call, outcome.status, outcome.content, outcome.error)
+        report = ToolResult(self.turn, pending.call, outcome.status, outcome.content, outcome.result, outcome.error)
         return [Report(report)]
 
     def _close_turn(self, now: float) -> list[Action]:

@@ -1,0 +1,188 @@
+"""A broker, a launcher and their workers as one child process of this program, in a folder of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from loopmux.endpoints import ipc_path, private_folder, runtime_folder
+from loopmux.errors import ConfigError, ConnectionLostError, LoopmuxError
+
+EXIT_CONFIG = 78
+"""What a program of ours ends with when its configuration is wrong."""
+_LAST_LINES = 20
+"""Lines of a stack that did not start which its error carries."""
+_KEPT_LINES = 1000
+"""Lines kept for callers that wait for the same start; an environment's build prints a few hundred."""
+_STOP_GRACE = 20.0
+"""Seconds between SIGTERM and SIGKILL: workers get 10 to finish what they run, and the launcher some more."""
+_LOOK_AGAIN = 1.0
+"""Seconds after which a waiting caller looks for a child that died while something else held its output open."""
+_NEEDED = ("yaml", "structlog", "packaging")
+
+
+def launcher_command() -> list[str]:
+    """The program that runs a stack, in this interpreter.
+
+    Raises:
+        ConfigError: a package it needs is not installed.
+    """
+    missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"no broker is running, and starting one needs {', '.join(missing)}, which {sys.executable} does not have: "
+            "install it with  pip install 'loopmux[server]'"
+        )
+    return [sys.executable, "-m", "loopmux_launcher"]
+
+
+class PrivateStack:
+    """One ``up`` process, started at once; ``wait_ready`` waits for its models.
+
+    Args:
+        config: the configuration to write for it, or None for the one that ``up`` finds by itself.
+        command: the launcher program.
+
+    Attributes:
+        endpoint: where its broker listens.
+        models: the model ids that callers have asked for; kept by the caller.
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None, command: Sequence[str]) -> None:
+        self.models: set[str] = set()
+        self.folder = _new_folder()
+        self.endpoint = f"ipc://{self.folder / 'client.ipc'}"
+        self._changed = threading.Condition()
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._printed = 0
+        self._ready = False
+        try:
+            ipc_path(self.endpoint)
+            self._process = self._spawn(config, command)
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        self._reader = threading.Thread(target=self._read, name="loopmux-private-stack", daemon=True)
+        self._reader.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self._process.poll() is None
+
+    def wait_ready(self, log: Callable[[str], None] | None) -> None:
+        """Wait until every required model is ready; ``log`` gets each line of progress, in this thread.
+
+        Raises:
+            ConfigError: the configuration is wrong.
+            ConnectionLostError: the stack ended before it was ready.
+        """
+        told = 0
+        while True:
+            fresh, told, ready = self._news(told)
+            alive = self.alive  # after the news: a dead one's last lines are then among them, or in its error
+            if log is not None:
+                for line in fresh:
+                    log(line)
+            if not alive:
+                raise self._failure()
+            if ready:
+                return
+
+    def _news(self, told: int) -> tuple[list[str], int, bool]:
+        """The lines printed since the first ``told`` of them, their new number, and whether the stack is ready."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._printed > told or self._ready, _LOOK_AGAIN)
+            fresh = list(self._lines)[told - self._printed :] if self._printed > told else []
+            return fresh, self._printed, self._ready
+
+    def stop(self) -> None:
+        """End the process and everything it started, and remove its folder. A second time does nothing."""
+        if self.alive:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_GRACE)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+        self._reader.join()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _spawn(self, config: Mapping[str, Any] | None, command: Sequence[str]) -> subprocess.Popen[str]:
+        words = [*command, "up", "--endpoint", self.endpoint]
+        if config is not None:
+            file = self.folder / "llm_backends.yaml"
+            file.write_text(json.dumps(config, indent=2))  # JSON is YAML, and the client has no YAML library
+            words += ["--config", str(file)]
+        words += ["--parent-pid", str(os.getpid()), "--log-format", "plain"]
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # Ctrl-C is for the application, which then stops the stack in its own order
+        )
+
+    def _read(self) -> None:
+        """Take the process's lines as long as it prints any, so that it never waits for a full pipe."""
+        with cast(TextIO, self._process.stdout) as output:
+            for line in output:
+                with self._changed:
+                    self._lines.append(line.rstrip())
+                    self._printed += 1
+                    self._ready = self._ready or line.split()[:1] == ["ready"]
+                    self._changed.notify_all()
+        self._process.wait()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _failure(self) -> LoopmuxError:
+        self._reader.join(_LOOK_AGAIN)  # its last lines
+        code = self._process.returncode
+        said = "\n".join(list(self._lines)[-_LAST_LINES:]) or "(it printed nothing)"
+        if code == EXIT_CONFIG:
+            return ConfigError(f"no broker is running, and a private one cannot start:\n{said}")
+        return ConnectionLostError(
+            f"no broker is running, and a private one ended with exit code {code} before it was ready:\n{said}",
+            retryable=False,
+        )
+
+
+def _new_folder() -> Path:
+    """A fresh folder for this process's stack, after removing those of processes that died without doing so."""
+    parent = private_folder(runtime_folder())
+    for old in parent.glob("private-*-*"):
+        if not _exists(old.name.split("-")[1]):
+            shutil.rmtree(old, ignore_errors=True)
+    number = 0
+    while True:
+        folder = parent / f"private-{os.getpid()}-{number}"
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def _exists(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,160 @@
+"""An HTTP server that runs tools: asked for what it has, and called for each call of the model.
+
+- ``POST /call`` with ``{"name": …, "args": {…}}`` answers ``{"ok": true, "result": …}``, or
+  ``{"ok": false, "error": …}`` where the tool failed;
+- ``GET /tools``, where the server has it, answers a list (or ``{"tools": […]}``) of schemas, bare or as
+  ``{"type": "function", "function": {…}}``, each with an optional ``danger``;
+- both carry the header ``X-Auth-Token`` if a token is set.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.parse
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from loopmux.errors import AuthError, BadRequestError, ConnectionLostError, DeadlineExceededError, ProtocolError
+from loopmux.tools import DANGERS, Danger, Tool, ToolError
+
+_LARGEST_ANSWER = 16 * 1024 * 1024
+"""Bytes; a model reads a few thousand characters, so more is a mistake and would only fill the memory."""
+_SHOWN = 200
+"""Characters of an unexpected answer that an error shows."""
+_PORTS = {"http": 80, "https": 443}
+
+
+class ToolServer:
+    """The tools of a server at ``url``; hand it to ``run_tools(tools=[server])`` as it is.
+
+    Args:
+        url: such as ``http://127.0.0.1:8763``.
+        token: sent as ``X-Auth-Token``; empty for none.
+        timeout: seconds for each answer; the loop's ``tool_timeout`` holds as well.
+        schemas: the tools' schemas, for a server that does not list them.
+        danger: level of a tool that the server gives none for; the default asks before it runs.
+
+    Every call opens a connection of its own, so one object serves any number of threads. Proxies of the environment are
+    not used: tokens stay between the two machines.
+
+    Raises:
+        BadRequestError: the URL is not one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str = "",
+        *,
+        timeout: float = 30.0,
+        schemas: Iterable[Mapping[str, Any]] | None = None,
+        danger: Danger | Callable[[str], Danger] = "warning",
+    ) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in _PORTS or not parts.hostname:
+            raise BadRequestError(f"tool server: found the URL {url!r}, expected one such as http://127.0.0.1:8763")
+        self.url = url.rstrip("/")
+        self._token = token
+        self._timeout = timeout
+        self._schemas = None if schemas is None else list(schemas)
+        self._danger = danger if callable(danger) else lambda _: danger
+        self._secure = parts.scheme == "https"
+        self._host, self._port = parts.hostname, parts.port or _PORTS[parts.scheme]
+        self._path = parts.path.rstrip("/")
+
+    def tools(self) -> list[Tool]:
+        """The server's tools.
+
+        Raises:
+            ConnectionLostError, DeadlineExceededError, AuthError, ProtocolError: it cannot be reached, does not answer,
+                refuses the token, or answers something else.
+        """
+        listed = self._listed() if self._schemas is None else self._schemas
+        return [self._tool(entry) for entry in listed]
+
+    def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """Run one tool and return its result.
+
+        Raises:
+            ToolError: the tool failed; its text is the server's.
+            ConnectionLostError, DeadlineExceededError, AuthError, ProtocolError: as ``tools``.
+        """
+        status, body = self._request("POST", "/call", {"name": name, "args": dict(arguments)})
+        answer = _json(body)
+        if isinstance(answer, Mapping) and isinstance(answer.get("ok"), bool):
+            if answer["ok"]:
+                return answer.get("result")
+            raise ToolError(str(answer.get("error") or "the tool failed without saying why"))
+        raise self._unexpected(status, body, "/call", '{"ok": …, "result": …, "error": …}')
+
+    def _listed(self) -> list[Mapping[str, Any]]:
+        status, body = self._request("GET", "/tools", None)
+        if status in (404, 405, 501):
+            raise ProtocolError(
+                f"the tool server at {self.url} does not list its tools (GET /tools answered {status}): "
+                "give their schemas, as in ToolServer(url, token, schemas=[…])"
+            )
+        answer = _json(body)
+        listed = answer.get("tools") if isinstance(answer, Mapping) else answer
+        if status != http.client.OK or not isinstance(listed, list) or not all(isinstance(e, dict) for e in listed):
+            raise self._unexpected(status, body, "/tools", "a list of tool schemas")
+        return listed
+
+    def _tool(self, entry: Mapping[str, Any]) -> Tool:
+        inner = entry.get("function", entry)
+        name = inner.get("name") if isinstance(inner, Mapping) else None
+        if not isinstance(name, str):
+            raise ProtocolError(f"the tool server at {self.url} lists {entry!r:.200}, expected a schema with a name")
+        danger = entry.get("danger", inner.get("danger"))
+        parameters = {"type": "object", "properties": {}} | dict(inner.get("parameters") or {})
+        return Tool(
+            name,
+            str(inner.get("description") or ""),
+            parameters,
+            lambda **arguments: self.call(name, arguments),
+            danger if danger in DANGERS else self._danger(name),
+            self._timeout,
+        )
+
+    def _request(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=self._timeout)
+        try:
+            data = None if body is None else json.dumps(body)
+            connection.request(method, self._path + path, data, self._headers())
+            response = connection.getresponse()
+            answer = response.read(_LARGEST_ANSWER + 1)
+        except TimeoutError as error:
+            late = f"the tool server at {self.url} did not answer within {self._timeout:g} s"
+            raise DeadlineExceededError(late) from error
+        except (OSError, http.client.HTTPException) as error:
+            said = f"{type(error).__name__}: {error}"
+            lost = f"the tool server at {self.url} cannot be reached ({said}): is it running?"
+            raise ConnectionLostError(lost) from error
+        finally:
+            connection.close()
+        if len(answer) > _LARGEST_ANSWER:
+            raise ProtocolError(f"the tool server at {self.url} answered more than {_LARGEST_ANSWER >> 20} MiB")
+        if response.status in (401, 403):
+            token = "the token was refused" if self._token else "no token was given"
+            raise AuthError(f"the tool server at {self.url} answered {response.status}: {token}")
+        return response.status, answer
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        return headers | {"X-Auth-Token": self._token} if self._token else headers
+
+    def _unexpected(self, status: int, body: bytes, path: str, expected: str) -> ProtocolError:
+        found = body.decode("utf-8", "replace")[:_SHOWN]
+        return ProtocolError(
+            f"the tool server at {self.url} answered {path} with {status} {found!r}, expected {expected}"
+        )
+
+
+def _json(body: bytes) -> Any:
+    """What a body says; None for what is not JSON, which fits no expected answer."""
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
