@@ -145,5 +145,5 @@ def check_endpoint(endpoint: str) -> None:
     if not loopback:
         raise ConfigError(
             f"{endpoint}: found host {host!r}, expected a loopback address (127.0.0.1, ::1, localhost): "
-            "connections are not encrypted yet, so other hosts are kept out; an ssh tunnel reaches this one from elsewhere"
+            "connections are not encrypted yet, so other hosts are kept out (an ssh tunnel gets around that)"
         )

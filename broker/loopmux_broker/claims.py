@@ -1,0 +1,84 @@
+"""The claim on an ipc path: a second process that binds the same path would silently steal it.
+
+A lock on a file beside the socket says who holds the path; the kernel drops it with the process, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+from loopmux.endpoints import private_folder
+from loopmux.errors import ConfigError, LoopmuxError
+
+
+class BusyError(LoopmuxError):
+    """Another process holds an endpoint."""
+
+    code = "busy"
+
+
+class Claim:
+    """This process's hold on the path of an ipc socket. Removes its files, and a folder that it made, when released."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the path.
+
+        Raises:
+            BusyError: a living process holds it.
+            ConfigError: the folder is somebody else's, or the path is taken by something that is no socket.
+        """
+        self.path = path
+        self.lock = path.with_name(f"{path.name}.lock")
+        self._made_folder = not path.parent.exists()
+        private_folder(path.parent)
+        self._descriptor = self._take()
+        self._clear_stale()
+
+    def _take(self) -> int:
+        while True:
+            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+                os.close(descriptor)
+                raise BusyError(
+                    f"ipc://{self.path} is held by a running broker, process {holder} (lock {self.lock}): "
+                    "use that one, stop it (loopmux down), or choose another --endpoint"
+                ) from None
+            if self._is_current(descriptor):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()}\n".encode())
+                return descriptor
+            os.close(descriptor)  # its last holder removed the file between our opening and locking it
+
+    def _is_current(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), self.lock.stat())
+        except FileNotFoundError:
+            return False
+
+    def _clear_stale(self) -> None:
+        try:
+            mode = self.path.lstat().st_mode
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(mode):
+            self.release()
+            raise ConfigError(f"{self.path} exists and is no socket: expected a free path, choose another --endpoint")
+        self.path.unlink()
+
+    def release(self) -> None:
+        """Give the path up. The socket itself must be closed by now."""
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(self.path.lstat().st_mode):
+                self.path.unlink()
+        self.lock.unlink(missing_ok=True)
+        os.close(self._descriptor)
+        if self._made_folder:
+            with contextlib.suppress(OSError):  # not empty: somebody else uses it too
+                self.path.parent.rmdir()

@@ -1,0 +1,146 @@
+"""One bound ROUTER socket: receiving, sending, and noticing closed connections."""
+
+from __future__ import annotations
+
+import os
+import struct
+from enum import Enum
+
+import zmq
+
+from loopmux import endpoints
+from loopmux.errors import ConfigError
+from loopmux.wire import CLIENT_MESSAGE_LIMIT, HEADER_SIZE, WORKER_MESSAGE_LIMIT, Kind
+from loopmux_broker.claims import BusyError
+from loopmux_broker.events import Peer
+
+_INTRODUCTIONS = frozenset({Kind.HELLO.value, Kind.REGISTER.value})
+_RECEIVE_HWM = 1000
+_MOST_FRAMES = 5
+"""Frames kept of a message, one more than any has: enough to see that it is malformed."""
+
+
+_EVENT = struct.Struct("=Hi")
+"""First frame of a monitor's message: event number and descriptor."""
+
+
+class Side(Enum):
+    """Who connects to a door."""
+
+    CLIENTS = "clients"
+    WORKERS = "workers"
+
+
+class SendOutcome(Enum):
+    """What became of a message."""
+
+    SENT = 1
+    FULL = 2
+    GONE = 3
+
+
+class Door:
+    """A ROUTER socket and its monitor. The last byte of each ``Peer`` is ``number``, the rest its routing id."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], number: int, side: Side, window: int) -> None:
+        self.number, self.side = number, side
+        self.endpoint = ""
+        self._suffix = bytes([number])
+        self._descriptors: dict[int, Peer] = {}
+        self._lost: list[Peer] = []
+        self.socket = context.socket(zmq.ROUTER)
+        limit = CLIENT_MESSAGE_LIMIT if side is Side.CLIENTS else WORKER_MESSAGE_LIMIT
+        options = {
+            zmq.ROUTER_MANDATORY: 1,  # without it a full or lost peer's messages vanish while every send succeeds
+            zmq.ROUTER_HANDOVER: 0,
+            zmq.LINGER: 0,
+            zmq.SNDTIMEO: 0,
+            zmq.MAXMSGSIZE: limit,
+            zmq.SNDHWM: 2 * window,
+            zmq.RCVHWM: _RECEIVE_HWM,
+            zmq.HEARTBEAT_IVL: 1000,
+            zmq.HEARTBEAT_TIMEOUT: 3000,
+            zmq.HANDSHAKE_IVL: 2000,
+            zmq.IPV6: 1,
+        }
+        for option, value in options.items():
+            self.socket.setsockopt(option, value)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+    def bind(self, endpoint: str) -> None:
+        """Listen. The socket file of an ipc endpoint is this user's alone.
+
+        Raises:
+            BusyError: another program listens there.
+            ConfigError: it cannot be bound here.
+        """
+        before = os.umask(0o077)
+        try:
+            self.socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EADDRINUSE:
+                raise BusyError(f"{endpoint} is taken by another program: stop it or choose another port") from error
+            raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}") from error
+        finally:
+            os.umask(before)
+        # With port 0 the system has chosen one.
+        bound = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.endpoint = endpoint if endpoints.ipc_path(endpoint) else bound.rstrip("\0")
+
+    def receive(self) -> tuple[Peer, list[bytes]] | None:
+        """The next message (its sender, its frames), None if there is none now."""
+        receive = self.socket.recv
+        try:
+            peer = receive(zmq.NOBLOCK) + self._suffix
+        except zmq.Again:
+            return None
+        # Frames rather than bytes: `more` comes with them, asking the socket for it costs more than the rest together.
+        frame = receive(zmq.NOBLOCK, False)
+        frames = [frame.bytes]
+        while frame.more:
+            frame = receive(zmq.NOBLOCK, False)
+            if len(frames) < _MOST_FRAMES:
+                frames.append(frame.bytes)
+        head = frames[0]
+        if len(head) == HEADER_SIZE and head[3] in _INTRODUCTIONS:
+            self.watch()  # the descriptor's last user is gone, which the monitor has said but nobody may have read yet
+            self._descriptors[int(frame.get(zmq.SRCFD))] = peer
+        return peer, frames
+
+    def send(self, peer: Peer, frames: list[bytes]) -> SendOutcome:
+        """Send at once or not at all."""
+        send = self.socket.send
+        try:
+            send(peer[:-1], zmq.SNDMORE)
+        except zmq.Again:
+            return SendOutcome.FULL
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return SendOutcome.GONE
+        for frame in frames[:-1]:
+            send(frame, zmq.SNDMORE)
+        send(frames[-1])
+        return SendOutcome.SENT
+
+    def watch(self) -> None:
+        """Read the monitor: whose connections have closed."""
+        try:
+            while True:
+                event, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
+                peer = self._descriptors.pop(_EVENT.unpack(event)[1], None)
+                if peer is not None:
+                    self._lost.append(peer)
+        except zmq.Again:
+            return
+
+    def lost(self) -> list[Peer]:
+        """Take the introduced peers whose connections have closed since the last time."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    def close(self) -> None:
+        """Stop listening; the socket file goes with it."""
+        self.socket.disable_monitor()
+        self.monitor.close(0)
+        self.socket.close(0)

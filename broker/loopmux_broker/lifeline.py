@@ -1,0 +1,101 @@
+"""Why the broker should end: a signal, somebody's word from another thread, or the death of its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from types import FrameType, TracebackType
+
+from loopmux.errors import ConfigError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Lifeline:
+    """Descriptors that become readable when it is time to go, for a poller.
+
+    The parent is watched through a descriptor of the process rather than PR_SET_PDEATHSIG: that one fires when the
+    *thread* that started us ends, and only for a direct parent.
+    """
+
+    def __init__(self, parent: int | None = None) -> None:
+        """Raises ConfigError if there is no process ``parent``."""
+        self.reason: str | None = None
+        self._parent = parent
+        self._process: int | None = None
+        if parent is not None:
+            self._process = _process_descriptor(parent)
+        self._ear, self._mouth = socket.socketpair()
+        self._ear.setblocking(False)
+        self._mouth.setblocking(False)
+
+    def __enter__(self) -> Lifeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def catch_signals(self) -> None:
+        """Let SIGTERM and SIGINT end the broker in good order. Main thread only."""
+        signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.reason = self.reason or signal.Signals(number).name
+
+    def stop(self, reason: str) -> None:
+        """End the broker; any thread may ask for it."""
+        self.reason = self.reason or reason
+        self._mouth.send(b"\0")
+
+    def descriptors(self) -> list[int]:
+        """What to poll for reading."""
+        return [self._ear.fileno()] + ([self._process] if self._process is not None else [])
+
+    @property
+    def must_ask(self) -> bool:
+        """Whether the parent's death shows only by asking ``check`` now and then."""
+        return self._parent is not None and self._process is None
+
+    def check(self, readable: set[int]) -> str | None:
+        """The reason to end, if there is one; ``readable`` are the descriptors that the poller found readable."""
+        if self._process in readable or (self.must_ask and not _alive(self._parent or 0)):
+            self.reason = self.reason or "parent died"
+        return self.reason
+
+    def close(self) -> None:
+        """Give descriptors and signals back."""
+        if signal.getsignal(signal.SIGTERM) == self._on_signal:
+            signal.set_wakeup_fd(-1)
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+        self._ear.close()
+        self._mouth.close()
+        if self._process is not None:
+            os.close(self._process)
+
+
+def _process_descriptor(process: int) -> int | None:
+    """A descriptor that is readable once the process has ended; None where the system has no such thing."""
+    if not _alive(process):
+        raise ConfigError(f"--parent-pid {process}: there is no such process (any more), so nobody needs this broker")
+    try:
+        return os.pidfd_open(process)
+    except ProcessLookupError:
+        raise ConfigError(f"--parent-pid {process}: the process has just ended, so nobody needs this broker") from None
+    except (OSError, AttributeError):
+        return None
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

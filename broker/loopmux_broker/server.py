@@ -1,0 +1,188 @@
+"""The shell around the core: sockets, poller, timers. One thread."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterable
+
+import zmq
+from structlog.typing import FilteringBoundLogger
+
+import loopmux
+from loopmux import endpoints
+from loopmux_broker.broker import Broker
+from loopmux_broker.claims import Claim
+from loopmux_broker.config import BrokerConfig
+from loopmux_broker.doors import Door, SendOutcome, Side
+from loopmux_broker.events import (
+    Action,
+    ClientSent,
+    ConnectionLost,
+    Event,
+    Log,
+    LoopStalled,
+    Peer,
+    Push,
+    PushBlocked,
+    Send,
+    TimerDue,
+    WorkerSent,
+)
+from loopmux_broker.lifeline import Lifeline
+
+_DRAIN = 64
+"""Messages taken from one socket in one turn: about 5 ms of work at most, so no socket waits longer for another."""
+_LONGEST_POLL = 1.0
+"""Seconds between two looks at the parent where its death does not wake the poller."""
+_PATIENCE = 16
+"""Turns that the news of a lost connection waits for its last messages: they are at most 1 000 (RCVHWM), 64 a turn."""
+
+
+class Server:
+    """Binds the endpoints, then runs the core until the lifeline says why to end."""
+
+    def __init__(self, config: BrokerConfig, log: FilteringBoundLogger, lifeline: Lifeline) -> None:
+        """Listen on every endpoint.
+
+        Raises:
+            BusyError, ConfigError: an endpoint cannot be had; whatever was taken before is given back.
+        """
+        self._config, self._log, self._lifeline = config, log, lifeline
+        self._claims: list[Claim] = []
+        self.doors: list[Door] = []
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._full: set[Peer] = set()
+        self._leaving: dict[Peer, int] = {}
+        try:
+            self._open(config.endpoints, Side.CLIENTS)
+            self._open(config.worker_endpoints, Side.WORKERS)
+        except BaseException:
+            self.close()
+            raise
+        self._epoch = os.urandom(8)
+        software = f"loopmux-broker {loopmux.__version__}"
+        self._broker = Broker(config, epoch=self._epoch, now=time.monotonic(), pid=os.getpid(), software=software)
+        self._poller = zmq.Poller()
+        for door in self.doors:
+            self._poller.register(door.socket, zmq.POLLIN)
+            self._poller.register(door.monitor, zmq.POLLIN)
+        for descriptor in lifeline.descriptors():
+            self._poller.register(descriptor, zmq.POLLIN)
+
+    def _open(self, listen: Iterable[str], side: Side) -> None:
+        for endpoint in listen:
+            path = endpoints.ipc_path(endpoint)
+            if path is not None:
+                self._claims.append(Claim(path))
+            door = Door(self._context, len(self.doors), side, self._config.window)
+            self.doors.append(door)
+            door.bind(endpoint)
+
+    def run(self) -> str:
+        """Serve until there is a reason to end, and return it."""
+        self._log.info(
+            "ready",
+            endpoints=[d.endpoint for d in self.doors if d.side is Side.CLIENTS],
+            worker_endpoints=[d.endpoint for d in self.doors if d.side is Side.WORKERS],
+            pid=os.getpid(),
+            epoch=self._epoch.hex(),
+        )
+        while True:
+            readable = self._wait()
+            reason = self._lifeline.check({s for s in readable if isinstance(s, int)})
+            if reason is not None:
+                self._log.info("stopping", reason=reason)
+                return reason
+            self._turn(readable)
+
+    def close(self) -> None:
+        """Close sockets, remove socket and lock files. The core's state is gone."""
+        for door in self.doors:
+            door.close()
+        self._context.term()
+        for claim in self._claims:
+            claim.release()
+        self.doors, self._claims = [], []
+
+    # --- one turn
+
+    def _wait(self) -> set[zmq.Socket[bytes] | int]:
+        """Sleep until something comes in or a timer is due; what is readable then."""
+        before = time.monotonic()
+        timeout = self._timeout(before)
+        milliseconds = None if timeout is None else math.ceil(1000 * timeout)
+        readable = {source for source, _ in self._poller.poll(milliseconds)}
+        if timeout is not None:
+            self._note_gap(before + timeout)
+        return readable
+
+    def _timeout(self, now: float) -> float | None:
+        if self._leaving:
+            return 0.0
+        due = self._broker.next_timer()
+        timeout = None if due is None else max(due - now, 0.0)
+        if self._lifeline.must_ask:
+            return _LONGEST_POLL if timeout is None else min(timeout, _LONGEST_POLL)
+        return timeout
+
+    def _note_gap(self, expected: float) -> None:
+        """If this process was stopped or starved, peers were not silent in that time."""
+        now = time.monotonic()
+        if now - expected > 2 * self._config.heartbeat:
+            self._log.warning("loop stalled", seconds=round(now - expected, 3))
+            self._handle(LoopStalled(now - expected), now)
+
+    def _turn(self, readable: set[zmq.Socket[bytes] | int]) -> None:
+        begun = time.monotonic()
+        self._full.clear()
+        for door in self.doors:
+            door.watch()
+            lost = door.lost()
+            self._leaving.update((peer, _PATIENCE) for peer in lost)
+            if door.socket in readable or lost or self._leaving:
+                self._drain(door)
+        due = self._broker.next_timer()
+        now = time.monotonic()
+        if due is not None and due <= now:
+            self._handle(TimerDue(), now)
+        self._note_gap(begun)
+
+    def _drain(self, door: Door) -> None:
+        """Hand over what came in, then the news of connections whose last message that was."""
+        leaving = [peer for peer in self._leaving if peer[-1] == door.number]
+        sent = ClientSent if door.side is Side.CLIENTS else WorkerSent
+        for _ in range(_DRAIN):
+            received = door.receive()
+            if received is None:
+                break
+            self._handle(sent(*received), time.monotonic())
+        else:
+            for peer in leaving:
+                self._leaving[peer] -= 1
+            leaving = [peer for peer in leaving if self._leaving[peer] <= 0]
+        for peer in leaving:
+            del self._leaving[peer]
+            self._handle(ConnectionLost(peer), time.monotonic())
+
+    def _handle(self, event: Event, now: float) -> None:
+        for action in self._broker.handle(event, now):
+            self._do(action)
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Push(peer, frames, request, seq):
+                if peer in self._full or self._send(peer, frames) is SendOutcome.FULL:
+                    self._full.add(peer)
+                    self._handle(PushBlocked(peer, request, seq), time.monotonic())
+            case Send(peer, _):
+                self._send(peer, action.frames)
+            case Log(level, event, fields):
+                getattr(self._log, level)(event, **fields)
+
+    def _send(self, peer: Peer, frames: list[bytes]) -> SendOutcome:
+        outcome = self.doors[peer[-1]].send(peer, frames)
+        if outcome is SendOutcome.GONE:
+            self._leaving.setdefault(peer, _PATIENCE)
+        return outcome
