@@ -116,6 +116,13 @@ class Engine(Protocol):
         """Advance everything by one step and return what came of it; ``[]`` at once when there is nothing to do."""
         ...
 
+    def due(self) -> float | None:
+        """Seconds until ``step`` has something to do: 0 now, None when nothing runs.
+
+        A step that depends on work elsewhere (another thread, a device) may wait for it, a few milliseconds at most.
+        """
+        ...
+
     def load(self) -> Load:
         """Load and progress; cheap."""
         ...

@@ -1,0 +1,151 @@
+"""The engine thread: the one thread that touches the engine. Commands come in by a queue, events go out by another."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+import structlog
+
+from loopmux.errors import EngineError, LoopmuxError
+from loopmux.results import Usage
+from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Load, Output
+from loopmux_worker.session import Cancel, Cancelled, Event, Stepped, Submit
+
+_log = structlog.get_logger(__name__)
+
+_BACKLOG = 256
+"""Steps whose outputs may wait for the I/O thread; an engine that is faster than the wire is made to wait."""
+
+
+class Driver:
+    """Runs an engine in a thread of its own.
+
+    Args:
+        engine: handed over; nobody else may touch it until ``stop``.
+        wake: called (in the engine's thread) when there is something in ``drain``.
+    """
+
+    def __init__(self, engine: Engine, wake: Callable[[], None]) -> None:
+        self._engine, self._wake = engine, wake
+        self._commands: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
+        self._events: queue.Queue[Event] = queue.Queue(_BACKLOG)
+        self._stopping = threading.Event()
+        self._keys: dict[Key, int] = {}  # running requests and how many tokens each has
+        self._load = Load(0, 0, 0)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.died: BaseException | None = None
+        """What ended the thread, if it was not asked to end."""
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def put(self, command: Submit | Cancel) -> None:
+        """Hand a command to the engine; never blocks."""
+        self._commands.put(command)
+
+    def drain(self) -> list[Event]:
+        """What happened since the last call."""
+        events: list[Event] = []
+        try:
+            while True:
+                events.append(self._events.get_nowait())
+        except queue.Empty:
+            return events
+
+    def stop(self, timeout: float) -> bool:
+        """End the thread and close the engine; False if it did not end in time (a step is taking long)."""
+        self._stopping.set()
+        self._commands.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except BaseException as error:  # noqa: BLE001 - handed to the I/O thread, which ends the process with it
+            self.died = error
+            self._wake()
+        finally:
+            self._engine.close()
+
+    def _turn(self) -> None:
+        """Carry out the commands at hand, then one step."""
+        due = self._engine.due()
+        for command in self._take(due):
+            if isinstance(command, Submit):
+                self._submit(command.job)
+            else:
+                self._post(Cancelled(command.key, self._cancel(command.key)))
+        self._report([] if self._engine.due() is None else self._step())
+
+    def _take(self, due: float | None) -> list[Submit | Cancel]:
+        """The commands at hand; waits for the first one while the engine has nothing to do."""
+        taken: list[Submit | Cancel] = []
+        try:
+            command = self._commands.get_nowait() if due == 0 else self._commands.get(timeout=due)
+            while command is not None:
+                taken.append(command)
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            pass  # that is the end of what is at hand
+        return taken
+
+    def _submit(self, job: Job) -> None:
+        try:
+            self._engine.submit(job)
+        except Exception as error:  # noqa: BLE001 - whatever a request does to the engine, it is that request's failure
+            self._report([Failed(job.key, len(job.prefix), _as_ours(error))])
+        else:
+            self._keys[job.key] = len(job.prefix)
+
+    def _cancel(self, key: Key) -> Usage | None:
+        self._keys.pop(key, None)
+        return self._engine.cancel(key)
+
+    def _step(self) -> list[Output]:
+        """One step. If it raises, the requests that were running fail and the engine goes on without them."""
+        try:
+            outputs = self._engine.step()
+        except Exception as error:  # noqa: BLE001 - one bad batch must not end the worker
+            _log.exception("engine step failed", requests=len(self._keys))
+            return self._fail_all(_as_ours(error))
+        for output in outputs:
+            if isinstance(output, (Finished, Failed)):
+                self._keys.pop(output.key, None)
+            elif output.key in self._keys:
+                self._keys[output.key] = output.position + len(output.ids)
+        return outputs
+
+    def _fail_all(self, error: LoopmuxError) -> list[Output]:
+        outputs: list[Output] = []
+        for key, total in list(self._keys.items()):
+            usage = self._engine.cancel(key)
+            outputs.append(Failed(key, total, error) if usage is None else Failed(key, total, error, usage))
+        self._keys.clear()
+        return outputs
+
+    def _report(self, outputs: list[Output]) -> None:
+        load = self._engine.load()
+        if outputs or load != self._load:
+            self._load = load
+            self._post(Stepped(tuple(outputs), load))
+
+    def _post(self, event: Event) -> None:
+        """Hand an event over; waits where the I/O thread is behind, unless the worker is ending."""
+        while not self._stopping.is_set():
+            try:
+                self._events.put(event, timeout=0.1)
+            except queue.Full:
+                continue
+            break
+        self._wake()
+
+
+def _as_ours(error: Exception) -> LoopmuxError:
+    if isinstance(error, LoopmuxError):
+        return error
+    return EngineError(f"the engine failed: {type(error).__name__}: {error}")

@@ -1,0 +1,156 @@
+"""Adapters in a model, through PEFT: checked against the base before they are used, switched per request."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import PeftType
+from safetensors.torch import load_file
+
+from loopmux.errors import AdapterNotFoundError, ConfigError
+from loopmux_worker.engine import files
+from loopmux_worker.engine.loading import is_finite
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A loaded adapter: the name that PEFT knows it by, and the fingerprint of its files."""
+
+    internal: str
+    fingerprint: str
+    folder: Path
+
+
+class Adapters:
+    """The adapters of one model. The base alone is always among the choices.
+
+    Not thread-safe, and ``using`` holds for the whole model: whoever runs the model owns this.
+    """
+
+    def __init__(self, model: Any, *, allow_pickle: bool = False) -> None:
+        self._model = model
+        self._allow_pickle = allow_pickle
+        self._peft: Any = None  # made with the first adapter; it puts its layers into the model in place
+        self._loaded: dict[str, Adapter] = {}
+        self._count = 0
+
+    @property
+    def loaded(self) -> dict[str, Adapter]:
+        """By name."""
+        return dict(self._loaded)
+
+    def load(self, name: str, directory: str) -> Adapter:
+        """Load an adapter under a name.
+
+        Raises:
+            ConfigError: it is incomplete, damaged, of a kind that is not served, or made for another base.
+        """
+        folder = files.adapter_folder(directory)
+        path = files.adapter_weights(folder, allow_pickle=self._allow_pickle)
+        config = _read_config(folder)
+        weights = _read_weights(path)
+        internal = f"a{self._count}"  # PEFT's names may hold no dots and must not resemble its own prefixes
+        self._count += 1
+        self._inject(internal, config, folder)
+        try:
+            self._fill(internal, weights, folder)
+        except ConfigError:
+            self._peft.delete_adapter(internal)
+            raise
+        adapter = Adapter(internal, files.fingerprint(folder), folder)
+        self._loaded[name] = adapter
+        return adapter
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            AdapterNotFoundError: it is not loaded.
+        """
+        if name not in self._loaded:
+            raise AdapterNotFoundError(f"adapter {name!r} is not loaded")
+        self._peft.delete_adapter(self._loaded.pop(name).internal)
+
+    @contextlib.contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """The model computes with this adapter, or as the base alone for None, within the block."""
+        if self._peft is None or not self._loaded:
+            yield
+        elif name is None:
+            with self._peft.disable_adapter():
+                yield
+        else:
+            self._peft.set_adapter(self._loaded[name].internal, inference_mode=True)
+            yield
+
+    def _inject(self, internal: str, config: PeftConfig, folder: Path) -> None:
+        try:
+            if self._peft is None:
+                # Without autocast: PEFT would keep copies of half-precision adapters in float32
+                self._peft = PeftModel(self._model, config, internal, autocast_adapter_dtype=False)
+            else:
+                self._peft.add_adapter(internal, config, autocast_adapter_dtype=False)
+        except (ValueError, KeyError, RuntimeError, TypeError) as error:
+            raise ConfigError(f"{folder} does not fit the base model: {error}") from error
+        self._peft.eval()
+
+    def _fill(self, internal: str, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        expected = get_peft_model_state_dict(self._peft, adapter_name=internal, save_embedding_layers=False)
+        _compare(weights, {name: tuple(t.shape) for name, t in expected.items()}, folder)
+        result = set_peft_model_state_dict(self._peft, weights, adapter_name=internal)
+        if result.unexpected_keys:
+            raise ConfigError(f"{folder}: PEFT has no place for {result.unexpected_keys[0]}")
+        for parameter in self._peft.parameters():
+            parameter.requires_grad_(False)
+
+
+def _read_config(folder: Path) -> PeftConfig:
+    described = files.read_json(folder / "adapter_config.json")
+    kind = described.get("peft_type")
+    if kind != PeftType.LORA.value:
+        raise ConfigError(f"{folder}: found an adapter of type {kind!r}, served are LORA ones (DoRA and rsLoRA too)")
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{folder}/adapter_config.json: this PEFT does not read it: {error}") from error
+    config.inference_mode = True
+    return config
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        files.tensors(path)
+        weights = load_file(str(path))
+    else:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    for name, tensor in weights.items():
+        if tensor.numel() and not is_finite(tensor):
+            raise ConfigError(f"{path}: the tensor {name} holds NaN or infinite values: the adapter is damaged")
+    return weights
+
+
+def _compare(found: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Refuse an adapter whose tensors are not exactly those that the base needs for its configuration."""
+    for name, shape in expected.items():
+        if name not in found:
+            raise ConfigError(
+                f"{folder}: the tensor {name} is missing, expected shape {shape}: the adapter is incomplete or was "
+                "made for another base model"
+            )
+        if tuple(found[name].shape) != shape:
+            raise ConfigError(
+                f"{folder}: the tensor {name} has shape {tuple(found[name].shape)}, expected {shape}: the adapter was "
+                "made for another base model"
+            )
+    extra = [name for name in found if name not in expected]
+    if extra:
+        raise ConfigError(
+            f"{folder}: the tensor {extra[0]} of shape {tuple(found[extra[0]].shape)} has no place in the base model: "
+            "the adapter was made for another one"
+        )

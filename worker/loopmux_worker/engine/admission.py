@@ -1,0 +1,78 @@
+"""What every engine refuses before it starts: fields out of range, and guarantees that it cannot give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loopmux.errors import AdapterNotFoundError, BadRequestError, ContextLengthError, ModelNotFoundError
+from loopmux.messages import Generate, ModelSpec, Run
+
+
+def check(generate: Generate) -> None:
+    """Refuse what this release's engines cannot run.
+
+    Raises:
+        BadRequestError: naming the field, what was found and what was expected.
+    """
+    generate.check()
+    if generate.tool_choice not in ("auto", "none"):
+        raise BadRequestError(
+            f"tool_choice: found {generate.tool_choice!r}; forcing a call needs constrained decoding, which this "
+            "engine does not have: use 'auto' or 'none'"
+        )
+    if generate.response_format is not None:
+        raise BadRequestError(
+            "response_format: a guaranteed JSON schema needs constrained decoding, which this engine does not have: "
+            "leave it out and check the answer"
+        )
+
+
+def parses_calls(generate: Generate) -> bool:
+    """Whether the output is searched for tool calls."""
+    return bool(generate.tools) and generate.tool_choice != "none"
+
+
+def model_of(run: Run, models: Mapping[str, ModelSpec]) -> ModelSpec:
+    """The model that a request names.
+
+    Raises:
+        ModelNotFoundError: this worker does not serve it.
+    """
+    if run.model not in models:
+        raise ModelNotFoundError(
+            f"model {run.model!r} is not served here; this worker has {', '.join(sorted(models))}", model=run.model
+        )
+    return models[run.model]
+
+
+def adapter_of(run: Run, models: Mapping[str, ModelSpec]) -> str | None:
+    """The model id whose adapter a request runs with, None for the base alone.
+
+    An adapter is named by the model id that it is served as.
+
+    Raises:
+        AdapterNotFoundError: no adapter of that name is loaded.
+    """
+    name = run.adapter or (run.model if models[run.model].adapter_dir else None)
+    if name is None or (name in models and models[name].adapter_dir):
+        return name
+    known = ", ".join(sorted(n for n, m in models.items() if m.adapter_dir)) or "none"
+    raise AdapterNotFoundError(f"adapter {name!r} is not loaded; loaded: {known}", model=run.model)
+
+
+def room_for(prompt: int, prefix: int, wanted: int, context: int) -> int:
+    """How many tokens a request may produce: what it wants, or what the context leaves.
+
+    A prompt that leaves no room for a single token is refused; one that leaves less than was asked for is run and ends
+    with ``length``.
+
+    Raises:
+        ContextLengthError: naming the numbers.
+    """
+    room = context - prompt
+    if room < 1 or prefix > room:
+        raise ContextLengthError(
+            f"the prompt has {prompt} tokens{f' and resumes behind {prefix}' if prefix else ''}, the context holds "
+            f"{context}, and {wanted} new ones were asked for: shorten the prompt to at most {context - 1} tokens"
+        )
+    return min(wanted, room)

@@ -1,0 +1,339 @@
+"""From a specification to a model in memory: weights, tokenizers, end tokens, context.
+
+Whatever would be served wrong is refused, with what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from loopmux.errors import ConfigError, LoopmuxError
+from loopmux.messages import ModelSpec, WorkerSpec
+from loopmux_worker.engine import files
+from loopmux_worker.engine.templates import has_template
+
+Progress = Callable[[str, str], None]
+"""Told what is being done: a phase (loading, warming) and a line for people."""
+
+_OWN_FIRST_RELEASE = Version("5.0")
+"""From here on transformers reads ``rope_parameters``; before, it ignored them and computed other positions."""
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        model: the transformers model; adapters are put into it by ``adapters``.
+        tokenizers: per model id, the adapter's own where it has one.
+        ends: token ids that end an output.
+        context: tokens of prompt and answer together.
+        vocabulary: rows of the embedding: prompt ids are below.
+        head: width of the logits.
+        fingerprint: of the base's files, dtype and quantisation.
+        notes: what somebody who wonders about answers should know.
+    """
+
+    model: Any
+    tokenizers: dict[str, Any]
+    ends: frozenset[int]
+    context: int
+    vocabulary: int
+    head: int
+    device: torch.device
+    dtype: torch.dtype
+    fingerprint: str
+    folder: Path
+    notes: list[str] = field(default_factory=list)
+
+
+def load(spec: WorkerSpec, progress: Progress) -> Loaded:
+    """Load base model and tokenizers.
+
+    Raises:
+        ConfigError: something in the folders, the specification or this environment does not fit; it says what.
+    """
+    if spec.torch_threads is not None:
+        torch.set_num_threads(spec.torch_threads)
+    folder = base_folder(spec)
+    check_environment(spec, folder)
+    device = choose_device(spec.device)
+    weights = files.weight_files(folder, allow_pickle=spec.allow_pickle_weights)
+    _check_memory(spec, weights, device)
+    progress("loading", f"weights of {folder.name} ({sum(p.stat().st_size for p in weights) / 2**20:.0f} MiB)")
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fingerprint") as pool:
+        digest = pool.submit(files.fingerprint, folder)
+        model = _load_model(spec, folder, device)
+        return _loaded(spec, folder, model, digest, progress)
+
+
+def _loaded(spec: WorkerSpec, folder: Path, model: Any, digest: Future[str], progress: Progress) -> Loaded:
+    progress("loading", "tokenizers")
+    notes: list[str] = []
+    tokenizers = {m.id: _tokenizer(spec, m, folder, notes) for m in spec.models}
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    for name, tokenizer in tokenizers.items():
+        if len(tokenizer) > vocabulary:
+            raise ConfigError(
+                f"model {name!r}: its tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary} rows: "
+                "it belongs to another model"
+            )
+    ends = _ends(model, tokenizers)
+    _neutral_generation(model)
+    quantised = "4bit" if spec.use_4bit else "8bit" if spec.use_8bit else "none"
+    parts = {"base": digest.result(), "dtype": str(model.dtype), "quantisation": quantised}
+    return Loaded(
+        model=model,
+        tokenizers=tokenizers,
+        ends=ends,
+        context=_context(spec, model),
+        vocabulary=vocabulary,
+        head=_head_width(model, vocabulary),
+        device=model.device,
+        dtype=model.dtype,
+        fingerprint=files.combined(parts),
+        folder=folder,
+        notes=notes,
+    )
+
+
+def base_folder(spec: WorkerSpec) -> Path:
+    """The folder of the base model; a merged model in ``adapter_dir`` is a base of its own.
+
+    Raises:
+        ConfigError: no such folder, or a merged model next to other models.
+    """
+    merged = [m for m in spec.models if m.adapter_dir and files.is_merged_model(files.adapter_folder(m.adapter_dir))]
+    if merged:
+        if len(spec.models) > 1:
+            raise ConfigError(
+                f"model {merged[0].id!r}: adapter_dir {merged[0].adapter_dir!r} holds a merged model, which cannot "
+                "share a worker with other models: give it as base_model"
+            )
+        return files.adapter_folder(str(merged[0].adapter_dir))
+    if spec.base_model is None:
+        raise ConfigError(f"worker {spec.name!r}: base_model is missing; only the echo engine does without")
+    folder = Path(spec.base_model)
+    if not folder.is_dir():
+        return _from_hub(spec.base_model)
+    files.read_json(folder / "config.json")
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ConfigError(f"base_model {name!r}: no such folder, and not of the form owner/name of a hub model")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "*.py"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise ConfigError(
+            f"base_model {name!r}: no such folder, and the hub does not give it ({type(error).__name__}: {error})"
+        ) from error
+
+
+def check_environment(spec: WorkerSpec, folder: Path) -> None:
+    """Refuse what this environment cannot serve right.
+
+    Raises:
+        ConfigError: quantisation without bitsandbytes, remote code without permission, a configuration file that this
+            transformers would misread.
+    """
+    config = files.read_json(folder / "config.json")
+    if spec.use_4bit and spec.use_8bit:
+        raise ConfigError("use_4bit and use_8bit are both set, expected at most one")
+    if (spec.use_4bit or spec.use_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+        wanted = "use_4bit" if spec.use_4bit else "use_8bit"
+        raise ConfigError(
+            f"{wanted}: this environment has no bitsandbytes: add it to the environment's requirements, or set "
+            f"{wanted}: false"
+        )
+    if "auto_map" in config and not spec.trust_remote_code and config.get("model_type") not in _known_types():
+        raise ConfigError(
+            f"{folder}: its config.json names code of its own (auto_map), which is not run: set trust_remote_code: "
+            "true if you trust its source"
+        )
+    _check_rope(config, folder)
+
+
+def _known_types() -> Any:
+    return transformers.CONFIG_MAPPING
+
+
+def _check_rope(config: dict[str, Any], folder: Path) -> None:
+    """An older transformers ignores ``rope_parameters``: then the old keys must say the same."""
+    if Version(transformers.__version__) >= _OWN_FIRST_RELEASE:
+        return
+    for part in (config, config.get("text_config") or {}):
+        rope = part.get("rope_parameters")
+        if not isinstance(rope, dict):
+            continue
+        theta = rope.get("rope_theta", 10000.0)
+        scaled = rope.get("rope_type", "default") != "default"
+        if float(part.get("rope_theta", 10000.0)) != float(theta) or (scaled and not part.get("rope_scaling")):
+            raise ConfigError(
+                f"{folder}/config.json says rope_parameters {rope}, which transformers {transformers.__version__} does "
+                "not read: it would compute other positions and answer wrong. Use transformers 5 or later for it"
+            )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for a name; ``auto`` takes the first accelerator there is.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda:0" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: found {name!r}, expected auto, cpu, cuda, cuda:N or mps") from None
+    there = {"cpu": True, "cuda": cuda, "mps": mps}.get(device.type, False)
+    if not there or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        have = [
+            "cpu",
+            *(f"cuda:{i}" for i in range(torch.cuda.device_count() if cuda else 0)),
+            *(["mps"] if mps else []),
+        ]
+        raise ConfigError(f"device: found {name!r}, this machine and this torch have {', '.join(have)}")
+    return device
+
+
+def _check_memory(spec: WorkerSpec, weights: list[Path], device: torch.device) -> None:
+    if spec.use_4bit or spec.use_8bit:
+        return  # what quantised weights take is known once they are loaded
+    width = None if spec.dtype == "auto" else torch.empty(0, dtype=getattr(torch, spec.dtype)).element_size()
+    needed = files.memory_needed(weights, width)
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else files.memory_available()
+    if available is not None and needed > available:
+        raise ConfigError(
+            f"the weights take {needed / 2**20:.0f} MiB and {device} has {available / 2**20:.0f} MiB free: stop "
+            "other workers, choose a smaller dtype, or a smaller model"
+        )
+
+
+def _load_model(spec: WorkerSpec, folder: Path, device: torch.device) -> Any:
+    options: dict[str, Any] = {
+        "dtype": "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype),
+        "trust_remote_code": spec.trust_remote_code,
+        "use_safetensors": None if spec.allow_pickle_weights else True,
+        "local_files_only": True,
+    }
+    if device.type != "cpu":
+        options["device_map"] = {"": device}
+    if spec.use_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    elif spec.use_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    except Exception as error:
+        raise ConfigError(
+            f"{folder}: transformers {transformers.__version__} cannot load it: {type(error).__name__}: {error}"
+        ) from error
+    _check_loading(folder, info)
+    _check_numbers(folder, model)
+    model.eval()
+    return model
+
+
+def _check_loading(folder: Path, info: Any) -> None:
+    """Weights that are missing would be made up at random, and answer like it."""
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        found = sorted(map(str, info.get(kind) or ()))
+        if found and kind != "unexpected_keys":
+            raise ConfigError(
+                f"{folder}: {len(found)} weights are {kind.removesuffix('_keys')}, the first is {found[0]}: "
+                "config.json and weights do not belong together"
+            )
+
+
+def _check_numbers(folder: Path, model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel() and not is_finite(parameter):
+            raise ConfigError(f"{folder}: the weight {name} holds NaN or infinite values: the checkpoint is damaged")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers of a tensor are finite; takes no memory of the tensor's size."""
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _tokenizer(spec: WorkerSpec, model: ModelSpec, base: Path, notes: list[str]) -> Any:
+    """The adapter's own tokenizer if it has one, else the base's."""
+    own = files.adapter_folder(model.adapter_dir) if model.adapter_dir else base
+    tokenizer = read_tokenizer(own if files.has_tokenizer(own) else base, spec)
+    if own != base and files.has_tokenizer(own) and not has_template(tokenizer) and files.has_tokenizer(base):
+        tokenizer.chat_template = read_tokenizer(base, spec).chat_template
+        notes.append(f"{model.id}: the adapter's tokenizer has no chat template, the base's is used")
+    if model.model_type == "instruct" and not has_template(tokenizer):
+        notes.append(f"{model.id}: no chat template, a plain 'User: … Assistant:' format is used")
+    return tokenizer
+
+
+def read_tokenizer(folder: Path, spec: WorkerSpec) -> Any:
+    """A tokenizer from a folder.
+
+    Raises:
+        ConfigError: there is none that this transformers can load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
+    except Exception as error:
+        raise ConfigError(
+            f"{folder}: transformers {transformers.__version__} cannot load its tokenizer: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _ends(model: Any, tokenizers: dict[str, Any]) -> frozenset[int]:
+    """End tokens: of the generation configuration, and of the tokenizers (chat models name only one of them there)."""
+    given = getattr(model.generation_config, "eos_token_id", None)
+    found = set(given if isinstance(given, (list, tuple)) else [given])
+    found |= {tokenizer.eos_token_id for tokenizer in tokenizers.values()}
+    return frozenset(int(token) for token in found if token is not None)
+
+
+def _head_width(model: Any, vocabulary: int) -> int:
+    head = model.get_output_embeddings()
+    return int(getattr(head, "out_features", vocabulary))
+
+
+def _neutral_generation(model: Any) -> None:
+    """Sampling is ours: what a checkpoint recommends (temperature, penalties) must not apply on top of it."""
+    model.generation_config = transformers.GenerationConfig()
+
+
+def _context(spec: WorkerSpec, model: Any) -> int:
+    text = model.config.get_text_config()
+    own = next(
+        (n for k in ("max_position_embeddings", "n_positions", "max_seq_len") if (n := getattr(text, k, None))), None
+    )
+    if spec.context is None:
+        return int(own or 2**31)
+    if own is not None and spec.context > own:
+        raise ConfigError(f"context: found {spec.context}, the model was made for at most {own}")
+    return spec.context
+
+
+def as_config_error(error: Exception) -> LoopmuxError:
+    """An error of loading as one of ours."""
+    return error if isinstance(error, LoopmuxError) else ConfigError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,313 @@
+"""Prompts: a request's text, messages or token ids become the token ids that the model reads.
+
+Text that comes from users, tools or earlier turns never becomes a control token: a tool result that holds
+``<|im_end|>`` is read as those eight characters. transformers 5 does that itself (``sanitize_control_tokens``); for
+older ones it is done here, by encoding each control token found in content in two halves.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from loopmux.errors import BadRequestError
+from loopmux.messages import Generate, ModelSpec
+from loopmux.wire import unpack_tokens
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
+"""What templates read; other keys (a client's own notes) do not reach them."""
+_OWN_ARGUMENTS = frozenset(
+    {
+        "conversation", "messages", "tools", "chat_template", "tokenize", "add_generation_prompt", "return_dict",
+        "return_tensors", "continue_final_message", "sanitize_control_tokens", "tokenizer_kwargs", "padding",
+        "truncation", "max_length", "return_assistant_tokens_mask", "documents",
+    }
+)  # fmt: skip
+_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+PLAIN_CHAT_STOP = "\nUser:"
+"""Ends an answer in the plain chat format: a model that knows no turns goes on by writing the user's next line."""
+
+_MARK = ("\ue0f0", "\ue0f1")  # private use: around a control token found in content, until the text is encoded
+
+
+class Tokenizer(Protocol):
+    """What is needed of a transformers tokenizer."""
+
+    chat_template: str | None
+    added_tokens_encoder: Mapping[str, int]
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Text to ids."""
+        ...
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **kwargs: Any) -> Any:
+        """Messages to text or ids."""
+        ...
+
+
+def has_template(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer brings a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def render(generate: Generate, model: ModelSpec, tokenizer: Tokenizer) -> list[int]:
+    """The prompt's token ids.
+
+    Raises:
+        BadRequestError: a message, tool or template argument is not what a template can take.
+    """
+    if generate.prompt_token_ids is not None:
+        return unpack_tokens(generate.prompt_token_ids)
+    if model.model_type == "base" and generate.prompt is not None:
+        return _encode_plain(generate.prompt, model, tokenizer)
+    messages = conversation(generate, model)
+    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(generate.tools)]
+    if generate.tool_choice == "none":
+        tools = []
+    if not has_template(tokenizer) or model.model_type == "base":
+        if tools:
+            raise BadRequestError(
+                f"tools: the model {model.id!r} has no chat template that could show them to it; use a model that has"
+            )
+        return _encode_marked(plain_chat(_mark(messages, _control_pattern(tokenizer))), tokenizer, start=True)
+    return _apply(messages, tools, _template_arguments(generate), tokenizer, model)
+
+
+def uses_plain_chat(generate: Generate, model: ModelSpec, tokenizer: Tokenizer) -> bool:
+    """Whether the answer is written in the plain chat format, which ends at ``PLAIN_CHAT_STOP``."""
+    if generate.prompt_token_ids is not None or (model.model_type == "base" and generate.prompt is not None):
+        return False
+    return model.model_type == "base" or not has_template(tokenizer)
+
+
+def conversation(generate: Generate, model: ModelSpec) -> list[dict[str, Any]]:
+    """The messages as a template takes them, the model's system prompt in front unless there is one.
+
+    Raises:
+        BadRequestError: naming the message and what is wrong with it.
+    """
+    given = generate.messages or ({"role": "user", "content": generate.prompt},)
+    messages = [_message(message, f"messages[{i}]") for i, message in enumerate(given)]
+    if model.system_prompt and messages[0]["role"] not in ("system", "developer"):
+        messages.insert(0, {"role": "system", "content": model.system_prompt})
+    return messages
+
+
+def plain_chat(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Messages for a model without a template: ``User: …`` and so on in lines, the system message as it is."""
+    parts = []
+    for message in messages:
+        content = message["content"] or ""
+        head = "" if message["role"] in ("system", "developer") else f"{message['role'].capitalize()}: "
+        parts.append(f"{head}{content}\n")
+    return "".join(parts) + "Assistant:"
+
+
+def _encode_plain(prompt: str, model: ModelSpec, tokenizer: Tokenizer) -> list[int]:
+    text = f"{model.system_prompt}\n{prompt}" if model.system_prompt else prompt
+    ids = _encode(text, tokenizer, start=True)
+    if not ids:
+        raise BadRequestError("prompt: found an empty text, expected at least one token")
+    return ids
+
+
+def _encode(text: str, tokenizer: Tokenizer, *, start: bool) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=start))
+
+
+def _message(message: Mapping[str, Any], path: str) -> dict[str, Any]:
+    role = message.get("role")
+    if role not in ROLES:
+        raise BadRequestError(f"{path}.role: found {role!r}, expected one of {', '.join(ROLES)}")
+    checked = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
+    checked["content"] = _content(message.get("content"), f"{path}.content")
+    if "tool_calls" in checked:
+        if role != "assistant":
+            raise BadRequestError(f"{path}.tool_calls: found in a message of {role!r}, expected only in assistant ones")
+        checked["tool_calls"] = _calls(checked["tool_calls"], f"{path}.tool_calls")
+    for key in ("tool_call_id", "name", "reasoning_content"):
+        if key in checked and not isinstance(checked[key], str):
+            raise BadRequestError(f"{path}.{key}: found {type(checked[key]).__name__}, expected a text")
+    return checked
+
+
+def _content(content: object, path: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise BadRequestError(f"{path}: found {type(content).__name__}, expected a text or a list of text parts")
+    texts = []
+    for i, part in enumerate(content):
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise BadRequestError(f"{path}[{i}]: expected a part {{'type': 'text', 'text': …}}; only text is served")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(calls: object, path: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, (list, tuple)):
+        raise BadRequestError(f"{path}: found {type(calls).__name__}, expected a list")
+    checked = []
+    for i, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRequestError(f"{path}[{i}]: expected {{'function': {{'name': …, 'arguments': …}}}}")
+        arguments = _arguments(function.get("arguments", {}), f"{path}[{i}].function.arguments")
+        entry = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        checked.append(entry | ({"id": call["id"]} if "id" in call else {}))
+    return checked
+
+
+def _arguments(arguments: object, path: str) -> dict[str, Any]:
+    """Arguments are maps inside; JSON texts, as HTTP clients have them, are taken."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise BadRequestError(f"{path}: found a text that is no JSON ({error}), expected a mapping") from None
+    if not isinstance(arguments, Mapping):
+        raise BadRequestError(f"{path}: found {type(arguments).__name__}, expected a mapping")
+    return dict(arguments)
+
+
+def _tool(tool: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A tool in the ``{"type": "function", "function": …}`` form; names are checked because templates print them."""
+    function = tool.get("function", tool)
+    if not isinstance(function, Mapping):
+        raise BadRequestError(f"{path}.function: found {type(function).__name__}, expected a mapping")
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise BadRequestError(f"{path}.function.name: found {name!r}, expected letters, digits and any of _ . : -")
+    parameters = function.get("parameters", {"type": "object", "properties": {}})
+    _check_properties(parameters, f"{path}.function.parameters")
+    return {"type": "function", "function": {"description": "", **function, "parameters": parameters}}
+
+
+def _check_properties(schema: object, path: str) -> None:
+    """Property names, all the way down: they are keys, which the escaping of texts does not reach."""
+    if isinstance(schema, Mapping):
+        for key, value in schema.items():
+            if not isinstance(key, str) or "<" in key or len(key) > 128 or not key.isprintable():
+                raise BadRequestError(f"{path}: found the name {key!r}, expected at most 128 characters without '<'")
+            _check_properties(value, f"{path}.{key}")
+    elif isinstance(schema, (list, tuple)):
+        for i, value in enumerate(schema):
+            _check_properties(value, f"{path}[{i}]")
+
+
+def _template_arguments(generate: Generate) -> dict[str, Any]:
+    taken = sorted(_OWN_ARGUMENTS & set(generate.template_kwargs))
+    if taken:
+        raise BadRequestError(f"template_kwargs: found {taken[0]!r}, which is not the caller's to set")
+    thinking = {} if generate.reasoning is None else {"enable_thinking": generate.reasoning}
+    return thinking | generate.template_kwargs
+
+
+def _apply(
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    arguments: dict[str, Any],
+    tokenizer: Tokenizer,
+    model: ModelSpec,
+) -> list[int]:
+    if tools and "tools" not in str(tokenizer.chat_template):
+        raise BadRequestError(f"tools: the chat template of {model.id!r} does not show tools; use a model whose does")
+    keyed = {"messages": [m.get("tool_calls") for m in messages], "tools": tools, "template_kwargs": arguments}
+    _check_keys(keyed, control_tokens(tokenizer), "")
+    try:
+        if "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters:
+            ids = tokenizer.apply_chat_template(
+                messages,
+                tools=tools or None,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                sanitize_control_tokens=True,
+                **arguments,
+            )
+            return list(ids)
+        return _apply_escaped(messages, tools, arguments, tokenizer)
+    except Exception as error:
+        # Templates raise on what they do not take (roles that do not alternate, unknown roles): the caller's to change
+        raise BadRequestError(
+            f"messages: the chat template of {model.id!r} refused them: {type(error).__name__}: {error}"
+        ) from error
+
+
+def control_tokens(tokenizer: Tokenizer) -> list[str]:
+    """Every token that text must not turn into: the added ones but for white space, longest first."""
+    return sorted((token for token in tokenizer.added_tokens_encoder if token.strip()), key=len, reverse=True)
+
+
+def _check_keys(value: object, control: Sequence[str], path: str) -> None:
+    """Keys of maps are rendered as they are, so none may hold a control token."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            if any(token in str(key) for token in control):
+                raise BadRequestError(f"{path or 'request'}: found the key {key!r}, which holds a control token")
+            _check_keys(entry, control, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)):
+        for i, entry in enumerate(value):
+            _check_keys(entry, control, f"{path}[{i}]")
+
+
+def _apply_escaped(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]], arguments: dict[str, Any], tokenizer: Tokenizer
+) -> list[int]:
+    """What ``sanitize_control_tokens`` does, for a transformers that does not have it."""
+    found = _control_pattern(tokenizer)
+    text = tokenizer.apply_chat_template(
+        _mark(messages, found),
+        tools=_mark(tools, found) or None,
+        add_generation_prompt=True,
+        tokenize=False,
+        **_mark(arguments, found),
+    )
+    return _encode_marked(text, tokenizer, start=False)
+
+
+def _control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or "(?!)")
+
+
+def _encode_marked(text: str, tokenizer: Tokenizer, *, start: bool) -> list[int]:
+    """Encode a text in which ``_mark`` marked the control tokens that are to stay text: each in two halves."""
+    opening, closing = _MARK
+    ids: list[int] = []
+    for i, piece in enumerate(re.split(f"{opening}(.*?){closing}", text, flags=re.DOTALL)):
+        clean = piece.replace(opening, "").replace(closing, "")
+        if i == 0:
+            ids += _encode(clean, tokenizer, start=start)
+        elif i % 2:
+            ids += _inner(clean[:1], tokenizer) + _inner(clean[1:], tokenizer)
+        else:
+            ids += _inner(clean, tokenizer)
+    return ids
+
+
+def _mark(value: Any, found: re.Pattern[str]) -> Any:
+    start, end = _MARK
+    if isinstance(value, str):
+        bare = value.replace(start, "").replace(end, "")
+        return found.sub(lambda match: f"{start}{match.group()}{end}", bare)
+    if isinstance(value, Mapping):
+        return {key: _mark(entry, found) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_mark(entry, found) for entry in value]
+    return value
+
+
+def _inner(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Encode text that stands inside other text: some tokenizers put a space in front of whatever begins."""
+    if not text:
+        return []
+    line = _encode("\n", tokenizer, start=False)
+    ids = _encode("\n" + text, tokenizer, start=False)
+    return ids[len(line) :] if line and ids[: len(line)] == line else _encode(text, tokenizer, start=False)

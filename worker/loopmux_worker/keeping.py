@@ -1,0 +1,149 @@
+"""One request's output on its way to the broker: put together, kept until acknowledged, sent again. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from loopmux.codec import pack
+from loopmux.errors import EngineError
+from loopmux.messages import Tok
+from loopmux.results import TokenLogprob, ToolCall
+from loopmux.wire import WORKER_MESSAGE_LIMIT, Header, Kind, Message, pack_tokens
+from loopmux_worker.engine.base import Key, Produced
+
+SOONEST = 0.02
+"""Seconds between two TOK of a stream, unless ``FULL`` tokens are there: readers see no difference, the broker does."""
+FULL = 8
+"""Tokens that are sent without waiting."""
+KEPT = 60.0
+"""Seconds for which output and terminal wait for their acknowledgement."""
+TERMINAL_AGAIN = 1.0
+"""Seconds after which an unacknowledged terminal is repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    message: Message
+    end: int  # index behind its last token
+    since: float
+
+
+class OutputStream:
+    """Collects what a request produces and turns it into messages.
+
+    Methods return the messages to send now; the caller sends them, or not while the broker is away: they are kept and
+    come again from ``resend``.
+
+    Args:
+        key: the request and attempt.
+        start: absolute index of the first token to come (the length of the prefix).
+    """
+
+    def __init__(self, key: Key, start: int) -> None:
+        self.key = key
+        self.end = start
+        """Index behind the last token that was added."""
+        self.terminal: Message | None = None
+        """The terminal once there is one."""
+        self._sent = start
+        self._sent_at: float | None = None
+        self._ids: list[int] = []
+        self._text: list[str] = []
+        self._calls: list[ToolCall] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._kept: deque[_Kept] = deque()
+        self._again_at = 0.0
+        self._forget_at = 0.0
+
+    def add(self, produced: Produced, now: float) -> list[Message]:
+        """Take tokens in; the first ones go at once.
+
+        Raises:
+            EngineError: they do not follow the ones before, or a message with them would be too large.
+        """
+        if produced.position != self.end or not produced.ids:
+            found = f"{len(produced.ids)} tokens at position {produced.position}"
+            raise EngineError(f"the engine produced {found}, expected some at {self.end}")
+        self.end += len(produced.ids)
+        self._ids += produced.ids
+        self._text.append(produced.text)
+        self._calls += produced.calls
+        self._logprobs += produced.logprobs
+        due = self.flush_at()
+        return self.flush(now) if due is not None and now >= due else []
+
+    def flush_at(self) -> float | None:
+        """When the tokens at hand are to be sent; None if there are none."""
+        if not self._ids:
+            return None
+        if self._sent_at is None or len(self._ids) >= FULL:
+            return 0.0
+        return self._sent_at + SOONEST
+
+    def flush(self, now: float) -> list[Message]:
+        """Put the tokens at hand into a message.
+
+        Raises:
+            EngineError: it would be larger than a worker may send.
+        """
+        if not self._ids:
+            return []
+        body = pack(Tok("".join(self._text), tuple(self._calls), tuple(self._logprobs)))
+        ids, start = self._ids, self._sent
+        self._ids, self._text, self._calls, self._logprobs = [], [], [], []
+        if len(body) > WORKER_MESSAGE_LIMIT:
+            self.end = self._sent
+            raise EngineError(
+                f"{len(ids)} tokens came with {len(body)} bytes, at most {WORKER_MESSAGE_LIMIT} can be sent"
+            )
+        header = Header(Kind.TOK, self.key.request, seq=start, arg=len(ids), attempt=self.key.attempt)
+        message = Message(header, body=body, tokens=pack_tokens(ids))
+        self._sent, self._sent_at = self.end, now
+        self._kept.append(_Kept(message, self.end, now))
+        return [message]
+
+    def finish(self, kind: Kind, body: bytes, now: float) -> list[Message]:
+        """Flush and end with a terminal."""
+        messages = self.flush(now)
+        header = Header(kind, self.key.request, seq=self.end, attempt=self.key.attempt)
+        self.terminal = Message(header, body=body)
+        self._again_at, self._forget_at = now + TERMINAL_AGAIN, now + KEPT
+        return [*messages, self.terminal]
+
+    def acknowledge(self, received: int) -> None:
+        """The client has the tokens below ``received``: they need not be kept."""
+        while self._kept and self._kept[0].end <= received:
+            self._kept.popleft()
+
+    def resend(self, now: float) -> list[Message]:
+        """Everything that was sent and not acknowledged, as it first was."""
+        messages = [kept.message for kept in self._kept]
+        return [*messages, *self._terminal_again(now)]
+
+    def due(self) -> float:
+        """When ``tick`` has something to do."""
+        times = [kept.since + KEPT for kept in list(self._kept)[:1]]
+        if self.terminal is not None:
+            return min(self._again_at, self._forget_at, *times)
+        flush_at = self.flush_at()
+        return min([*times, *([] if flush_at is None else [flush_at])], default=float("inf"))
+
+    def tick(self, now: float) -> list[Message]:
+        """What the clock asks for: tokens that waited long enough, the terminal again. Old output is let go."""
+        while self._kept and now >= self._kept[0].since + KEPT:
+            self._kept.popleft()
+        if self.terminal is not None:
+            return self._terminal_again(now) if now >= self._again_at else []
+        flush_at = self.flush_at()
+        return self.flush(now) if flush_at is not None and now >= flush_at else []
+
+    def expired(self, now: float) -> bool:
+        """Whether the terminal waited so long that the request is to be forgotten."""
+        return self.terminal is not None and now >= self._forget_at
+
+    def _terminal_again(self, now: float) -> list[Message]:
+        if self.terminal is None:
+            return []
+        self._again_at = now + TERMINAL_AGAIN
+        return [self.terminal]

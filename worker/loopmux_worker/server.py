@@ -1,0 +1,250 @@
+"""The worker's shell: one DEALER to the broker, the session core, the engine's thread."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import socket
+import time
+from collections import deque
+from types import TracebackType
+
+import structlog
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+import loopmux
+from loopmux.codec import pack
+from loopmux.errors import ConfigError, EngineError, LoopmuxError, ProtocolError
+from loopmux.messages import Register, WorkerSpec
+from loopmux.wire import CLIENT_MESSAGE_LIMIT, ROUTE_LIMIT, VERSIONS, Message, from_frames, new_id, to_frames
+from loopmux_worker.driver import Driver
+from loopmux_worker.engine.base import Description, Engine
+from loopmux_worker.session import (
+    Action,
+    Asked,
+    Cancel,
+    Disconnected,
+    Event,
+    Leave,
+    Received,
+    Send,
+    Session,
+    Submit,
+    Unsend,
+    Woke,
+)
+
+_log = structlog.get_logger(__name__)
+
+_PER_TURN = 64
+"""Messages read per turn of the loop, so that a flood cannot keep output from going out."""
+_FAREWELL = 200
+"""Milliseconds for BYE to leave before the socket closes."""
+_ENGINE_STOP = 1.0
+"""Seconds that the engine has to end its step; with the farewell this stays within the 2 s that a stop may take."""
+_MOST_MODELS = 64
+"""Entries of a list in ROUTE."""
+
+
+def registration(spec: WorkerSpec, description: Description, boot: bytes) -> Register:
+    """How this worker introduces itself.
+
+    Raises:
+        ConfigError: it serves more than fits into the message.
+    """
+    register = Register(
+        role="worker",
+        name=spec.name,
+        boot=boot,
+        versions=VERSIONS,
+        host=platform.node(),
+        models=description.models,
+        adapters=description.adapters,
+        slots=description.slots,
+        engine=description.engine,
+        pid=os.getpid(),
+        software=f"loopmux {loopmux.__version__}",
+    )
+    size = len(pack(register))
+    if len(description.models) > _MOST_MODELS or size > ROUTE_LIMIT:
+        raise ConfigError(
+            f"worker {spec.name!r} serves {len(description.models)} models whose names take {size} bytes; at most "
+            f"{_MOST_MODELS} in {ROUTE_LIMIT} bytes can be announced: spread them over several workers"
+        )
+    return register
+
+
+class Worker:
+    """Serves a broker with an engine until it is told to leave.
+
+    ``run`` blocks in the calling thread, which does all I/O; ``stop`` may be called from anywhere, signal handlers
+    included. Use it as a context manager: leaving the block closes socket, engine and threads.
+    """
+
+    def __init__(self, spec: WorkerSpec, engine: Engine) -> None:
+        description = engine.describe()
+        register = registration(spec, description, new_id())
+        self._session = Session(register, description.report, time.monotonic())
+        self._bell, self._ear = socket.socketpair()
+        self._bell.setblocking(False)
+        self._ear.setblocking(False)
+        self._driver = Driver(engine, self._wake)
+        self._context = zmq.Context()
+        self._dealer = _dealer(self._context)
+        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._endpoint = spec.endpoint
+        self._unsent: deque[list[bytes]] = deque()
+        self._asked = False
+        self._left: Leave | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(self) -> None:
+        """Serve until asked to leave.
+
+        Raises:
+            LoopmuxError: the broker refused this worker, or the engine's thread died.
+        """
+        self._driver.start()
+        try:
+            self._dealer.connect(self._endpoint)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"cannot connect to {self._endpoint!r}: {error}") from error
+        poller = zmq.Poller()
+        poller.register(self._monitor, zmq.POLLIN)
+        poller.register(self._ear, zmq.POLLIN)
+        while self._left is None:
+            poller.register(self._dealer, zmq.POLLIN | (zmq.POLLOUT if self._unsent else 0))
+            wait = self._session.next_timer() - time.monotonic()
+            poller.poll(max(0, math.ceil(wait * 1000)))
+            self._turn()
+        if self._left.error is not None:
+            raise self._left.error
+
+    def stop(self) -> None:
+        """Say goodbye to the broker and have ``run`` return."""
+        self._asked = True
+        self._wake()
+
+    def close(self) -> bool:
+        """Release everything; False if the engine is in a step that did not end in time."""
+        ended = self._driver.stop(_ENGINE_STOP)
+        self._dealer.disable_monitor()
+        self._dealer.close(linger=_FAREWELL)
+        self._context.term()
+        if ended:  # else its thread may still ring
+            self._bell.close()
+        self._ear.close()
+        return ended
+
+    def _turn(self) -> None:
+        self._hear()
+        while self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            self._handle(Disconnected())
+        self._flush()
+        for _ in range(_PER_TURN):
+            message = self._receive()
+            if message is None:
+                break
+            self._handle(Received(message))
+        if self._driver.died is not None:
+            raise EngineError(f"the engine's thread died: {self._driver.died!r}") from self._driver.died
+        for event in self._driver.drain():
+            self._handle(event)
+        if self._asked:
+            self._handle(Asked())
+        if time.monotonic() >= self._session.next_timer():
+            self._handle(Woke())
+
+    def _handle(self, event: Event) -> None:
+        if self._left is not None:
+            return
+        try:
+            actions = self._session.handle(event, time.monotonic())
+        except ProtocolError as error:
+            _log.warning("malformed message from the broker", error=error.message)
+            return
+        for action in actions:
+            self._do(action)
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Send(message, lasting):
+                self._send(to_frames(message), lasting=lasting)
+            case Unsend():
+                self._unsent.clear()
+            case Submit() | Cancel():
+                self._driver.put(action)
+            case Leave():
+                self._left = action
+
+    def _send(self, frames: list[bytes], *, lasting: bool) -> None:
+        """Send now, or keep what lasts in order until the connection takes it."""
+        if not self._unsent and _sent(self._dealer, frames):
+            return
+        if lasting:
+            self._unsent.append(frames)
+
+    def _flush(self) -> None:
+        while self._unsent and _sent(self._dealer, self._unsent[0]):
+            self._unsent.popleft()
+
+    def _receive(self) -> Message | None:
+        """The next well-formed message; None when there is none at hand."""
+        while True:
+            try:
+                frames = self._dealer.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            try:
+                return from_frames(frames)
+            except LoopmuxError as error:
+                _log.warning("malformed message from the broker", error=error.message)
+
+    def _wake(self) -> None:
+        try:
+            self._bell.send(b"!")
+        except BlockingIOError:
+            pass  # it is full of unheard rings, so the loop is about to wake anyway
+
+    def _hear(self) -> None:
+        try:
+            self._ear.recv(4096)
+        except BlockingIOError:
+            pass  # something else woke the loop
+
+
+def _sent(dealer: zmq.Socket[bytes], frames: list[bytes]) -> bool:
+    try:
+        dealer.send_multipart(frames, zmq.NOBLOCK, copy=True)
+    except zmq.Again:
+        return False
+    return True
+
+
+def _dealer(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    dealer = context.socket(zmq.DEALER)
+    options = {
+        zmq.IMMEDIATE: 1,  # nothing is queued for a broker that is not there
+        zmq.SNDTIMEO: 0,
+        zmq.RECONNECT_IVL: 50,
+        zmq.RECONNECT_IVL_MAX: 2000,
+        zmq.LINGER: 0,
+        zmq.HEARTBEAT_IVL: 1000,
+        zmq.HEARTBEAT_TIMEOUT: 3000,
+        zmq.HANDSHAKE_IVL: 2000,
+        # a prompt travels on with a few bytes of header and route
+        zmq.MAXMSGSIZE: CLIENT_MESSAGE_LIMIT + ROUTE_LIMIT,
+    }
+    for option, value in options.items():
+        dealer.setsockopt(option, value)
+    return dealer

@@ -1,0 +1,395 @@
+"""The worker's side of the wire. Pure: ``handle(event, now)`` returns what is to be done; nothing here does it.
+
+States of the connection: *introducing* (REGISTER goes out until WELCOME comes) and *welcomed*. While introducing,
+requests go on and their output is kept; a WELCOME of the same broker process gets all of it again, one of another
+process ends everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from loopmux.codec import BODY_LIMITS, pack, unpack
+from loopmux.errors import BadRequestError, EngineError, LoopmuxError, ProtocolError
+from loopmux.messages import End, Failure, Generate, Heartbeat, Register, Run, Welcome
+from loopmux.results import Usage
+from loopmux.wire import NO_ID, VERSIONS, Header, Kind, Message, unpack_tokens
+from loopmux_worker.engine.base import Failed, Finished, Job, Key, Load, Output, Produced
+from loopmux_worker.keeping import KEPT, OutputStream
+
+REGISTER_AGAIN = 0.5
+"""Seconds between two REGISTER until one is answered."""
+SILENT_HEARTBEATS = 3
+"""Heartbeats without a word from the broker after which it counts as lost."""
+DEADLINE_GRACE = 1.0
+"""Seconds that the broker is given to stop a request at its deadline before the worker does."""
+_FASTEST_HEARTBEAT = 0.05
+"""Seconds; a broker that asks for more is mistaken."""
+_ABSENCE = 2.0
+"""Heartbeats; who was away for longer (suspended, stopped) must not blame the silence on the broker."""
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A well-formed message came from the broker."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The connection to the broker broke; another one is being made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """The engine made a step, or took a request in that it refused."""
+
+    outputs: tuple[Output, ...]
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The engine forgot a request; None if it had ended already."""
+
+    key: Key
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Somebody asked this process to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Woke:
+    """``next_timer`` was reached."""
+
+
+Event = Received | Disconnected | Stepped | Cancelled | Asked | Woke
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message. One that is not ``lasting`` is dropped where it cannot go out now: it comes again by itself."""
+
+    message: Message
+    lasting: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Unsend:
+    """Drop the messages that wait to go out: they belong to a connection that is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Hand a request to the engine."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Have the engine forget a request; answered by ``Cancelled``."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """End this process. With ``error`` set, the broker refused it for that reason."""
+
+    error: LoopmuxError | None = None
+
+
+Action = Send | Unsend | Submit | Cancel | Leave
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request that this worker runs, or has run and is not rid of yet."""
+
+    stream: OutputStream
+    run: Run
+    deadline: float
+    stopping: str | None = None  # the error code that the end is to carry once the engine let go
+    asked: bool = False  # by the broker, which then gets CANCELLED; a deadline that the worker noticed is an ERROR
+
+
+class Session:
+    """What a worker knows of its broker and of the requests it runs for it.
+
+    Args:
+        register: how the worker introduces itself.
+        report: what ``status`` shows of it.
+        now: seconds on a clock that never goes back.
+    """
+
+    def __init__(self, register: Register, report: dict[str, Any], now: float) -> None:
+        route = pack(register)
+        self._name = register.name
+        self._registration = Message(Header(Kind.REGISTER), route=route, body=pack(report))
+        self._requests: dict[Key, _Request] = {}
+        self._load = Load(0, 0, 0)
+        self._tokens = 0  # since the last heartbeat
+        self._epoch: bytes | None = None
+        self._welcomed = False
+        self._heartbeat = 1.0
+        self._now = now
+        self._heard = now
+        self._register_at = now
+        self._beat_at = now
+        self._lost_since = now
+
+    # --- what happened ------------------------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event in and return what is to be done, in order.
+
+        Raises:
+            ProtocolError: a message's contents are malformed; it changed nothing.
+        """
+        if now - self._now > _ABSENCE * self._heartbeat:
+            self._heard += now - self._now
+        self._now = now
+        match event:
+            case Received(message):
+                self._heard = now
+                return self._received(message, now)
+            case Disconnected():
+                return self._lost(now)
+            case Stepped(outputs, load):
+                self._load = load
+                return [action for output in outputs for action in self._output(output, now)]
+            case Cancelled(key, usage):
+                return self._cancelled(key, usage, now)
+            case Asked():
+                return [Send(Message(Header(Kind.BYE)), lasting=False), Leave()]
+            case Woke():
+                return self._woke(now)
+
+    def next_timer(self) -> float:
+        """When to send ``Woke``."""
+        times = [self._heard + SILENT_HEARTBEATS * self._heartbeat, self._beat_at]
+        if not self._welcomed:
+            times = [self._register_at] + ([self._lost_since + KEPT] if self._requests else [])
+        for request in self._requests.values():
+            # While the broker is away, output waits: only what expires needs the clock.
+            times.append(request.stream.due() if self._welcomed else self._lost_since + KEPT)
+            if request.stopping is None and request.stream.terminal is None:
+                times.append(request.deadline)
+        return min(times)
+
+    @property
+    def welcomed(self) -> bool:
+        """Whether the broker knows this worker."""
+        return self._welcomed
+
+    @property
+    def requests(self) -> int:
+        """Requests that run, or whose end is not acknowledged."""
+        return len(self._requests)
+
+    # --- the connection -----------------------------------------------------------------------------------------------
+
+    def _received(self, message: Message, now: float) -> list[Action]:
+        header = message.header
+        match header.kind:
+            case Kind.WELCOME:
+                return self._welcome(unpack(Welcome, message.route), now)
+            case Kind.WHO:
+                return [*self._lost(now), *self._introduce(now)]
+            case Kind.ERROR if header.request == NO_ID and not self._welcomed:
+                failure = unpack(Failure, message.body)
+                return [Leave(ProtocolError(f"the broker refused this worker: {failure.message}"))]
+            case Kind.RUN if self._welcomed:
+                return self._run(message, now)
+            case Kind.STOP:
+                return self._stop(header, now)
+            case Kind.RESET:
+                return self._drop(Key(header.request, header.attempt))
+            case Kind.TOKACK:
+                for request in self._meant(header):
+                    request.stream.acknowledge(header.arg)
+            case Kind.ENDACK:
+                for request in self._meant(header):
+                    if request.stream.terminal is not None:
+                        del self._requests[request.stream.key]
+            case Kind.DIE:
+                return [Leave()]
+            case _:
+                pass  # PONG says that the broker is there, which was noted; other kinds are of a newer release
+        return []
+
+    def _meant(self, header: Header) -> list[_Request]:
+        """The request that an acknowledgement is about; without an attempt (0) all attempts of it."""
+        if header.attempt:
+            request = self._requests.get(Key(header.request, header.attempt))
+            return [request] if request else []
+        return [request for key, request in self._requests.items() if key.request == header.request]
+
+    def _introduce(self, now: float) -> list[Action]:
+        self._register_at = now + REGISTER_AGAIN
+        return [Send(self._registration, lasting=False)]
+
+    def _lost(self, now: float) -> list[Action]:
+        """Nothing but REGISTER goes out until the broker answers; output is kept."""
+        if self._welcomed:
+            self._welcomed, self._lost_since = False, now
+        self._register_at = now
+        return [Unsend()]
+
+    def _welcome(self, welcome: Welcome, now: float) -> list[Action]:
+        if welcome.version not in VERSIONS:
+            return [Leave(ProtocolError(f"the broker chose protocol {welcome.version}, spoken here: {VERSIONS}"))]
+        known, self._epoch = self._epoch, welcome.epoch
+        self._heartbeat = max(welcome.heartbeat, _FASTEST_HEARTBEAT)
+        actions: list[Action] = []
+        if known not in (None, welcome.epoch):
+            actions += self._forget_all()
+        if not self._welcomed:
+            self._welcomed, self._beat_at = True, now + welcome.heartbeat
+            for request in self._requests.values():
+                actions += map(Send, request.stream.resend(now))
+        return actions
+
+    def _forget_all(self) -> list[Action]:
+        cancels: list[Action] = [Cancel(key) for key, r in self._requests.items() if r.stream.terminal is None]
+        self._requests.clear()
+        return cancels
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def _run(self, message: Message, now: float) -> list[Action]:
+        header = message.header
+        key = Key(header.request, header.attempt)
+        acknowledged = Send(Message(Header(Kind.RUNACK, header.request, attempt=header.attempt)))
+        if key in self._requests:
+            return [acknowledged]
+        prefix = tuple(unpack_tokens(message.tokens))
+        request = _Request(OutputStream(key, len(prefix)), Run(model=""), float("inf"))
+        self._requests[key] = request
+        try:
+            request.run = unpack(Run, message.route)
+            request.deadline = now + request.run.timeout + DEADLINE_GRACE
+            generate = unpack(Generate, message.body, BODY_LIMITS)
+        except ProtocolError as error:
+            refusal = BadRequestError(f"the request cannot be read: {error.message}")
+            return [acknowledged, *self._fail(request, refusal, Usage(), now)]
+        return [acknowledged, Submit(Job(key, request.run, generate, prefix))]
+
+    def _stop(self, header: Header, now: float) -> list[Action]:
+        key = Key(header.request, header.attempt)
+        request = self._requests.get(key)
+        code = "deadline" if header.arg == 2 else "cancelled"
+        if request is None:
+            # Forgotten, or never here: the broker asks until it hears an end for this attempt
+            unknown = Failure(code, "this worker does not run the request", worker=self._name)
+            terminal = Header(Kind.CANCELLED, header.request, attempt=header.attempt)
+            return [Send(Message(terminal, body=pack(unknown)))]
+        if request.stream.terminal is not None:
+            return self._send(request.stream.resend(now))
+        request.asked = True
+        if request.stopping is not None:
+            return []
+        request.stopping = code
+        return [Cancel(key)]
+
+    def _drop(self, key: Key) -> list[Action]:
+        request = self._requests.pop(key, None)
+        return [Cancel(key)] if request is not None and request.stream.terminal is None else []
+
+    def _cancelled(self, key: Key, usage: Usage | None, now: float) -> list[Action]:
+        request = self._requests.get(key)
+        if request is None or request.stream.terminal is not None or request.stopping is None:
+            return []
+        late = request.stopping == "deadline"
+        text = "the deadline passed while the request ran" if late else "the request was cancelled"
+        failure = Failure(request.stopping, text, model=request.run.model, worker=self._name, usage=usage or Usage())
+        return self._finish(request, Kind.CANCELLED if request.asked else Kind.ERROR, failure, now)
+
+    def _output(self, output: Output, now: float) -> list[Action]:
+        request = self._requests.get(output.key)
+        if request is None or request.stream.terminal is not None:
+            return []  # dropped meanwhile; the engine hears of it by the Cancel that is on its way
+        match output:
+            case Produced():
+                self._tokens += len(output.ids)
+                return self._guarded(request, lambda: request.stream.add(output, now), now)
+            case Failed():
+                return self._fail(request, output.error, output.usage, now)
+            case Finished():
+                run = request.run
+                end = End(output.reason, output.usage, output.timing, run.model, self._name, run.adapter)
+                if output.total != request.stream.end:
+                    found = f"the engine ended at {output.total} tokens after producing {request.stream.end}"
+                    return self._fail(request, EngineError(found), output.usage, now)
+                return self._finish(request, Kind.END, end, now)
+
+    def _fail(self, request: _Request, error: LoopmuxError, usage: Usage, now: float) -> list[Action]:
+        failure = Failure(
+            error.code,
+            error.message.encode("utf-8", "replace").decode(),  # what cannot be sent must not fail to be reported
+            error.retryable,
+            request.run.model or None,
+            self._name,
+            error.retry_after,
+            usage,
+        )
+        return self._finish(request, Kind.ERROR, failure, now)
+
+    def _finish(self, request: _Request, kind: Kind, body: End | Failure, now: float) -> list[Action]:
+        return self._guarded(request, lambda: request.stream.finish(kind, pack(body), now), now)
+
+    def _guarded(self, request: _Request, make: Callable[[], list[Message]], now: float) -> list[Action]:
+        """The messages that ``make`` returns; output that cannot be sent ends its request with the reason."""
+        try:
+            return self._send(make())
+        except (EngineError, ProtocolError) as error:
+            failed = EngineError(error.message)
+            return [Cancel(request.stream.key), *self._fail(request, failed, Usage(), now)]
+
+    def _send(self, messages: Iterable[Message]) -> list[Action]:
+        return [Send(message) for message in messages] if self._welcomed else []
+
+    # --- the clock ----------------------------------------------------------------------------------------------------
+
+    def _woke(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        if self._welcomed and now >= self._heard + SILENT_HEARTBEATS * self._heartbeat:
+            actions += self._lost(now)
+        if not self._welcomed:
+            if now >= self._register_at:
+                actions += self._introduce(now)
+            if now >= self._lost_since + KEPT:
+                actions += self._forget_all()
+                self._lost_since = now
+        elif now >= self._beat_at:
+            actions.append(self._beat(now))
+        for request in list(self._requests.values()):
+            actions += self._tick(request, now)
+        return actions
+
+    def _tick(self, request: _Request, now: float) -> list[Action]:
+        if self._welcomed and request.stream.expired(now):
+            del self._requests[request.stream.key]
+            return []
+        if request.stream.terminal is None and request.stopping is None and now >= request.deadline:
+            request.stopping = "deadline"
+            return [Cancel(request.stream.key)]
+        return self._guarded(request, lambda: request.stream.tick(now), now) if self._welcomed else []
+
+    def _beat(self, now: float) -> Action:
+        elapsed = max(now - self._beat_at + self._heartbeat, 1e-3)
+        beat = Heartbeat(self._load.running, self._load.queued, round(self._tokens / elapsed, 1))
+        self._tokens, self._beat_at = 0, now + self._heartbeat
+        header = Header(Kind.HB, seq=self._load.progress % 2**32)
+        return Send(Message(header, route=pack(beat)), lasting=False)
