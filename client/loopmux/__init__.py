@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from loopmux.inference import ToolEnabledInferenceConfig as ToolEnabledInferenceConfig
     from loopmux.inference import run_inference as run_inference
     from loopmux.inference import run_inference_with_tools as run_inference_with_tools
-    from loopmux.loop import ToolLoopResult as ToolLoopResult
+    from loopmux.loopevents import ToolLoopResult as ToolLoopResult
     from loopmux.messages import ModelStatus as ModelStatus
     from loopmux.messages import Status as Status
     from loopmux.messages import WorkerStatus as WorkerStatus
@@ -69,7 +69,7 @@ _NAMES = {
     "ContextLengthError DeadlineExceededError EngineError LoopmuxError MaxTurnsError ModelNotFoundError "
     "OverloadedError PayloadTooLargeError ProtocolError ToolLoopError ToolNotFoundError WorkerLostError",
     "inference": "InferenceConfig ToolEnabledInferenceConfig run_inference run_inference_with_tools",
-    "loop": "ToolLoopResult",
+    "loopevents": "ToolLoopResult",
     "messages": "ModelStatus Status WorkerStatus",
     "results": "Result StreamEvent TextDelta Timing TokenLogprob ToolCall Usage Waiting",
     "tools": "Tool tool",

@@ -44,7 +44,7 @@ from loopmux.results import Result, StreamEvent, TextDelta
 if TYPE_CHECKING:
     from typing import Self
 
-    from loopmux.loop import ToolLoopResult
+    from loopmux.loopevents import ToolLoopResult
 
 _DRAIN = 64
 """Messages taken per turn of the loop before other tasks get theirs."""
@@ -344,7 +344,12 @@ class AsyncClient:
             return await answer.wait()
 
     async def run_tools(
-        self, prompt_or_messages: str | Messages, *, tools: Iterable[Any], max_turns: int = 10, **options: Any
+        self,
+        prompt_or_messages: str | Iterable[dict[str, Any]],
+        *,
+        tools: Iterable[Any],
+        max_turns: int = 10,
+        **options: Any,
     ) -> ToolLoopResult:
         """Let the model use tools until it answers; see ``loopmux.loop.arun``."""
         from loopmux import loop
@@ -352,7 +357,12 @@ class AsyncClient:
         return await loop.arun(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
 
     def iter_tools(
-        self, prompt_or_messages: str | Messages, *, tools: Iterable[Any], max_turns: int = 10, **options: Any
+        self,
+        prompt_or_messages: str | Iterable[dict[str, Any]],
+        *,
+        tools: Iterable[Any],
+        max_turns: int = 10,
+        **options: Any,
     ) -> AsyncIterator[Any]:
         """Like ``run_tools``, yielding what happens as it happens; see ``loopmux.loop.aiterate``."""
         from loopmux import loop

@@ -25,7 +25,7 @@ from loopmux.results import Result, StreamEvent, TextDelta
 if TYPE_CHECKING:
     from typing import Self
 
-    from loopmux.loop import ToolLoopResult
+    from loopmux.loopevents import ToolLoopResult
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: role/content maps as chat templates take them."""
@@ -197,7 +197,12 @@ class Client:
             return answer.result
 
     def run_tools(
-        self, prompt_or_messages: str | Messages, *, tools: Iterable[Any], max_turns: int = 10, **options: Any
+        self,
+        prompt_or_messages: str | Iterable[dict[str, Any]],
+        *,
+        tools: Iterable[Any],
+        max_turns: int = 10,
+        **options: Any,
     ) -> ToolLoopResult:
         """Let the model use tools until it answers; see ``loopmux.loop.run``."""
         from loopmux import loop
@@ -205,7 +210,12 @@ class Client:
         return loop.run(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
 
     def iter_tools(
-        self, prompt_or_messages: str | Messages, *, tools: Iterable[Any], max_turns: int = 10, **options: Any
+        self,
+        prompt_or_messages: str | Iterable[dict[str, Any]],
+        *,
+        tools: Iterable[Any],
+        max_turns: int = 10,
+        **options: Any,
     ) -> Iterator[Any]:
         """Like ``run_tools``, yielding what happens as it happens; see ``loopmux.loop.iterate``."""
         from loopmux import loop

@@ -126,7 +126,8 @@ def build(cls: type[T], value: Any, path: str = "", *, strict: bool = False) -> 
     """Turn plain values into ``cls`` (a dataclass or any annotated type it may use), checking every field.
 
     Supported: ``None``, bool, int, float (whole numbers accepted), str, bytes, Literal, Enum, Optional and unions,
-    list, tuple[X, ...], dict[str, X], dataclasses, and Any (taken as it is). With ``strict`` an unknown key is an error.
+    list, tuple[X, ...], tuple[X, Y], dict[str, X], dataclasses, and Any (taken as it is). With ``strict`` an unknown key
+    is an error.
 
     Raises:
         FieldError: naming the path, what was found and what was expected.
@@ -164,7 +165,7 @@ def _builder(kind: Any) -> Builder:
     if origin is list:
         return _sequence_builder(args[0], list)
     if origin is tuple:
-        return _sequence_builder(args[0], tuple)
+        return _sequence_builder(args[0], tuple) if args[-1] is Ellipsis else _fixed_builder(args)
     if origin in (dict, Mapping):
         return _map_builder(args[1])
     return _scalar_builder(kind)
@@ -189,6 +190,8 @@ def describe(kind: Any) -> str:
         return "one of " + ", ".join(map(str, args))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(a) for a in args)
+    if origin is tuple and args[-1] is not Ellipsis:
+        return f"a list of {len(args)}: " + ", ".join(map(describe, args))
     if origin in (list, tuple):
         return f"a list, each entry {describe(args[0])}"
     if origin in (dict, Mapping) or is_dataclass(kind):
@@ -244,6 +247,18 @@ def _sequence_builder(item: Any, make: Callable[[Any], Any]) -> Builder:
         if not isinstance(value, (list, tuple)):
             raise FieldError(path, show(value), expected)
         return make(builder(entry, f"{path}[{i}]", strict) for i, entry in enumerate(value))
+
+    return check
+
+
+def _fixed_builder(args: Sequence[Any]) -> Builder:
+    builders = [_builder(a) for a in args]
+    expected = f"a list of {len(args)}: " + ", ".join(map(describe, args))
+
+    def check(value: Any, path: str, strict: bool) -> Any:
+        if not isinstance(value, (list, tuple)) or len(value) != len(builders):
+            raise FieldError(path, show(value), expected)
+        return tuple(b(entry, f"{path}[{i}]", strict) for i, (b, entry) in enumerate(zip(builders, value, strict=True)))
 
     return check
 

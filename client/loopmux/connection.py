@@ -145,6 +145,7 @@ class Connection:
             actions += self._tell(request, Refused(CancelledError("the client was closed")), now)
         actions += [Fail(id_, CancelledError("the client was closed")) for id_ in self._questions]
         self._questions.clear()
+        self._timers.clear()
         if self.state is State.READY:
             actions.append(Send(Message(Header(Kind.BYE))))
         self.state = State.CLOSED

@@ -1,0 +1,255 @@
+"""Stories of one connection: presence, epochs, and that every request hears of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from loopmux import codec, errors, wire
+from loopmux.connection import HELLO_AGAIN, Connection, State
+from loopmux.events import (
+    Action,
+    Answer,
+    Asked,
+    CancelAsked,
+    Closed,
+    ConnectionEvent,
+    Consumed,
+    Fail,
+    Finish,
+    Hinted,
+    Introduce,
+    Received,
+    Request,
+    Send,
+    Submitted,
+    TimePassed,
+)
+from loopmux.messages import End, Failure, Hello, SessionHint, Status, Submit, Tok, Welcome
+from loopmux.results import Timing, Usage
+from loopmux.wire import Header, Kind, Message, pack_tokens, to_frames
+
+HEARTBEAT = 1.0
+QUESTION = b"q" * 16
+WAITING = bytes([99]) * 16
+"""The request of a story that begins ``ready``."""
+
+
+class Story:
+    def __init__(self, connect_timeout: float = 5.0) -> None:
+        self.now = 100.0
+        self.connection = Connection("ipc:///x", b"i" * 16, connect_timeout, "test")
+        self.outcomes: dict[bytes, Finish | Fail | Answer] = {}
+        self.alive = False
+
+    def do(self, event: ConnectionEvent) -> list[Message]:
+        actions: list[Action] = self.connection.handle(event, self.now)
+        for action in actions:
+            match action:
+                case Finish(id_) | Fail(id_) | Answer(id_):
+                    assert id_ not in self.outcomes
+                    self.outcomes[id_] = action
+        return [a.message for a in actions if isinstance(a, (Send, Introduce))]
+
+    def kinds(self, event: ConnectionEvent) -> list[Kind]:
+        return [m.kind for m in self.do(event)]
+
+    def get(self, kind: Kind, *parts: Any, request: bytes = wire.NO_ID, seq: int = 0, **frames: bytes) -> list[Kind]:
+        if parts:
+            frames["route" if wire.FRAMES[kind] & wire.Frame.ROUTE else "body"] = codec.pack(parts[0])
+        return self.kinds(Received(to_frames(Message(Header(kind, request, seq=seq), **frames))))
+
+    def welcome(self, epoch: bytes = b"one", **more: Any) -> list[Kind]:
+        return self.get(Kind.WELCOME, Welcome(1, epoch, more.pop("heartbeat", HEARTBEAT), 10**6, 16, **more))
+
+    def submit(self, i: int = 1, timeout: float = 50.0) -> bytes:
+        id_ = bytes([i]) * 16
+        self.do(Submitted(Request(id_, Submit("m", timeout=timeout), b"", self.now + timeout)))
+        return id_
+
+    def wait(self, seconds: float) -> list[Kind]:
+        until, sent = self.now + seconds, []
+        while self.connection.next_timer() <= until:
+            self.now = max(self.now, self.connection.next_timer())
+            kinds = self.kinds(TimePassed())
+            if self.alive and Kind.PING in kinds:
+                kinds += self.get(Kind.PONG)
+            sent += kinds
+        self.now = until
+        return sent
+
+    def error(self, id_: bytes) -> errors.LoopmuxError:
+        outcome = self.outcomes[id_]
+        assert isinstance(outcome, Fail)
+        return outcome.error
+
+
+def ready() -> Story:
+    story = Story()
+    assert story.submit(99) == WAITING
+    assert story.welcome() == [Kind.SUBMIT]
+    story.alive = True
+    return story
+
+
+def test_the_first_request_greets_and_goes_out_with_the_welcome() -> None:
+    story = Story()
+    assert story.connection.next_timer() == math.inf
+    request = Request(b"1" * 16, Submit("m"), b"", story.now + 9)
+    (hello,) = story.do(Submitted(request))
+    said = codec.unpack(Hello, hello.route)
+    assert (hello.kind, said.versions, said.instance) == (Kind.HELLO, wire.VERSIONS, b"i" * 16)
+    assert story.wait(2 * HELLO_AGAIN) == [Kind.HELLO, Kind.HELLO]
+    assert story.welcome() == [Kind.SUBMIT]
+    assert story.connection.state is State.READY
+
+
+def test_pings_every_heartbeat_and_repeats_credit_on_the_pongs_of_quiet_time() -> None:
+    story = ready()
+    story.get(Kind.ACCEPTED, request=WAITING)
+    assert story.wait(3.0) == [Kind.PING, Kind.PING, Kind.CREDIT, Kind.PING, Kind.CREDIT]
+
+
+def test_nobody_there_ends_each_request_after_its_own_patience() -> None:
+    story = Story(connect_timeout=2.0)
+    first = story.submit(1)
+    story.wait(1)
+    second = story.submit(2)
+    story.wait(1)
+    assert list(story.outcomes) == [first]
+    assert isinstance(story.error(first), errors.ConnectionLostError)
+    assert "loopmux up" in str(story.error(first))
+    story.wait(1)
+    assert list(story.outcomes) == [first, second]
+    assert story.connection.state is State.IDLE
+    assert story.wait(60) == []  # nobody waits, nobody calls
+    assert story.kinds(Submitted(Request(b"3" * 16, Submit("m"), b"", story.now + 9))) == [Kind.HELLO]
+
+
+def test_silence_of_three_heartbeats_means_away_and_the_requests_wait() -> None:
+    story = ready()
+    late = story.submit(1, timeout=10)
+    story.alive = False
+    kinds = story.wait(4.5)
+    assert kinds.count(Kind.PING) == 3
+    assert Kind.HELLO in kinds
+    assert story.connection.state is State.GREETING
+    story.wait(8)
+    assert isinstance(story.error(late), errors.DeadlineExceededError)
+    assert WAITING not in story.outcomes
+    assert story.welcome(b"two") == [Kind.SUBMIT]
+
+
+def test_a_pause_of_our_own_is_not_the_brokers_silence() -> None:
+    story = ready()
+    story.wait(2)
+    story.now += 3600  # the machine slept
+    assert Kind.HELLO not in story.kinds(TimePassed())
+    assert story.connection.state is State.READY
+
+
+def test_who_makes_us_say_hello_again() -> None:
+    story = ready()
+    story.get(Kind.ACCEPTED, request=WAITING)
+    assert story.get(Kind.WHO) == [Kind.HELLO]
+    assert story.get(Kind.WHO) == []  # it is on its way
+    assert story.welcome() == [Kind.CREDIT]
+
+
+def test_a_new_epoch_while_ready_resubmits() -> None:
+    story = ready()
+    assert story.welcome() == []
+    assert story.welcome(b"two") == [Kind.SUBMIT]
+
+
+def test_a_refused_hello_fails_what_waits_and_the_next_request_tries_anew() -> None:
+    story = Story()
+    one, two = story.submit(1), story.submit(2)
+    story.do(Asked(QUESTION, story.now + 5))
+    story.get(Kind.ERROR, Failure("protocol", "no common version"))
+    for id_ in (one, two, QUESTION):
+        assert isinstance(story.error(id_), errors.ProtocolError)
+    assert {story.error(one).request_id, story.error(two).request_id} == {one.hex(), two.hex()}
+    assert story.kinds(Submitted(Request(b"3" * 16, Submit("m"), b"", story.now + 9))) == [Kind.HELLO]
+
+
+@pytest.mark.parametrize("welcome", [{"heartbeat": 0.0}, {"heartbeat": -1.0}])
+def test_an_impossible_welcome_is_refused(welcome: dict[str, float]) -> None:
+    story = Story()
+    id_ = story.submit()
+    story.welcome(**welcome)
+    assert isinstance(story.error(id_), errors.ProtocolError)
+
+
+def test_a_terminal_of_a_forgotten_request_is_acknowledged_again() -> None:
+    story = ready()
+    id_ = story.submit(1)
+    done = End("stop", Usage(), Timing(), "m", "w")
+    assert story.get(Kind.END, done, request=id_) == [Kind.ENDACK]
+    assert isinstance(story.outcomes[id_], Finish)
+    assert story.get(Kind.END, done, request=id_) == [Kind.ENDACK]
+    assert story.get(Kind.TOK, Tok("a"), request=id_, tokens=pack_tokens([1])) == []
+    assert story.kinds(Consumed(id_, 3)) == []
+    assert story.kinds(CancelAsked(id_)) == []
+
+
+def test_questions_are_repeated_answered_and_given_up() -> None:
+    story = Story()
+    assert story.kinds(Asked(QUESTION, story.now + 3)) == [Kind.HELLO]
+    assert story.welcome() == [Kind.STATUS]
+    assert Kind.STATUS in story.wait(1.0)
+    status = Status(b"e", 1.0, "s", 1, 1, 0, 0)
+    story.get(Kind.REPORT, status, request=QUESTION)
+    assert story.outcomes[QUESTION] == Answer(QUESTION, status)
+    other = b"o" * 16
+    assert story.kinds(Asked(other, story.now + 3)) == [Kind.STATUS]
+    story.alive = True
+    story.wait(3)
+    assert isinstance(story.error(other), errors.ConnectionLostError)
+
+
+def test_an_undecodable_report_fails_its_question() -> None:
+    story = ready()
+    story.do(Asked(QUESTION, story.now + 3))
+    story.get(Kind.REPORT, request=QUESTION, body=b"\x90")
+    assert isinstance(story.error(QUESTION), errors.ProtocolError)
+
+
+def test_hints_go_to_a_broker_that_is_there() -> None:
+    hint = Hinted(SessionHint("s", "done"))
+    assert Story().kinds(hint) == []
+    assert ready().kinds(hint) == [Kind.SESSION]
+
+
+def test_closing_cancels_says_goodbye_and_ends_everything() -> None:
+    story = ready()
+    story.do(Asked(QUESTION, story.now + 3))
+    assert story.kinds(Closed()) == [Kind.CANCEL, Kind.BYE]
+    assert isinstance(story.error(WAITING), errors.CancelledError)
+    assert isinstance(story.error(QUESTION), errors.CancelledError)
+    assert story.welcome(b"two") == []
+    assert story.connection.next_timer() == math.inf
+
+
+def test_malformed_messages_are_counted_and_dropped() -> None:
+    story = ready()
+    for frames in ([], [b"junk"], [bytes(34)], [*to_frames(Message(Header(Kind.PONG))), b"more"]):
+        assert story.do(Received(frames)) == []
+    assert story.get(Kind.WELCOME, route=b"\xc1") == []
+    assert story.connection.malformed == 5
+    assert story.connection.state is State.READY
+
+
+def test_timers_of_ended_requests_do_not_pile_up() -> None:
+    story = ready()
+    done = End("stop", Usage(), Timing(), "m", "w")
+    for i in range(2000):
+        id_ = i.to_bytes(16)
+        story.do(Submitted(Request(id_, Submit("m"), b"", story.now + 600)))
+        story.get(Kind.ACCEPTED, request=id_)
+        story.now += 0.001
+        story.get(Kind.END, done, request=id_)
+    assert len(story.connection._timers) < 200
+    assert len(story.connection._exchanges) == 1
