@@ -135,6 +135,7 @@ class _Check:
             if not matching and rest is False:
                 names = ", ".join(known) or "no arguments at all"
                 yield f"{_join(path, name)}: unknown, expected {names}"
+                continue
             for part in matching or [rest]:
                 yield from self.walk(part, entry, _join(path, name), depth + 1)
 

@@ -128,9 +128,8 @@ class Shapes:
         if dataclasses.is_dataclass(kind):
             return self._dataclass(kind)
         if typing.is_typeddict(kind):
-            optional = dict.fromkeys(kind.__optional_keys__, dataclasses.MISSING)
-            docs = docstrings.parse(kind.__doc__).parameters
-            return self.fields(_hints(kind), docs, optional)
+            hints, docs = _hints(kind), docstrings.parse(kind.__doc__).parameters
+            return self.fields(hints, docs, dict.fromkeys(_optional(kind, hints), dataclasses.MISSING))
         if kind in _LISTS or kind in _MAPS or kind is tuple:
             return self._generic(kind, (), kind)
         raise HintError(f"{kind.__name__} has no JSON form: {_REMEDY}")
@@ -233,6 +232,13 @@ def _hints(kind: Any) -> dict[str, Any]:
         raise HintError(
             f"{name} has a hint that cannot be resolved ({error}): import its type at module level"
         ) from error
+
+
+def _optional(kind: Any, hints: Mapping[str, Any]) -> list[str]:
+    """The keys that a TypedDict may lack; ``__optional_keys__`` misses qualifiers in hints that are texts."""
+    qualifiers = {name: typing.get_origin(hint) for name, hint in hints.items()}
+    marked = {typing.NotRequired: True, typing.Required: False}
+    return [name for name, mark in qualifiers.items() if marked.get(mark, name in kind.__optional_keys__)]
 
 
 def hints_of(function: Any) -> dict[str, Any]:
