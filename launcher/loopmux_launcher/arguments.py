@@ -1,0 +1,61 @@
+"""The shape of the launcher's command line; what the commands do is in ``commands``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import loopmux
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """The parser; ``run`` of its result is the command, looked up by its words (``env build``)."""
+    top = argparse.ArgumentParser(
+        prog="loopmux-launcher", description="Builds model environments and keeps the workers of this host alive."
+    )
+    top.add_argument("--version", action="version", version=f"loopmux-launcher {loopmux.__version__}")
+    file = _option(
+        "--config", type=Path, metavar="FILE", help="default: $LOOPMUX_CONFIG, ./configs/, the user's folder"
+    )
+    endpoint = _option("--endpoint", metavar="E", help="default: $LOOPMUX_ENDPOINT, else the user's ipc socket")
+    parent = _option("--parent-pid", type=int, metavar="PID", help="stop when this process ends")
+    form = _option("--log-format", choices=("plain", "json", "live"), help="default: live on a terminal, else plain")
+    debug = _option("--debug", action="store_true", help="show tracebacks")
+    groups = {"": top.add_subparsers(metavar="COMMAND", required=True)}
+    for name, text in (("config", "check a configuration"), ("env", "build and find model environments")):
+        group = groups[""].add_parser(name, help=text, description=text)
+        groups[name] = group.add_subparsers(metavar="ACTION", required=True)
+
+    def add(words: str, text: str, *options: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        group, _, name = words.rpartition(" ")
+        command = groups[group].add_parser(name, parents=[debug, *options], help=text, description=text)
+        command.set_defaults(run=commands[words])
+        return command
+
+    add("up", "broker, environments and workers, in the foreground", file, endpoint, parent, form)
+    add("run", "environments and workers for a broker that runs already", file, endpoint, parent, form)
+    add("down", "stop what `up` started", endpoint)
+    add("config check", "say what is wrong with a file", file).add_argument(
+        "file", nargs="?", type=Path, metavar="FILE"
+    )
+    add("config schema", "print the JSON schema of the file, for editors")
+    build = add("env build", "build one environment, or all", file, parent, form)
+    build.add_argument("name", nargs="?", metavar="NAME")
+    add("env list", "what is built, and where", file)
+    add("env path", "print an environment's interpreter", file).add_argument("name", metavar="NAME")
+    logs = add("logs", "show the end of a log", endpoint)
+    logs.add_argument("name", nargs="?", metavar="NAME", help="a worker, broker, or env-NAME; default: list them all")
+    logs.add_argument("-n", "--lines", type=int, default=50, help="how many (%(default)s)")
+    logs.add_argument("-f", "--follow", action="store_true", help="print what is added, until Ctrl-C")
+    return top
+
+
+def _option(name: str, **settings: Any) -> argparse.ArgumentParser:
+    """One option, to be shared by several commands."""
+    one = argparse.ArgumentParser(add_help=False)
+    one.add_argument(name, **settings)
+    return one

@@ -1,0 +1,207 @@
+"""The launcher's command line.
+
+Exit codes: 0 good, 1 failure, 2 usage, 78 bad configuration, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+
+from loopmux import endpoints
+from loopmux.errors import ConfigError, LoopmuxError
+from loopmux_launcher import config, environments, interpreters, jsonschema, places, showlogs, tether, workercode
+from loopmux_launcher.arguments import Command, parser
+from loopmux_launcher.config import Configuration, Environment
+from loopmux_launcher.console import Console
+from loopmux_launcher.events import Announce
+from loopmux_launcher.holder import Held, Holder, Watch
+from loopmux_launcher.reader import load
+from loopmux_launcher.server import Launcher
+
+EXIT_FAILURE, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 78, 130
+_DOWN_LIMIT = 30.0
+"""Seconds that `down` waits: workers get 5 s to stop, the broker as many, the rest is for a slow machine."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = parser(COMMANDS).parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+    except LoopmuxError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"loopmux-launcher: {error}", file=sys.stderr)
+        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILURE
+    except OSError as error:  # a full disk, a folder that cannot be written
+        if options.debug:
+            traceback.print_exc()
+        print(f"loopmux-launcher: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return code
+
+
+# --- up, run, down ----------------------------------------------------------------------------------------------------
+
+
+def _up(options: argparse.Namespace) -> int:
+    configuration, endpoint = _configuration(options), options.endpoint or endpoints.default_endpoint()
+    with Holder(endpoint):
+        return _launch(options, configuration, endpoint, with_broker=True)
+
+
+def _run(options: argparse.Namespace) -> int:
+    endpoint = options.endpoint or endpoints.default_endpoint()
+    return _launch(options, _configuration(options), endpoint, with_broker=False)
+
+
+def _launch(options: argparse.Namespace, configuration: Configuration, endpoint: str, *, with_broker: bool) -> int:
+    console = Console(options.log_format)
+    console.announce(Announce("launcher", f"{configuration.file} on {endpoint}"))
+    for note in configuration.notes:
+        console.announce(Announce("launcher", note))
+    return Launcher(configuration, endpoint, console, with_broker=with_broker).run(options.parent_pid)
+
+
+def _down(options: argparse.Namespace) -> int:
+    endpoint = options.endpoint or endpoints.default_endpoint()
+    with Watch(endpoint) as watch:
+        if watch.pid is None:
+            print(f"nothing to stop: no `loopmux up` runs on {endpoint}")
+            return 0
+        print(f"stopping process {watch.pid} on {endpoint}")
+        tether.send(watch.pid, signal.SIGTERM)
+        if not watch.wait(_DOWN_LIMIT):
+            raise Held(f"process {watch.pid} still runs after {_DOWN_LIMIT:.0f} s: look at it, or kill it")
+    print("stopped")
+    return 0
+
+
+# --- config -----------------------------------------------------------------------------------------------------------
+
+
+def _config_check(options: argparse.Namespace) -> int:
+    configuration = load(options.file or config.find(options.config))
+    for note in configuration.notes:
+        print(f"note: {note}")
+    count = len(configuration.models)
+    print(f"{configuration.file}: good, {count} model{'s' if count > 1 else ''}: {', '.join(configuration.models)}")
+    return 0
+
+
+def _config_schema(options: argparse.Namespace) -> int:  # noqa: ARG001 - every command has the same signature
+    sys.stdout.write(jsonschema.text())
+    return 0
+
+
+# --- env --------------------------------------------------------------------------------------------------------------
+
+
+def _env_build(options: argparse.Namespace) -> int:
+    if options.parent_pid is not None:
+        tether.die_with_parent(options.parent_pid)
+    signal.signal(signal.SIGTERM, _interrupted)
+    configuration = _configuration(options)
+    names = [options.name] if options.name else list(configuration.environments)
+    if not names:
+        print("nothing to build: the configuration names no environment")
+    code = workercode.install(places.data() / "code")
+    console = Console(options.log_format)
+    for name in names:
+        environment = _environment(configuration, name)
+        torch = any(m.environment == name and m.entry.engine != "echo" for m in configuration.models.values())
+        log = places.logs() / f"env-{name}.log"
+        report = _reporter(options.log_format, console, name)
+        try:
+            built = environments.prepare(environment, places.data() / "envs", code, log, report, torch=torch)
+        except (LoopmuxError, OSError) as error:
+            if options.log_format != "json":
+                raise
+            _tell("failed", str(error))
+            return EXIT_FAILURE
+        if options.log_format == "json":
+            _tell("ready", built.summary, python=str(built.python))
+        else:
+            console.announce(Announce(f"environment {name}", f"ready at {built.python.parent.parent}: {built.summary}"))
+    return 0
+
+
+def _reporter(form: str | None, console: Console, name: str) -> Callable[[str], None]:
+    if form == "json":
+        return lambda detail: _tell("building", detail)
+    return lambda detail: console.announce(Announce(f"environment {name}", detail, "progress"))
+
+
+def _tell(phase: str, detail: str, **more: str) -> None:
+    """One line for the launcher that started this build."""
+    print(json.dumps({"phase": phase, "detail": detail, **more}), flush=True)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # cleaning up is not interrupted
+    raise KeyboardInterrupt
+
+
+def _env_list(options: argparse.Namespace) -> int:
+    configuration = _configuration(options)
+    for name, environment in configuration.environments.items():
+        try:
+            python = environments.locate(environment, places.data() / "envs")
+        except interpreters.EnvironmentUnusable as error:
+            print(f"{name:20} not ready  {error}")
+            continue
+        built = environments.read_marker(python.parent.parent)
+        print(f"{name:20} {'built' if built else 'existing':9}  {python}  {built.summary if built else ''}".rstrip())
+    return 0
+
+
+def _env_path(options: argparse.Namespace) -> int:
+    configuration = _configuration(options)
+    print(environments.locate(_environment(configuration, options.name), places.data() / "envs"))
+    return 0
+
+
+def _environment(configuration: Configuration, name: str) -> Environment:
+    environment = configuration.environments.get(name)
+    if environment is None:
+        known = ", ".join(configuration.environments) or "none"
+        raise ConfigError(f"{configuration.file}: found no environment {name!r}, expected one of: {known}")
+    return environment
+
+
+# --- logs -------------------------------------------------------------------------------------------------------------
+
+
+def _logs(options: argparse.Namespace) -> int:
+    return showlogs.show(options.endpoint or endpoints.default_endpoint(), options.name, options.lines, options.follow)
+
+
+def _configuration(options: argparse.Namespace) -> Configuration:
+    """The configuration, checked.
+
+    Raises:
+        InvalidConfiguration: with all its problems.
+    """
+    return load(config.find(options.config))
+
+
+COMMANDS: dict[str, Command] = {
+    "up": _up,
+    "run": _run,
+    "down": _down,
+    "config check": _config_check,
+    "config schema": _config_schema,
+    "env build": _env_build,
+    "env list": _env_list,
+    "env path": _env_path,
+    "logs": _logs,
+}

@@ -1,0 +1,87 @@
+"""The configuration as the launcher uses it, and where its file is found. ``reader`` reads and checks it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loopmux.errors import ConfigError
+from loopmux_launcher.schema import ModelEntry
+
+CONFIG_VARIABLE = "LOOPMUX_CONFIG"
+DEFAULT = "default"
+"""The environment of models that name none."""
+DEFAULT_REQUIREMENTS = ("torch==2.13.0", "transformers==5.23.0", "peft==0.21.2")
+"""What the ``default`` environment holds when the file does not say; one set that was tried together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """A checked environment. Either ``path`` is set (use as it is) or the rest says how to build it.
+
+    Attributes:
+        python: version or absolute path of the interpreter to build with.
+        requirements: lines of a requirements file; ``requirements_file`` stands for them if set.
+        root: folder that relative requirements are relative to.
+    """
+
+    name: str
+    root: Path
+    python: str = f"{sys.version_info.major}.{sys.version_info.minor}"
+    requirements: tuple[str, ...] = ()
+    requirements_file: Path | None = None
+    path: Path | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A checked model: folders absolute, defaults filled in.
+
+    Attributes:
+        environment: None runs in the launcher's own Python, which is enough for the echo engine.
+        processes: how many workers to start.
+        required: ``up`` is ready only with it.
+    """
+
+    id: str
+    entry: ModelEntry
+    environment: str | None
+    base_model: str | None = None
+    adapter_dir: str | None = None
+    processes: int = 1
+    required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """A file that was found good. ``notes`` are what its author may want to know: accepted, but without effect."""
+
+    file: Path
+    environments: Mapping[str, Environment]
+    models: Mapping[str, Model]
+    notes: tuple[str, ...] = ()
+
+
+def find(explicit: Path | None = None) -> Path:
+    """The configuration file: the given one, ``$LOOPMUX_CONFIG``, the working folder's, the user's.
+
+    Raises:
+        ConfigError: none of them exists.
+    """
+    named = explicit or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
+    if named:
+        if not named.is_file():
+            origin = "--config" if explicit else f"${CONFIG_VARIABLE}"
+            raise ConfigError(f"{origin}: found no file {named}, expected a configuration file")
+        return named
+    user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    places = (Path("configs/llm_backends.yaml"), user / "loopmux" / "llm_backends.yaml")
+    for place in places:
+        if place.is_file():
+            return place
+    looked = " nor ".join(map(str, places))
+    raise ConfigError(f"found no configuration: neither {looked} exists; name one with --config FILE")

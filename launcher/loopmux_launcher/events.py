@@ -1,0 +1,176 @@
+"""What happens to the launcher (events) and what it does about it (actions)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from loopmux.messages import Catalogue, WorkerSpec
+
+# --- events: in the past tense ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """The launcher is up and may start things."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentProgressed:
+    """A build or probe says what it is doing."""
+
+    name: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentReady:
+    """An environment was built or found, and probed; ``summary`` names the versions in it."""
+
+    name: str
+    python: str
+    summary: str
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentFailed:
+    """An environment cannot be used; its builder has ended."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessReported:
+    """A process of ours (broker or worker) told its phase."""
+
+    name: str
+    phase: Literal["loading", "warming", "ready", "failed"]
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessExited:
+    """A process of ours is gone.
+
+    Attributes:
+        code: exit code, negative for a signal.
+        last_lines: the end of its output.
+        draw: a random number in [0, 1) for the restart delay.
+    """
+
+    name: str
+    code: int
+    last_lines: tuple[str, ...] = ()
+    draw: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerWelcomed:
+    """The broker took our REGISTER and wants to know everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Somebody wants us to end; ``at_once`` without waiting for anything."""
+
+    at_once: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """The time that ``next_timer`` named has come."""
+
+
+Event = (
+    Began
+    | EnvironmentProgressed
+    | EnvironmentReady
+    | EnvironmentFailed
+    | ProcessReported
+    | ProcessExited
+    | BrokerWelcomed
+    | StopRequested
+    | TimerFired
+)
+
+# --- actions: in the imperative ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BuildEnvironment:
+    """Build or probe an environment."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopBuild:
+    """End a build that is under way; answered with EnvironmentFailed."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartBroker:
+    """Start the broker process."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorker:
+    """Start a worker; ``python`` None means the launcher's own interpreter."""
+
+    name: str
+    environment: str | None
+    python: str | None
+    spec: WorkerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StopProcess:
+    """Ask a process to end (SIGTERM)."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class KillProcess:
+    """End a process and all it started (SIGKILL of its group)."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReportPhase:
+    """Tell the broker what a model is doing."""
+
+    catalogue: Catalogue
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Tell people. ``progress`` lines may be dropped or overwritten, ``ready`` is the line that scripts wait for."""
+
+    subject: str
+    text: str
+    level: Literal["info", "progress", "warning", "error", "ready"] = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Nothing of ours runs any more: leave with this exit code."""
+
+    code: int
+
+
+Action = (
+    BuildEnvironment
+    | StopBuild
+    | StartBroker
+    | StartWorker
+    | StopProcess
+    | KillProcess
+    | ReportPhase
+    | Announce
+    | Finish
+)

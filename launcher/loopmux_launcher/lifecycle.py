@@ -1,0 +1,119 @@
+"""The life of one supervised process, as a pure state machine.
+
+::
+
+    WAITING ─start─▶ STARTING ─ready─▶ READY
+                        │ ▲               │ exit
+         exit, failed,  │ └──── PAUSING ◀─┤
+         start time-out ▼   wake          │
+                     ENDING ─exit─▶ PAUSING or PARKED (crash loop, or exit code 78: it would fail again)
+
+    stop: any of them ─▶ STOPPING ─exit─▶ GONE
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+from enum import Enum
+
+from loopmux_launcher.backoff import WINDOW, Backoff
+
+STOP_GRACE = 5.0
+"""Seconds between asking a process to end and killing it."""
+BAD_CONFIGURATION = 78
+"""Exit code (EX_CONFIG) of a program that would fail in the same way if it were started again."""
+
+
+class State(Enum):
+    """Where a process is in its life."""
+
+    WAITING = "waiting"
+    STARTING = "starting"
+    READY = "ready"
+    ENDING = "ending"
+    PAUSING = "pausing"
+    PARKED = "parked"
+    STOPPING = "stopping"
+    GONE = "gone"
+
+
+@dataclass(slots=True)
+class Process:
+    """One process that should run. Methods note what happened; their caller carries the consequences out.
+
+    Attributes:
+        phase: what it said it is doing while it starts (loading, warming).
+        reason: why it last failed, for people.
+        last_lines: the end of its output at its last exit.
+        wake: when ``TimerFired`` should look at it again.
+    """
+
+    name: str
+    start_timeout: float
+    state: State = State.WAITING
+    phase: str = "loading"
+    detail: str = ""
+    reason: str = ""
+    last_lines: tuple[str, ...] = ()
+    started: float = 0.0
+    wake: float | None = None
+    backoff: Backoff = field(default_factory=Backoff)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the operating system has (or is about to have) a process for it."""
+        return self.state in (State.STARTING, State.READY, State.ENDING, State.STOPPING)
+
+    def start(self, now: float) -> None:
+        """It is being started."""
+        self.state, self.phase, self.detail, self.reason = State.STARTING, "loading", "", ""
+        self.started, self.wake = now, now + self.start_timeout
+
+    def got_ready(self) -> None:
+        """It said that it is ready."""
+        self.state, self.detail, self.wake = State.READY, "", None
+        self.backoff.got_ready()
+
+    def end(self, reason: str, now: float) -> None:
+        """It failed, or took too long; it is asked to end and counts as crashed when it has."""
+        self.state, self.reason, self.wake = State.ENDING, reason, now + STOP_GRACE
+
+    def stop(self, now: float) -> None:
+        """It is no longer wanted."""
+        self.state = State.STOPPING if self.runs else State.GONE
+        self.wake = now + STOP_GRACE if self.state is State.STOPPING else None
+
+    def exited(self, code: int, last_lines: tuple[str, ...], now: float, draw: float) -> float | None:
+        """It is gone; returns the seconds until its next start, None if there is none (then it is PARKED or GONE)."""
+        if self.state is State.STOPPING:
+            self.state, self.wake = State.GONE, None
+            return None
+        was_ready = self.state is State.READY
+        self.reason, self.last_lines = self.reason or spell_exit(code), last_lines
+        delay = self.backoff.crashed(now, was_ready=was_ready, ran=now - self.started, draw=draw)
+        if code == BAD_CONFIGURATION or delay is None:
+            self.state, self.wake = State.PARKED, None
+            return None
+        self.state, self.wake = State.PAUSING, now + delay
+        return delay
+
+    def parked_because(self) -> str:
+        """Why it will not be started again, in one sentence."""
+        crashes = len(self.backoff.recent)
+        if crashes > 1:
+            times = f"{crashes} times in {WINDOW:.0f} s" if crashes >= self.backoff.failed_starts else "at every start"
+            return f"{self.name} failed {times}, the last time: {self.reason}"
+        return f"{self.name}: {self.reason}"
+
+
+def spell_exit(code: int) -> str:
+    """An exit code or signal in words."""
+    if code >= 0:
+        return f"it ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    hint = " (out of memory, or killed by hand)" if -code == signal.SIGKILL else ""
+    return f"it was ended by {name}{hint}"

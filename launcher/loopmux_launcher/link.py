@@ -1,0 +1,101 @@
+"""The launcher's side of the wire, as a pure core: what to send, and what an answer means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loopmux.codec import BODY_LIMITS, pack, unpack
+from loopmux.errors import ProtocolError
+from loopmux.messages import Catalogue, Failure, Heartbeat, Register, Welcome
+from loopmux.wire import Header, Kind, Message
+
+_REGISTER_AGAIN = 0.5
+"""Seconds; docs/protocol.md."""
+_MISSED = 3
+"""Heartbeats without a word after which the broker counts as lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Welcomed:
+    """The broker took us in and knows nothing of our models yet."""
+
+    epoch: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The broker does not want us; ``reason`` is its own words."""
+
+    reason: str
+
+
+News = Welcomed | Refused
+
+
+class Link:
+    """One connection to a broker: REGISTER until WELCOME, then heartbeats.
+
+    Nothing is queued here: when the broker may have missed something, it is greeted anew and then told everything.
+    """
+
+    def __init__(self, register: Register) -> None:
+        self._register = register
+        self._heartbeat: float | None = None
+        self._next = 0.0
+        self._heard = 0.0
+
+    @property
+    def welcome(self) -> bool:
+        """Whether the broker knows us."""
+        return self._heartbeat is not None
+
+    def received(self, message: Message, now: float) -> News | None:
+        """Take a message in.
+
+        Raises:
+            ProtocolError: a frame of it is malformed.
+        """
+        self._heard = now
+        match message.kind:
+            case Kind.WELCOME:
+                welcome = unpack(Welcome, message.route)
+                if welcome.heartbeat <= 0:
+                    raise ProtocolError(f"WELCOME with a heartbeat of {welcome.heartbeat} s")
+                self._heartbeat = welcome.heartbeat
+                self._next = now + welcome.heartbeat
+                return Welcomed(welcome.epoch)
+            case Kind.WHO:
+                self.lost()
+            case Kind.ERROR:
+                return Refused(unpack(Failure, message.body, BODY_LIMITS).message)
+            case _:
+                pass  # PONG; what a newer broker may ask is not for us
+        return None
+
+    def due(self, now: float) -> list[Message]:
+        """What it is time to send."""
+        if self._heartbeat is not None and now - self._heard > _MISSED * self._heartbeat:
+            self.lost()
+        if now < self._next:
+            return []
+        if self._heartbeat is None:
+            self._next = now + _REGISTER_AGAIN
+            return [Message(Header(Kind.REGISTER), pack(self._register), pack({}))]
+        self._next = now + self._heartbeat
+        return [Message(Header(Kind.HB), pack(Heartbeat()))]
+
+    def next_timer(self) -> float:
+        """When ``due`` has something to say."""
+        return self._next
+
+    def report(self, catalogue: Catalogue) -> list[Message]:
+        """The message for a change, if the broker is there to hear it."""
+        return [Message(Header(Kind.CATALOGUE), pack(catalogue))] if self.welcome else []
+
+    def bye(self) -> list[Message]:
+        """Taking leave."""
+        return [Message(Header(Kind.BYE))] if self.welcome else []
+
+    def lost(self) -> None:
+        """The broker does not know us, or may have missed something: introduce ourselves again."""
+        self._heartbeat, self._next = None, 0.0

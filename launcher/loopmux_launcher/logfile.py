@@ -1,0 +1,49 @@
+"""One rotating log file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO
+
+LIMIT = 8 * 1024 * 1024
+"""Bytes of one file; with the older ones kept, a worker's log stays below 32 MiB."""
+KEPT = 3
+
+
+class RotatingLog:
+    """Appends bytes to ``path``; when it is full it becomes ``path.1``, which becomes ``path.2`` …"""
+
+    def __init__(self, path: Path, *, limit: int = LIMIT, kept: int = KEPT) -> None:
+        self.path, self._limit, self._kept = path, limit, kept
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream: IO[bytes] = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
+
+    def write(self, data: bytes) -> None:
+        """Append; a write is never split over two files."""
+        if self._size and self._size + len(data) > self._limit:
+            self._rotate()
+        self._stream.write(data)
+        self._size += len(data)
+
+    def _rotate(self) -> None:
+        self._stream.close()
+        for n in range(self._kept, 0, -1):
+            older = self._numbered(n - 1)
+            if older.exists():
+                older.replace(self._numbered(n))
+        self._stream = self.path.open("ab", buffering=0)
+        self._size = 0
+
+    def _numbered(self, n: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{n}") if n else self.path
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    def __enter__(self) -> RotatingLog:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()

@@ -1,0 +1,29 @@
+"""Where the launcher keeps things: environments and code under the data folder, logs under the state folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from loopmux import endpoints
+
+
+def data() -> Path:
+    """``$XDG_DATA_HOME/loopmux``: built environments, code for the workers."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share").absolute() / "loopmux"
+
+
+def logs(endpoint: str | None = None) -> Path:
+    """The folder of log files: one of its own for each endpoint, because two stacks may run workers of one name."""
+    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state").absolute() / "loopmux" / "logs"
+    return folder / endpoint_tag(endpoint) if endpoint else folder
+
+
+def endpoint_tag(endpoint: str) -> str:
+    """A short folder name for an endpoint: readable, and different for different endpoints."""
+    path = endpoints.ipc_path(endpoint)
+    exact = str(path.absolute()) if path else endpoint
+    words = f"{path.absolute().parent.name}-{path.stem}" if path else "tcp-" + endpoint.rsplit(":", 1)[-1]
+    return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', words)}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"

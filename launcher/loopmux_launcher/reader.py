@@ -1,0 +1,274 @@
+"""Checking a parsed configuration file: every problem is collected, none stops the search for the next."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+from loopmux.codec import FieldError, build, show
+from loopmux_launcher import modelfolders
+from loopmux_launcher.config import DEFAULT, DEFAULT_REQUIREMENTS, Configuration, Environment, Model
+from loopmux_launcher.document import Document, InvalidConfiguration, Problem, Where, did_you_mean, read
+from loopmux_launcher.schema import EnvironmentEntry, FileEntry, ModelEntry
+
+T = TypeVar("T")
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_PYTHON_VERSION = re.compile(r"\d+\.\d+(\.\d+)?")
+
+
+def load(file: Path) -> Configuration:
+    """Read, check and resolve a configuration.
+
+    Raises:
+        InvalidConfiguration: with every problem that was found.
+    """
+    document = read(file)
+    reader = _Reader(document)
+    configuration = reader.configuration()
+    problems = (*document.key_problems, *reader.problems)
+    if problems:
+        raise InvalidConfiguration(problems)
+    return configuration
+
+
+class _Reader:
+    """One pass over a document, collecting problems instead of stopping at the first."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.root = document.file.resolve().parent
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+
+    def configuration(self) -> Configuration:
+        top = self._top()
+        environments = {
+            name: self._environment(name, entry)
+            for name, value in self._section(top, "environments")
+            if (entry := self._fit(EnvironmentEntry, value, ("environments", name)))
+        }
+        models = {
+            name: self._model(name, model, environments)
+            for name, value in self._section(top, "models")
+            if (model := self._fit(ModelEntry, value, ("models", name)))
+        }
+        if not models and not self.problems:
+            self._refuse(("models",), "no models", "at least one model under `models:`")
+        return Configuration(self.document.file, environments, models, tuple(self.notes))
+
+    def _refuse(self, where: Where, found: str, expected: str, hint: str = "") -> None:
+        self.problems.append(self.document.problem(where, found, expected, hint))
+
+    def _note(self, where: Where, text: str) -> None:
+        problem = self.document.problem(where, "", "")
+        self.notes.append(f"{problem.file}:{problem.line}: {problem.where}: {text}")
+
+    def _top(self) -> Mapping[Any, Any]:
+        value = self.document.value
+        if value is None or not isinstance(value, Mapping):
+            self._refuse((), "nothing" if value is None else show(value), "a mapping with `models:`")
+            return {}
+        known = [f.name for f in fields(FileEntry)]
+        for name in value:
+            if name not in known:
+                self._refuse(
+                    (str(name),), "an unknown key", "one of " + ", ".join(known), did_you_mean(str(name), known)
+                )
+        return value
+
+    def _section(self, top: Mapping[Any, Any], section: str) -> list[tuple[str, Any]]:
+        value = top.get(section)
+        if value is None:
+            return []
+        if not isinstance(value, Mapping):
+            self._refuse((section,), show(value), "a mapping of names")
+            return []
+        good = []
+        for name, entry in value.items():
+            where = (section, str(name))
+            if not isinstance(name, str):
+                continue  # one of the document's key problems
+            if section == "environments" and not _NAME.fullmatch(name):
+                self._refuse(where, f"the name {name!r}", "letters, digits, '.', '-' and '_'", "it names a folder")
+            elif not name.strip() or not name.isprintable():
+                self._refuse(where, f"the name {name!r}", "a printable text")
+            else:
+                good.append((name, entry))
+        return good
+
+    def _fit(self, cls: type[T], value: Any, where: Where) -> T | None:
+        """Build a dataclass; every key that does not fit is reported and left out."""
+        value = {} if value is None else copy.deepcopy(value)
+        while True:
+            try:
+                entry = build(cls, value, strict=True)
+            except FieldError as error:
+                inner = tuple(int(s) if s.isdecimal() else s for s in re.findall(r"[^.\[\]]+", error.path))
+                self.problems.append(self._misfit((*where, *inner), error))
+                if not inner or not _drop(value, inner):
+                    return None
+            else:
+                self._bounds(entry, where)
+                return entry
+
+    def _misfit(self, where: Where, error: FieldError) -> Problem:
+        last = str(where[-1])
+        hint = did_you_mean(last, error.expected.removeprefix("one of ").split(", ")) if error.unknown else ""
+        if last == "python" and error.found.endswith("(float)"):
+            hint = 'put the version in quotes, for example python: "3.11"'
+        return self.document.problem(where, error.found, error.expected, hint)
+
+    def _bounds(self, entry: Any, where: Where) -> None:
+        for f in fields(entry):
+            value, rules = getattr(entry, f.name), f.metadata
+            place = (*where, f.name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                if rules["minimum"] is not None and not value >= rules["minimum"]:
+                    self._refuse(place, show(value), f"at least {rules['minimum']}")
+                if rules["above"] is not None and not value > rules["above"]:
+                    self._refuse(place, show(value), f"more than {rules['above']}")
+            elif isinstance(value, str) and rules["pattern"] and not re.fullmatch(rules["pattern"], value):
+                self._refuse(place, show(value), rules["doc"].rstrip("."))
+            elif f.name == "echo" and value is not None:
+                self._bounds(value, place)
+
+    # --- environments ---
+
+    def _environment(self, name: str, entry: EnvironmentEntry) -> Environment:
+        where = ("environments", name)
+        if entry.path is not None:
+            for other in ("python", "requirements"):
+                if getattr(entry, other):
+                    self._refuse((*where, other), f"{other} beside path", "one of the two", "path is used as it is")
+            return Environment(name, self.root, path=self._interpreter_of(where, entry.path), variables=entry.variables)
+        lines, file = self._requirements(where, entry.requirements)
+        python = self._python(where, entry.python)
+        return Environment(name, self.root, python, lines, file, None, entry.variables)
+
+    def _interpreter_of(self, where: Where, text: str) -> Path:
+        # not resolved: the interpreter of a virtual environment is a link, and following it leaves the environment
+        path = Path(os.path.abspath(self.root / Path(text).expanduser()))  # noqa: PTH100
+        interpreter = path / "bin" / "python" if path.is_dir() else path
+        if not os.access(interpreter, os.X_OK):
+            self._refuse((*where, "path"), f"no interpreter {interpreter}", "a virtual environment or its interpreter")
+        return interpreter
+
+    def _python(self, where: Where, text: str | None) -> str:
+        if text is None:
+            return Environment("", self.root).python
+        if _PYTHON_VERSION.fullmatch(text):
+            return text
+        path = Path(os.path.abspath(self.root / Path(text).expanduser()))  # noqa: PTH100 - as above
+        if not path.is_file() or not os.access(path, os.X_OK):
+            self._refuse((*where, "python"), f"{text!r}", 'a version such as "3.11" or the path of an interpreter')
+        return str(path)
+
+    def _requirements(self, where: Where, value: tuple[str, ...] | str) -> tuple[tuple[str, ...], Path | None]:
+        if isinstance(value, str):
+            file = (self.root / Path(value).expanduser()).resolve()
+            if not file.is_file():
+                hint = f"one package is written as a list: [{value}]" if not value.endswith(".txt") else ""
+                self._refuse((*where, "requirements"), f"no file {file}", "a requirements file or a list", hint)
+            return (), file
+        for i, line in enumerate(value):
+            if line.startswith(("-", ".", "/")) or "://" in line:  # options, folders and addresses are pip's to judge
+                continue
+            try:
+                Requirement(line)
+            except InvalidRequirement as error:
+                reason = str(error).splitlines()[0]
+                self._refuse((*where, "requirements", i), show(line), "a requirement such as torch==2.13.0", reason)
+        return value, None
+
+    # --- models ---
+
+    def _model(self, name: str, entry: ModelEntry, environments: dict[str, Environment]) -> Model:
+        where = ("models", name)
+        base, adapter = self._folders(where, entry)
+        processes = self._processes(where, entry)
+        if entry.use_4bit and entry.use_8bit:
+            self._refuse((*where, "use_8bit"), "use_4bit and use_8bit", "one of them")
+        if entry.port is not None:
+            self._note((*where, "port"), "not used: the broker has one endpoint for all models")
+        environment = self._environment_of(where, entry, environments)
+        return Model(name, entry, environment, base, adapter, processes, required=entry.min != 0)
+
+    def _environment_of(self, where: Where, entry: ModelEntry, known: dict[str, Environment]) -> str | None:
+        if entry.environment is None and entry.engine == "echo":
+            return None
+        name = entry.environment or DEFAULT
+        declared = isinstance(self.document.value.get("environments"), Mapping) and (
+            name in self.document.value["environments"]  # one that is there but wrong is reported where it stands
+        )
+        if name == DEFAULT and not declared:
+            known[DEFAULT] = Environment(DEFAULT, self.root, requirements=DEFAULT_REQUIREMENTS)
+        elif not declared:
+            names = sorted({*known, DEFAULT})
+            expected = "one of " + ", ".join(names)
+            self._refuse((*where, "environment"), f"no environment {name!r}", expected, did_you_mean(name, names))
+        return name
+
+    def _folders(self, where: Where, entry: ModelEntry) -> tuple[str | None, str | None]:
+        if entry.engine == "echo":
+            for unused in ("base_model", "adapter_dir"):
+                if getattr(entry, unused):
+                    self._note((*where, unused), "not used by the echo engine")
+            return None, None
+        adapter = self._adapter(where, entry)
+        if adapter is not None and adapter.merged:
+            if entry.base_model:
+                self._note((*where, "base_model"), f"not used: {adapter.folder} is a merged model")
+            return str(adapter.folder), None
+        base = None
+        if not entry.base_model:
+            self._refuse((*where, "base_model"), "nothing", "a model directory or a hub id", "or engine: echo")
+        else:
+            try:
+                base = modelfolders.base_model(entry.base_model, self.root, pickle=entry.allow_pickle_weights)
+            except modelfolders.Unusable as error:
+                self._refuse((*where, "base_model"), error.found, error.expected, error.hint)
+        return base, str(adapter.folder) if adapter else None
+
+    def _adapter(self, where: Where, entry: ModelEntry) -> modelfolders.Adapter | None:
+        if not entry.adapter_dir:
+            return None
+        try:
+            return modelfolders.adapter(entry.adapter_dir, self.root, pickle=entry.allow_pickle_weights)
+        except modelfolders.Unusable as error:
+            self._refuse((*where, "adapter_dir"), error.found, error.expected, error.hint)
+            return None
+
+    def _processes(self, where: Where, entry: ModelEntry) -> int:
+        scaled = [name for name in ("min", "max", "idle_timeout") if getattr(entry, name) is not None]
+        if entry.workers is not None and scaled:
+            self._refuse((*where, scaled[0]), f"{scaled[0]} beside workers", "either workers or min and max")
+        fewest = max(1, entry.workers or entry.min or 1)
+        if entry.max is not None and entry.max < fewest:
+            self._refuse((*where, "max"), show(entry.max), f"at least {fewest}, which is min")
+        if scaled:
+            count = f"{fewest} process" + ("es" if fewest > 1 else "")
+            self._note((*where, scaled[0]), f"scaling on demand is not available yet: {count} will run all the time")
+        return fewest
+
+
+def _drop(value: Any, path: Where) -> bool:
+    """Remove what did not fit; from a list the whole list, so that the indices of later reports stay right."""
+    for step in path[:-1]:
+        below = value.get(step) if isinstance(value, dict) else None
+        if not isinstance(below, dict):
+            return isinstance(value, dict) and value.pop(step, None) is not None
+        value = below
+    if isinstance(value, dict):
+        for name in value:
+            if str(name) == str(path[-1]):
+                del value[name]
+                return True
+    return False

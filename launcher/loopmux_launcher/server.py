@@ -1,0 +1,290 @@
+"""The launcher's shell: one thread, one poller over the broker's socket, the children's pipes and the signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import sys
+import time
+from pathlib import Path
+
+import zmq
+
+import loopmux
+from loopmux import endpoints
+from loopmux.codec import plain
+from loopmux.errors import LoopmuxError, ProtocolError
+from loopmux.messages import Register
+from loopmux.wire import VERSIONS, WORKER_MESSAGE_LIMIT, Message, from_frames, new_id, to_frames
+from loopmux_launcher import places, workercode
+from loopmux_launcher.config import Configuration
+from loopmux_launcher.console import Console
+from loopmux_launcher.events import (
+    Action,
+    Announce,
+    Began,
+    BrokerWelcomed,
+    BuildEnvironment,
+    EnvironmentFailed,
+    EnvironmentProgressed,
+    EnvironmentReady,
+    Event,
+    Finish,
+    KillProcess,
+    ProcessExited,
+    ProcessReported,
+    ReportPhase,
+    StartBroker,
+    StartWorker,
+    StopBuild,
+    StopProcess,
+    StopRequested,
+    TimerFired,
+)
+from loopmux_launcher.groups import group
+from loopmux_launcher.link import Link, Refused, Welcomed
+from loopmux_launcher.plan import BROKER, Plan
+from loopmux_launcher.probe import worker_command, worker_variables
+from loopmux_launcher.processes import Child, Said, broker_line, phase_line
+from loopmux_launcher.signals import Signals
+
+_LONGEST_POLL = 1.0
+"""Seconds between two looks at things that do not wake the poller (a parent on systems without process descriptors)."""
+_PER_TURN = 64
+"""Messages taken from the socket in one turn, so that a flood does not keep the children's output waiting."""
+_FAREWELL = 200
+"""Milliseconds for BYE to leave before the socket closes."""
+_COULD_NOT_START = 127
+"""The shell's exit code for a program that cannot be run."""
+_PHASES = ("loading", "warming", "ready", "failed")
+
+
+class Launcher:
+    """Runs a configuration until it is stopped: its own broker too if ``with_broker``."""
+
+    def __init__(self, configuration: Configuration, endpoint: str, console: Console, *, with_broker: bool) -> None:
+        self._configuration, self._client_endpoint, self._console = configuration, endpoint, console
+        self._endpoint = endpoints.worker_endpoint(endpoint)
+        models = configuration.models.values()
+        groups = group(models, self._endpoint, len(os.sched_getaffinity(0)))
+        required = [model.id for model in models if model.required]
+        self._plan = Plan(groups, required=required, with_broker=with_broker)
+        self._link = Link(_register())
+        self._logs = places.logs(endpoint)
+        self._code = workercode.install(places.data() / "code")
+        self._children: dict[str, Child] = {}
+        self._builds: dict[str, EnvironmentReady | EnvironmentFailed | None] = {}
+        self._exit: int | None = None
+
+    def run(self, parent: int | None = None) -> int:
+        """Serve until a signal, the end of ``parent``, or until nothing is left to serve; returns the exit code."""
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            with Signals(parent) as signals:
+                self._socket = _dealer(context)
+                self._socket.connect(self._endpoint)
+                self._handle(Began())
+                while self._exit is None:
+                    self._turn(signals)
+                return self._exit
+        finally:
+            self._abandon()
+            self._send(self._link.bye())
+            self._socket.close(_FAREWELL)
+            context.term()
+
+    # --- one turn
+
+    def _turn(self, signals: Signals) -> None:
+        readable, writable = self._wait(signals)
+        for _ in range(signals.take(readable)):
+            self._handle(StopRequested(at_once=self._stopped))
+            self._stopped = True
+        for child in list(self._children.values()):
+            if child.wants_write in writable:
+                child.write()
+            for descriptor in [d for d in child.descriptors() if d in readable]:
+                self._told(child, child.read(descriptor))
+            self._look_whether_ended(child)
+        self._receive()
+        self._send(self._link.due(time.monotonic()))
+        due = self._plan.next_timer()
+        if due is not None and due <= time.monotonic():
+            self._handle(TimerFired())
+
+    _stopped = False
+
+    def _wait(self, signals: Signals) -> tuple[set[int], set[int]]:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        for descriptor in signals.descriptors():
+            poller.register(descriptor, zmq.POLLIN)
+        for child in self._children.values():
+            for descriptor in child.descriptors():
+                poller.register(descriptor, zmq.POLLIN)
+            if child.wants_write is not None:
+                poller.register(child.wants_write, zmq.POLLOUT)
+        now = time.monotonic()
+        due = [now + _LONGEST_POLL, self._link.next_timer(), *filter(None, [self._plan.next_timer()])]
+        events = poller.poll(int(max(0.0, min(due) - now) * 1000) + 1)  # milliseconds, rounded up
+        ready = [(source, event) for source, event in events if isinstance(source, int)]
+        readable = {source for source, event in ready if event & ~zmq.POLLOUT}
+        writable = {source for source, event in ready if event & (zmq.POLLOUT | zmq.POLLERR)}
+        return readable, writable
+
+    def _handle(self, event: Event) -> None:
+        for action in self._plan.handle(event, time.monotonic()):
+            self._do(action)
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case BuildEnvironment(name):
+                self._build(name)
+            case StopBuild(name):
+                self._children[_builder(name)].terminate()
+            case StartBroker():
+                self._start(BROKER, self._broker_command(), dict(os.environ))
+            case StartWorker():
+                self._start_worker(action)
+            case StopProcess(name):
+                if name in self._children:
+                    self._children[name].terminate()
+            case KillProcess(name):
+                if name in self._children:
+                    self._children[name].kill()
+            case ReportPhase(catalogue):
+                self._send(self._link.report(catalogue))
+            case Announce():
+                self._console.announce(action)
+            case Finish(code):
+                self._exit = code
+
+    # --- children
+
+    def _broker_command(self) -> list[str]:
+        command = [sys.executable, "-m", "loopmux_broker", "--parent-pid", str(os.getpid()), "--log-format", "json"]
+        return [*command, "--endpoint", self._client_endpoint, "--worker-endpoint", self._endpoint]
+
+    def _build(self, name: str) -> None:
+        """Environments are built in a process of their own: it may be killed, and this loop never waits for it."""
+        self._builds[name] = None
+        command = [sys.executable, "-m", "loopmux_launcher", "env", "build", name, "--log-format", "json"]
+        command += ["--config", str(self._configuration.file), "--parent-pid", str(os.getpid())]
+        self._start(_builder(name), command, dict(os.environ))
+
+    def _start_worker(self, action: StartWorker) -> None:
+        environment = self._configuration.environments[action.environment] if action.environment else None
+        command = worker_command(action.python or sys.executable, "--spec", "-", "--parent-pid", str(os.getpid()))
+        variables = worker_variables(self._code, environment.variables if environment else {})
+        handover = json.dumps(plain(action.spec)).encode() + b"\n"
+        self._start(action.name, command, variables, handover)
+        if action.name in self._children:
+            serves = ", ".join(model.id for model in action.spec.models)
+            text = f"starting, pid {self._children[action.name].pid}, for {serves}, log {self._log(action.name)}"
+            self._console.announce(Announce(action.name, text))
+
+    def _start(self, name: str, command: list[str], variables: dict[str, str], handover: bytes = b"") -> None:
+        said = broker_line if name == BROKER else phase_line
+        try:
+            self._children[name] = Child(name, command, variables, self._log(name), handover=handover, said=said)
+        except OSError as error:
+            self._ended(name, _COULD_NOT_START, (f"{command[0]}: {error.strerror}",))
+
+    def _log(self, name: str) -> Path:
+        return self._logs / f"{name.replace(' ', '-')}.log"
+
+    def _told(self, child: Child, told: list[Said]) -> None:
+        for said in told:
+            if child.name in map(_builder, self._builds):
+                self._builder_told(child.name.removeprefix(_builder("")), said)
+            elif said.phase in _PHASES:
+                self._handle(ProcessReported(child.name, said.phase, said.detail))  # type: ignore[arg-type]
+
+    def _builder_told(self, name: str, said: Said) -> None:
+        """Its verdict is held back until it has ended: then its lock is free and nothing of it is left."""
+        match said.phase:
+            case "ready":
+                self._builds[name] = EnvironmentReady(name, str(said.fields.get("python")), said.detail)
+            case "failed":
+                self._builds[name] = EnvironmentFailed(name, said.detail)
+            case _:
+                self._handle(EnvironmentProgressed(name, said.detail))
+
+    def _look_whether_ended(self, child: Child) -> None:
+        ended = child.finished()
+        if ended is not None:
+            self._told(child, ended.said)
+            del self._children[child.name]
+            self._ended(child.name, ended.code, child.last_lines)
+
+    def _ended(self, name: str, code: int, last_lines: tuple[str, ...]) -> None:
+        environment = name.removeprefix(_builder(""))
+        if name != environment:
+            verdict = self._builds.pop(environment)
+            reason = "\n".join((f"its builder ended with {code}", *last_lines))
+            self._handle(verdict or EnvironmentFailed(environment, reason))
+        else:
+            self._handle(ProcessExited(name, code, last_lines, random.random()))  # noqa: S311 - jitter, no secret
+
+    def _abandon(self) -> None:
+        """However the loop ended, nothing that it started goes on."""
+        for child in self._children.values():
+            child.kill()
+        for child in self._children.values():
+            child.process.wait()
+            child.finished()
+
+    # --- the broker's socket
+
+    def _receive(self) -> None:
+        for _ in range(_PER_TURN):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                news = self._link.received(from_frames(frames), time.monotonic())
+            except ProtocolError as error:
+                self._console.announce(Announce("launcher", f"the broker sent something malformed: {error}", "warning"))
+                continue
+            if isinstance(news, Welcomed):
+                self._handle(BrokerWelcomed())
+            elif isinstance(news, Refused):
+                raise LoopmuxError(f"the broker at {self._endpoint} refused this launcher: {news.reason}")
+
+    def _send(self, messages: list[Message]) -> None:
+        for message in messages:
+            try:
+                self._socket.send_multipart(to_frames(message))
+            except zmq.Again:
+                self._link.lost()  # not connected; REGISTER is repeated until somebody answers
+
+
+def _builder(environment: str) -> str:
+    return f"environment {environment}"
+
+
+def _register() -> Register:
+    host = platform.node()
+    name, software = f"launcher@{host}", f"loopmux {loopmux.__version__}"
+    return Register("launcher", name, new_id(), VERSIONS, host=host, pid=os.getpid(), software=software)
+
+
+def _dealer(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    socket = context.socket(zmq.DEALER)
+    options = {
+        zmq.IMMEDIATE: 1,
+        zmq.SNDTIMEO: 0,
+        zmq.LINGER: 0,
+        zmq.RECONNECT_IVL: 50,
+        zmq.RECONNECT_IVL_MAX: 2000,
+        zmq.HEARTBEAT_IVL: 1000,
+        zmq.HEARTBEAT_TIMEOUT: 3000,
+        zmq.HANDSHAKE_IVL: 2000,
+        zmq.MAXMSGSIZE: WORKER_MESSAGE_LIMIT,
+    }
+    for option, value in options.items():
+        socket.setsockopt(option, value)
+    return socket

@@ -1,0 +1,69 @@
+"""How the workers' own code reaches an environment: a folder with copies of ``loopmux`` and ``loopmux_worker`` alone.
+
+The folder goes on the worker's PYTHONPATH, and nothing else of the launcher's site-packages is visible there. Its name
+is the hash of its content, so a running worker keeps the code it began with when the installation is updated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+PACKAGES = ("loopmux", "loopmux_worker")
+REQUIREMENTS = ("pyzmq>=27,<28", "msgpack>=1.2.1,<2", "structlog>=25,<27")
+"""What these packages import besides torch, transformers and peft; the ranges are those of pyproject.toml."""
+_SUFFIXES = (".py", ".typed", ".json", ".jinja")
+
+
+def install(folder: Path) -> Path:
+    """The folder to put on PYTHONPATH, made below ``folder`` unless it is there and whole."""
+    files = _collect()
+    digest = _digest(files)
+    target = folder / digest
+    if target.is_dir() and _digest(_read(target)) == digest:
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+    try:
+        for name, content in files.items():
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
+            (beside / name).write_bytes(content)
+        beside.chmod(0o755)
+        if target.exists():  # damaged: out of the way in one step
+            target.rename(beside / ".old")
+        beside.rename(target)
+    except OSError:
+        # two launchers at once: the other one's copy has the same content, or else this was no race
+        if not (target.is_dir() and _digest(_read(target)) == digest):
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(target / ".old", ignore_errors=True)
+    return target
+
+
+def _collect() -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError(f"found no package {package} beside loopmux_launcher: install loopmux[server]")
+        origin = Path(spec.submodule_search_locations[0])
+        files |= {os.path.join(package, name): content for name, content in _read(origin).items()}  # noqa: PTH118
+    return files
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    found = sorted(p for p in folder.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+
+
+def _digest(files: dict[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16]
