@@ -1,0 +1,201 @@
+"""``loopmux-worker``: the model process.
+
+``loopmux-worker --spec FILE|-`` serves a broker. ``… run-adapter`` answers one prompt in this process, ``… probe`` says
+what this interpreter offers. Exit codes: 0 good, 1 failure, 2 usage, 78 bad configuration.
+
+Standard output belongs to the reader of this process (the launcher's progress lines, an answer's text); whatever a
+library prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from loopmux.errors import ConfigError, LoopmuxError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loopmux.messages import WorkerSpec
+
+FAILURE, BAD_CONFIGURATION = 1, 78
+_SWITCH_INTERVAL = 0.001
+"""Seconds after which a computing thread hands the interpreter over: the default 5 ms would delay every message."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    out = _own_output()
+    try:
+        return int(options.run(options, out))
+    except LoopmuxError as error:
+        if options.debug:
+            raise
+        print(f"loopmux-worker: error: {error.message}", file=sys.stderr)
+        return BAD_CONFIGURATION if isinstance(error, ConfigError) else FAILURE
+    except KeyboardInterrupt:
+        return FAILURE
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"loopmux-worker: error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        return FAILURE
+    finally:
+        _close(out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("loopmux-worker", description="Serves a base model and its adapters to a broker.")
+    parser.add_argument(
+        "--spec", metavar="FILE", help="what to serve, as JSON (messages.WorkerSpec); - is standard input"
+    )
+    parser.add_argument("--parent-pid", type=int, metavar="PID", help="end when this process, the parent, has ended")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=_serve)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    adapter = commands.add_parser("run-adapter", help="answer one prompt in this process, without a broker")
+    adapter.add_argument("--prompt", required=True)
+    adapter.add_argument("--base-model", required=True, metavar="DIR")
+    adapter.add_argument("--adapter-dir", metavar="DIR")
+    adapter.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    adapter.add_argument("--temperature", type=float, default=0.7, metavar="T")
+    adapter.add_argument("--model-type", choices=["instruct", "base"], default="instruct")
+    adapter.add_argument("--system-prompt", metavar="TEXT")
+    adapter.add_argument("--torch-threads", type=int, metavar="N")
+    adapter.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+    adapter.set_defaults(run=_run_adapter)
+    probe = commands.add_parser("probe", help="print as JSON what this interpreter offers")
+    probe.add_argument("--engine", choices=["auto", "echo"], default="auto", help="echo needs no torch")
+    probe.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+    probe.set_defaults(run=_probe)
+    return parser
+
+
+def _own_output() -> TextIO:
+    """The real standard output for us alone; for everybody else it becomes standard error."""
+    sys.stdout.flush()
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
+    os.dup2(2, 1)
+    return own
+
+
+def _close(out: TextIO) -> None:
+    try:
+        out.close()
+    except BrokenPipeError:
+        pass  # the reader left early (a launcher that ended, a pipe into head); there is nobody to tell
+
+
+def _probe(options: argparse.Namespace, out: TextIO) -> int:
+    from loopmux_worker.probe import probe
+
+    report = probe(models=options.engine != "echo")
+    print(json.dumps(report), file=out)
+    return 0 if report["ok"] else FAILURE
+
+
+def _run_adapter(options: argparse.Namespace, out: TextIO) -> int:
+    from loopmux.messages import Generate, Sampling
+    from loopmux_worker.oneshot import one_shot, spec_for
+
+    _quiet_libraries()
+    spec = spec_for(
+        options.base_model, options.adapter_dir, options.model_type, options.system_prompt, options.torch_threads
+    )
+
+    def write(text: str) -> None:
+        out.write(text)
+        out.flush()
+
+    sampling = Sampling(temperature=options.temperature)
+    generate = Generate(prompt=options.prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
+    one_shot(spec, generate, write)
+    print(file=out)
+    return 0
+
+
+def _serve(options: argparse.Namespace, out: TextIO) -> int:
+    if options.spec is None:
+        _parser().error("--spec is missing")
+    if options.parent_pid is not None:
+        from loopmux_worker.parent import die_with_parent
+
+        die_with_parent(options.parent_pid)
+    from loopmux_worker.logs import set_up_logs
+
+    set_up_logs(options.log_level)
+
+    def progress(phase: str, detail: str) -> None:
+        print(json.dumps({"phase": phase, "detail": detail}), file=out, flush=True)
+
+    try:
+        spec = _read_spec(options.spec)
+        return _work(spec, progress)
+    except Exception as error:
+        progress("failed", error.message if isinstance(error, LoopmuxError) else f"{type(error).__name__}: {error}")
+        raise
+
+
+def _read_spec(name: str) -> WorkerSpec:
+    from loopmux.codec import FieldError, build
+    from loopmux.messages import WorkerSpec
+
+    where = "standard input" if name == "-" else name
+    try:
+        text = _from_input() if name == "-" else Path(name).read_text(encoding="utf-8")
+        return build(WorkerSpec, json.loads(text), strict=True)
+    except FieldError as error:
+        raise ConfigError(f"the specification in {where}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the specification in {where} cannot be read: {error}") from error
+
+
+def _from_input() -> str:
+    # Where the end of the input tells that the parent died, it has to stay open: the specification is one line there
+    return sys.stdin.read() if sys.platform == "linux" else sys.stdin.readline()
+
+
+def _work(spec: WorkerSpec, progress: Callable[[str, str], None]) -> int:
+    from loopmux_worker.engine import open_engine
+    from loopmux_worker.server import Worker
+
+    _quiet_libraries()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    progress("loading", f"engine {spec.engine}")
+    engine = open_engine(spec, progress)
+    worker = Worker(spec, engine)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+    progress("ready", f"{len(spec.models)} models on {engine.describe().engine}")
+    ended = False
+    try:
+        worker.run()
+    finally:
+        ended = worker.close()
+    if not ended:
+        # A thread is deep in a step that cannot be interrupted; nothing of it is worth waiting for
+        sys.stderr.flush()
+        os._exit(0)
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and advice of libraries are not for the readers of our output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and peft, for their authors
+
+
+if __name__ == "__main__":
+    sys.exit(main())
