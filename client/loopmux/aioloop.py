@@ -38,6 +38,9 @@ from loopmux.loopevents import (
     TurnFinished,
     TurnStarted,
 )
+from loopmux.outcome import Outcome, described, failed, succeeded
+from loopmux.results import ToolCall
+from loopmux.tools import Tool
 
 _LAST_WORDS = 1.0
 """Seconds that cancelled coroutine tools get to clean up when a loop ends before them."""
@@ -138,7 +141,7 @@ class _Shell:
             self._start_thread(job)
 
     async def _await_tool(self, job: RunTool) -> None:
-        self.done.put_nowait(ToolFinished(job.number, await toolrun.perform_async(job.tool, job.call)))
+        self.done.put_nowait(ToolFinished(job.number, await _perform(job.tool, job.call)))
 
     def _start_thread(self, job: RunTool) -> None:
         context, running = contextvars.copy_context(), asyncio.get_running_loop()
@@ -177,6 +180,19 @@ class _Shell:
             await _awaited(self.client.hint(self.plan.loop.session, state))
         except LoopmuxError:
             pass  # a hint saves work and changes no result: a broken connection shows in the next turn
+
+
+async def _perform(tool: Tool, call: ToolCall) -> Outcome:
+    """``toolrun.perform`` for a coroutine function; raises nothing but the cancellation of its task, and Ctrl-C."""
+    try:
+        return succeeded(await tool.function(**tool.bind(call.arguments)))
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        return failed(described(error))  # the tool's own doing
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a tool may do anything: it is the model's to correct
+        return failed(described(error))
 
 
 def _is_coroutine_function(function: Any) -> bool:

@@ -24,13 +24,5 @@ def perform(tool: Tool, call: ToolCall) -> Outcome:
         return failed(described(error))
 
 
-async def perform_async(tool: Tool, call: ToolCall) -> Outcome:
-    """Await a coroutine function's call. Raises nothing but the cancellation of the task it runs in."""
-    try:
-        return succeeded(await tool.function(**tool.bind(call.arguments)))
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - as in perform; Ctrl-C and cancellation are the caller's
-        return failed(described(error))
-
-
 async def _awaited(value: Awaitable[Any]) -> Any:
     return await value

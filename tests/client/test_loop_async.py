@@ -1,0 +1,218 @@
+"""The loop's asyncio shell: coroutine tools, threads, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import pytest
+
+from loopmux import loop
+from loopmux.errors import BadRequestError, DeadlineExceededError, MaxTurnsError, ToolLoopError, WorkerLostError
+from loopmux.loopevents import Deny, LoopFinished, ToolResult, TurnStarted
+from loopmux.results import TextDelta, ToolCall
+from loopmux.tools import Tool
+from scripted import AsyncScriptedClient, ScriptedClient, call, turn
+
+T = TypeVar("T")
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+async def slow_add(a: int, b: int) -> int:
+    """Add two numbers, with a pause."""
+    await asyncio.sleep(0)
+    return a + b
+
+
+def run(client: ScriptedClient, *, tools: Any = (add, slow_add), **settings: Any) -> loop.ToolLoopResult:
+    return wait(loop.arun(client, "go", tools=tools, **settings))
+
+
+def wait(work: Awaitable[T]) -> T:
+    async def bounded() -> T:
+        async with asyncio.timeout(20):
+            return await work
+
+    return asyncio.run(bounded())
+
+
+@pytest.mark.parametrize("name", ["add", "slow_add"])
+def test_the_same_loop_as_without_asyncio(name: str):
+    script = [turn("Hm", call(name, a=12, b=30)), turn("It is 42.")]
+    seen: list[Any] = []
+    client = AsyncScriptedClient(list(script))
+    out = run(client, on_event=seen.append, session="s")
+    sync_client, sync_seen = ScriptedClient(list(script)), []
+    expected = loop.run(sync_client, "go", tools=[add, slow_add], on_event=sync_seen.append, session="s")
+    assert out == expected
+    assert seen == sync_seen
+    assert client.requests == sync_client.requests
+    assert client.hints == sync_client.hints
+    assert client.left == ["finished", "finished"]
+
+
+def test_coroutine_and_plain_tools_run_at_the_same_time():
+    started, both = threading.Event(), threading.Event()
+
+    def plain() -> bool:
+        started.set()
+        return both.wait(10)
+
+    async def coroutine() -> bool:
+        while not started.is_set():  # the plain tool's thread runs while this loop does
+            await asyncio.sleep(0.001)
+        both.set()
+        return True
+
+    out = run(
+        AsyncScriptedClient([turn("", call("plain"), call("coroutine", "c1")), turn("ok")]), tools=[plain, coroutine]
+    )
+    assert [entry["result"] for entry in out.tool_log] == [True, True]
+
+
+def test_async_callbacks_are_awaited():
+    async def deny(_: ToolCall) -> Deny:
+        await asyncio.sleep(0)
+        return Deny("no")
+
+    seen: list[Any] = []
+
+    async def note(event: Any) -> None:
+        await asyncio.sleep(0)
+        seen.append(event)
+
+    out = run(AsyncScriptedClient([turn("", call(a=1, b=2)), turn("ok")]), before_tool=deny, on_event=note)
+    assert out.tool_log == [
+        {"tool": "add", "args": {"a": 1, "b": 2}, "status": "denied", "error": "no", "iteration": 1}
+    ]
+    assert isinstance(seen[-1], LoopFinished)
+
+
+def test_a_coroutine_tool_that_takes_too_long_is_cancelled():
+    cancelled: list[bool] = []
+
+    async def hang() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.append(True)
+
+    out = run(AsyncScriptedClient([turn("", call("hang")), turn("gave up")]), tools=[hang], tool_timeout=0.05)
+    assert out.messages[2]["content"] == "Error: no result within 0.05 s"
+    assert cancelled == [True]
+
+
+def test_a_plain_tool_that_never_returns_does_not_hang_the_program():
+    forever = threading.Event()
+    out = run(
+        AsyncScriptedClient([turn("", call("hang")), turn("gave up")]),
+        tools=[Tool("hang", "", {"type": "object"}, lambda: forever.wait())],
+        tool_timeout=0.05,
+    )
+    assert out.text == "gave up"
+    forever.set()
+
+
+def test_hostile_coroutines():
+    async def exits() -> None:
+        raise SystemExit(3)
+
+    async def cancels() -> None:
+        raise asyncio.CancelledError
+
+    async def nothing_json() -> object:
+        return object()
+
+    calls = [call(name, name) for name in ("exits", "nothing_json")]
+    out = run(AsyncScriptedClient([turn("", *calls), turn("ok")]), tools=[exits, nothing_json])
+    assert [entry["error"] for entry in out.tool_log] == [
+        "SystemExit: 3",
+        "TypeError: the result is a object, expected text, numbers, lists, dicts or a dataclass",
+    ]
+    out = run(AsyncScriptedClient([turn("", call("cancels")), turn("ok")]), tools=[cancels])
+    assert out.tool_log[0]["error"] == "CancelledError"
+
+
+def test_cancelling_the_task_cancels_the_turns_tools():
+    started, ended = asyncio.Event(), []
+
+    async def hang() -> None:
+        try:
+            started.set()
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    client = AsyncScriptedClient([turn("", call("hang"))])
+
+    async def main() -> None:
+        task = asyncio.create_task(loop.arun(client, "go", tools=[hang]))
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    wait(main())
+    assert ended == [True]
+    assert client.hints[-1][1] == "done"
+
+
+def test_leaving_the_iteration_cancels_the_turn():
+    client = AsyncScriptedClient([turn("text")])
+
+    async def main() -> list[Any]:
+        seen = []
+        async with contextlib.aclosing(loop.aiterate(client, "go", tools=[add])) as events:
+            async for event in events:
+                seen.append(event)
+                if isinstance(event, TextDelta):
+                    break
+        return seen
+
+    assert wait(main()) == [TurnStarted(1), TextDelta("text")]
+    assert client.left == ["cancelled"]
+
+
+def test_errors_carry_the_transcript():
+    client = AsyncScriptedClient([turn("", call(a=1, b=2)), WorkerLostError("gone")])
+    with pytest.raises(WorkerLostError) as caught:
+        run(client)
+    assert [m["role"] for m in caught.value.messages] == ["user", "assistant", "tool"]
+    with pytest.raises(MaxTurnsError):
+        run(AsyncScriptedClient([turn("", call(a=1, b=2))]), max_turns=1)
+    with pytest.raises(DeadlineExceededError):
+        run(AsyncScriptedClient([turn("", call("hang"))]), tools=[hanging()], timeout=0.1)
+    with pytest.raises(ToolLoopError, match="before_tool answered 3"):
+        run(AsyncScriptedClient([turn("", call(a=1, b=2))]), before_tool=lambda _: 3)
+    with pytest.raises(BadRequestError):
+        run(AsyncScriptedClient([]), tools=[add, add])
+
+
+def hanging() -> Tool:
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    return Tool.from_function(hang)
+
+
+def test_many_loops_at_once():
+    async def main() -> list[loop.ToolLoopResult]:
+        clients = [AsyncScriptedClient([turn("", call(a=n, b=1)), turn(f"loop {n}")]) for n in range(50)]
+        return await asyncio.gather(*(loop.arun(client, "go", tools=[add]) for client in clients))
+
+    results = wait(main())
+    assert [r.text for r in results] == [f"loop {n}" for n in range(50)]
+    assert [r.tool_log[0]["result"] for r in results] == [n + 1 for n in range(50)]
+
+
+def test_tool_results_are_reported():
+    seen: list[Any] = []
+    run(AsyncScriptedClient([turn("", call("slow_add", a=1, b=2)), turn("3")]), on_event=seen.append)
+    assert [e.content for e in seen if isinstance(e, ToolResult)] == ["3"]

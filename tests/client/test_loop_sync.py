@@ -1,0 +1,316 @@
+"""The loop's sync shell: threads, approval, observers, sessions, errors."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from loopmux import loop
+from loopmux.errors import (
+    BadRequestError,
+    ConnectionLostError,
+    DeadlineExceededError,
+    MaxTurnsError,
+    ToolLoopError,
+    ToolNotFoundError,
+    WorkerLostError,
+)
+from loopmux.loopevents import (
+    Deny,
+    LoopFinished,
+    Run,
+    Substitute,
+    ToolResult,
+    ToolStarted,
+    TurnFinished,
+    TurnStarted,
+)
+from loopmux.results import TextDelta, ToolCall, Usage
+from loopmux.tools import Tool, schemas
+from scripted import ScriptedClient, call, turn
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def run(client: ScriptedClient, *, tools: Any = (add,), **settings: Any) -> loop.ToolLoopResult:
+    return loop.run(client, "go", tools=tools, **settings)
+
+
+def test_a_whole_loop():
+    client = ScriptedClient([turn("", call(a=12, b=30)), turn("It is 42.")])
+    out = run(client, temperature=0)
+    assert out.text == "It is 42."
+    assert [m["role"] for m in out.messages] == ["user", "assistant", "tool", "assistant"]
+    assert out.messages[2]["content"] == "42"
+    assert (out.turns, out.tool_calls, out.finish_reason, out.usage.prompt_tokens) == (2, 1, "stop", 20)
+    assert [r["temperature"] for r in client.requests] == [0, 0]
+    assert client.requests[0]["tools"] == client.requests[1]["tools"] == schemas([add])
+    assert client.left == ["finished", "finished"]
+
+
+def test_all_turns_share_one_session_and_the_broker_is_told_when_to_wait():
+    client = ScriptedClient([turn("", call(a=1, b=2)), turn("3")])
+    out = run(client)
+    assert out.session
+    assert [r["session"] for r in client.requests] == [out.session] * 2
+    assert [r["continues"] for r in client.requests] == [False, True]
+    assert client.hints == [(out.session, "waiting_on_tool"), (out.session, "done")]
+    assert run(ScriptedClient([turn("x")])).session != out.session
+
+
+def test_a_session_of_the_callers():
+    client = ScriptedClient([turn("x")])
+    assert run(client, session="mine").session == "mine"
+    assert client.hints == [("mine", "done")]
+
+
+def test_a_broken_connection_does_not_spoil_a_result_that_is_there():
+    class Lost(ScriptedClient):
+        def hint(self, session: str, state: str, expected: float | None = None) -> None:
+            raise ConnectionLostError("gone")
+
+    assert run(Lost([turn("", call(a=1, b=2)), turn("3")])).text == "3"
+
+
+def test_observers_see_everything_in_order():
+    made = call(a=1, b=2)
+    first, second = turn("Hm", made), turn("3")
+    seen: list[Any] = []
+    out = run(ScriptedClient([first, second]), on_event=seen.append)
+    usage = Usage(10, 2, 1)
+    assert seen == [
+        TurnStarted(1),
+        TextDelta("Hm"),
+        made,
+        usage,
+        TurnFinished(1, first),
+        ToolStarted(1, made),
+        ToolResult(1, made, "success", "3", 3),
+        TurnStarted(2),
+        TextDelta("3"),
+        usage,
+        TurnFinished(2, second),
+        LoopFinished(out),
+    ]
+    assert list(loop.iterate(ScriptedClient([first, second]), "go", tools=[add], session=out.session)) == seen
+
+
+def test_parallel_calls_run_at_the_same_time():
+    meet = threading.Barrier(3, timeout=10)
+
+    def together(n: int) -> int:
+        meet.wait()
+        return n
+
+    calls = [call("together", f"c{n}", n=n) for n in range(3)]
+    out = run(ScriptedClient([turn("", *calls), turn("done")]), tools=[together])
+    assert [m["content"] for m in out.messages if m["role"] == "tool"] == ["0", "1", "2"]
+
+
+def test_no_more_at_once_than_allowed():
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def busy(n: int) -> None:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.01)  # long enough for a fifth one to be noticed, were it started
+        with lock:
+            now[0] -= 1
+
+    calls = [call("busy", f"c{n}", n=n) for n in range(8)]
+    run(ScriptedClient([turn("", *calls), turn("done")]), tools=[busy], concurrency=2)
+    assert most == [2]
+
+
+def test_a_tool_that_never_returns_is_left_behind():
+    forever = threading.Event()
+
+    def hang() -> None:
+        forever.wait()
+
+    out = run(ScriptedClient([turn("", call("hang")), turn("gave up")]), tools=[hang], tool_timeout=0.05)
+    assert out.text == "gave up"
+    assert out.messages[2]["content"] == "Error: no result within 0.05 s"
+    assert out.tool_log[0]["status"] == "error"
+    forever.set()
+
+
+def test_tools_see_the_callers_context():
+    who = contextvars.ContextVar("who", default="nobody")
+    who.set("me")
+
+    def ask() -> str:
+        return who.get()
+
+    assert run(ScriptedClient([turn("", call("ask")), turn("ok")]), tools=[ask]).tool_log[0]["result"] == "me"
+
+
+def test_observers_and_approval_stay_in_the_callers_thread():
+    threads: set[threading.Thread] = set()
+
+    def note(_: Any) -> bool:
+        threads.add(threading.current_thread())
+        return True
+
+    run(ScriptedClient([turn("", call(a=1, b=2)), turn("3")]), on_event=note, before_tool=note)
+    assert threads == {threading.current_thread()}
+
+
+@pytest.mark.parametrize(
+    ("answer", "content", "ran"),
+    [
+        (Run(), "3", True),
+        (True, "3", True),
+        (Deny("no sums"), "Denied: no sums", False),
+        (False, "Denied: the user did not allow this call.", False),
+        (Substitute({"sum": 4}), '{"sum": 4}', False),
+        ("four", "four", False),
+    ],
+)
+def test_what_before_tool_may_answer(answer: Any, content: str, ran: bool):
+    runs: list[int] = []
+
+    def count(a: int, b: int) -> int:
+        runs.append(a)
+        return a + b
+
+    out = run(
+        ScriptedClient([turn("", call("count", a=1, b=2)), turn("ok")]), tools=[count], before_tool=lambda _: answer
+    )
+    assert out.messages[2]["content"] == content
+    assert bool(runs) is ran
+
+
+def test_an_answer_that_is_none_of_them_is_refused_and_nothing_runs():
+    def forgetful(_: ToolCall) -> None: ...
+
+    ran: list[int] = []
+    tool = Tool("t", "", {"type": "object"}, lambda: ran.append(1))
+    with pytest.raises(ToolLoopError, match="before_tool answered None for 't'") as caught:
+        run(ScriptedClient([turn("", call("t")), turn("ok")]), tools=[tool], before_tool=forgetful)
+    assert ran == []
+    assert caught.value.messages[0] == {"role": "user", "content": "go"}
+
+
+def test_max_turns_carries_everything():
+    client = ScriptedClient([turn("", call(a=n, b=1)) for n in range(3)])
+    with pytest.raises(MaxTurnsError, match="max_turns=3") as caught:
+        run(client, max_turns=3)
+    assert caught.value.result.turns == 3
+    assert caught.value.messages == caught.value.result.messages
+    assert client.hints[-1][1] == "done"
+
+
+def test_a_loop_is_resumed_from_the_messages_of_an_error():
+    client = ScriptedClient([turn("", call(a=1, b=2)), WorkerLostError("gone", partial_text="It i"), turn("3")])
+    with pytest.raises(WorkerLostError) as caught:
+        run(client)
+    messages = caught.value.messages
+    assert [m["role"] for m in messages] == ["user", "assistant", "tool"]
+    assert caught.value.partial_text == "It i"
+    assert client.hints[-1][1] == "done"
+    out = loop.run(client, messages, tools=[add])
+    assert out.text == "3"
+    assert client.messages(2) == messages
+
+
+def test_a_finished_loop_is_carried_on():
+    client = ScriptedClient([turn("", call(a=1, b=2)), turn("3"), turn("still 3")])
+    first = run(client)
+    before = list(first.messages)
+    second = loop.run(client, [*first.messages, {"role": "user", "content": "sure?"}], tools=[add])
+    assert first.messages == before
+    assert client.messages(2) == [*before, {"role": "user", "content": "sure?"}]
+    assert second.messages[: len(before)] == before
+
+
+def test_the_callers_list_is_never_changed():
+    mine = [{"role": "user", "content": "go"}]
+    loop.run(ScriptedClient([turn("", call(a=1, b=2)), turn("3")]), mine, tools=[add])
+    assert mine == [{"role": "user", "content": "go"}]
+
+
+def test_the_deadline_of_the_whole_loop():
+    client = ScriptedClient([turn("", call("hang"))])
+    done = threading.Event()
+    with pytest.raises(DeadlineExceededError, match=r"deadline of 0\.2 s") as caught:
+        run(client, tools=[Tool("hang", "", {"type": "object"}, lambda: done.wait())], timeout=0.2)
+    done.set()
+    assert [m["role"] for m in caught.value.messages] == ["user", "assistant", "tool"]
+    assert 0 < client.requests[0]["timeout"] <= 0.2
+
+
+def test_without_a_deadline_each_turn_keeps_its_own():
+    client = ScriptedClient([turn("x")])
+    run(client)
+    assert "timeout" not in client.requests[0]
+
+
+@pytest.mark.parametrize(
+    ("choice", "sent"), [("required", ["required", "auto"]), ("add", ["add", "auto"]), ("auto", ["auto", "auto"])]
+)
+def test_a_forced_call_is_forced_once(choice: str, sent: list[str]):
+    client = ScriptedClient([turn("", call(a=1, b=2)), turn("3")])
+    run(client, tool_choice=choice)
+    assert [r["tool_choice"] for r in client.requests] == sent
+
+
+def test_a_tool_choice_that_is_not_there():
+    client = ScriptedClient([])
+    with pytest.raises(ToolNotFoundError, match="'sub', expected auto, none, required or a tool of: add"):
+        run(client, tool_choice="sub")
+    assert client.requests == []
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "settings"),
+    [
+        ([], [add], {}),
+        (3, [add], {}),
+        ({"role": "user"}, [add], {}),
+        ("go", add, {}),
+        ("go", [add, add], {}),
+        ("go", [add], {"max_turns": 0}),
+        ("go", [add], {"concurrency": 0}),
+    ],
+)
+def test_wrong_calls_are_refused_before_anything_is_sent(messages: Any, tools: Any, settings: dict[str, Any]):
+    client = ScriptedClient([])
+    with pytest.raises(BadRequestError):
+        loop.iterate(client, messages, tools=tools, **settings)
+    assert client.requests == client.hints == []
+
+
+def test_an_observer_that_raises_ends_the_loop_and_cancels_the_turn():
+    class Enough(Exception):
+        pass
+
+    def observer(event: Any) -> None:
+        if isinstance(event, TextDelta):
+            raise Enough
+
+    client = ScriptedClient([turn("text", call(a=1, b=2))])
+    with pytest.raises(Enough):
+        run(client, on_event=observer)
+    assert client.left == ["cancelled"]
+    assert client.hints[-1][1] == "done"
+
+
+def test_leaving_the_iteration_cancels_the_turn():
+    client = ScriptedClient([turn("text")])
+    events = loop.iterate(client, "go", tools=[add])
+    assert [next(events), next(events)] == [TurnStarted(1), TextDelta("text")]
+    events.close()
+    assert client.left == ["cancelled"]
+
+
+def test_a_loop_without_tools():
+    assert run(ScriptedClient([turn("hi")]), tools=None).text == "hi"
