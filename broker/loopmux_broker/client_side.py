@@ -119,6 +119,7 @@ class ClientSide:
             self._streams.repeat_terminal(request, now)
         else:
             self._life.accept(request)
+            self._streams.resume(request, now)
 
     def _credit(self, client: Client, request: Request | None, header: Header, now: float) -> None:
         if request is not None:

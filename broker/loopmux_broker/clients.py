@@ -40,10 +40,10 @@ class Clients:
         self.by_peer: dict[Peer, Client] = {}
 
     def introduce(self, instance: bytes, peer: Peer, software: str, now: float) -> tuple[Client, bool]:
-        """A client said who it is: the client, and whether it came over a new connection with requests here."""
+        """A client said who it is: the client, and whether this connection is new to it."""
         client = self.by_instance.get(instance)
         if client is None:
-            client = self.by_instance[instance] = Client(instance, peer, now, software)
+            client = self.by_instance[instance] = Client(instance, None, now, software)
         moved = client.peer != peer
         if moved and client.peer is not None:
             del self.by_peer[client.peer]

@@ -54,7 +54,7 @@ class Life:
         t.timers.set((Alarm.DEADLINE, request_id, 0), request.deadline)
         self._place(request, worker, now)
         self.accept(request)
-        self._tell_phase(request, now)
+        self._review(request, now)
 
     def accept(self, request: Request) -> None:
         """Tell the client that the broker has its request, and its place in the queue (0: with a worker)."""
@@ -174,27 +174,30 @@ class Life:
             self._t.counters["requeued"] += 1
             request.move(Step.REQUEUED)
             self._place(request, self._worker_for(request), now)
-            self._tell_phase(request, now)
+            self._review(request, now)
             return
         self._end(request, Kind.ERROR, WorkerLostError(error), now, worker=worker, usage=Usage(0, produced))
 
     # --- the model's state
 
     def model_changed(self, model: str, now: float) -> None:
-        """A model's phase changed: tell who waits for it, or fail them where waiting is in vain."""
-        pool = self._t.pool
-        if pool.serving(model):
-            for request in self._t.queues.of_model(model):
-                if (error := unknown_adapter(self._t.pool, request)) is not None:
-                    self._end(request, Kind.ERROR, error, now)
-            return
-        declared = pool.declared(model)
-        if declared is None or declared.entry.phase != "failed":
-            for request in self._t.queues.of_model(model):
-                self._tell_phase(request, now)
-            return
+        """A model's phase or its workers changed: tell who waits for it, or fail them where waiting is in vain."""
         for request in self._t.queues.of_model(model):
+            self._review(request, now)
+
+    def _review(self, request: Request, now: float) -> None:
+        """If the request waits: for what, and whether that can come."""
+        if request.state is not State.QUEUED:
+            return
+        pool, model = self._t.pool, request.submit.model
+        declared = pool.declared(model)
+        if pool.serving(model):
+            if (error := unknown_adapter(pool, request)) is not None:
+                self._end(request, Kind.ERROR, error, now)
+        elif declared is not None and declared.entry.phase == "failed":
             self._end(request, Kind.ERROR, failed_to_start(declared.entry), now)
+        else:
+            self._tell_phase(request, now)
 
     def model_withdrawn(self, model: str, now: float) -> None:
         """A launcher no longer answers for a model."""
@@ -206,9 +209,8 @@ class Life:
             self._end(request, Kind.ERROR, error, now)
 
     def _tell_phase(self, request: Request, now: float) -> None:
-        """If the request waits for a model that has no worker, tell its client what the model is doing."""
         pool, model, peer = self._t.pool, request.submit.model, request.client.peer
-        if request.state is not State.QUEUED or peer is None or pool.serving(model):
+        if peer is None:
             return
         declared = pool.declared(model)
         elapsed = declared.entry.elapsed + now - declared.since if declared else 0.0
@@ -321,6 +323,7 @@ class Life:
         request.client.waiting.pop(request.id, None)
         request.client.requests.pop(request.id, None)
         self._t.requests.pop(request.id, None)
+        request.origin = None  # a request and its lease name each other: let go without waiting for the collector
 
     def abandon(self, client: Client, now: float) -> None:
         """A client is gone for good: end what it has here and tell nobody."""

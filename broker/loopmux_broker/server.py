@@ -102,7 +102,7 @@ class Server:
         for door in self.doors:
             door.close()
         self._context.term()
-        for claim in self._claims:
+        for claim in reversed(self._claims):  # the first one made the folder
             claim.release()
         self.doors, self._claims = [], []
 

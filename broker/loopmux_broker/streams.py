@@ -53,6 +53,12 @@ class Streams:
             self._tables.out.append(Send(lease.worker.peer, relayed))
         self.push(request, now)
 
+    def resume(self, request: Request, now: float) -> None:
+        """Go on after a reconnection from what the client acknowledged before it: it says no more than SUBMIT."""
+        if request.output.paused:
+            request.output.rewind()
+            self.push(request, now)
+
     def repeat_terminal(self, request: Request, now: float) -> None:
         """The terminal was not acknowledged for a while: say it again, and everything that is missing before it."""
         request.told = False

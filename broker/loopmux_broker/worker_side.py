@@ -235,10 +235,9 @@ class WorkerSide:
         self._t.timers.cancel((Alarm.MEMBER_SILENT, member.peer, 0))
         self._t.pool.leave(member)
         if isinstance(member, Worker):
-            self._life.worker_lost(member, why, now)
             for model in member.models:
-                if not self._t.pool.serving(model):
-                    self._life.model_changed(model, now)
+                self._life.model_changed(model, now)
+            self._life.worker_lost(member, why, now)
 
 
 def _report(body: bytes) -> dict[str, Any]:

@@ -1,0 +1,251 @@
+"""What peers should not send: strikes, and the choke point that keeps the loop alive."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brokerkit import BODY, CLIENT, LAUNCHER, ONE, WORKER, Core, end, failure, pushed, run, stopped, tok
+from loopmux import codec, wire
+from loopmux.messages import Catalogue, Submit
+from loopmux.wire import Header, Kind, Message
+from loopmux_broker.events import ClientSent, ConnectionLost, Log, Send, TimerDue, WorkerSent, say
+from loopmux_broker.timers import Timers
+
+ROUTE = codec.pack(Submit("m"))
+SUBMIT = wire.pack_header(Header(Kind.SUBMIT, ONE))
+
+
+@pytest.fixture
+def core() -> Core:
+    core = Core()
+    core.hello()
+    core.register()
+    return core
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [],
+        [b""],
+        [b"hello"],
+        [b"XX" + SUBMIT[2:], ROUTE, BODY],
+        [SUBMIT[:2] + b"\x09" + SUBMIT[3:], ROUTE, BODY],
+        [SUBMIT[:3] + b"\xff" + SUBMIT[4:], ROUTE, BODY],
+        [SUBMIT, ROUTE],
+        [SUBMIT, ROUTE, BODY, b""],
+        [SUBMIT, b"\xc1", BODY],
+        [SUBMIT, b"", BODY],
+        [SUBMIT, codec.pack([1, 2]), BODY],
+        [SUBMIT, codec.pack({"model": 1}), BODY],
+        [SUBMIT, codec.pack({}), BODY],
+        [SUBMIT, codec.pack({"model": "m" * 5000}), BODY],
+        [SUBMIT, codec.pack({"model": "m", "hashes": [b""] * 65}), BODY],
+        [wire.pack_header(Header(Kind.SUBMIT)), ROUTE, BODY],
+        wire.to_frames(say(Kind.RUNACK, ONE)),
+        wire.to_frames(tok(ONE, 0)),
+        wire.to_frames(Message(Header(Kind.ATTACH, ONE), ROUTE, BODY)),
+        wire.to_frames(Message(Header(Kind.HELLO), route=codec.pack({"versions": [1], "instance": b"short"}))),
+        wire.to_frames(Message(Header(Kind.SESSION), route=codec.pack({"session": "s", "state": "asleep"}))),
+    ],
+)
+def test_what_a_client_may_not_send(core: Core, frames: list[bytes]) -> None:
+    [answer] = core.handle(ClientSent(CLIENT, frames))
+    peer, kind, _, body = failure(answer)
+    assert (peer, kind, body.code) == (CLIENT, Kind.ERROR, "protocol")
+    assert body.message
+    assert core.counted == {"strikes": 1}
+    assert core.submit(ONE)[0] == run(ONE)  # nothing else is the worse for it
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        wire.to_frames(Message(Header(Kind.SUBMIT, ONE), ROUTE, BODY)),
+        wire.to_frames(say(Kind.PING)),
+        wire.to_frames(Message(Header(Kind.TOK, ONE, 0, 0, 1))),
+        wire.to_frames(Message(Header(Kind.TOK, ONE, 0, 3, 1), tokens=bytes(8))),
+        [wire.pack_header(Header(Kind.TOK, ONE, 0, 1, 1)), b"", b"odd"],
+        wire.to_frames(Message(Header(Kind.EXPIRED, ONE, attempt=1))),
+        wire.to_frames(Message(Header(Kind.HB), route=b"\xc1")),
+        wire.to_frames(Message(Header(Kind.CATALOGUE), route=codec.pack(Catalogue("m", "ready")))),
+        wire.to_frames(Message(Header(Kind.REGISTER), route=b"")),
+    ],
+)
+def test_what_a_worker_may_not_send(core: Core, frames: list[bytes]) -> None:
+    core.running()
+    [answer] = core.handle(WorkerSent(WORKER, frames))
+    assert failure(answer)[0] == WORKER
+    assert failure(answer)[3].code == "protocol"
+    assert core.counted["strikes"] == 1
+    assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0))]
+
+
+def test_a_launcher_may_not_send_output(core: Core) -> None:
+    core.launcher()
+    [answer] = core.worker(tok(ONE, 0), LAUNCHER)
+    assert failure(answer)[3].code == "protocol"
+
+
+def test_the_answer_names_the_request(core: Core) -> None:
+    [answer] = core.handle(ClientSent(CLIENT, [SUBMIT, b"\xc1", BODY]))
+    assert wire.from_frames(answer.frames).header.request == ONE  # type: ignore[union-attr]
+
+
+def test_three_strikes_and_the_peer_is_ignored_for_a_minute(core: Core) -> None:
+    core.hello(b"c2")
+    for _ in range(3):
+        assert len(core.handle(ClientSent(b"c2", [b"junk"]))) == 1
+    assert core.handle(ClientSent(b"c2", [b"junk"])) == []
+    assert core.client(say(Kind.PING), b"c2") == []
+    assert core.client(say(Kind.PING)) == [Send(CLIENT, say(Kind.PONG))]
+    core.wait(59, silent=(b"c2",))
+    assert core.client(say(Kind.PING), b"c2") == []
+    core.wait(1, silent=(b"c2",))
+    assert core.client(say(Kind.PING), b"c2") == [Send(b"c2", say(Kind.WHO))]
+    core.wait(61, silent=(b"c2",))
+    assert len(core.tables.strikes) == 0
+
+
+def test_strikes_far_apart_do_not_add_up(core: Core) -> None:
+    for _ in range(6):
+        assert len(core.handle(ClientSent(CLIENT, [b"junk"]))) == 1
+        core.wait(31)
+    assert core.client(say(Kind.PING)) == [Send(CLIENT, say(Kind.PONG))]
+
+
+def test_strikes_go_with_the_connection(core: Core) -> None:
+    core.handle(ClientSent(b"c9", [b"junk"]))
+    core.lose(b"c9")
+    assert len(core.tables.strikes) == 0
+
+
+def test_a_bug_is_logged_and_counted_and_the_loop_lives(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a planted bug")
+
+    monkeypatch.setattr(core.tables.admission, "refusal", broken)
+    actions = core.broker.handle(ClientSent(CLIENT, [SUBMIT, ROUTE, BODY]), core.now)
+    [log] = [a for a in actions if isinstance(a, Log)]
+    assert (log.level, log.event) == ("error", "internal error")
+    assert "a planted bug" in str(log.fields["traceback"])
+    assert core.tables.counters["internal_errors"] == 1
+    monkeypatch.undo()
+    assert core.submit(ONE)[0] == run(ONE)
+
+
+# --- anything at all
+
+JUNK = st.binary(max_size=80)
+HEADERS = st.builds(
+    lambda kind, request, seq, arg, attempt: wire.pack_header(Header(kind, request, seq, arg, attempt)),
+    st.sampled_from(list(Kind)),
+    st.sampled_from([wire.NO_ID, ONE, b"\2" * 16]),
+    st.sampled_from([0, 1, 2, 2**32 - 1]),
+    st.sampled_from([0, 1, 2, 2**32 - 1]),
+    st.sampled_from([0, 1, 2, 65535]),
+)
+ROUTES = st.one_of(
+    JUNK,
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**63)
+        | st.floats()
+        | st.text(max_size=5)
+        | st.binary(max_size=16),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["model", "timeout", "versions", "instance", "name", "role", "boot", "slots", "models", "phase"]
+                ),
+                inner,
+                max_size=6,
+            )
+        ),
+        max_leaves=8,
+    ).map(codec.pack),
+    st.sampled_from([ROUTE, codec.pack(Catalogue("m", "failed")), codec.pack(Catalogue("m", "ready"))]),
+)
+FRAMES = st.one_of(
+    st.lists(JUNK, max_size=5),
+    st.builds(lambda head, rest: [head, *rest], HEADERS, st.lists(ROUTES, max_size=3)),
+    st.sampled_from(
+        [
+            wire.to_frames(m)
+            for m in (
+                Message(Header(Kind.SUBMIT, ONE), ROUTE, BODY),
+                say(Kind.RUNACK, ONE, attempt=1),
+                tok(ONE, 0),
+                tok(ONE, 1),
+                end(ONE, 1),
+                stopped(ONE, 1),
+                say(Kind.CREDIT, ONE, seq=9, arg=1),
+                say(Kind.CANCEL, ONE),
+                say(Kind.ENDACK, ONE),
+                say(Kind.BYE),
+            )
+        ]
+    ),
+)
+EVENTS = st.one_of(
+    st.builds(ClientSent, st.sampled_from([CLIENT, b"c9"]), FRAMES),
+    st.builds(WorkerSent, st.sampled_from([WORKER, LAUNCHER, b"w9"]), FRAMES),
+    st.builds(ConnectionLost, st.sampled_from([CLIENT, WORKER, b"c9"])),
+    st.just(TimerDue()),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(EVENTS, st.sampled_from([0.0, 0.01, 0.6, 1.0, 5.0])), max_size=30))
+def test_no_sequence_of_frames_meets_a_bug_or_leaves_anything_behind(story: list[tuple[object, float]]) -> None:
+    core = Core()
+    core.hello()
+    core.register()
+    core.launcher()
+    for event, pause in story:
+        core.now += pause
+        core.handle(event)  # type: ignore[arg-type]  # fails on a bug
+    for _ in range(3):
+        core.now += 601
+        core.handle(TimerDue())
+    core.assert_empty()
+    assert core.tables.clients.by_instance == {}
+    assert core.tables.pool.workers == {}
+    assert len(core.tables.strikes) == 0
+
+
+# --- timers
+
+
+def test_timers_ring_in_order_and_once() -> None:
+    timers: Timers[str] = Timers()
+    for key, due in (("b", 2.0), ("a", 1.0), ("c", 3.0)):
+        timers.set(key, due)
+    timers.cancel("c")
+    timers.set("a", 2.5)
+    assert timers.next() == 2.0
+    assert list(timers.due(1.9)) == []
+    assert list(timers.due(9.0)) == ["b", "a"]
+    assert timers.next() is None
+
+
+def test_cancelled_timers_take_no_room() -> None:
+    timers: Timers[int] = Timers()
+    for n in range(10_000):
+        timers.set(n, 600.0 + n)
+        timers.cancel(n)
+    assert len(timers) == 0
+    assert len(timers._heap) < 1000
+
+
+def test_delayed_timers() -> None:
+    timers: Timers[str] = Timers()
+    timers.set("near", 1.0)
+    timers.set("far", 2.0)
+    timers.delay(lambda key: key == "near", 5.0)
+    assert list(timers.due(4.0)) == ["far"]
+    assert list(timers.due(6.0)) == ["near"]

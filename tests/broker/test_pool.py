@@ -1,0 +1,339 @@
+"""Stories of workers, launchers and models: joining, replacing, catalogue, phases, status."""
+
+from __future__ import annotations
+
+import pytest
+
+from brokerkit import (
+    CLIENT,
+    EPOCH,
+    LAUNCHER,
+    ONE,
+    SECOND,
+    THREE,
+    TWO,
+    WORKER,
+    Core,
+    accepted,
+    end,
+    failure,
+    instance,
+    kinds,
+    pushed,
+    run,
+    tok,
+)
+from loopmux import codec, wire
+from loopmux.messages import Heartbeat, ModelStatus, Phase, Register, ServedModel, Status, Welcome
+from loopmux.wire import Header, Kind, Message
+from loopmux_broker.events import Action, LoopStalled, Send, say
+
+
+@pytest.fixture
+def core() -> Core:
+    core = Core()
+    core.hello()
+    return core
+
+
+def phases(actions: list[Action]) -> list[Phase]:
+    return [
+        codec.unpack(Phase, a.message.route) for a in actions if isinstance(a, Send) and a.message.kind is Kind.PHASE
+    ]
+
+
+# --- joining
+
+
+def test_a_worker_is_welcomed(core: Core) -> None:
+    route = codec.pack(Welcome(1, EPOCH, 1.0, wire.WORKER_MESSAGE_LIMIT, 1024, "loopmux"))
+    assert core.register() == [Send(WORKER, Message(Header(Kind.WELCOME), route=route))]
+
+
+def test_strangers_are_asked_who_they_are(core: Core) -> None:
+    beat = Message(Header(Kind.HB), route=codec.pack(Heartbeat()))
+    assert core.worker(beat, SECOND) == [Send(SECOND, say(Kind.WHO))]
+    assert core.worker(tok(ONE, 0), SECOND) == [Send(SECOND, say(Kind.WHO))]
+    assert core.client(say(Kind.PING), b"c9") == [Send(b"c9", say(Kind.WHO))]
+    assert core.submit(ONE, b"c9") == [Send(b"c9", say(Kind.WHO))]
+
+
+def test_no_common_version(core: Core) -> None:
+    register = Register("worker", "w", bytes(16), (7, 8), models=(ServedModel("m", "f"),), slots=1)
+    [answer] = core.worker(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})))
+    peer, kind, _, body = failure(answer)
+    assert (peer, kind, body.code) == (WORKER, Kind.ERROR, "protocol")
+    assert "speaks 7, 8, the broker 1" in body.message
+    hello = Message(Header(Kind.HELLO), route=codec.pack({"versions": [9], "instance": bytes(16)}))
+    [answer] = core.client(hello, b"c9")
+    assert "speaks 9, the broker 1" in failure(answer)[3].message
+    assert core.counted == {}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"slots": 0}, {"models": ()}, {"boot": b"short"}, {"name": ""}, {"models": tuple(map(str, range(65)))}]
+)
+def test_a_registration_that_cannot_be(core: Core, wrong: dict[str, object]) -> None:
+    register = {"role": "worker", "name": "w", "boot": bytes(16), "versions": (1,), "slots": 1, "models": ("m",)}
+    register |= wrong
+    register["models"] = [{"id": m, "fingerprint": "f"} for m in register["models"]]  # type: ignore[attr-defined]
+    [answer] = core.worker(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})))
+    assert failure(answer)[3].code == "protocol"
+    assert core.tables.pool.workers == {}
+
+
+def test_the_same_worker_over_a_new_connection_keeps_its_requests(core: Core) -> None:
+    core.register()
+    core.running()
+    core.worker(tok(ONE, 0))
+    core.register(b"w1'", name="w1", boot=instance(WORKER))
+    assert core.worker(tok(ONE, 1)) == [Send(WORKER, say(Kind.WHO))]
+    assert core.worker(tok(ONE, 0), b"w1'") == []  # sent again, because it cannot know what arrived
+    assert core.worker(tok(ONE, 1), b"w1'") == [pushed(tok(ONE, 1))]
+    assert core.lose(WORKER) == []
+    assert core.wait(5) == []
+
+
+def test_another_process_of_the_same_name_waits_until_the_first_is_lost(core: Core) -> None:
+    core.register()
+    core.running()
+    assert core.register(SECOND, name="w1") == []
+    assert kinds(core.lose(WORKER)) == [(CLIENT, Kind.PHASE)]
+    assert core.register(SECOND, name="w1")[1:] == [run(ONE, SECOND, attempt=2)]
+
+
+def test_another_process_of_the_same_name_is_told_when_the_first_lives(core: Core) -> None:
+    core.register()
+    assert core.register(SECOND, name="w1") == []
+    core.wait(1, silent=(SECOND,))
+    [answer] = core.register(SECOND, name="w1")
+    peer, kind, _, body = failure(answer)
+    assert (peer, kind, body.code) == (SECOND, Kind.ERROR, "bad_request")
+    assert "'w1' is taken" in body.message
+
+
+def test_another_process_on_the_same_connection_replaces_the_first(core: Core) -> None:
+    core.register(name="w1")
+    core.running()
+    assert core.register(name="w1", boot=b"another boot id!")[0] == Send(
+        CLIENT, Message(Header(Kind.PHASE, ONE), route=codec.pack(Phase("queued", 1)))
+    )
+    assert list(core.tables.pool.workers) == [WORKER]
+    assert core.tables.requests[ONE].attempt == 2
+
+
+def test_a_worker_may_change_what_it_serves(core: Core) -> None:
+    core.register(models=("m",))
+    core.register(models=("m", "n"))
+    assert core.submit(ONE, model="n")[0] == run(ONE, model="n")
+    core.register(models=("n",))
+    [answer] = core.submit(TWO, model="m")
+    assert failure(answer)[3].code == "model_not_found"
+
+
+# --- models
+
+
+def test_an_unknown_model(core: Core) -> None:
+    [answer] = core.submit(ONE, model="tols")
+    assert "no launcher and no worker has joined" in failure(answer)[3].message
+    core.register(models=("default", "tools"))
+    core.launcher()
+    core.declare("cold", "idle")
+    [answer] = core.submit(ONE, model="tols")
+    _, kind, _, body = failure(answer)
+    assert (kind, body.code, body.model) == (Kind.ERROR, "model_not_found", "tols")
+    assert body.message == "model 'tols' is not known, expected one of cold, default, tools; did you mean 'tools'?"
+    core.assert_empty()
+
+
+def test_a_request_waits_for_a_declared_model_and_is_told_how_it_goes(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "idle")
+    actions = core.submit(ONE)
+    assert actions[0] == accepted(ONE, 1)
+    assert phases(actions) == [Phase("idle", 1)]
+    core.submit(TWO)
+    core.wait(1)
+    actions = core.declare("m", "loading", elapsed=3.0, detail="weights 40 %")
+    assert phases(actions) == [Phase("loading", 1, 3.0, "weights 40 %"), Phase("loading", 2, 3.0, "weights 40 %")]
+    assert core.register(slots=2)[1:] == [run(ONE, timeout=599.0), run(TWO, timeout=599.0)]
+
+
+def test_a_request_that_does_not_wait(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "loading")
+    [answer] = core.submit(ONE, wait=False)
+    body = failure(answer)[3]
+    assert (body.code, body.retryable, body.retry_after) == ("overloaded", True, 1.0)
+    core.register()
+    assert core.submit(ONE, wait=False)[0] == run(ONE)
+    assert core.submit(TWO, wait=False) == [accepted(TWO, 1)]  # it waits for a slot, not for loading
+
+
+def test_a_model_that_failed_to_start(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "loading")
+    core.submit(ONE)
+    [told] = core.declare("m", "failed", detail="no such file: weights.safetensors")
+    _, kind, _, body = failure(told)
+    assert (kind, body.code) == (Kind.ERROR, "engine")
+    assert body.message == "model 'm' failed to start: no such file: weights.safetensors"
+    [refused] = core.submit(TWO)
+    assert failure(refused)[3].message == body.message
+
+
+def test_a_failed_model_with_a_worker_works(core: Core) -> None:
+    core.register()
+    core.launcher()
+    core.declare("m", "failed", detail="the second worker does not start")
+    assert core.submit(ONE)[0] == run(ONE)
+    [answer] = core.lose(WORKER)
+    assert failure(answer)[3].code == "engine"
+
+
+def test_the_most_hopeful_launcher_counts(core: Core) -> None:
+    core.launcher()
+    core.launcher(b"l2", "other")
+    core.declare("m", "failed")
+    core.declare("m", "loading", b"l2")
+    assert phases(core.submit(ONE)) == [Phase("loading", 1)]
+
+
+def test_a_launcher_that_leaves_takes_its_models_along(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "loading")
+    core.declare("n", "ready")
+    core.register(models=("n",))
+    core.submit(ONE)
+    [answer] = core.worker(say(Kind.BYE), LAUNCHER)
+    assert failure(answer)[3].code == "model_not_found"
+    assert core.tables.pool.known() == ["n"]
+    assert core.submit(TWO, model="n")[0] == run(TWO, model="n")
+
+
+def test_a_removed_model(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "idle")
+    core.submit(ONE)
+    [answer] = core.declare("m", "idle", removed=True)
+    assert failure(answer)[3].code == "model_not_found"
+
+
+def test_requests_outlive_a_killed_launcher(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "loading")
+    core.submit(ONE)
+    assert core.lose(LAUNCHER) == []
+    assert core.wait(20) == []
+    core.launcher(b"l2", "host", boot=b"the second boot!")
+    assert phases(core.declare("m", "building", b"l2")) == [Phase("building", 1)]
+    assert core.wait(6) == []
+    assert core.tables.pool.known() == ["m"]
+
+
+def test_a_new_launcher_process_says_what_is_still_declared(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "loading")
+    core.declare("n", "loading")
+    core.submit(ONE, model="n")
+    core.lose(LAUNCHER)
+    core.launcher(b"l2", "host", boot=b"the second boot!")
+    core.declare("m", "loading", b"l2")
+    assert core.tables.pool.known() == ["m", "n"]
+    [answer] = core.wait(5)
+    assert failure(answer)[3].code == "model_not_found"
+    assert core.tables.pool.known() == ["m"]
+
+
+# --- adapters
+
+
+def test_a_request_for_an_adapter_goes_where_it_is(core: Core) -> None:
+    core.register(WORKER)
+    core.register(SECOND, adapters=("shout",))
+    assert core.submit(ONE, adapter="shout")[0] == run(ONE, SECOND, adapter="shout")
+    assert core.submit(TWO, adapter="shout") == [accepted(TWO, 1)]
+    assert core.submit(THREE)[0] == run(THREE)
+
+
+def test_an_unknown_adapter(core: Core) -> None:
+    core.register(adapters=("shout", "tools"))
+    [answer] = core.submit(ONE, adapter="shuot")
+    body = failure(answer)[3]
+    assert (body.code, body.message) == (
+        "adapter_not_found",
+        "model 'm' has no adapter 'shuot', loaded are: shout, tools",
+    )
+
+
+def test_an_adapter_that_the_model_turns_out_not_to_have(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "loading")
+    core.submit(ONE, adapter="shout")
+    answer = core.register()[1]
+    assert failure(answer)[3].code == "adapter_not_found"
+
+
+# --- the broker's own absence
+
+
+def test_nobody_is_lost_because_the_broker_was_away(core: Core) -> None:
+    core.register()
+    core.running()
+    core.now += 10
+    core.handle(LoopStalled(10))
+    assert core.wait(2) == []
+    assert core.wait(4, silent=(WORKER,))  # but later silence counts
+
+
+def test_run_is_not_given_up_because_the_broker_was_away(core: Core) -> None:
+    core.register()
+    core.submit(ONE)
+    core.now += 10
+    core.handle(LoopStalled(10))
+    assert core.wait(0.5) == []
+    assert kinds(core.wait(0.5)) == [(WORKER, Kind.RUN)]
+
+
+# --- status
+
+
+def test_status(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "ready")
+    core.declare("cold", "building", elapsed=2.0, detail="torch")
+    core.register()
+    core.running(ONE)
+    core.worker(tok(ONE, 0, 3))
+    core.submit(TWO)
+    core.submit(THREE, model="what")
+    beat = Heartbeat(running=1, tokens_per_second=12.5)
+    core.worker(Message(Header(Kind.HB, seq=9), route=codec.pack(beat)))
+    core.now += 1
+    question = bytes(range(16))
+    [answer] = core.client(say(Kind.STATUS, question))
+    assert isinstance(answer, Send)
+    assert answer.message.header == Header(Kind.REPORT, question)
+    status = codec.unpack(Status, answer.message.body, codec.BODY_LIMITS)
+    assert (status.epoch, status.uptime, status.clients, status.queued, status.running) == (EPOCH, 1.0, 1, 1, 1)
+    assert status.models == (
+        ModelStatus("cold", "building", 0, 0, 0, "torch", 3.0),
+        ModelStatus("m", "ready", 1, 1, 1, "", 1.0),
+    )
+    [worker] = status.workers
+    assert (worker.name, worker.models, worker.slots, worker.running, worker.state) == ("w1", ("m",), 1, 1, "ready")
+    assert (worker.tokens, worker.tokens_per_second, worker.uptime) == (3, 12.5, 1.0)
+    assert status.launchers == ("host",)
+    assert status.counters == {"submitted": 2, "refused": 1}
+
+
+def test_status_shows_silence_and_what_was_served(core: Core) -> None:
+    core.register()
+    core.running(ONE)
+    core.worker(end(ONE, 0))
+    core.wait(2, silent=(WORKER,))
+    [answer] = core.client(say(Kind.STATUS, TWO))
+    assert isinstance(answer, Send)
+    [worker] = codec.unpack(Status, answer.message.body, codec.BODY_LIMITS).workers
+    assert (worker.state, worker.served, worker.running) == ("silent", 1, 0)

@@ -1,0 +1,347 @@
+"""Stories of output on its way to clients: credit, full pipes, reconnections, clients that do not read or go away."""
+
+from __future__ import annotations
+
+import pytest
+
+from brokerkit import (
+    CLIENT,
+    EPOCH,
+    ONE,
+    OTHER,
+    TWO,
+    WORKER,
+    Core,
+    accepted,
+    end,
+    failure,
+    instance,
+    kinds,
+    pushed,
+    run,
+    stop,
+    stopped,
+    tok,
+)
+from loopmux import codec, wire
+from loopmux.messages import Welcome
+from loopmux.wire import Header, Kind, Message
+from loopmux_broker.events import Action, Push, PushBlocked, Send, TimerDue, say
+
+AGAIN = b"c1'"
+
+
+@pytest.fixture
+def core() -> Core:
+    core = Core(window=8)
+    core.hello()
+    core.register(slots=4)
+    return core
+
+
+def credit(request: bytes, limit: int, received: int) -> Message:
+    return say(Kind.CREDIT, request, seq=limit, arg=received)
+
+
+def starts(actions: list[Action]) -> list[int]:
+    return [a.seq for a in actions if isinstance(a, Push)]
+
+
+# --- credit
+
+
+def test_nothing_is_pushed_beyond_the_credit(core: Core) -> None:
+    core.running()
+    assert starts(core.worker(tok(ONE, 0, 6))) == [0]
+    assert starts(core.worker(tok(ONE, 6, 2))) == [6]
+    assert core.worker(tok(ONE, 8)) == []
+    assert core.worker(tok(ONE, 9)) == []
+    assert starts(core.client(credit(ONE, 9, 8))) == [8]
+    assert starts(core.client(credit(ONE, 10, 9))) == [9]
+
+
+def test_a_terminal_waits_for_the_tokens_before_it(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0, 8))
+    core.worker(tok(ONE, 8))
+    assert core.worker(end(ONE, 9)) == []
+    assert core.wait(2) == []
+    actions = core.client(credit(ONE, 16, 8))
+    assert actions == [pushed(tok(ONE, 8)), pushed(end(ONE, 9))]
+
+
+def test_a_repeated_credit_changes_nothing_but_asks_for_what_is_missing(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0, 4))
+    core.worker(tok(ONE, 4, 2))
+    assert core.client(credit(ONE, 12, 4)) == [Send(WORKER, say(Kind.TOKACK, ONE, seq=4, arg=4, attempt=1))]
+    assert core.client(credit(ONE, 12, 4)) == [pushed(tok(ONE, 4, 2))]
+
+
+def test_credit_never_shrinks(core: Core) -> None:
+    core.running()
+    core.client(credit(ONE, 100, 0))
+    core.client(credit(ONE, 4, 0))
+    assert starts(core.worker(tok(ONE, 0, 50))) == [0]
+
+
+def test_a_chunk_larger_than_the_window_still_arrives(core: Core) -> None:
+    core.running()
+    assert starts(core.worker(tok(ONE, 0, 20))) == [0]
+    assert core.worker(tok(ONE, 20, 20)) == []
+    assert starts(core.client(credit(ONE, 28, 20))) == [20]
+
+
+def test_acknowledging_what_was_never_sent_is_a_strike(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0, 2))
+    [answer] = core.client(credit(ONE, 100, 3))
+    assert failure(answer)[:2] == (CLIENT, Kind.ERROR)
+    assert failure(answer)[3].code == "protocol"
+
+
+def test_bodies_go_when_acknowledged_but_token_ids_stay(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0, 4))
+    core.worker(tok(ONE, 4, 2))
+    output = core.tables.requests[ONE].output
+    held = output.held
+    core.client(credit(ONE, 12, 4))
+    assert [c.seq for c in output.chunks] == [4]
+    assert 0 < output.held < held
+    assert core.tables.admission.output == output.held
+    assert wire.unpack_tokens(bytes(output.ids)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_credit_for_an_unknown_request_ends_it(core: Core) -> None:
+    [answer] = core.client(credit(ONE, 30, 17))
+    peer, kind, seq, body = failure(answer)
+    assert (peer, kind, seq, body.code) == (CLIENT, Kind.ERROR, 17, "connection_lost")
+
+
+# --- a full pipe
+
+
+def test_a_full_pipe_is_tried_again(core: Core) -> None:
+    core.running(ONE)
+    core.running(TWO)
+    core.worker(tok(ONE, 0))
+    assert core.handle(PushBlocked(CLIENT, ONE, 0)) == []
+    assert core.worker(tok(ONE, 1)) == []
+    assert core.worker(tok(TWO, 0)) == []
+    assert core.broker.next_timer() == pytest.approx(core.now + 0.01)
+    core.now += 0.01
+    assert core.handle(TimerDue()) == [pushed(tok(ONE, 0)), pushed(tok(ONE, 1)), pushed(tok(TWO, 0))]
+
+
+def test_a_pipe_that_stays_full(core: Core) -> None:
+    core.running(ONE)
+    core.worker(tok(ONE, 0))
+    core.worker(end(ONE, 1))
+    core.handle(PushBlocked(CLIENT, ONE, 0))
+    core.handle(PushBlocked(CLIENT, ONE, 1))
+    for _ in range(3):
+        core.now += 0.01
+        assert core.handle(TimerDue()) == [pushed(tok(ONE, 0)), pushed(end(ONE, 1))]
+        core.handle(PushBlocked(CLIENT, ONE, 0))
+        core.handle(PushBlocked(CLIENT, ONE, 1))
+    core.now += 0.01
+    assert core.handle(TimerDue()) == [pushed(tok(ONE, 0)), pushed(end(ONE, 1))]
+    assert core.client(say(Kind.ENDACK, ONE)) == [Send(WORKER, say(Kind.ENDACK, ONE, attempt=1))]
+    core.assert_empty()
+
+
+def test_a_full_pipe_of_one_client_does_not_stop_another(core: Core) -> None:
+    core.hello(OTHER)
+    core.running(ONE)
+    core.running(TWO, OTHER)
+    core.worker(tok(ONE, 0))
+    core.handle(PushBlocked(CLIENT, ONE, 0))
+    assert core.worker(tok(TWO, 0)) == [pushed(tok(TWO, 0), OTHER)]
+
+
+def test_many_streams_behind_a_full_pipe_are_tried_in_batches() -> None:
+    core = Core()
+    core.hello()
+    core.register(slots=100)
+    for n in range(1, 101):
+        request = bytes([n]) * 16
+        core.running(request)
+        core.worker(tok(request, 0))
+        core.handle(PushBlocked(CLIENT, request, 0))
+    core.now += 0.01
+    assert len(core.handle(TimerDue())) == 64
+    core.now += 0.01
+    assert len(core.handle(TimerDue())) == 36
+
+
+# --- a client that comes back
+
+
+def welcome(peer: bytes) -> Send:
+    route = codec.pack(Welcome(1, EPOCH, 1.0, wire.CLIENT_MESSAGE_LIMIT, 8, "loopmux"))
+    return Send(peer, Message(Header(Kind.WELCOME), route=route))
+
+
+def test_the_stream_goes_on_from_what_the_client_has(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0, 2))
+    core.worker(tok(ONE, 2, 2))
+    core.lose(CLIENT)
+    assert core.worker(tok(ONE, 4, 2)) == []
+    assert core.hello(AGAIN, instance(CLIENT)) == [welcome(AGAIN)]
+    assert core.worker(tok(ONE, 6, 1)) == []  # the client has not said yet what it has
+    assert core.client(credit(ONE, 10, 2), AGAIN)[1:] == [
+        pushed(tok(ONE, 2, 2), AGAIN),
+        pushed(tok(ONE, 4, 2), AGAIN),
+        pushed(tok(ONE, 6, 1), AGAIN),
+    ]
+    assert core.wait(10) == []
+
+
+def test_a_new_connection_takes_over_before_the_old_one_is_known_to_be_dead(core: Core) -> None:
+    core.running()
+    assert core.hello(AGAIN, instance(CLIENT)) == [welcome(AGAIN)]
+    assert core.client(say(Kind.PING)) == [Send(CLIENT, say(Kind.WHO))]
+    core.client(credit(ONE, 8, 0), AGAIN)
+    assert core.lose(CLIENT) == []
+    assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0), AGAIN)]
+
+
+def test_the_terminal_comes_again_over_the_new_connection(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0, 2))
+    core.worker(end(ONE, 2))
+    core.hello(AGAIN, instance(CLIENT))
+    assert core.client(credit(ONE, 10, 2), AGAIN) == [pushed(end(ONE, 2), AGAIN)]
+
+
+def test_an_end_meanwhile_counts_what_the_client_may_have(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0, 2))
+    core.lose(CLIENT)
+    core.worker(tok(ONE, 2, 2))
+    core.hello(AGAIN, instance(CLIENT))
+    assert kinds(core.client(say(Kind.CANCEL, ONE), AGAIN)) == [(WORKER, Kind.STOP)]
+    actions = core.client(credit(ONE, 9, 0), AGAIN)  # the first chunk was lost on the way
+    assert actions[0] == pushed(tok(ONE, 0, 2), AGAIN)
+    assert failure(actions[1])[:3] == (AGAIN, Kind.CANCELLED, 2)
+
+
+def test_a_client_that_only_submits_again_gets_everything(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0, 2))
+    core.hello(AGAIN, instance(CLIENT))
+    assert core.submit(ONE, AGAIN) == [accepted(ONE, 0, AGAIN), pushed(tok(ONE, 0, 2), AGAIN)]
+
+
+def test_a_terminal_does_not_wait_for_credit_forever(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0, 2))
+    core.worker(end(ONE, 2))
+    core.hello(AGAIN, instance(CLIENT))
+    assert core.wait(1) == [pushed(tok(ONE, 0, 2), AGAIN), pushed(end(ONE, 2), AGAIN)]
+
+
+def test_hello_again_on_the_same_connection_only_gets_its_answer(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    assert core.hello() == [welcome(CLIENT)]
+    assert core.worker(tok(ONE, 1)) == [pushed(tok(ONE, 1))]
+
+
+def test_another_client_on_the_same_connection(core: Core) -> None:
+    core.running()
+    core.hello(CLIENT, instance(OTHER))
+    assert core.worker(tok(ONE, 0)) == []
+
+
+# --- a client that is gone
+
+
+def test_a_lost_client_keeps_its_requests_for_the_grace_time(core: Core) -> None:
+    core.running(ONE)
+    core.worker(tok(ONE, 0))
+    assert core.lose(CLIENT) == []
+    assert core.tables.requests[ONE].detached
+    assert core.wait(1.75) == []
+    assert core.wait(0.25) == [stop(ONE, 1)]
+    core.worker(stopped(ONE, 1))
+    core.assert_empty()
+    assert core.tables.clients.by_instance == {}
+    assert core.counted == {"submitted": 1, "clients_lost": 1, "cancelled": 1}
+
+
+def test_a_silent_client_is_lost_after_three_heartbeats(core: Core) -> None:
+    core.running(ONE)
+    assert core.wait(4.75, silent=(CLIENT,)) == []
+    assert core.wait(0.5, silent=(CLIENT,)) == [stop(ONE, 1)]
+    assert core.client(say(Kind.PING)) == [Send(CLIENT, say(Kind.WHO))]
+
+
+def test_a_queued_request_of_a_lost_client_goes_too(core: Core) -> None:
+    core.register(slots=1)
+    core.running(ONE)
+    core.submit(TWO)
+    core.lose(CLIENT)
+    assert core.wait(2) == [stop(ONE, 1)]
+    assert core.worker(stopped(ONE)) == [Send(WORKER, say(Kind.ENDACK, ONE, attempt=1))]
+    core.assert_empty()
+
+
+def test_a_client_that_says_bye_is_not_waited_for(core: Core) -> None:
+    core.running(ONE)
+    assert core.client(say(Kind.BYE)) == [stop(ONE, 1)]
+    core.worker(stopped(ONE))
+    core.assert_empty()
+
+
+def test_grace_ends_with_the_return(core: Core) -> None:
+    core.running(ONE)
+    core.lose(CLIENT)
+    core.wait(1)
+    core.hello(AGAIN, instance(CLIENT))
+    assert core.wait(5) == []
+    core.client(credit(ONE, 8, 0), AGAIN)
+    assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0), AGAIN)]
+
+
+# --- a client that does not read
+
+
+def test_a_slow_client_loses_its_request_and_no_other() -> None:
+    core = Core(window=8, request_output=4000)
+    core.hello()
+    core.register(slots=2)
+    core.running(ONE)
+    core.running(TWO)
+    core.worker(tok(ONE, 0, 8))
+    seq, actions = 8, []
+    while not actions:
+        actions = core.worker(tok(ONE, seq, 8, text="long text "))
+        seq += 8
+    assert actions[0] == stop(ONE, 1)
+    peer, kind, total, body = failure(actions[1])
+    assert (peer, kind, total, body.code) == (CLIENT, Kind.CANCELLED, 8, "cancelled")
+    assert "slow_client" in body.message
+    assert core.worker(tok(TWO, 0)) == [pushed(tok(TWO, 0))]
+    core.worker(stopped(ONE, seq))
+    core.worker(end(TWO, 1))
+    core.client(say(Kind.ENDACK, ONE))
+    core.client(say(Kind.ENDACK, TWO))
+    core.assert_empty()
+
+
+def test_output_held_for_all_limits_what_is_let_in() -> None:
+    from loopmux_broker.admission import Limits
+
+    core = Core(window=8, limits=Limits(output=1000))
+    core.hello()
+    core.register(slots=4)
+    core.running(ONE)
+    for n in range(4):
+        core.worker(tok(ONE, n))
+    [answer] = core.submit(TWO)
+    assert failure(answer)[3].code == "overloaded"
+    core.client(credit(ONE, 12, 4))
+    assert core.submit(TWO)[0] == run(TWO)

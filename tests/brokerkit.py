@@ -1,0 +1,181 @@
+"""For tests of the broker's core: a broker on a clock that the test moves, peers that say things, short names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loopmux import codec, wire
+from loopmux.messages import Catalogue, End, Failure, Heartbeat, Hello, Register, Run, ServedModel, Submit, Tok
+from loopmux.results import Timing, Usage
+from loopmux.wire import Header, Kind, Message, pack_tokens
+from loopmux_broker.broker import Broker
+from loopmux_broker.config import BrokerConfig
+from loopmux_broker.events import (
+    Action,
+    ClientSent,
+    ConnectionLost,
+    Event,
+    Log,
+    Push,
+    Send,
+    TimerDue,
+    WorkerSent,
+    say,
+)
+
+EPOCH = b"epoch--1"
+BODY = codec.pack({"prompt": "hello"})
+CLIENT, OTHER = b"c1", b"c2"
+WORKER, SECOND, THIRD = b"w1", b"w2", b"w3"
+LAUNCHER = b"l1"
+ONE, TWO, THREE, FOUR = (bytes([n]) * 16 for n in (1, 2, 3, 4))
+
+
+def instance(peer: bytes) -> bytes:
+    return peer.ljust(16, b".")
+
+
+class Core:
+    """A broker whose clock stands still until the test moves it."""
+
+    def __init__(self, **config: Any) -> None:
+        self.now = 100.0
+        self.config = BrokerConfig(**config)
+        self.broker = Broker(self.config, epoch=EPOCH, now=self.now)
+        self.tables = self.broker.tables
+        self.logged: list[Log] = []
+
+    def handle(self, event: Event) -> list[Action]:
+        """What comes of an event, log lines kept apart. A bug in the core fails the test here."""
+        actions = self.broker.handle(event, self.now)
+        for action in actions:
+            if isinstance(action, Log):
+                assert action.event != "internal error", action.fields["traceback"]
+                self.logged.append(action)
+        return [a for a in actions if not isinstance(a, Log)]
+
+    def client(self, message: Message, peer: bytes = CLIENT) -> list[Action]:
+        return self.handle(ClientSent(peer, wire.to_frames(message)))
+
+    def worker(self, message: Message, peer: bytes = WORKER) -> list[Action]:
+        return self.handle(WorkerSent(peer, wire.to_frames(message)))
+
+    def lose(self, peer: bytes) -> list[Action]:
+        return self.handle(ConnectionLost(peer))
+
+    def hello(self, peer: bytes = CLIENT, who: bytes | None = None) -> list[Action]:
+        route = codec.pack(Hello((1,), who or instance(peer)))
+        return self.client(Message(Header(Kind.HELLO), route=route), peer)
+
+    def register(
+        self,
+        peer: bytes = WORKER,
+        *,
+        name: str | None = None,
+        models: tuple[str, ...] = ("m",),
+        slots: int = 1,
+        boot: bytes | None = None,
+        adapters: tuple[str, ...] = (),
+        role: Any = "worker",
+    ) -> list[Action]:
+        served = tuple(ServedModel(m, "f") for m in models) if role == "worker" else ()
+        register = Register(
+            role, name or peer.decode(), boot or instance(peer), (1,), models=served, slots=slots, adapters=adapters
+        )
+        return self.worker(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})), peer)
+
+    def launcher(self, peer: bytes = LAUNCHER, name: str = "host", boot: bytes | None = None) -> list[Action]:
+        return self.register(peer, name=name, role="launcher", slots=0, boot=boot)
+
+    def declare(self, model: str, phase: Any, peer: bytes = LAUNCHER, **details: Any) -> list[Action]:
+        route = codec.pack(Catalogue(model, phase, **details))
+        return self.worker(Message(Header(Kind.CATALOGUE), route=route), peer)
+
+    def submit(self, request: bytes, peer: bytes = CLIENT, *, body: bytes = BODY, **route: Any) -> list[Action]:
+        route.setdefault("model", "m")
+        return self.client(Message(Header(Kind.SUBMIT, request), codec.pack(Submit(**route)), body), peer)
+
+    def running(self, request: bytes = ONE, peer: bytes = CLIENT, worker: bytes = WORKER, **route: Any) -> None:
+        """A request that a worker has confirmed."""
+        self.submit(request, peer, **route)
+        self.worker(say(Kind.RUNACK, request, attempt=1), worker)
+
+    def wait(self, seconds: float, *, silent: tuple[bytes, ...] = ()) -> list[Action]:
+        """Let time pass, timers ring and all peers but the ``silent`` say that they are there (answers left out)."""
+        end = self.now + seconds
+        actions: list[Action] = []
+        while self.now < end:
+            self.now = min(end, self.now + 0.25)
+            self.keep_alive(silent)
+            due = self.broker.next_timer()
+            if due is not None and due <= self.now:
+                actions += self.handle(TimerDue())
+        return actions
+
+    def keep_alive(self, silent: tuple[bytes, ...]) -> None:
+        for peer in [p for p in self.tables.clients.by_peer if p not in silent]:
+            assert self.client(say(Kind.PING), peer) == [Send(peer, say(Kind.PONG))]
+        for peer in [p for p in (*self.tables.pool.workers, *self.tables.pool.launchers) if p not in silent]:
+            beat = Message(Header(Kind.HB), route=codec.pack(Heartbeat()))
+            assert self.worker(beat, peer) == [Send(peer, say(Kind.PONG))]
+
+    @property
+    def counted(self) -> dict[str, int]:
+        return dict(self.tables.counters)
+
+    def assert_empty(self) -> None:
+        """Nothing is left of any request."""
+        t = self.tables
+        assert (t.requests, t.pool.leases, t.queues.length) == ({}, {}, 0)
+        assert (t.admission.queued, t.admission.held, t.admission.output) == (0, 0, 0)
+        assert all(not c.requests and not c.held and not c.queued for c in t.clients.by_instance.values())
+        assert all(not w.leases for w in t.pool.workers.values())
+
+
+# --- messages that the broker passes on or makes ----------------------------------------------------------------------
+
+
+def tok(request: bytes, seq: int, count: int = 1, *, attempt: int = 1, text: str = "x") -> Message:
+    ids = list(range(seq, seq + count))
+    header = Header(Kind.TOK, request, seq, count, attempt)
+    return Message(header, body=codec.pack(Tok(text * count)), tokens=pack_tokens(ids))
+
+
+def end(request: bytes, total: int, *, attempt: int = 1) -> Message:
+    body = codec.pack(End("stop", Usage(1, total), Timing(), "m", "w1"))
+    return Message(Header(Kind.END, request, total, attempt=attempt), body=body)
+
+
+def stopped(request: bytes, total: int = 0, *, attempt: int = 1) -> Message:
+    header = Header(Kind.CANCELLED, request, total, attempt=attempt)
+    return Message(header, body=codec.pack(Failure("cancelled", "stopped")))
+
+
+def run(request: bytes, peer: bytes = WORKER, *, attempt: int = 1, timeout: float = 600.0, **route: Any) -> Send:
+    body = Run(route.pop("model", "m"), timeout=timeout, **route)
+    return Send(peer, Message(Header(Kind.RUN, request, attempt=attempt), codec.pack(body), BODY))
+
+
+def accepted(request: bytes, position: int = 0, peer: bytes = CLIENT) -> Send:
+    return Send(peer, say(Kind.ACCEPTED, request, arg=position))
+
+
+def stop(request: bytes, reason: int, *, attempt: int = 1, peer: bytes = WORKER) -> Send:
+    return Send(peer, say(Kind.STOP, request, arg=reason, attempt=attempt))
+
+
+def pushed(message: Message, peer: bytes = CLIENT) -> Push:
+    return Push(peer, wire.to_frames(message), message.header.request, message.header.seq)
+
+
+def failure(action: Action) -> tuple[bytes, Kind, int, Failure]:
+    """(receiver, kind, seq, body) of a terminal that the broker made."""
+    message = wire.from_frames(action.frames) if isinstance(action, (Push, Send)) else None
+    assert message is not None, action
+    assert isinstance(action, (Push, Send))
+    return action.peer, message.kind, message.header.seq, codec.unpack(Failure, message.body)
+
+
+def kinds(actions: list[Action]) -> list[tuple[bytes, Kind]]:
+    """Who gets what, without the details."""
+    return [(a.peer, wire.from_frames(a.frames).kind) for a in actions if isinstance(a, (Push, Send))]
