@@ -1,0 +1,134 @@
+import math
+
+import pytest
+import torch
+from loopmux.errors import BadRequestError, EngineError
+from loopmux.messages import Sampling
+from loopmux_worker.engine.sampling import Sampler, seed_of, uniform
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+DRAWS = 4000
+# 5 standard deviations of a share estimated from DRAWS draws, at its widest
+TOLERANCE = 5 * math.sqrt(0.25 / DRAWS)
+
+
+def sampler(sampling, seed=1, **more):
+    return Sampler(sampling, seed=seed, vocabulary=len(LOGITS), **more)
+
+
+def shares(sampling, logits=LOGITS):
+    chooser = sampler(sampling)
+    counts = torch.zeros(len(logits))
+    for position in range(DRAWS):
+        counts[chooser.choose(logits, position).token] += 1
+    return counts / DRAWS
+
+
+def filtered(logits, sampling):
+    """The distribution by its definition, the slow way."""
+    scaled = logits.double() / sampling.temperature
+    order = scaled.argsort(descending=True)
+    keep = order[: sampling.top_k or len(order)]
+    probabilities = torch.softmax(scaled[keep], 0)
+    before = probabilities.cumsum(0) - probabilities
+    probabilities = torch.where(before < sampling.top_p, probabilities, 0)
+    probabilities = torch.where(probabilities >= sampling.min_p * probabilities.max(), probabilities, 0)
+    out = torch.zeros(len(logits), dtype=torch.double)
+    out[keep] = probabilities / probabilities.sum()
+    return out
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.5),
+        Sampling(temperature=3.0),
+        Sampling(temperature=1.0, top_k=2),
+        Sampling(temperature=1.0, top_p=0.7),
+        Sampling(temperature=2.0, min_p=0.3),
+        Sampling(temperature=2.0, top_k=4, top_p=0.8, min_p=0.2),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_filtered_distribution(sampling):
+    expected = filtered(LOGITS, sampling)
+    found = shares(sampling)
+    assert torch.all((found - expected).abs() < TOLERANCE), (found, expected)
+    assert torch.all(found[expected == 0] == 0)
+
+
+def test_top_p_is_exact_where_the_first_candidates_do_not_hold_it():
+    logits = torch.zeros(5000)
+    chooser = Sampler(Sampling(temperature=1.0, top_p=0.5), seed=3, vocabulary=5000)
+    tokens = {chooser.choose(logits, i).token for i in range(3000)}
+    assert len(tokens) > 1024  # flat: half of 5000 tokens take part
+    assert len(tokens) <= 2501
+
+
+def test_temperature_zero_is_greedy_and_a_tiny_one_nearly():
+    assert sampler(Sampling(temperature=0)).choose(LOGITS, 0).token == 0
+    assert sampler(Sampling(temperature=1e-30)).choose(LOGITS, 0).token == 0
+
+
+def test_the_draw_depends_on_seed_and_position_alone():
+    one, two = sampler(Sampling(temperature=1.0)), sampler(Sampling(temperature=1.0))
+    forward = [one.choose(LOGITS, i).token for i in range(50)]
+    backward = [two.choose(LOGITS, i).token for i in reversed(range(50))]
+    assert forward == backward[::-1]
+    assert forward != [sampler(Sampling(temperature=1.0), seed=2).choose(LOGITS, i).token for i in range(50)]
+
+
+def test_uniform_numbers_are_uniform_and_below_one():
+    numbers = [uniform(seed, position) for seed in range(50) for position in range(100)]
+    assert 0 <= min(numbers) < max(numbers) < 1
+    buckets = torch.histc(torch.tensor(numbers), 10, 0, 1)
+    assert torch.all((buckets - 500).abs() < 5 * math.sqrt(500))
+    assert uniform(7, 3) == uniform(7, 3)
+
+
+def test_a_request_without_a_seed_has_the_same_one_in_every_attempt():
+    assert seed_of(Sampling(), b"a" * 16) == seed_of(Sampling(), b"a" * 16) != seed_of(Sampling(), b"b" * 16)
+    assert seed_of(Sampling(seed=5), b"a" * 16) == 5
+
+
+def test_penalties_by_their_formulas():
+    chooser = sampler(Sampling(temperature=0, repetition_penalty=2.0), prompt=[0, 4])
+    # token 0: 2.0 / 2 = 1.0 is no more than token 1's 1.0, and greedy takes the first best
+    chooser.note(1)
+    assert torch.equal(chooser._adjust(LOGITS), torch.tensor([1.0, 0.5, 0.5, 0.0, -2.0, -3.0]))
+    chooser = sampler(Sampling(presence_penalty=0.5, frequency_penalty=0.25), prompt=[2])
+    for token in (0, 0, 1):
+        chooser.note(token)
+    assert torch.equal(chooser._adjust(LOGITS), torch.tensor([1.0, 0.25, 0.5, 0.0, -1.0, -3.0]))
+
+
+def test_logit_bias_moves_the_choice():
+    assert sampler(Sampling(temperature=0, logit_bias={"5": 10.0})).choose(LOGITS, 0).token == 5
+    with pytest.raises(BadRequestError, match=r"found token 6, expected ids below 6"):
+        sampler(Sampling(logit_bias={"6": 1.0}))
+
+
+def test_log_probabilities_are_the_models_own():
+    pick = sampler(Sampling(temperature=0, logit_bias={"5": 10.0}), logprobs=2).choose(LOGITS, 0)
+    reference = torch.log_softmax(LOGITS, 0)
+    assert pick.logprob.token == 5
+    assert pick.logprob.logprob == pytest.approx(float(reference[5]))
+    assert [token for token, _ in pick.logprob.top] == [0, 1]
+    assert pick.logprob.top[0][1] == pytest.approx(float(reference[0]))
+    assert sampler(Sampling(temperature=0)).choose(LOGITS, 0).logprob is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_an_error_with_the_position(bad):
+    logits = LOGITS.clone()
+    logits[3] = bad
+    with pytest.raises(EngineError, match="position 7"):
+        sampler(Sampling()).choose(logits, 7)
+
+
+def test_impossible_tokens_are_never_drawn():
+    logits = torch.full((6,), -torch.inf)
+    logits[4] = 0.0
+    chooser = sampler(Sampling(temperature=100.0))
+    assert {chooser.choose(logits, i).token for i in range(200)} == {4}

@@ -1,0 +1,320 @@
+from loopmux.codec import BODY_LIMITS, pack, unpack
+from loopmux.errors import EngineError
+from loopmux.messages import End, Failure, Generate, Heartbeat, Register, Run, ServedModel, Tok, Welcome
+from loopmux.results import Timing, ToolCall, Usage
+from loopmux.wire import Header, Kind, Message, pack_tokens, unpack_tokens
+from loopmux_worker.engine.base import Failed, Finished, Job, Key, Load, Produced
+from loopmux_worker.session import (
+    Asked,
+    Cancel,
+    Cancelled,
+    Disconnected,
+    Leave,
+    Received,
+    Send,
+    Session,
+    Stepped,
+    Submit,
+    Unsend,
+    Woke,
+)
+
+REQUEST, OTHER = b"r" * 16, b"o" * 16
+EPOCH, NEXT_EPOCH = b"e" * 8, b"f" * 8
+KEY = Key(REQUEST, 1)
+BUSY = Load(1, 0, 7)
+REGISTER = Register("worker", "w1", b"b" * 16, (1,), models=(ServedModel("m", "f"),), slots=4)
+
+
+def message(kind, request=bytes(16), route=None, body=None, tokens=(), **header):
+    attempt = header.pop("attempt", 1 if request != bytes(16) else 0)
+    return Message(
+        Header(kind, request, attempt=attempt, **header),
+        route=pack(route) if route is not None else b"",
+        body=pack(body) if body is not None else b"",
+        tokens=pack_tokens(tokens),
+    )
+
+
+def welcome(epoch=EPOCH, heartbeat=1.0):
+    return Received(message(Kind.WELCOME, route=Welcome(1, epoch, heartbeat, 2**20, 256)))
+
+
+def run(request=REQUEST, attempt=1, prefix=(), **route):
+    return Received(message(Kind.RUN, request, Run("m", **route), Generate(prompt="hi"), prefix, attempt=attempt))
+
+
+def produced(position, count, text="x", key=KEY, **more):
+    return Produced(key, position, tuple(range(position, position + count)), text, **more)
+
+
+def stepped(*outputs):
+    return Stepped(outputs, BUSY)
+
+
+def finished(total, key=KEY):
+    return Finished(key, total, "stop", Usage(3, total), Timing())
+
+
+def sent(actions):
+    return [action.message for action in actions if isinstance(action, Send)]
+
+
+def kinds(actions):
+    return [m.kind for m in sent(actions)]
+
+
+def joined(at=0.0):
+    session = Session(REGISTER, {"engine": "test"}, at)
+    session.handle(Woke(), at)
+    session.handle(welcome(), at)
+    return session
+
+
+def running(at=0.0, **options):
+    session = joined(at)
+    session.handle(run(**options), at)
+    return session
+
+
+def test_register_is_repeated_until_welcome_and_nothing_else_is_said():
+    session = Session(REGISTER, {"engine": "test"}, 10.0)
+    (first,) = sent(session.handle(Woke(), 10.0))
+    assert (first.kind, unpack(Register, first.route)) == (Kind.REGISTER, REGISTER)
+    assert session.next_timer() == 10.5
+    assert kinds(session.handle(Woke(), 10.5)) == [Kind.REGISTER]
+    assert session.handle(run(), 10.6) == []
+    assert session.handle(welcome(), 10.7) == []
+    assert session.next_timer() == 11.7
+
+
+def test_heartbeats_carry_load_progress_and_rate():
+    session = running()
+    session.handle(stepped(produced(0, 8)), 0.5)
+    (beat,) = sent(session.handle(Woke(), 1.0))
+    assert beat.header == Header(Kind.HB, seq=7)
+    assert unpack(Heartbeat, beat.route) == Heartbeat(running=1, queued=0, tokens_per_second=8.0)
+    session.handle(Received(message(Kind.PONG)), 1.1)
+    (beat,) = [m for m in sent(session.handle(Woke(), 2.0)) if m.kind is Kind.HB]
+    assert unpack(Heartbeat, beat.route).tokens_per_second == 0
+
+
+def test_run_is_acknowledged_and_submitted_once():
+    session = joined()
+    acknowledged, submit = session.handle(run(prefix=(5, 6)), 0.0)
+    assert acknowledged.message.header == Header(Kind.RUNACK, REQUEST, attempt=1)
+    assert submit == Submit(Job(KEY, Run("m"), Generate(prompt="hi"), (5, 6)))
+    assert session.handle(run(prefix=(5, 6)), 1.0) == [acknowledged]
+
+
+def test_two_attempts_of_one_request_live_side_by_side():
+    session = running()
+    assert Submit(Job(Key(REQUEST, 2), Run("m"), Generate(prompt="hi"))) in session.handle(run(attempt=2), 0.0)
+    assert session.requests == 2
+
+
+def test_an_unreadable_body_is_an_error_for_its_sender_alone():
+    session = joined()
+    broken = Message(Header(Kind.RUN, REQUEST, attempt=1), route=pack(Run("m")), body=b"\xc1")
+    acknowledged, error = sent(session.handle(Received(broken), 0.0))
+    assert acknowledged.kind is Kind.RUNACK
+    assert error.kind is Kind.ERROR
+    failure = unpack(Failure, error.body)
+    assert (failure.code, failure.worker) == ("bad_request", "w1")
+    assert kinds(session.handle(run(request=OTHER), 0.0)) == [Kind.RUNACK]
+
+
+def test_the_first_token_goes_at_once_then_eight_or_twenty_milliseconds():
+    session = running(0.9)
+    assert [(m.header.seq, m.header.arg) for m in sent(session.handle(stepped(produced(0, 1)), 1.0))] == [(0, 1)]
+    assert session.handle(stepped(produced(1, 3, "a")), 1.005) == []
+    assert session.next_timer() == 1.02
+    (tok,) = sent(session.handle(Woke(), 1.02))
+    assert (tok.header.seq, tok.header.arg, unpack_tokens(tok.tokens)) == (1, 3, [1, 2, 3])
+    assert session.handle(stepped(produced(4, 4, "b")), 1.025) == []
+    (tok,) = sent(session.handle(stepped(produced(8, 4, "c")), 1.026))
+    assert (tok.header.seq, tok.header.arg, unpack(Tok, tok.body).text) == (4, 8, "bc")
+
+
+def test_a_terminal_flushes_first_and_repeats_until_acknowledged():
+    session = running()
+    session.handle(stepped(produced(0, 1)), 1.0)
+    call = ToolCall("call_0", "add", {"a": 1})
+    tok, end = sent(session.handle(stepped(produced(1, 2, calls=(call,)), finished(3)), 1.001))
+    assert unpack(Tok, tok.body) == Tok("x", (call,))
+    assert end.header == Header(Kind.END, REQUEST, seq=3, attempt=1)
+    assert unpack(End, end.body) == End("stop", Usage(3, 3), Timing(), "m", "w1")
+    assert [m for m in sent(session.handle(Woke(), 2.001)) if m.kind is not Kind.HB] == [end]
+    session.handle(Received(message(Kind.ENDACK, REQUEST)), 2.5)
+    assert session.requests == 0
+
+
+def test_an_unacknowledged_terminal_is_forgotten_after_a_minute():
+    session = running()
+    session.handle(stepped(finished(0)), 1.0)
+    at = 1.0
+    while session.requests:
+        at = session.next_timer()
+        session.handle(Woke(), at)
+        session.handle(Received(message(Kind.PONG)), at)
+    assert 60 <= at - 1.0 <= 62
+
+
+def test_stop_becomes_cancelled_with_the_usage_so_far():
+    session = running()
+    session.handle(stepped(produced(0, 1), produced(1, 1, "y")), 1.0)
+    stop = Received(message(Kind.STOP, REQUEST, arg=1))
+    assert session.handle(stop, 1.001) == [Cancel(KEY)]
+    assert session.handle(stop, 1.002) == []
+    tok, cancelled = sent(session.handle(Cancelled(KEY, Usage(3, 2)), 1.003))
+    assert (tok.header.seq, unpack(Tok, tok.body).text) == (1, "y")
+    assert cancelled.header == Header(Kind.CANCELLED, REQUEST, seq=2, attempt=1)
+    failure = unpack(Failure, cancelled.body)
+    assert (failure.code, failure.usage) == ("cancelled", Usage(3, 2))
+    assert sent(session.handle(stop, 1.5))[-1] == cancelled
+
+
+def test_stop_for_a_deadline_says_so():
+    session = running()
+    session.handle(Received(message(Kind.STOP, REQUEST, arg=2)), 1.0)
+    (cancelled,) = sent(session.handle(Cancelled(KEY, Usage(3, 0)), 1.0))
+    assert unpack(Failure, cancelled.body).code == "deadline"
+
+
+def test_an_end_that_overtakes_stop_is_the_answer():
+    session = running()
+    session.handle(Received(message(Kind.STOP, REQUEST, arg=1)), 1.0)
+    assert kinds(session.handle(stepped(finished(0)), 1.0)) == [Kind.END]
+    assert session.handle(Cancelled(KEY, None), 1.0) == []
+
+
+def test_stop_for_an_unknown_request_is_answered():
+    (cancelled,) = sent(joined().handle(Received(message(Kind.STOP, OTHER, arg=1)), 1.0))
+    assert (cancelled.kind, cancelled.header.request) == (Kind.CANCELLED, OTHER)
+
+
+def test_reset_drops_without_an_answer():
+    session = running()
+    assert session.handle(Received(message(Kind.RESET, REQUEST)), 1.0) == [Cancel(KEY)]
+    assert session.handle(stepped(produced(0, 1), finished(1)), 1.1) == []
+    assert session.handle(Cancelled(KEY, Usage(1, 1)), 1.2) == []
+    assert session.requests == 0
+
+
+def test_a_passed_deadline_ends_the_request_even_without_the_broker():
+    session = running(timeout=5.0)
+    times = []
+    while not times or Cancel(KEY) not in times[-1][1]:
+        at = session.next_timer()
+        times.append((at, session.handle(Woke(), at)))
+        session.handle(Received(message(Kind.PONG)), at)
+    assert times[-1][0] == 6.0
+    (error,) = [m for m in sent(session.handle(Cancelled(KEY, Usage(1, 0)), 6.0)) if m.kind is not Kind.HB]
+    assert (error.kind, unpack(Failure, error.body).code) == (Kind.ERROR, "deadline")
+
+
+def test_an_engine_failure_carries_code_and_usage():
+    session = running()
+    (error,) = sent(session.handle(stepped(Failed(KEY, 0, EngineError("boom"), Usage(4, 0))), 1.0))
+    failure = unpack(Failure, error.body)
+    assert (failure.code, failure.message, failure.usage, failure.model) == ("engine", "boom", Usage(4, 0), "m")
+
+
+def test_output_that_cannot_be_sent_ends_its_request_alone():
+    session = running()
+    huge = "x" * (2 * 1024 * 1024)
+    actions = session.handle(stepped(produced(0, 1, huge)), 1.0)
+    assert actions[0] == Cancel(KEY)
+    (error,) = sent(actions)
+    assert (error.kind, error.header.seq, unpack(Failure, error.body).code) == (Kind.ERROR, 0, "engine")
+    actions = session.handle(run(request=OTHER), 1.0)
+    actions = session.handle(stepped(produced(5, 1, key=Key(OTHER, 1))), 1.0)
+    assert "position 5" in unpack(Failure, sent(actions)[0].body).message
+
+
+def test_acknowledged_output_is_not_kept_and_the_rest_comes_again_unchanged():
+    session = running()
+    first = sent(session.handle(stepped(produced(0, 8)), 1.0))
+    second = sent(session.handle(stepped(produced(8, 8)), 1.1))
+    session.handle(Received(message(Kind.TOKACK, REQUEST, arg=8)), 1.2)
+    assert session.handle(Disconnected(), 1.3) == [Unsend()]
+    assert session.handle(stepped(produced(16, 8), finished(24)), 1.4) == []
+    assert kinds(session.handle(Woke(), 1.5)) == [Kind.REGISTER]
+    again = sent(session.handle(welcome(), 1.6))
+    assert again[0] == second[0]
+    assert first[0] not in again
+    assert [(m.kind, m.header.seq) for m in again] == [(Kind.TOK, 8), (Kind.TOK, 16), (Kind.END, 24)]
+
+
+def test_who_makes_the_worker_introduce_itself():
+    session = running()
+    actions = session.handle(Received(message(Kind.WHO)), 1.0)
+    assert actions[0] == Unsend()
+    assert kinds(actions) == [Kind.REGISTER]
+    assert session.handle(welcome(), 1.1) == []
+    assert session.requests == 1
+
+
+def test_another_epoch_ends_everything_of_the_old_broker():
+    session = running()
+    session.handle(run(request=OTHER), 0.0)
+    session.handle(stepped(finished(0)), 0.5)
+    session.handle(Disconnected(), 1.0)
+    assert session.handle(welcome(NEXT_EPOCH), 1.1) == [Cancel(Key(OTHER, 1))]
+    assert session.requests == 0
+    assert session.handle(stepped(produced(0, 1, key=Key(OTHER, 1))), 1.2) == []
+    assert kinds(session.handle(run(), 1.3)) == [Kind.RUNACK]
+
+
+def test_three_silent_heartbeats_make_it_pause_and_register():
+    session = running()
+    for at in (1.0, 2.0):
+        assert kinds(session.handle(Woke(), at)) == [Kind.HB]
+    assert session.handle(stepped(produced(0, 1)), 2.5) != []
+    assert kinds(session.handle(Woke(), 3.0)) == [Kind.REGISTER]
+    assert session.handle(stepped(produced(1, 8)), 3.1) == []
+    assert kinds(session.handle(welcome(), 3.4)) == [Kind.TOK, Kind.TOK]
+
+
+def test_a_process_that_was_suspended_does_not_blame_the_broker():
+    session = running()
+    assert kinds(session.handle(Woke(), 100.0)) == [Kind.HB]
+
+
+def test_requests_of_a_broker_that_stays_away_are_given_up_after_a_minute():
+    session = running(timeout=1000.0)
+    session.handle(Disconnected(), 1.0)
+    at, actions = 1.0, []
+    while Cancel(KEY) not in actions:
+        at = session.next_timer()
+        actions = session.handle(Woke(), at)
+    assert at == 61.0
+    assert session.requests == 0
+
+
+def test_refusal_at_registration_ends_the_process_with_the_reason():
+    session = Session(REGISTER, {}, 0.0)
+    (leave,) = session.handle(Received(message(Kind.ERROR, body=Failure("protocol", "no common version"))), 0.1)
+    assert isinstance(leave, Leave)
+    assert "no common version" in leave.error.message
+
+
+def test_asked_to_end_it_says_goodbye():
+    actions = running().handle(Asked(), 1.0)
+    assert kinds(actions) == [Kind.BYE]
+    assert actions[-1] == Leave()
+
+
+def test_acknowledgements_without_an_attempt_count_for_all_of_the_request():
+    session = running()
+    session.handle(stepped(finished(0)), 1.0)
+    session.handle(Received(message(Kind.ENDACK, REQUEST, attempt=0)), 1.1)
+    assert session.requests == 0
+
+
+def test_bodies_are_read_within_the_limits_of_bodies():
+    session = joined()
+    generate = Generate(prompt_token_ids=pack_tokens(range(3000)))
+    received = Received(Message(Header(Kind.RUN, REQUEST, attempt=1), route=pack(Run("m")), body=pack(generate)))
+    assert unpack(Generate, pack(generate), BODY_LIMITS) == generate
+    assert isinstance(session.handle(received, 0.0)[-1], Submit)
