@@ -126,8 +126,8 @@ def build(cls: type[T], value: Any, path: str = "", *, strict: bool = False) -> 
     """Turn plain values into ``cls`` (a dataclass or any annotated type it may use), checking every field.
 
     Supported: ``None``, bool, int, float (whole numbers accepted), str, bytes, Literal, Enum, Optional and unions,
-    list, tuple[X, ...], tuple[X, Y], dict[str, X], dataclasses, and Any (taken as it is). With ``strict`` an unknown key
-    is an error.
+    list, tuple[X, ...], tuple[X, Y], dict[str, X], dataclasses, and Any (taken as it is). With ``strict`` an unknown
+    key is an error.
 
     Raises:
         FieldError: naming the path, what was found and what was expected.

@@ -1,0 +1,160 @@
+"""The client against the real broker and a real worker with the echo engine, each its own process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import loopmux
+from fakebroker import wait_until
+
+ENDLESS = 10_000_000
+
+
+@dataclass
+class Stack:
+    endpoint: str
+    folder: Path
+    broker: subprocess.Popen[bytes]
+    worker: subprocess.Popen[bytes]
+
+
+def start(folder: Path, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", module, "--parent-pid", str(os.getpid()), *arguments]
+    with (folder / f"{module}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def start_broker(folder: Path, endpoint: str) -> subprocess.Popen[bytes]:
+    return start(folder, "loopmux_broker", "--endpoint", endpoint)
+
+
+def serving(client: loopmux.Client) -> bool:
+    return any(model.id == "echo" and model.workers for model in client.models())
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("s")
+    endpoint = f"ipc://{folder / 'b'}"
+    models = [{"id": "echo"}]
+    spec = {
+        "name": "w",
+        "endpoint": f"{endpoint}.work",
+        "models": models,
+        "engine": "echo",
+        "echo": {"tokens": ENDLESS},
+    }
+    (folder / "spec.json").write_text(json.dumps(spec))
+    worker = start(folder, "loopmux_worker", "--spec", str(folder / "spec.json"))
+    running = Stack(endpoint, folder, start_broker(folder, endpoint), worker)
+    try:
+        with loopmux.Client(endpoint, connect_timeout=20) as client:
+            wait_until(lambda: serving(client), "the worker joined", 20)
+        yield running
+    finally:
+        for process in (running.worker, running.broker):
+            process.kill()  # how they stop when asked is tested where they live
+            process.wait(10)
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[loopmux.Client]:
+    with loopmux.Client(stack.endpoint, model="echo") as c:
+        yield c
+
+
+def test_long_and_short_answers_from_many_threads(client: loopmux.Client) -> None:
+    def one(i: int) -> bool:
+        total = 2000 if i % 20 == 0 else 5 + i
+        with client.stream("x", max_new_tokens=total) as stream:
+            deltas = [e for e in stream if isinstance(e, loopmux.TextDelta)]
+        ids = tuple(token for d in deltas for token in d.token_ids)
+        return stream.result.token_ids == ids and len(ids) == total and stream.text == stream.result.text
+
+    with ThreadPoolExecutor(12) as pool:
+        assert all(pool.map(one, range(60)))
+
+
+def test_many_tasks(stack: Stack) -> None:
+    async def main() -> list[int]:
+        async with loopmux.AsyncClient(stack.endpoint, model="echo") as client:
+            results = await asyncio.gather(*(client.generate("x", max_new_tokens=9 + i) for i in range(80)))
+            return [r.usage.completion_tokens for r in results]
+
+    assert asyncio.run(main()) == [9 + i for i in range(80)]
+
+
+def test_leaving_cancels_in_the_engine(client: loopmux.Client) -> None:
+    with client.stream("x", max_new_tokens=ENDLESS) as stream:
+        next(stream)
+    wait_until(lambda: client.status().running == 0, "the broker runs nothing")
+
+
+def test_cancel_deadline_and_refusals(client: loopmux.Client) -> None:
+    with client.stream("x", max_new_tokens=ENDLESS) as stream:
+        next(stream)
+        stream.cancel()
+        with pytest.raises(loopmux.CancelledError) as cancelled:
+            list(stream)
+    assert cancelled.value.partial_text == stream.text != ""
+    with pytest.raises(loopmux.DeadlineExceededError) as late:
+        client.generate("x", max_new_tokens=ENDLESS, timeout=0.3)
+    assert late.value.partial_text
+    with pytest.raises(loopmux.ModelNotFoundError, match="nope"):
+        client.generate("x", model="nope")
+
+
+def test_one_turn_with_a_tool_and_a_whole_loop(client: loopmux.Client) -> None:
+    def add(a: int, b: int) -> int:
+        """Add two numbers."""
+        return a + b
+
+    script = '!call add {"a": 12, "b": 30}\n!say done'
+    turn = client.chat([{"role": "user", "content": script}], tools=[add])
+    assert turn.finish_reason == "tool_calls"
+    assert [(c.name, c.arguments) for c in turn.tool_calls] == [("add", {"a": 12, "b": 30})]
+    loop = client.run_tools(script, tools=[add])
+    assert loop.text == "done"
+    assert any(m.get("role") == "tool" and "42" in m["content"] for m in loop.messages)
+
+
+def test_a_whole_loop_in_asyncio(stack: Stack) -> None:
+    async def twice(number: int) -> int:
+        """Double a number."""
+        return 2 * number
+
+    async def main() -> list[str]:
+        async with loopmux.AsyncClient(stack.endpoint, model="echo") as client:
+            script = '!call twice {"number": 4}\n!say fine'
+            kinds = [type(event).__name__ async for event in client.iter_tools(script, tools=[twice])]
+            assert (await client.run_tools(script, tools=[twice])).text == "fine"
+            return kinds
+
+    kinds = asyncio.run(main())
+    assert kinds[0] == "TurnStarted"
+    assert kinds[-1] == "LoopFinished"
+
+
+def test_a_killed_broker_is_survived(stack: Stack, client: loopmux.Client) -> None:
+    with client.stream("x", max_new_tokens=ENDLESS) as stream:
+        next(stream)
+        stack.broker.send_signal(signal.SIGKILL)
+        stack.broker.wait()
+        stack.broker = start_broker(stack.folder, stack.endpoint)
+        with pytest.raises(loopmux.ConnectionLostError, match="restarted") as lost:
+            list(stream)
+    assert lost.value.retryable
+    assert lost.value.partial_text == stream.text
+    wait_until(lambda: serving(client), "the worker joined again", 20)
+    assert client.generate("x", max_new_tokens=3).usage.completion_tokens == 3
