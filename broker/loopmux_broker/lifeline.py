@@ -7,7 +7,7 @@ import signal
 import socket
 from types import FrameType, TracebackType
 
-from loopmux.errors import ConfigError
+from loopmux.errors import LoopmuxError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -20,7 +20,7 @@ class Lifeline:
     """
 
     def __init__(self, parent: int | None = None) -> None:
-        """Raises ConfigError if there is no process ``parent``."""
+        """Raises LoopmuxError if there is no process ``parent``."""
         self.reason: str | None = None
         self._parent = parent
         self._process: int | None = None
@@ -82,11 +82,11 @@ class Lifeline:
 def _process_descriptor(process: int) -> int | None:
     """A descriptor that is readable once the process has ended; None where the system has no such thing."""
     if not _alive(process):
-        raise ConfigError(f"--parent-pid {process}: there is no such process (any more), so nobody needs this broker")
+        raise LoopmuxError(f"--parent-pid {process}: there is no such process (any more), so nobody needs this broker")
     try:
         return os.pidfd_open(process)
     except ProcessLookupError:
-        raise ConfigError(f"--parent-pid {process}: the process has just ended, so nobody needs this broker") from None
+        raise LoopmuxError(f"--parent-pid {process}: the process has just ended, so nobody needs this broker") from None
     except (OSError, AttributeError):
         return None
 

@@ -122,10 +122,10 @@ class Server:
         if self._leaving:
             return 0.0
         due = self._broker.next_timer()
-        timeout = None if due is None else max(due - now, 0.0)
-        if self._lifeline.must_ask:
-            return _LONGEST_POLL if timeout is None else min(timeout, _LONGEST_POLL)
-        return timeout
+        if due is not None:
+            # At most half a heartbeat: a longer sleep would hide how long this process was stopped during it.
+            return min(max(due - now, 0.0), self._config.heartbeat / 2)
+        return _LONGEST_POLL if self._lifeline.must_ask else None
 
     def _note_gap(self, expected: float) -> None:
         """If this process was stopped or starved, peers were not silent in that time."""
@@ -143,11 +143,12 @@ class Server:
             self._leaving.update((peer, _PATIENCE) for peer in lost)
             if door.socket in readable or lost or self._leaving:
                 self._drain(door)
+        self._note_gap(begun)  # before the timers, which judge peers by their silence
         due = self._broker.next_timer()
         now = time.monotonic()
         if due is not None and due <= now:
             self._handle(TimerDue(), now)
-        self._note_gap(begun)
+            self._note_gap(now)
 
     def _drain(self, door: Door) -> None:
         """Hand over what came in, then the news of connections whose last message that was."""

@@ -1,0 +1,337 @@
+"""The broker's process over real sockets, spoken to by raw peers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as bounds
+from hypothesis import strategies as st
+
+from brokerkit import end, stopped, tok
+from brokerwire import Peer, Process, broker, settings, until
+from loopmux import codec, wire
+from loopmux.messages import Failure, Submit
+from loopmux.wire import Header, Kind, Message
+from loopmux_broker.events import say
+
+ONE, TWO = b"1" * 16, b"2" * 16
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Process]:
+    """A broker on ipc, and one on tcp."""
+    if request.param == "ipc":
+        arguments = ["--endpoint", f"ipc://{tmp_path}/b.ipc"]
+    else:
+        arguments = ["--endpoint", "tcp://127.0.0.1:0", "--worker-endpoint", "tcp://[::1]:0"]
+    with broker(*arguments) as running:
+        yield running
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Process]:
+    """A broker on ipc that is quick to give lost clients up."""
+    path = settings(tmp_path, grace=0.1)
+    with broker("--config", str(path), "--endpoint", f"ipc://{tmp_path}/b.ipc") as process:
+        yield process
+
+
+def test_a_whole_request(anywhere: Process) -> None:
+    with Peer(anywhere.clients) as client, Peer(anywhere.workers) as worker:
+        assert client.hello().max_message == wire.CLIENT_MESSAGE_LIMIT
+        assert worker.register().max_message == wire.WORKER_MESSAGE_LIMIT
+        client.submit(ONE)
+        assert client.expect(Kind.ACCEPTED).header.arg == 0
+        run = worker.take()
+        assert run.header == Header(Kind.RUN, ONE, attempt=1)
+        assert run.body == codec.pack({"prompt": "hello"})
+        for seq in range(5):
+            worker.send(tok(ONE, seq))
+        worker.send(end(ONE, 5))
+        assert [client.receive() for _ in range(6)] == [*(tok(ONE, seq) for seq in range(5)), end(ONE, 5)]
+        client.send(say(Kind.ENDACK, ONE))
+        assert worker.expect(Kind.ENDACK).header.attempt == 1
+        assert client.status().counters == {"submitted": 1, "finished": 1}
+
+
+def test_two_doors_of_a_kind(tmp_path: Path) -> None:
+    doors = ["--endpoint", f"ipc://{tmp_path}/b.ipc", "--endpoint", "tcp://127.0.0.1:0"]
+    with broker(*doors) as running:
+        near, far = running.ready["endpoints"]
+        with Peer(near) as first, Peer(far) as second, Peer(running.workers) as worker:
+            first.hello()
+            second.hello()
+            worker.register()
+            first.submit(ONE)
+            second.submit(TWO)
+            for client, request in ((first, ONE), (second, TWO)):
+                worker.send(tok(worker.take().header.request, 0))
+                assert client.expect(Kind.TOK).header.request == request
+
+
+def test_a_worker_whose_connection_breaks_is_replaced_at_once(running: Process) -> None:
+    with Peer(running.clients) as client, Peer(running.workers) as second:
+        client.hello()
+        first = Peer(running.workers)
+        first.register("w1")
+        client.submit(ONE)
+        first.take()
+        second.register("w2")
+        begun = time.monotonic()
+        first.close()
+        assert second.take().header == Header(Kind.RUN, ONE, attempt=2)
+        assert time.monotonic() - begun < 1  # a heartbeat would have taken three seconds
+        second.send(tok(ONE, 0, attempt=2))
+        assert client.expect(Kind.TOK).header.attempt == 2
+
+
+def test_a_worker_lost_mid_stream(running: Process) -> None:
+    with Peer(running.clients) as client:
+        client.hello()
+        with Peer(running.workers) as worker:
+            worker.register()
+            client.submit(ONE)
+            worker.take()
+            worker.send(tok(ONE, 0, 2))
+            client.expect(Kind.TOK)
+        error = client.expect(Kind.ERROR)
+        assert error.header.seq == 2
+        assert codec.unpack(Failure, error.body).code == "worker_lost"
+
+
+def test_the_last_words_of_a_worker_count(running: Process) -> None:
+    """What came in before a connection closed is handled before its loss."""
+    with Peer(running.clients) as client:
+        client.hello()
+        for n in range(20):
+            request = bytes([65 + n]) * 16
+            with Peer(running.workers, LINGER=1000) as worker:
+                worker.register(f"w{n}")
+                client.submit(request)
+                worker.take()
+                for seq in range(200):
+                    worker.send(tok(request, seq))
+                worker.send(end(request, 200))
+                worker.socket.close(1000)
+            assert client.expect(Kind.END).header.request == request
+            client.send(say(Kind.ENDACK, request))
+        counters = client.status().counters
+        assert (counters["finished"], "failed" in counters) == (20, False)
+
+
+def test_a_client_whose_connection_breaks_loses_its_requests_after_the_grace(running: Process) -> None:
+    with Peer(running.workers) as worker:
+        worker.register()
+        with Peer(running.clients) as client:
+            client.hello()
+            client.submit(ONE)
+            worker.take()
+        stop = worker.expect(Kind.STOP, patience=1)
+        assert stop.header == Header(Kind.STOP, ONE, arg=1, attempt=1)
+        worker.send(stopped(ONE))
+        worker.expect(Kind.ENDACK)
+
+
+def test_a_client_goes_on_over_a_new_connection(running: Process) -> None:
+    me = wire.new_id()
+    with Peer(running.workers) as worker, Peer(running.clients) as first:
+        worker.register()
+        first.hello(me)
+        first.submit(ONE)
+        worker.take()
+        worker.send(tok(ONE, 0, 3))
+        first.expect(Kind.TOK)
+        with Peer(running.clients) as second:
+            second.hello(me)
+            first.close()
+            worker.send(tok(ONE, 3))
+            second.send(say(Kind.CREDIT, ONE, seq=100, arg=0))
+            assert [second.receive(), second.receive()] == [tok(ONE, 0, 3), tok(ONE, 3)]
+
+
+def test_strangers_are_asked_who_they_are(running: Process) -> None:
+    with Peer(running.clients) as client, Peer(running.workers) as worker:
+        client.submit(ONE)
+        assert client.receive() == say(Kind.WHO)
+        worker.beat()
+        assert worker.receive() == say(Kind.WHO)
+
+
+def test_a_client_that_does_not_read_for_a_while_loses_nothing(tmp_path: Path) -> None:
+    """Its pipe fills up, the broker keeps what it cannot send, and another client never notices."""
+    path = settings(tmp_path, window=8)
+    with (
+        broker("--config", str(path), "--endpoint", f"ipc://{tmp_path}/b.ipc") as running,
+        Peer(running.clients, RCVHWM=1, RCVBUF=4096) as slow,
+        Peer(running.clients) as quick,
+        Peer(running.workers) as worker,
+    ):
+        slow.hello()
+        quick.hello()
+        worker.register()
+        slow.submit(ONE)
+        worker.take()
+        slow.send(say(Kind.CREDIT, ONE, seq=10_000, arg=0))
+        quick.submit(TWO)
+        worker.take()
+        for seq in range(400):
+            worker.send(tok(ONE, seq, text="x" * 1500))
+        worker.send(end(ONE, 400))
+        worker.send(tok(TWO, 0))
+        assert quick.expect(Kind.TOK).header.request == TWO
+        until(lambda: quick.status().counters.get("blocked", 0) > 0, "a push met a full pipe")
+        slow.expect(Kind.ACCEPTED)
+        assert [slow.receive().header.seq for _ in range(401)] == [*range(401)]
+
+
+def test_a_client_that_never_reads_is_cancelled(tmp_path: Path) -> None:
+    path = settings(tmp_path, request_output=20_000)
+    with (
+        broker("--config", str(path), "--endpoint", f"ipc://{tmp_path}/b.ipc") as running,
+        Peer(running.clients) as client,
+        Peer(running.workers) as worker,
+    ):
+        client.hello()
+        worker.register()
+        client.submit(ONE)
+        worker.take()
+        for seq in range(100):
+            worker.send(tok(ONE, seq, text="x" * 1000))
+        assert worker.expect(Kind.STOP).header.arg == 1
+        cancelled = client.expect(Kind.CANCELLED)
+        assert "slow_client" in codec.unpack(Failure, cancelled.body).message
+
+
+def test_the_brokers_own_sleep_costs_nobody_their_place(tmp_path: Path) -> None:
+    path = settings(tmp_path, heartbeat=0.3)
+    with (
+        broker("--config", str(path), "--endpoint", f"ipc://{tmp_path}/b.ipc") as running,
+        Peer(running.clients) as client,
+        Peer(running.workers) as worker,
+    ):
+        client.hello()
+        worker.register()
+        os.kill(running.process.pid, signal.SIGSTOP)
+        until_stopped(running.process.pid)
+        deadline = time.monotonic() + 1.2
+        until(lambda: time.monotonic() > deadline, "four heartbeats")
+        os.kill(running.process.pid, signal.SIGCONT)
+        client.send(say(Kind.PING))
+        assert client.receive() == say(Kind.PONG)
+        worker.beat()
+        assert worker.receive() == say(Kind.PONG)
+        assert client.status().counters["stalls"] == 1
+
+
+def until_stopped(process: int) -> None:
+    until(lambda: Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T", "stopped")
+
+
+# --- what should not be sent
+
+
+def test_an_oversized_message_cuts_its_sender_off_and_nobody_else(running: Process) -> None:
+    with Peer(running.clients) as client, Peer(running.clients) as big, Peer(running.workers) as worker:
+        client.hello()
+        worker.register()
+        big.hello()
+        head = wire.pack_header(Header(Kind.SUBMIT, ONE))
+        big.raw([head, codec.pack(Submit("m")), bytes(wire.CLIENT_MESSAGE_LIMIT + 1)])
+        until(lambda: client.status().clients == 1, "the sender of too much is gone")
+        client.submit(TWO)
+        assert worker.take().header.request == TWO
+
+
+def test_the_largest_allowed_message_passes(running: Process) -> None:
+    with Peer(running.clients) as client, Peer(running.workers) as worker:
+        client.hello()
+        worker.register()
+        body = os.urandom(wire.CLIENT_MESSAGE_LIMIT)
+        client.send(Message(Header(Kind.SUBMIT, ONE), codec.pack(Submit("m")), body))
+        assert worker.take().body == body
+
+
+def test_bytes_that_are_no_zeromq(running: Process) -> None:
+    path = running.clients.removeprefix("ipc://")
+    for junk in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        bytes(64),
+        os.urandom(300),
+        b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f" * 8,
+    ):
+        with socket.socket(socket.AF_UNIX) as raw:
+            raw.connect(path)
+            raw.sendall(junk)
+    with Peer(running.clients) as client:
+        client.hello()
+        assert client.alive()
+
+
+@pytest.fixture(scope="module")
+def sturdy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Peer, Peer]]:
+    """One broker for many examples, with a client and a worker that must not notice any of them."""
+    folder = tmp_path_factory.mktemp("sturdy")
+    path = settings(folder, heartbeat=60)
+    with (
+        broker("--config", str(path), "--endpoint", f"ipc://{folder}/b.ipc") as running,
+        Peer(running.clients) as client,
+        Peer(running.workers) as worker,
+    ):
+        client.hello()
+        worker.register()
+        yield running, client, worker
+
+
+HEAD = st.builds(
+    lambda kind, request, seq, arg: wire.pack_header(Header(kind, request, seq, arg, 1)),
+    st.sampled_from(list(Kind)),
+    st.sampled_from([wire.NO_ID, ONE]),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**32 - 1),
+)
+JUNK = st.lists(
+    st.one_of(
+        st.binary(max_size=60), HEAD, st.builds(codec.pack, st.dictionaries(st.text(max_size=8), st.integers(0, 9)))
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@bounds(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(JUNK, min_size=1, max_size=5), st.booleans())
+def test_garbage_is_the_business_of_its_sender_alone(
+    sturdy: tuple[Process, Peer, Peer], messages: list[list[bytes]], at_workers_door: bool
+) -> None:
+    running, client, worker = sturdy
+    with Peer(running.workers if at_workers_door else running.clients) as stranger:
+        for frames in messages:
+            stranger.raw(frames)
+        request = wire.new_id()
+        client.submit(request)
+        assert worker.take().header.request == request
+        worker.send(end(request, 0))
+        client.expect(Kind.END)
+        client.send(say(Kind.ENDACK, request))
+        worker.expect(Kind.ENDACK)
+    assert "internal_errors" not in client.status().counters
+
+
+def test_three_strikes(running: Process) -> None:
+    with Peer(running.clients) as client:
+        for _ in range(3):
+            client.raw([b"junk"])
+            assert client.receive().kind is Kind.ERROR
+        client.raw([b"junk"])
+        client.send(Message(Header(Kind.HELLO), route=b""))
+        with Peer(running.clients) as other:
+            other.hello()
+            assert other.status().counters["strikes"] == 3
+        assert not client.socket.poll(0)

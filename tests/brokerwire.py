@@ -1,0 +1,173 @@
+"""For tests of the broker's process: the real program, and raw peers that speak the wire over real sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+
+from loopmux import codec, wire
+from loopmux.messages import Heartbeat, Hello, Register, ServedModel, Status, Submit, Welcome
+from loopmux.wire import Header, Kind, Message
+from loopmux_broker.events import say
+
+PATIENCE = 10.0
+"""Seconds after which something that should happen at once counts as not happening: the machine may be busy."""
+BODY = codec.pack({"prompt": "hello"})
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"still not: {what}"
+        time.sleep(0.01)
+
+
+class Peer:
+    """A DEALER that says what the test tells it to, and remembers nothing."""
+
+    def __init__(self, endpoint: str, **options: int) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        settings = {"LINGER": 0, "IMMEDIATE": 1, "IPV6": 1, "RECONNECT_IVL": 50, "SNDTIMEO": int(1000 * PATIENCE)}
+        for name, value in (settings | options).items():
+            self.socket.setsockopt(getattr(zmq, name), value)
+        self.socket.connect(endpoint)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cut the connection without a word."""
+        self.socket.close(0)
+        self.context.term()
+
+    def send(self, message: Message) -> None:
+        self.raw(wire.to_frames(message))
+
+    def raw(self, frames: list[bytes]) -> None:
+        self.socket.send_multipart(frames)
+
+    def receive(self, patience: float = PATIENCE) -> Message:
+        assert self.socket.poll(int(1000 * patience)), "nothing came"
+        return wire.from_frames(self.socket.recv_multipart())
+
+    def expect(self, kind: Kind, patience: float = PATIENCE) -> Message:
+        """The next message of a kind; others before it are passed over."""
+        deadline = time.monotonic() + patience
+        while True:
+            message = self.receive(max(deadline - time.monotonic(), 0.0))
+            if message.kind is kind:
+                return message
+
+    def hello(self, instance: bytes | None = None) -> Welcome:
+        route = codec.pack(Hello((1,), instance or wire.new_id()))
+        self.send(Message(Header(Kind.HELLO), route=route))
+        return codec.unpack(Welcome, self.expect(Kind.WELCOME).route)
+
+    def register(
+        self, name: str = "w1", *, boot: bytes | None = None, slots: int = 4, models: tuple[str, ...] = ("m",)
+    ) -> Welcome:
+        served = tuple(ServedModel(m, "f") for m in models)
+        register = Register("worker", name, boot or wire.new_id(), (1,), models=served, slots=slots, pid=os.getpid())
+        self.send(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})))
+        return codec.unpack(Welcome, self.expect(Kind.WELCOME).route)
+
+    def beat(self) -> None:
+        self.send(Message(Header(Kind.HB), route=codec.pack(Heartbeat())))
+
+    def submit(self, request: bytes, **route: Any) -> None:
+        route.setdefault("model", "m")
+        self.send(Message(Header(Kind.SUBMIT, request), codec.pack(Submit(**route)), BODY))
+
+    def take(self) -> Message:
+        """Take the next RUN and confirm it."""
+        run = self.expect(Kind.RUN)
+        self.send(say(Kind.RUNACK, run.header.request, attempt=run.header.attempt))
+        return run
+
+    def status(self) -> Status:
+        self.send(say(Kind.STATUS, wire.new_id()))
+        return codec.unpack(Status, self.expect(Kind.REPORT).body, codec.BODY_LIMITS)
+
+    def alive(self) -> bool:
+        """Whether the broker still answers."""
+        self.send(say(Kind.PING))
+        return self.expect(Kind.PONG).kind is Kind.PONG
+
+
+@dataclass
+class Process:
+    """A running broker."""
+
+    process: subprocess.Popen[str]
+    ready: dict[str, Any]
+
+    @property
+    def clients(self) -> str:
+        return str(self.ready["endpoints"][0])
+
+    @property
+    def workers(self) -> str:
+        return str(self.ready["worker_endpoints"][0])
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """End it by a signal: its exit code, and what it wrote after it was ready."""
+        self.process.send_signal(number)
+        _, written = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, written
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "loopmux_broker", "--log-format", "json", *arguments]
+
+
+@contextmanager
+def broker(*arguments: str) -> Iterator[Process]:
+    """A broker process from its ready line until the end of the block, when it must end well."""
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        line = process.stderr.readline()
+        assert '"ready"' in line, line + process.stderr.read()
+        running = Process(process, json.loads(line))
+        yield running
+        if process.poll() is None:
+            code, written = running.stop()
+            assert code == 0, written
+            assert "internal error" not in written
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def fails(*arguments: str) -> tuple[int, str]:
+    """Exit code and standard error of a broker that is not to start."""
+    done = subprocess.run(command(*arguments), stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    return done.returncode, done.stderr
+
+
+def settings(folder: Path, **values: Any) -> Path:
+    """A configuration file."""
+    path = folder / "broker.yaml"
+    path.write_text(json.dumps(values))  # JSON is YAML
+    return path
