@@ -249,15 +249,14 @@ class Plan:
         phases = {m: self._phase(g)[0] for g in self.groups for m in g.model_ids if m in self.required}
         if self._told or not self._started or any(phase not in ("ready", "failed") for phase in phases.values()):
             return
-        if (self.broker and self.broker.state is not State.READY) or "ready" not in phases.values():
+        if (self.broker and self.broker.state is not State.READY) or (phases and "ready" not in phases.values()):
             return
         self._told = True
         ready = ", ".join(m for m, phase in phases.items() if phase == "ready")
         failed = ", ".join(m for m, phase in phases.items() if phase == "failed")
-        if failed:
-            yield Announce("launcher", f"serving {ready}, without {failed}", "error")
-        else:
-            yield Announce("launcher", f"ready: {ready} after {now - self._began:.1f} s", "ready")
+        # scripts wait for this line: when some models have failed for good, waiting longer would not bring them
+        without = f"; without {failed}, which failed (see above)" if failed else ""
+        yield Announce("launcher", f"ready after {now - self._began:.1f} s: {ready}{without}", "ready")
 
     # --- the catalogue ---
 

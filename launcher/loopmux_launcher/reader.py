@@ -60,12 +60,14 @@ class _Reader:
             for name, value in self._section(top, "models")
             if (model := self._fit(ModelEntry, value, ("models", name)))
         }
-        if not models and not self.problems:
+        if not models and not self.problems and not self.document.key_problems:
             self._refuse(("models",), "no models", "at least one model under `models:`")
         return Configuration(self.document.file, environments, models, tuple(self.notes))
 
     def _refuse(self, where: Where, found: str, expected: str, hint: str = "") -> None:
-        self.problems.append(self.document.problem(where, found, expected, hint))
+        problem = self.document.problem(where, found, expected, hint)
+        if all(problem.where != told.where for told in self.problems):  # what a first mistake leads to is no second one
+            self.problems.append(problem)
 
     def _note(self, where: Where, text: str) -> None:
         problem = self.document.problem(where, "", "")

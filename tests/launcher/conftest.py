@@ -1,0 +1,64 @@
+"""Folders that look like models and adapters, and a home of their own for what the launcher writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+def write_safetensors(path: Path, size: int = 16) -> None:
+    """A safetensors file with one tensor of ``size`` bytes."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+
+
+def write_model(folder: Path) -> Path:
+    write_safetensors(folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def write_adapter(folder: Path) -> Path:
+    write_safetensors(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder with a model ``base`` and an adapter ``lora``."""
+    write_model(tmp_path / "base")
+    write_adapter(tmp_path / "lora")
+    return tmp_path
+
+
+@pytest.fixture
+def write(models: Path) -> Callable[[str], Path]:
+    """Writes a configuration beside the folders of ``models``."""
+
+    def writer(text: str) -> Path:
+        file = models / "llm_backends.yaml"
+        file.write_text(text)
+        return file
+
+    return writer
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """User folders of this test's own, short because socket paths are limited."""
+    folder = Path(tempfile.mkdtemp(prefix="lmxl-"))
+    for variable in ("XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.setenv(variable, str(folder / variable.split("_")[1].lower()))
+    (folder / "runtime").mkdir(mode=0o700)
+    monkeypatch.delenv("LOOPMUX_ENDPOINT", raising=False)
+    monkeypatch.delenv("LOOPMUX_CONFIG", raising=False)
+    yield folder
+    shutil.rmtree(folder)

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loopmux.errors import ConfigError
+from loopmux_launcher import config
+from loopmux_launcher.document import InvalidConfiguration, Problem
+from loopmux_launcher.reader import load
+
+Write = Callable[[str], Path]
+
+
+def problems(file: Path) -> list[Problem]:
+    with pytest.raises(InvalidConfiguration) as caught:
+        load(file)
+    assert caught.value.code == "config"
+    return list(caught.value.problems)
+
+
+def only(file: Path) -> Problem:
+    (found,) = problems(file)
+    assert str(file) in str(found)
+    return found
+
+
+def test_a_file_of_the_replaced_system_loads_unchanged(write: Write, models: Path) -> None:
+    found = load(
+        write(
+            """
+models:
+  default:
+    base_model: ./base
+    adapter_dir: lora
+    model_type: instruct
+    port: 8100
+    use_4bit: false
+    system_prompt: "Be kind."
+  plain: {base_model: base, adapter_dir: null, model_type: base, port: 8101}
+"""
+        )
+    )
+    default, plain = found.models.values()
+    assert (default.base_model, default.adapter_dir) == (str(models / "base"), str(models / "lora"))
+    assert (plain.base_model, plain.adapter_dir, plain.entry.model_type) == (str(models / "base"), None, "base")
+    assert default.environment == plain.environment == "default"
+    assert found.environments["default"].requirements == config.DEFAULT_REQUIREMENTS
+    assert default.processes == 1
+    assert [n for n in found.notes if "default.port" in n and ":7:" in n and "not used" in n]
+
+
+def test_engine_keys_and_environments_are_taken_over(write: Write, models: Path) -> None:
+    (models / "needs.txt").write_text("torch==2.13.0\n")
+    found = load(
+        write(
+            f"""
+environments:
+  own: {{path: "{sys.prefix}", variables: {{HF_HUB_OFFLINE: "1"}}}}
+  filed: {{python: "3.11", requirements: needs.txt}}
+models:
+  a: {{base_model: base, environment: own, workers: 3, slots: auto, context: 512, kv_cache_gib: 1, dtype: float32}}
+  b: {{base_model: base, environment: filed, use_8bit: true, device: "cuda:1", torch_threads: 2, start_timeout: 9}}
+"""
+        )
+    )
+    own, filed = found.environments["own"], found.environments["filed"]
+    assert own.path == Path(sys.prefix) / "bin" / "python"
+    assert own.variables == {"HF_HUB_OFFLINE": "1"}
+    assert (filed.requirements_file, filed.python) == (models / "needs.txt", "3.11")
+    assert (found.models["a"].processes, found.models["a"].entry.kv_cache_gib) == (3, 1.0)
+    assert found.models["b"].entry.device == "cuda:1"
+
+
+def test_echo_needs_no_environment(write: Write) -> None:
+    found = load(write("models: {echo: {engine: echo, echo: {rate: 10}}}"))
+    assert found.environments == {}
+    assert found.models["echo"].environment is None
+
+
+def test_everything_wrong_is_reported_at_once_in_the_order_of_the_file(write: Write) -> None:
+    found = problems(
+        write(
+            """environments:
+  default:
+    python: 3.11
+    requirments: [torch]
+models:
+  a:
+    base_model: base
+    wokers: 2
+    slots: many
+    use_4bit: "yes"
+    kv_cache_gib: 0
+  b:
+    base_model: nowhere/at/all
+    environment: defualt
+modles: {}
+"""
+        )
+    )
+    assert [(p.line, p.where) for p in found] == [
+        (3, "environments.default.python"),
+        (4, "environments.default.requirments"),
+        (8, "models.a.wokers"),
+        (9, "models.a.slots"),
+        (10, "models.a.use_4bit"),
+        (11, "models.a.kv_cache_gib"),
+        (13, "models.b.base_model"),
+        (14, "models.b.environment"),
+        (15, "modles"),
+    ]
+    text = {p.where: str(p) for p in found}
+    assert "3.11 (float)" in text["environments.default.python"]
+    assert 'python: "3.11"' in text["environments.default.python"]
+    assert "did you mean 'requirements'?" in text["environments.default.requirments"]
+    assert "did you mean 'workers'?" in text["models.a.wokers"]
+    assert "expected a whole number or one of auto" in text["models.a.slots"]
+    assert "'yes' (str), expected true or false" in text["models.a.use_4bit"]
+    assert "0 (int), expected more than 0" in text["models.a.kv_cache_gib"] or "0.0" in text["models.a.kv_cache_gib"]
+    assert "did you mean 'default'?" in text["models.b.environment"]
+    assert "did you mean 'models'?" in text["modles"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "where", "found", "expected"),
+    [
+        ("{base_model: base, workers: 0}", "workers", "0 (int)", "at least 1"),
+        ("{base_model: base, workers: true}", "workers", "True (bool)", "a whole number"),
+        ("{base_model: base, workers: 1, min: 1}", "min", "beside workers", "min and max"),
+        ("{base_model: base, min: 3, max: 2}", "max", "2 (int)", "at least 3"),
+        ("{base_model: base, min: -1}", "min", "-1 (int)", "at least 0"),
+        ("{base_model: base, dtype: int8}", "dtype", "'int8'", "float32"),
+        ("{base_model: base, device: gpu}", "device", "'gpu'", "cuda:N"),
+        ("{base_model: base, engine: fast}", "engine", "'fast'", "plain"),
+        ("{base_model: base, model_type: chat}", "model_type", "'chat'", "instruct"),
+        ("{base_model: base, start_timeout: 0}", "start_timeout", "0", "more than 0"),
+        ("{base_model: base, use_4bit: true, use_8bit: true}", "use_8bit", "use_4bit and use_8bit", "one of them"),
+        ("{base_model: [base]}", "base_model", "['base'] (list)", "a text"),
+        ("{}", "base_model", "nothing", "a model directory"),
+        ("[]", "", "[] (list)", "a mapping"),
+        ("{engine: echo, echo: {rte: 5}}", "echo.rte", "an unknown key", "rate"),
+        ("{engine: echo, echo: {rate: -5}}", "echo.rate", "-5.0 (float)", "at least 0"),
+        ("{base_model: base, environment: gone}", "environment", "'gone'", "default"),
+    ],
+)
+def test_a_wrong_model_entry_is_named(write: Write, entry: str, where: str, found: str, expected: str) -> None:
+    problem = only(write(f"\nmodels:\n  a: {entry}\n"))
+    assert problem.where == f"models.a.{where}".rstrip(".")
+    assert problem.line == 3
+    assert found in problem.found
+    assert expected in problem.expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "where", "found"),
+    [
+        ("{path: /nowhere}", "path", "no interpreter /nowhere"),
+        ('{path: "%s", python: "3.11"}', "python", "python beside path"),
+        ("{python: three}", "python", "'three'"),
+        ("{requirements: nothing.txt}", "requirements", "no file"),
+        ('{requirements: ["torch=2.13.0"]}', "requirements[0]", "torch=2.13.0"),
+        ("{requirements: [1]}", "requirements[0]", "1 (int)"),
+        ("{variables: {A: 1}}", "variables.A", "1 (int)"),
+    ],
+)
+def test_a_wrong_environment_is_named(write: Write, entry: str, where: str, found: str) -> None:
+    text = entry.replace("%s", sys.prefix)
+    problem = only(write(f"models: {{a: {{engine: echo}}}}\nenvironments:\n  own: {text}\n"))
+    assert (problem.where, problem.line) == (f"environments.own.{where}", 3)
+    assert found in problem.found
+
+
+def test_options_and_paths_among_requirements_are_left_to_pip(write: Write) -> None:
+    lines = ["--extra-index-url https://x.invalid/simple", "./here", "pkg @ https://x.invalid/p.whl", "numpy>=2"]
+    found = load(write(f"models: {{a: {{engine: echo}}}}\nenvironments: {{own: {{requirements: {lines!r}}}}}"))
+    assert found.environments["own"].requirements == tuple(lines)
+
+
+def test_an_environment_name_that_is_no_folder_name_is_refused(write: Write) -> None:
+    assert "../x" in only(write("models: {a: {engine: echo}}\nenvironments: {../x: {}}")).found
+
+
+def test_keys_written_twice_are_refused_with_both_lines(write: Write) -> None:
+    problem = only(write("models:\n  a: {engine: echo}\n  b: {engine: echo}\n  a: {engine: echo}\n"))
+    assert (problem.line, problem.where) == (4, "models.a")
+    assert "first on line 2" in problem.found
+
+
+def test_a_word_that_yaml_reads_as_something_else_is_explained(write: Write) -> None:
+    problem = only(write("models:\n  no: {engine: echo}\n"))
+    assert problem.line == 2
+    assert "which YAML reads as bool" in problem.found
+    assert "quotes" in problem.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "found"),
+    [
+        (b"models:\n  a: {engine: echo\n", 3, "expected ',' or '}'"),
+        (b"models:\n\ta: 1\n", 2, "cannot start any token"),
+        (b"models:\n  a: \xff\n", 2, "invalid start byte"),
+        (b"models: !!python/object:os.system {}\n", 1, "could not determine a constructor"),
+        (b"", 1, "nothing"),
+        (b"[]", 1, "[] (list)"),
+        (b"models: {}\n", 1, "no models"),
+        (b"models: 3\n", 1, "3 (int)"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(models: Path, content: bytes, line: int, found: str) -> None:
+    file = models / "broken.yaml"
+    file.write_bytes(content)
+    problem = only(file)
+    assert problem.line == line
+    assert found.lower() in problem.found.lower()
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    assert "No such file" in only(tmp_path / "gone.yaml").found
+
+
+def test_scaling_keys_are_accepted_and_said_to_have_no_effect_yet(write: Write) -> None:
+    found = load(write("models: {a: {base_model: base, min: 0, max: 2, idle_timeout: 60}, b: {engine: echo}}"))
+    assert (found.models["a"].processes, found.models["a"].required) == (1, False)
+    assert found.models["b"].required
+    assert any("scaling on demand is not available yet" in note for note in found.notes)
+
+
+def test_anchors_and_merges_work(write: Write) -> None:
+    text = "models:\n  a: &x {base_model: base, slots: 4}\n  b: {<<: *x, adapter_dir: lora}\n"
+    assert load(write(text)).models["b"].entry.slots == 4
+
+
+def test_the_file_is_found_in_the_promised_order(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as nowhere:
+        config.find()
+    assert "--config" in str(nowhere.value)
+
+    def make(file: Path) -> Path:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        return file
+
+    user = make(home / "config" / "loopmux" / "llm_backends.yaml")
+    assert config.find() == user
+    make(tmp_path / "configs" / "llm_backends.yaml")
+    assert config.find() == Path("configs/llm_backends.yaml")
+    monkeypatch.setenv("LOOPMUX_CONFIG", str(make(tmp_path / "named.yaml")))
+    assert config.find() == tmp_path / "named.yaml"
+    assert config.find(user) == user
+    with pytest.raises(ConfigError, match="--config"):
+        config.find(tmp_path / "gone.yaml")
+    monkeypatch.setenv("LOOPMUX_CONFIG", str(tmp_path / "gone.yaml"))
+    with pytest.raises(ConfigError, match="LOOPMUX_CONFIG"):
+        config.find()

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+
+from loopmux.codec import pack, unpack
+from loopmux.errors import ProtocolError
+from loopmux.messages import Catalogue, Failure, Register, Welcome
+from loopmux.wire import Header, Kind, Message
+from loopmux_launcher.link import Link, Refused, Welcomed
+
+REGISTER = Register("launcher", "launcher@host", bytes(16), (1,))
+
+
+def welcome(epoch: bytes = b"e" * 8, heartbeat: float = 1.0) -> Message:
+    return Message(Header(Kind.WELCOME), pack(Welcome(1, epoch, heartbeat, 1 << 20, 1024)))
+
+
+def kinds(messages: list[Message]) -> list[Kind]:
+    return [m.kind for m in messages]
+
+
+def joined(now: float = 0.0) -> Link:
+    link = Link(REGISTER)
+    assert link.received(welcome(), now) == Welcomed(b"e" * 8)
+    return link
+
+
+def test_register_is_repeated_until_answered_and_carries_who_we_are() -> None:
+    link = Link(REGISTER)
+    (first,) = link.due(0.0)
+    assert unpack(Register, first.route) == REGISTER
+    assert link.due(0.4) == []
+    assert link.next_timer() == 0.5
+    assert kinds(link.due(0.5)) == [Kind.REGISTER]
+    assert link.report(Catalogue("m", "ready")) == []  # nothing before WELCOME
+    link.received(welcome(), 0.6)
+    assert link.due(0.7) == []
+    assert kinds(link.due(1.6)) == [Kind.HB]
+    assert kinds(link.report(Catalogue("m", "ready"))) == [Kind.CATALOGUE]
+    assert kinds(link.bye()) == [Kind.BYE]
+
+
+def test_who_and_silence_lead_to_a_new_introduction() -> None:
+    link = joined()
+    assert link.received(Message(Header(Kind.WHO)), 0.1) is None
+    assert kinds(link.due(0.1)) == [Kind.REGISTER]
+    link = joined()
+    for now in (1.0, 2.0):
+        assert kinds(link.due(now)) == [Kind.HB]
+    link.received(Message(Header(Kind.PONG)), 2.1)
+    assert kinds(link.due(4.0)) == [Kind.HB]
+    assert kinds(link.due(5.2)) == [Kind.REGISTER]
+    assert link.bye() == []
+
+
+def test_a_message_that_could_not_be_sent_leads_to_a_new_introduction() -> None:
+    link = joined()
+    link.lost()
+    assert not link.welcome
+    assert kinds(link.due(0.1)) == [Kind.REGISTER]
+
+
+def test_a_refusal_is_passed_on_in_the_brokers_words() -> None:
+    body = pack(Failure("protocol", "the name is taken"))
+    assert Link(REGISTER).received(Message(Header(Kind.ERROR), body=body), 0.0) == Refused("the name is taken")
+
+
+@pytest.mark.parametrize("message", [Message(Header(Kind.WELCOME), b"\xc1"), welcome(heartbeat=0.0)])
+def test_a_malformed_answer_is_a_protocol_error(message: Message) -> None:
+    with pytest.raises(ProtocolError):
+        Link(REGISTER).received(message, 0.0)

@@ -1,0 +1,306 @@
+"""The launcher's core as stories: events in, actions out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from loopmux.codec import pack
+from loopmux.messages import Catalogue, ModelSpec, WorkerSpec
+from loopmux.wire import ROUTE_LIMIT
+from loopmux_launcher.backoff import CRASHES
+from loopmux_launcher.events import (
+    Action,
+    Announce,
+    Began,
+    BrokerWelcomed,
+    BuildEnvironment,
+    EnvironmentFailed,
+    EnvironmentProgressed,
+    EnvironmentReady,
+    Finish,
+    KillProcess,
+    ProcessExited,
+    ProcessReported,
+    ReportPhase,
+    StartBroker,
+    StartWorker,
+    StopBuild,
+    StopProcess,
+    StopRequested,
+    TimerFired,
+)
+from loopmux_launcher.groups import Group
+from loopmux_launcher.lifecycle import STOP_GRACE
+from loopmux_launcher.plan import Plan
+
+A = TypeVar("A")
+
+
+def make(name: str = "m", *, environment: str | None = None, processes: int = 1, timeout: float = 100.0,
+         models: Iterable[str] = ()) -> Group:  # fmt: skip
+    specs = tuple(ModelSpec(m) for m in models or (name,))
+    return Group(name, environment, WorkerSpec(name, "ipc:///x", specs, engine="echo"), processes, timeout)
+
+
+def plan(*groups: Group, with_broker: bool = False, required: Iterable[str] | None = None) -> Plan:
+    models = [m for g in groups for m in g.model_ids]
+    return Plan(groups, required=models if required is None else required, with_broker=with_broker)
+
+
+def of(kind: type[A], actions: list[Action]) -> list[A]:
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def told(actions: list[Action]) -> dict[str, Catalogue]:
+    return {a.catalogue.model: a.catalogue for a in of(ReportPhase, actions)}
+
+
+def lines(actions: list[Action], level: str) -> list[str]:
+    return [a.text for a in of(Announce, actions) if a.level == level]
+
+
+def ready(core: Plan, *names: str, now: float = 1.0) -> list[Action]:
+    return [action for name in names for action in core.handle(ProcessReported(name, "ready"), now)]
+
+
+# --- starting ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_built_loaded_warmed_and_ready_and_the_broker_hears_of_it() -> None:
+    core = plan(make("m", environment="e", processes=2))
+    begun = core.handle(Began(), 0.0)
+    assert of(BuildEnvironment, begun) == [BuildEnvironment("e")]
+    assert of(StartWorker, begun) == []
+    assert told(begun)["m"].phase == "building"
+    assert told(core.handle(EnvironmentProgressed("e", "collecting torch"), 1.0))["m"].detail == "collecting torch"
+
+    started = core.handle(EnvironmentReady("e", "/e/bin/python", "torch 2"), 2.0)
+    assert [(a.name, a.python, a.spec.name) for a in of(StartWorker, started)] == [
+        ("m-1", "/e/bin/python", "m-1"),
+        ("m-2", "/e/bin/python", "m-2"),
+    ]
+    assert told(started)["m"].phase == "loading"
+    assert told(core.handle(ProcessReported("m-1", "warming", "one token"), 3.0))["m"] == Catalogue(
+        "m", "warming", 0.0, "one token"
+    )
+    first = ready(core, "m-1", now=4.0)
+    assert told(first)["m"] == Catalogue("m", "ready", 0.0, "", 1)
+    assert lines(first, "ready") == []  # but not every process of it
+    second = ready(core, "m-2", now=5.0)
+    assert told(second)["m"].workers == 2
+
+
+def test_the_ready_line_comes_once_when_every_required_model_is() -> None:
+    core = plan(make("a"), make("b"), make("lazy"), required=["a", "b"])
+    core.handle(Began(), 0.0)
+    assert lines(ready(core, "a-1"), "ready") == []
+    (line,) = lines(ready(core, "b-1", now=3.0), "ready")
+    assert line.split() == ["ready", "after", "3.0", "s:", "a,", "b"]
+    core.handle(ProcessExited("a-1", -9), 4.0)
+    core.handle(TimerFired(), 5.0)
+    assert lines(ready(core, "a-1", "lazy-1", now=6.0), "ready") == []
+
+
+def test_the_broker_goes_first_when_it_is_ours() -> None:
+    core = plan(make("m"), with_broker=True)
+    begun = core.handle(Began(), 0.0)
+    assert of(StartBroker, begun) == [StartBroker()]
+    assert of(StartWorker, begun) == []
+    assert told(begun)["m"].phase == "queued"
+    assert [a.name for a in of(StartWorker, ready(core, "broker"))] == ["m-1"]
+
+
+def test_models_of_one_group_are_reported_each() -> None:
+    core = plan(make("g", models=["a", "b"]))
+    assert set(told(core.handle(Began(), 0.0))) == {"a", "b"}
+
+
+def test_a_new_broker_is_told_everything_with_the_time_in_the_phase() -> None:
+    core = plan(make("a"), make("b"))
+    core.handle(Began(), 0.0)
+    ready(core, "a-1", now=2.0)
+    assert told(core.handle(BrokerWelcomed(), 12.0)) == {
+        "a": Catalogue("a", "ready", 10.0, "", 1),
+        "b": Catalogue("b", "loading", 12.0),
+    }
+
+
+def test_nothing_is_reported_that_has_not_changed() -> None:
+    core = plan(make("m"))
+    core.handle(Began(), 0.0)
+    core.handle(ProcessReported("m-1", "loading", "x"), 1.0)
+    assert told(core.handle(ProcessReported("m-1", "loading", "x"), 2.0)) == {}
+
+
+# --- failing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_crashed_worker_starts_again_after_a_delay_with_its_last_words_told() -> None:
+    core = plan(make("m", processes=2))
+    core.handle(Began(), 0.0)
+    ready(core, "m-1", "m-2")
+    crashed = core.handle(ProcessExited("m-1", -11, ("boom",), draw=0.0), 10.0)
+    assert of(StartWorker, crashed) == []
+    assert told(crashed)["m"] == Catalogue("m", "ready", 9.0, "", 1)  # the other one serves
+    (warning,) = lines(crashed, "warning")
+    assert "SIGSEGV" in warning
+    assert "boom" in warning
+    due = core.next_timer()
+    assert due == 10.25
+    assert core.handle(TimerFired(), 10.2) == []
+    assert [a.name for a in of(StartWorker, core.handle(TimerFired(), due))] == ["m-1"]
+
+
+def test_a_crash_loop_is_parked_with_its_reason_and_the_rest_goes_on() -> None:
+    core = plan(make("bad"), make("good"))
+    core.handle(Began(), 0.0)
+    ready(core, "good-1")
+    now, last = 1.0, []
+    for n in range(CRASHES):
+        now += 1
+        last = core.handle(ProcessExited("bad-1", 1, (f"try {n}",), draw=0.0), now)
+        if (due := core.next_timer()) is not None and n < CRASHES - 1:
+            now = due
+            assert of(StartWorker, core.handle(TimerFired(), now))
+    entry = told(last)["bad"]
+    assert entry.phase == "failed"
+    assert "5 times in 60 s" in entry.detail
+    assert "try 4" in entry.detail
+    assert core.next_timer() is None
+    assert "good" in lines(last, "ready")[0]
+    assert "without bad" in lines(last, "ready")[0]
+
+
+def test_bad_configuration_is_not_tried_again() -> None:
+    core = plan(make("m"), make("other"))
+    core.handle(Began(), 0.0)
+    failed = core.handle(ProcessReported("m-1", "failed", "the adapter is for another base"), 1.0)
+    assert of(StopProcess, failed) == [StopProcess("m-1")]
+    ended = core.handle(ProcessExited("m-1", 78), 1.1)
+    assert told(ended)["m"].phase == "failed"
+    assert "the adapter is for another base" in told(ended)["m"].detail
+    core.handle(TimerFired(), 1e6)
+    assert core.workers["m-1"][0].state.value == "parked"
+
+
+def test_a_start_that_takes_too_long_is_ended_killed_if_need_be_and_tried_again() -> None:
+    core = plan(make("m", timeout=30.0))
+    core.handle(Began(), 0.0)
+    assert core.next_timer() == 30.0
+    assert of(StopProcess, core.handle(TimerFired(), 30.0)) == [StopProcess("m-1")]
+    assert of(KillProcess, core.handle(TimerFired(), 30.0 + STOP_GRACE)) == [KillProcess("m-1")]
+    ended = core.handle(ProcessExited("m-1", -9), 36.0)
+    assert "not ready after 30 s" in lines(ended, "warning")[0]
+    due = core.next_timer()
+    assert due is not None
+    assert of(StartWorker, core.handle(TimerFired(), due))
+
+
+def test_a_word_of_a_process_that_is_being_ended_changes_nothing() -> None:
+    core = plan(make("m", timeout=30.0))
+    core.handle(Began(), 0.0)
+    core.handle(TimerFired(), 30.0)
+    assert told(ready(core, "m-1", now=31.0)) == {}
+
+
+def test_an_environment_that_fails_takes_its_models_and_no_others() -> None:
+    core = plan(make("a", environment="x"), make("b", environment="y"), make("e"))
+    core.handle(Began(), 0.0)
+    failed = core.handle(EnvironmentFailed("x", "no such package"), 1.0)
+    assert told(failed) == {"a": Catalogue("a", "failed", 0.0, "no such package")}
+    assert "no such package" in lines(failed, "error")[0]
+    assert of(StartWorker, core.handle(EnvironmentReady("y", "/y", ""), 2.0))
+    assert of(Finish, ready(core, "e-1", "b-1")) == []
+
+
+def test_when_nothing_is_left_to_serve_the_launcher_ends_with_a_failure() -> None:
+    core = plan(make("a", environment="x"), with_broker=True)
+    core.handle(Began(), 0.0)
+    ready(core, "broker")
+    failed = core.handle(EnvironmentFailed("x", "no"), 1.0)
+    assert told(failed)["a"].phase == "failed"
+    assert of(StopProcess, failed) == [StopProcess("broker")]
+    assert of(Finish, core.handle(ProcessExited("broker", 0), 2.0)) == [Finish(1)]
+
+
+def test_a_broker_that_cannot_start_ends_everything_with_its_exit_code() -> None:
+    core = plan(make("m"), with_broker=True)
+    core.handle(Began(), 0.0)
+    ended = core.handle(ProcessExited("broker", 78, ("the path is taken",)), 0.2)
+    assert "the path is taken" in lines(ended, "error")[0]
+    assert of(Finish, ended) == [Finish(78)]
+    assert of(StartWorker, ended) == []
+
+
+def test_a_broker_that_dies_later_is_restarted_and_workers_are_left_alone() -> None:
+    core = plan(make("m"), with_broker=True)
+    core.handle(Began(), 0.0)
+    ready(core, "broker", "m-1")
+    died = core.handle(ProcessExited("broker", -9), 10.0)
+    assert of(StopProcess, died) == of(KillProcess, died) == []
+    due = core.next_timer()
+    assert due is not None
+    assert of(StartBroker, core.handle(TimerFired(), due)) == [StartBroker()]
+
+
+def test_a_long_reason_fits_into_a_message() -> None:
+    core = plan(make("m", environment="x"), make("e"))
+    core.handle(Began(), 0.0)
+    entry = told(core.handle(EnvironmentFailed("x", "first " + "é" * 9000 + " last"), 1.0))["m"]
+    assert len(pack(entry)) < ROUTE_LIMIT
+    assert entry.detail.startswith("first")
+    assert entry.detail.endswith("last")
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_stopping_ends_workers_then_the_broker_then_us() -> None:
+    core = plan(make("m", processes=2), with_broker=True)
+    core.handle(Began(), 0.0)
+    ready(core, "broker", "m-1", "m-2")
+    stopping = core.handle(StopRequested(), 10.0)
+    assert of(StopProcess, stopping) == [StopProcess("m-1"), StopProcess("m-2")]
+    assert of(ReportPhase, stopping) == []
+    assert of(StopProcess, core.handle(ProcessExited("m-1", 0), 10.1)) == []
+    assert of(StopProcess, core.handle(ProcessExited("m-2", 0), 10.2)) == [StopProcess("broker")]
+    assert of(Finish, core.handle(ProcessExited("broker", 0), 10.3)) == [Finish(0)]
+
+
+def test_who_does_not_stop_is_killed() -> None:
+    core = plan(make("m"), with_broker=True)
+    core.handle(Began(), 0.0)
+    ready(core, "broker", "m-1")
+    core.handle(StopRequested(), 10.0)
+    assert core.next_timer() == 10.0 + STOP_GRACE
+    assert of(KillProcess, core.handle(TimerFired(), 15.0)) == [KillProcess("m-1")]
+    core.handle(ProcessExited("m-1", -9), 15.1)
+    assert of(KillProcess, core.handle(TimerFired(), 20.1)) == [KillProcess("broker")]
+    assert of(Finish, core.handle(ProcessExited("broker", -9), 20.2)) == [Finish(0)]
+
+
+def test_a_second_request_stops_at_once() -> None:
+    core = plan(make("m"))
+    core.handle(Began(), 0.0)
+    core.handle(StopRequested(), 10.0)
+    assert of(KillProcess, core.handle(StopRequested(at_once=True), 10.1)) == [KillProcess("m-1")]
+    assert of(Finish, core.handle(ProcessExited("m-1", -9), 10.2)) == [Finish(0)]
+
+
+def test_stopping_ends_a_build_and_starts_nothing_after_it() -> None:
+    core = plan(make("m", environment="e"))
+    core.handle(Began(), 0.0)
+    assert of(StopBuild, core.handle(StopRequested(), 1.0)) == [StopBuild("e")]
+    ended = core.handle(EnvironmentReady("e", "/e", ""), 2.0)  # it was done just then
+    assert of(StartWorker, ended) == []
+    assert of(Finish, ended) == [Finish(0)]
+
+
+def test_stopping_while_a_restart_is_waited_for() -> None:
+    core = plan(make("m"))
+    core.handle(Began(), 0.0)
+    ready(core, "m-1")
+    core.handle(ProcessExited("m-1", 1), 5.0)
+    assert of(Finish, core.handle(StopRequested(), 5.1)) == [Finish(0)]
+    assert core.next_timer() is None
