@@ -18,8 +18,8 @@ DEMO = ROOT / "configs" / "demo"
 
 ECHO = """
 models:
-  echo: {engine: echo, workers: 2, echo: {slots: 8}}
-  slow: {engine: echo, workers: 1, echo: {rate: 50, slots: 8}}
+  echo: {engine: echo, workers: 2, slots: 8}
+  slow: {engine: echo, slots: 8, echo: {rate: 50, tokens: 100000}}
 """
 
 DEMO_MODELS = f"""

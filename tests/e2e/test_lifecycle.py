@@ -40,7 +40,7 @@ def test_a_killed_worker_is_started_again_and_others_go_on(echo_config: Path, ho
         with loopmux.Client(stack.endpoint) as client:
             victim = next(w for w in client.status().workers if "echo" in w.models)
             psutil.Process(victim.pid).kill()
-            assert client.generate("still there?", model="echo").finish_reason == "length"
+            assert client.generate("still there?", model="echo").finish_reason == "stop"
             stacks.wait_for(
                 lambda: (
                     len(ws := [w for w in client.status().workers if "echo" in w.models]) == 2
