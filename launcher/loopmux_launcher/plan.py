@@ -247,7 +247,8 @@ class Plan:
     def _tell_ready(self, now: float) -> Iterator[Action]:
         """Say once that all is ready; or, when some of it has failed for good, what is and what is not."""
         phases = {m: self._phase(g)[0] for g in self.groups for m in g.model_ids if m in self.required}
-        if self._told or not self._started or any(phase not in ("ready", "failed") for phase in phases.values()):
+        waited_for = [g for g in self.groups if set(g.model_ids) & set(self.required)]
+        if self._told or not self._started or not all(map(self._settled, waited_for)):
             return
         if (self.broker and self.broker.state is not State.READY) or (phases and "ready" not in phases.values()):
             return
@@ -257,6 +258,11 @@ class Plan:
         # scripts wait for this line: when some models have failed for good, waiting longer would not bring them
         without = f"; without {failed}, which failed (see above)" if failed else ""
         yield Announce("launcher", f"ready after {now - self._began:.1f} s: {ready}{without}", "ready")
+
+    def _settled(self, group: Group) -> bool:
+        """Whether all of a group's processes are ready, or will never be."""
+        states = {self.workers[name][0].state for name in group.worker_names()}
+        return states <= {State.READY, State.PARKED} or self._phase(group)[0] == "failed"
 
     # --- the catalogue ---
 
