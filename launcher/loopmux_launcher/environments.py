@@ -7,13 +7,11 @@ builds, others wait at the lock; ``current`` is switched by renaming a link, and
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from loopmux_launcher import interpreters, workercode
 from loopmux_launcher.config import Environment
 from loopmux_launcher.installer import Log, create, install
 from loopmux_launcher.interpreters import EnvironmentUnusable, Interpreter
+from loopmux_launcher.lock import locked
 from loopmux_launcher.probe import probe
 
 MARKER = "loopmux.json"
@@ -57,7 +56,7 @@ def prepare(environment: Environment, folder: Path, code: Path, log: Path, repor
     home = folder / environment.name
     target = home / identity(environment, interpreter)
     home.mkdir(parents=True, exist_ok=True)
-    with _locked(home / ".lock", environment.name, report):
+    with locked(home / ".lock", lambda pid: report(f"waiting for process {pid}, which is building it")):
         built = read_marker(target)
         if built is None:
             built = _build(environment, interpreter, target, code, log, report, torch=torch)
@@ -126,23 +125,6 @@ def _build(
         _remove(target)
         raise
     return built
-
-
-@contextmanager
-def _locked(path: Path, name: str, report: Report) -> Iterator[None]:
-    """Hold a lock file; while another process has it, say so and wait. The kernel frees it when its holder dies."""
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            report(f"waiting for process {lock.read().strip() or '?'}, which is building {name}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
-        lock.truncate(0)
 
 
 def _switch(link: Path, target: str) -> None:

@@ -13,6 +13,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from loopmux_launcher.lock import locked
+
 PACKAGES = ("loopmux", "loopmux_worker")
 REQUIREMENTS = ("pyzmq>=27,<28", "msgpack>=1.2.1,<2", "structlog>=25,<27")
 """What these packages import besides torch, transformers and peft; the ranges are those of pyproject.toml."""
@@ -24,26 +26,24 @@ def install(folder: Path) -> Path:
     files = _collect()
     digest = _digest(files)
     target = folder / digest
-    if target.is_dir() and _digest(_read(target)) == digest:
-        return target
     folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+    with locked(folder / ".lock"):
+        if not target.is_dir() or _digest(_read(target)) != digest:
+            _write(files, target)
+    return target
+
+
+def _write(files: dict[str, bytes], target: Path) -> None:
+    beside = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
     try:
         for name, content in files.items():
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             (beside / name).write_bytes(content)
-        beside.chmod(0o755)
-        if target.exists():  # damaged: out of the way in one step
-            target.rename(beside / ".old")
+        beside.chmod(0o755)  # mkdtemp makes it for this user alone
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one
         beside.rename(target)
-    except OSError:
-        # two launchers at once: the other one's copy has the same content, or else this was no race
-        if not (target.is_dir() and _digest(_read(target)) == digest):
-            raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(target / ".old", ignore_errors=True)
-    return target
 
 
 def _collect() -> dict[str, bytes]:
