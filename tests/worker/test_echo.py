@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+
 from loopmux.errors import AdapterNotFoundError, BadRequestError, ConfigError, ContextLengthError, ModelNotFoundError
 from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
 from loopmux_worker.engine import open_engine

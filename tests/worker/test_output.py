@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from loopmux_worker.engine.output import Reader, Reading
 
 END, SILENT = 1000, 1001

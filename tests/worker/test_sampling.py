@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from loopmux.errors import BadRequestError, EngineError
 from loopmux.messages import Sampling
 from loopmux_worker.engine.sampling import Sampler, seed_of, uniform

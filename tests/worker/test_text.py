@@ -3,6 +3,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from loopmux_worker.engine.text import Detokenizer, StopStrings
 
 ALPHABET = "aé€𝄞 <>\n"
@@ -38,7 +39,7 @@ def test_a_long_run_of_broken_bytes_costs_no_more_than_text():
         longest = max(longest, len(ids))
         return decode_bytes(ids)
 
-    ids = [0xFF] * 2000 + list("ende".encode())
+    ids = [0xFF] * 2000 + list(b"ende")
     assert "".join(pieces(decode, ids)) == decode_bytes(ids)
     assert longest <= 40
 

@@ -3,6 +3,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from loopmux_worker.engine.toolparse import CallParser, read_call
 
 REQUEST = bytes(range(16))
@@ -72,10 +73,10 @@ def test_a_forgotten_closing_tag_is_forgiven_where_the_json_is_whole():
         ('{"name": "a", "arguments": [1]}', '"arguments" is list'),
         ('{"name": "a", "arguments": {"x": NaN}}', "NaN"),
         ('{"name": "a", "arguments": {"x": 1e999}}', "too large"),
-        ('{"name": "a", "arguments": {"x": %d}}' % 10**30, "too large"),
+        (f'{{"name": "a", "arguments": {{"x": {10**30}}}}}', "too large"),
         ('{"name": "a", "arguments": {"x": "\\ud800"}}', "surrogate"),
-        ('{"name": "a", "arguments": {"x": %s1%s}}' % ("[" * 80, "]" * 80), "nested"),
-        ('{"name": "a", "arguments": %s}' % ('{"x":' * 5000 + "1" + "}" * 5000), ""),
+        ('{"name": "a", "arguments": {"x": ' + "[" * 80 + "]" * 80 + "}}", "nested"),
+        ('{"name": "a", "arguments": ' + '{"x":' * 5000 + "1" + "}" * 5001, ""),
         ("name(arg=1)", "malformed"),
     ],
 )

@@ -61,7 +61,7 @@ class Adapters:
         try:
             self._fill(internal, weights, folder)
         except ConfigError:
-            self._peft.delete_adapter(internal)
+            self._delete(internal)
             raise
         adapter = Adapter(internal, files.fingerprint(folder), folder)
         self._loaded[name] = adapter
@@ -75,7 +75,7 @@ class Adapters:
         """
         if name not in self._loaded:
             raise AdapterNotFoundError(f"adapter {name!r} is not loaded")
-        self._peft.delete_adapter(self._loaded.pop(name).internal)
+        self._delete(self._loaded.pop(name).internal)
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -88,6 +88,13 @@ class Adapters:
         else:
             self._peft.set_adapter(self._loaded[name].internal, inference_mode=True)
             yield
+
+    def _delete(self, internal: str) -> None:
+        """PEFT keeps a name as the active one, which must not be that of a deleted adapter."""
+        for other in self._loaded.values():
+            self._peft.set_adapter(other.internal, inference_mode=True)
+            break
+        self._peft.delete_adapter(internal)
 
     def _inject(self, internal: str, config: PeftConfig, folder: Path) -> None:
         try:

@@ -149,6 +149,21 @@ def adapter_folder(directory: str) -> Path:
     )
 
 
+def check_adapter(folder: Path, *, allow_pickle: bool) -> None:
+    """What can be checked of an adapter, or of a merged model in its place, without the base.
+
+    Raises:
+        ConfigError: incomplete, cut off, or a pickle that is not allowed.
+    """
+    if is_merged_model(folder):
+        weight_files(folder, allow_pickle=allow_pickle)
+        return
+    read_json(folder / "adapter_config.json")
+    path = adapter_weights(folder, allow_pickle=allow_pickle)
+    if path.suffix == ".safetensors":
+        tensors(path)
+
+
 def is_merged_model(folder: Path) -> bool:
     """Whether an adapter folder holds a whole model instead."""
     return not (folder / "adapter_config.json").is_file()

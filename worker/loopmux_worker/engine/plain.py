@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import peft
@@ -111,14 +111,16 @@ class PlainEngine:
 
     def __init__(self, spec: WorkerSpec, progress: Progress, why: str) -> None:
         self._spec, self._why = spec, why
+        for model in spec.models:  # before the weights are read, which can take minutes
+            if model.adapter_dir:
+                files.check_adapter(files.adapter_folder(model.adapter_dir), allow_pickle=spec.allow_pickle_weights)
         self._loaded: Loaded = load(spec, progress)
         self._adapters = Adapters(self._loaded.model, allow_pickle=spec.allow_pickle_weights)
-        self._models = {model.id: model for model in spec.models}
-        for model in spec.models:
-            if model.adapter_dir and files.adapter_folder(model.adapter_dir) != self._loaded.folder:
+        self._models = {model.id: self._without_merged(model) for model in spec.models}
+        for model in self._models.values():
+            if model.adapter_dir:
                 progress("loading", f"adapter {model.id}")
                 self._adapters.load(model.id, model.adapter_dir)
-        self._merged = not self._adapters.loaded and any(m.adapter_dir for m in spec.models)
         self._tasks: dict[Key, _Task] = {}
         self._ready: list[Output] = []
         self._progress = 0
@@ -213,13 +215,18 @@ class PlainEngine:
         self._todo.put(None)
         self._thread.join()
 
+    def _without_merged(self, model: ModelSpec) -> ModelSpec:
+        """A merged model in ``adapter_dir`` was loaded as the base: there is no adapter to put on it."""
+        merged = model.adapter_dir and files.adapter_folder(model.adapter_dir) == self._loaded.folder
+        return replace(model, adapter_dir=None) if merged else model
+
     # --- taking requests in -------------------------------------------------------------------------------------------
 
     def _task(self, job: Job) -> _Task:
         generate, loaded = job.generate, self._loaded
         admission.check(generate)
         model = admission.model_of(job.run, self._models)
-        adapter = None if self._merged else admission.adapter_of(job.run, self._models)
+        adapter = admission.adapter_of(job.run, self._models)
         if (generate.deterministic or job.run.deterministic) and loaded.dtype != torch.float32:
             raise BadRequestError(
                 f"deterministic: the model runs in {str(loaded.dtype).removeprefix('torch.')}, where a resumed request "

@@ -1,0 +1,319 @@
+import threading
+
+import pytest
+import torch
+from peft import PeftModel
+
+from loopmux.errors import (
+    AdapterNotFoundError,
+    BadRequestError,
+    ContextLengthError,
+    EngineError,
+    LoopmuxError,
+    ModelNotFoundError,
+)
+from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
+from loopmux.wire import new_id, pack_tokens
+from loopmux_worker.engine import open_engine
+from loopmux_worker.engine.base import Failed, Finished, Job, Key, Produced
+
+GREEDY = Sampling(temperature=0)
+PROMPT = list(range(40, 60))
+END = 266
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model):
+    names = ("red", "blue", "dora", "saved")
+    models = (ModelSpec("base"), *(ModelSpec(n, adapter_dir=str(tiny_model.adapters[n])) for n in names))
+    phases = []
+    spec = WorkerSpec("w", "", models, str(tiny_model.base), dtype="float32", torch_threads=1)
+    made = open_engine(spec, lambda phase, detail: phases.append((phase, detail)))
+    assert phases[0][0] == "loading"
+    assert phases[-1][0] == "warming"
+    yield made
+    made.close()
+    assert "generate" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model):
+    return tiny_model.model()
+
+
+def job(model="base", prefix=(), key=None, adapter=None, **generate):
+    given = (
+        {} if {"prompt", "messages", "prompt_token_ids"} & set(generate) else {"prompt_token_ids": pack_tokens(PROMPT)}
+    )
+    return Job(
+        key or Key(new_id(), 1), Run(model, adapter), Generate(**{"sampling": GREEDY} | given | generate), prefix
+    )
+
+
+def drain(engine):
+    outputs = []
+    while engine.due() is not None:
+        outputs += engine.step()
+    return outputs
+
+
+def answer(engine, one):
+    engine.submit(one)
+    outputs = drain(engine)
+    assert isinstance(outputs[-1], Finished), outputs[-1]
+    return outputs
+
+
+def ids(outputs):
+    return [i for o in outputs if isinstance(o, Produced) for i in o.ids]
+
+
+def text(outputs):
+    return "".join(o.text for o in outputs if isinstance(o, Produced))
+
+
+def by_hand(model, count, prompt=PROMPT):
+    """Greedy decoding without a cache and without ``generate()``."""
+    sequence = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            logits = model(torch.tensor([sequence])).logits[0, -1]
+            sequence.append(int(logits.argmax()))
+            if sequence[-1] == END:
+                break
+    return sequence[len(prompt) :]
+
+
+def test_greedy_equals_decoding_by_hand_and_generate(engine, reference):
+    outputs = answer(engine, job(max_new_tokens=40))
+    assert ids(outputs) == by_hand(reference, 40)
+    prompt = torch.tensor([PROMPT])
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 264}
+    theirs = reference.generate(prompt, max_new_tokens=40, **options)
+    assert ids(outputs) == theirs[0, len(PROMPT) :].tolist()
+    assert outputs[-1].usage.prompt_tokens == len(PROMPT)
+    assert outputs[-1].usage.completion_tokens == outputs[-1].total == len(ids(outputs))
+    assert 0 <= outputs[-1].timing.queued <= outputs[-1].timing.first_token <= outputs[-1].timing.total
+
+
+def test_the_text_is_the_decode_of_the_tokens(engine, tiny_model):
+    outputs = answer(engine, job(max_new_tokens=60, sampling=Sampling(temperature=1.5, seed=4), ignore_eos=True))
+    assert text(outputs) == tiny_model.tokenizer.decode(ids(outputs), skip_special_tokens=True)
+    assert [o.position for o in outputs[:-1]] == list(range(60))
+    assert outputs[-1].reason == "length"
+
+
+@pytest.mark.parametrize("name", ["red", "blue", "dora", "saved"])
+def test_adapters_equal_peft_itself(engine, tiny_model, name):
+    theirs = PeftModel.from_pretrained(tiny_model.model(), tiny_model.adapters[name]).eval()
+    expected = by_hand(theirs, 30)
+    assert ids(answer(engine, job(name, max_new_tokens=30))) == expected
+    assert ids(answer(engine, job("base", adapter=name, max_new_tokens=30))) == expected
+    assert expected != ids(answer(engine, job("base", max_new_tokens=30)))
+
+
+def test_alternating_adapters_never_leak(engine, tiny_model, reference):
+    names = ("base", "red", "blue", "dora", "saved")
+    alone = {name: ids(answer(engine, job(name, max_new_tokens=12))) for name in names}
+    assert alone["base"] == by_hand(reference, 12)
+    jobs = [(name, job(name, max_new_tokens=12)) for name in (*names, *reversed(names), *names)]
+    for _, one in jobs:
+        engine.submit(one)
+    outputs = drain(engine)
+    for name, one in jobs:
+        assert ids([o for o in outputs if o.key == one.key]) == alone[name]
+
+
+def test_end_tokens_end_and_have_no_text(engine, reference):
+    biased = Sampling(temperature=0, logit_bias={str(END): 1000.0})
+    outputs = answer(engine, job(sampling=biased))
+    assert (ids(outputs), text(outputs), outputs[-1].reason) == ([END], "", "stop")
+    outputs = answer(engine, job(sampling=biased, ignore_eos=True, max_new_tokens=3))
+    assert (ids(outputs), text(outputs), outputs[-1].reason) == ([END] * 3, "", "length")
+
+
+def test_stop_token_ids(engine):
+    free = ids(answer(engine, job(max_new_tokens=20, ignore_eos=True)))
+    outputs = answer(engine, job(max_new_tokens=20, ignore_eos=True, stop_token_ids=(free[5],)))
+    assert ids(outputs) == free[: free.index(free[5]) + 1]
+    assert outputs[-1].reason == "stop"
+
+
+def test_stop_strings_across_token_borders(engine, tiny_model):
+    sampling = Sampling(temperature=0, logit_bias={str(i): 1000.0 for i in tiny_model.tokenizer.encode("ab")})
+    whole = text(answer(engine, job(sampling=sampling, max_new_tokens=20)))
+    stop = whole[7:11]
+    outputs = answer(engine, job(sampling=sampling, max_new_tokens=20, stop=(stop,)))
+    assert text(outputs) == whole[: whole.index(stop)]
+    assert outputs[-1].reason == "stop"
+    assert all(o.ids for o in outputs[:-1])
+
+
+def test_a_seed_makes_a_result_and_a_resumed_one_continues_it(engine):
+    sampling = Sampling(temperature=1.2, top_p=0.9, repetition_penalty=1.3, frequency_penalty=0.2, seed=11)
+    whole = answer(engine, job(sampling=sampling, max_new_tokens=30, ignore_eos=True, logprobs=2))
+    assert ids(answer(engine, job(sampling=sampling, max_new_tokens=30, ignore_eos=True))) == ids(whole)
+    other = Sampling(temperature=1.2, seed=12)
+    assert ids(answer(engine, job(sampling=other, max_new_tokens=30, ignore_eos=True))) != ids(whole)
+    for cut in (1, 13, 29):
+        prefix = tuple(ids(whole)[:cut])
+        rest = answer(engine, job(sampling=sampling, max_new_tokens=30, ignore_eos=True, prefix=prefix, logprobs=2))
+        assert ids(rest) == ids(whole)[cut:]
+        assert rest[0].position == cut
+        assert text(rest) == text(whole[cut:])
+        assert rest[-1].total == 30
+        assert rest[0].logprobs[0].logprob == pytest.approx(whole[cut].logprobs[0].logprob, abs=1e-4)
+
+
+def test_a_prefix_that_holds_the_end_only_ends(engine):
+    (end,) = answer(engine, job(prefix=(70, END)))
+    assert (end.total, end.reason) == (2, "stop")
+    (end,) = answer(engine, job(prefix=(70, 71), max_new_tokens=2))
+    assert (end.total, end.reason) == (2, "length")
+
+
+def test_without_a_seed_the_request_id_decides(engine):
+    key = Key(new_id(), 1)
+    warm = {"sampling": Sampling(temperature=2.0), "max_new_tokens": 20, "ignore_eos": True}
+    first = ids(answer(engine, job(key=key, **warm)))
+    assert ids(answer(engine, job(key=Key(key.request, 2), **warm))) == first
+    assert ids(answer(engine, job(**warm))) != first
+
+
+def test_log_probabilities_come_with_their_tokens(engine, reference):
+    outputs = answer(engine, job(max_new_tokens=3, logprobs=3, ignore_eos=True))
+    with torch.inference_mode():
+        expected = torch.log_softmax(reference(torch.tensor([PROMPT])).logits[0, -1].float(), 0)
+    first = outputs[0].logprobs[0]
+    assert first.token == outputs[0].ids[0] == first.top[0][0]
+    assert first.logprob == pytest.approx(float(expected.max()), abs=1e-4)
+    assert len(first.top) == 3
+
+
+def test_cancel_stops_between_tokens_and_the_next_request_runs(engine):
+    long = job(max_new_tokens=200, ignore_eos=True)
+    waiting = job(max_new_tokens=2, ignore_eos=True)
+    engine.submit(long)
+    engine.submit(waiting)
+    assert (engine.load().running, engine.load().queued) == (1, 1)
+    seen = []
+    while len(ids(seen)) < 3:
+        seen += engine.step()
+    usage = engine.cancel(long.key)
+    assert usage.completion_tokens == len(ids(seen)) < 200
+    assert usage.prompt_tokens == len(PROMPT)
+    outputs = drain(engine)
+    assert {o.key for o in outputs} == {waiting.key}
+    assert ids(outputs) == ids(answer(engine, job(max_new_tokens=2, ignore_eos=True)))
+    assert engine.cancel(long.key) is None
+
+
+def test_progress_moves_with_every_token(engine):
+    before = engine.load().progress
+    answer(engine, job(max_new_tokens=5, ignore_eos=True))
+    assert engine.load().progress - before == 5
+
+
+def test_the_context_bounds_prompt_and_answer(engine):
+    outputs = answer(engine, job(prompt_token_ids=pack_tokens([50] * 250), max_new_tokens=100, ignore_eos=True))
+    assert (outputs[-1].total, outputs[-1].reason) == (6, "length")
+    with pytest.raises(ContextLengthError, match=r"prompt has 256 tokens.*holds 256.*100 new"):
+        engine.submit(job(prompt_token_ids=pack_tokens([50] * 256), max_new_tokens=100))
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "reason"),
+    [
+        (job("nobody"), ModelNotFoundError, "nobody"),
+        (job(adapter="green"), AdapterNotFoundError, "green"),
+        (job(sampling=Sampling(top_p=1.5)), BadRequestError, "top_p"),
+        (job(sampling=Sampling(logit_bias={"9999": 1.0})), BadRequestError, "9999"),
+        (job(prompt_token_ids=pack_tokens([5000])), BadRequestError, "5000"),
+        (job(tool_choice="add"), BadRequestError, "tool_choice"),
+        (job(response_format={}), BadRequestError, "response_format"),
+        (job(messages=({"role": "root", "content": "x"},)), BadRequestError, "root"),
+        (job(prompt="x", template_kwargs={"chat_template": "x"}), BadRequestError, "chat_template"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused_requests_leave_the_engine_as_it_was(engine, bad, error, reason):
+    with pytest.raises(error, match=reason):
+        engine.submit(bad)
+    assert engine.due() is None
+
+
+def test_a_failing_forward_fails_its_request_alone(engine, monkeypatch):
+    loaded = engine._loaded
+    monkeypatch.setattr(loaded, "vocabulary", 10**6)  # so that an id without a row reaches the model
+    engine.submit(job(prompt_token_ids=pack_tokens([99999])))
+    (failed,) = drain(engine)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, EngineError)
+    monkeypatch.undo()
+    assert len(ids(answer(engine, job(max_new_tokens=2, ignore_eos=True)))) == 2
+
+
+TOOLS = ({"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}},)
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "parsed"), [(TOOLS, "auto", True), (TOOLS, "none", False), ((), "auto", False)]
+)
+def test_calls_are_parsed_where_tools_are_given(engine, tiny_model, tools, choice, parsed):
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    written = (*tiny_model.tokenizer.encode(call), END)
+
+    def outputs_behind(count):
+        """What the engine makes of the token behind a prefix of the written ones; a bias dictates it."""
+        dictated = Sampling(temperature=0, logit_bias={str(written[count]): 1000.0})
+        messages = ({"role": "user", "content": "hi"},)
+        options = {"messages": messages, "tools": tools, "tool_choice": choice, "sampling": dictated}
+        return answer(engine, job(prefix=written[:count], max_new_tokens=count + 1, **options))
+
+    def calls(outputs):
+        return [(c.name, c.arguments) for o in outputs if isinstance(o, Produced) for c in o.calls]
+
+    assert calls(outputs_behind(len(written) - 2)) == ([("add", {"a": 1})] if parsed else [])
+    end = outputs_behind(len(written) - 1)
+    assert calls(end) == []  # it was complete within the prefix: the lost attempt has sent it
+    assert end[-1].reason == ("tool_calls" if parsed else "stop")
+
+
+def test_adapters_come_and_go_at_run_time(engine, tiny_model):
+    before = {name: ids(answer(engine, job(name, max_new_tokens=8))) for name in ("base", "red", "blue")}
+    served = engine.load_adapter("again", str(tiny_model.adapters["red"]))
+    assert served.adapter == "again"
+    assert ids(answer(engine, job("again", max_new_tokens=8))) == before["red"]
+    with pytest.raises(BadRequestError, match="served already"):
+        engine.load_adapter("again", str(tiny_model.adapters["red"]))
+    using = job("again", max_new_tokens=100, ignore_eos=True)
+    engine.submit(using)
+    with pytest.raises(EngineError, match="used by 1"):
+        engine.unload_adapter("again")
+    engine.cancel(using.key)
+    engine.unload_adapter("again")
+    with pytest.raises(LoopmuxError):
+        engine.submit(job("again"))
+    assert {name: ids(answer(engine, job(name, max_new_tokens=8))) for name in before} == before
+
+
+def test_description(engine):
+    described = engine.describe()
+    assert (described.engine, described.slots) == ("plain", 1)
+    assert described.adapters == ("red", "blue", "dora", "saved")
+    assert len({m.fingerprint for m in described.models}) == 5
+    assert described.report["dtype"] == "float32"
+    assert described.report["why"]
+
+
+def test_deterministic_only_in_float32(engine, tiny_model):
+    answer(engine, job(deterministic=True, max_new_tokens=2))
+    spec = WorkerSpec("w", "", (ModelSpec("base"),), str(tiny_model.base), dtype="bfloat16", torch_threads=1)
+    half = open_engine(spec, lambda *_: None)
+    try:
+        assert half.describe().report["dtype"] == "bfloat16"
+        with pytest.raises(BadRequestError, match="runs in bfloat16"):
+            half.submit(job(deterministic=True))
+        assert len(ids(answer(half, job(max_new_tokens=3, ignore_eos=True)))) == 3
+    finally:
+        half.close()
