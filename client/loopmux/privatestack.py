@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -28,6 +29,8 @@ _STOP_GRACE = 20.0
 """Seconds between SIGTERM and SIGKILL: workers get 10 to finish what they run, and the launcher some more."""
 _LOOK_AGAIN = 1.0
 """Seconds after which a waiting caller looks for a child that died while something else held its output open."""
+_SERVES = re.compile(r"ready\b|.*\blauncher: serving ")
+"""The line that says that requests are served: by all models, or by those that did not fail (the broker tells why)."""
 _NEEDED = ("yaml", "structlog", "packaging")
 
 
@@ -44,6 +47,50 @@ def launcher_command() -> list[str]:
             "install it with  pip install 'loopmux[server]'"
         )
     return [sys.executable, "-m", "loopmux_launcher"]
+
+
+def default_environment(command: Sequence[str], log: Callable[[str], None] | None) -> dict[str, Any]:
+    """The configuration's ``default`` environment as an entry for another configuration, built if it is not yet.
+
+    Empty where no configuration is found, or none of its models uses one: the launcher then has its own default.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+        ConnectionLostError: the environment cannot be built.
+    """
+    found = _ask(command, "path")
+    if "is not built" in found.stderr:
+        _build(command, log)
+        found = _ask(command, "path")
+    if found.returncode == 0:
+        return {"default": {"path": found.stdout.strip()}}
+    if "found no configuration" in found.stderr or "found no environment" in found.stderr:
+        return {}
+    raise _refused("the default environment cannot be used", found.returncode, found.stderr.splitlines())
+
+
+def _ask(command: Sequence[str], question: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*command, "env", question, "default"], capture_output=True, text=True, check=False)
+
+
+def _build(command: Sequence[str], log: Callable[[str], None] | None) -> None:
+    words = [*command, "env", "build", "default", "--log-format", "plain", "--parent-pid", str(os.getpid())]
+    said: deque[str] = deque(maxlen=_LAST_LINES)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in cast(TextIO, process.stdout):
+            said.append(line.rstrip())
+            if log is not None:
+                log(line.rstrip())
+    if process.returncode:
+        raise _refused("the default environment cannot be built", process.returncode, said)
+
+
+def _refused(what: str, code: int, lines: Iterable[str]) -> LoopmuxError:
+    """The error for a program that ended with an exit code and these last lines."""
+    said = "\n".join(list(lines)[-_LAST_LINES:]) or "(it printed nothing)"
+    if code == EXIT_CONFIG:
+        return ConfigError(f"{what}:\n{said}")
+    return ConnectionLostError(f"{what} (exit code {code}):\n{said}", retryable=False)
 
 
 class PrivateStack:
@@ -106,8 +153,11 @@ class PrivateStack:
             fresh = list(self._lines)[told - self._printed :] if self._printed > told else []
             return fresh, self._printed, self._ready
 
-    def stop(self) -> None:
-        """End the process and everything it started, and remove its folder. A second time does nothing."""
+    def stop(self, *, keep_logs: bool = False) -> None:
+        """End the process and everything it started, and remove its folder. A second time does nothing.
+
+        With ``keep_logs`` the folder stays until another process starts a private stack: its lines name files in it.
+        """
         if self.alive:
             self._process.terminate()
             try:
@@ -116,7 +166,8 @@ class PrivateStack:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
         self._reader.join()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if not keep_logs:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _spawn(self, config: Mapping[str, Any] | None, command: Sequence[str]) -> subprocess.Popen[str]:
         words = [*command, "up", "--endpoint", self.endpoint]
@@ -133,6 +184,7 @@ class PrivateStack:
             text=True,
             encoding="utf-8",
             errors="replace",
+            env={**os.environ, "XDG_STATE_HOME": str(self.folder / "state")},  # logs go when the stack goes
             start_new_session=True,  # Ctrl-C is for the application, which then stops the stack in its own order
         )
 
@@ -143,7 +195,7 @@ class PrivateStack:
                 with self._changed:
                     self._lines.append(line.rstrip())
                     self._printed += 1
-                    self._ready = self._ready or line.split()[:1] == ["ready"]
+                    self._ready = self._ready or _SERVES.match(line) is not None
                     self._changed.notify_all()
         self._process.wait()
         with self._changed:
@@ -151,14 +203,7 @@ class PrivateStack:
 
     def _failure(self) -> LoopmuxError:
         self._reader.join(_LOOK_AGAIN)  # its last lines
-        code = self._process.returncode
-        said = "\n".join(list(self._lines)[-_LAST_LINES:]) or "(it printed nothing)"
-        if code == EXIT_CONFIG:
-            return ConfigError(f"no broker is running, and a private one cannot start:\n{said}")
-        return ConnectionLostError(
-            f"no broker is running, and a private one ended with exit code {code} before it was ready:\n{said}",
-            retryable=False,
-        )
+        return _refused("no broker is running, and a private one did not start", self._process.returncode, self._lines)
 
 
 def _new_folder() -> Path:

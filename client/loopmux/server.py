@@ -16,7 +16,7 @@ from typing import Any
 
 from loopmux.endpoints import default_endpoint, ipc_path
 from loopmux.errors import BadRequestError
-from loopmux.privatestack import PrivateStack, launcher_command
+from loopmux.privatestack import PrivateStack, default_environment, launcher_command
 
 LogCallback = Callable[[str], None]
 
@@ -34,25 +34,37 @@ class _Stacks:
         self.lock = threading.Lock()
         self.by_key: dict[_Key, PrivateStack] = {}
 
-    def enter(self, key: _Key, model_id: str, config: dict[str, Any] | None) -> PrivateStack:
-        """The stack for a key, started if it is not running; ``model_id`` is noted as one of its users."""
+    def running(self, key: _Key, model_id: str) -> PrivateStack | None:
+        """The stack for a key, if it is there; ``model_id`` is noted as one of its users."""
         with self.lock:
-            stack = self.by_key.get(key)
-            if stack is not None and not stack.alive:
-                self.by_key.pop(key).stop()
-                stack = None
+            return self._running(key, model_id)
+
+    def start(self, key: _Key, model_id: str, config: dict[str, Any] | None) -> PrivateStack:
+        """As ``running``; starts a stack where none is there."""
+        with self.lock:
+            stack = self._running(key, model_id)
             if stack is None:
                 stack = self.by_key[key] = PrivateStack(config, launcher_command())
-            stack.models.add(model_id)
+                stack.models.add(model_id)
             return stack
 
-    def drop(self, unwanted: Callable[[PrivateStack], bool]) -> None:
+    def _running(self, key: _Key, model_id: str) -> PrivateStack | None:
+        stack = self.by_key.get(key)
+        if stack is None:
+            return None
+        if not stack.alive:
+            self.by_key.pop(key).stop(keep_logs=True)
+            return None
+        stack.models.add(model_id)
+        return stack
+
+    def drop(self, unwanted: Callable[[PrivateStack], bool], *, keep_logs: bool = False) -> None:
         """Stop the stacks that are not wanted any more."""
         with self.lock:
             keys = [key for key, stack in self.by_key.items() if unwanted(stack)]
             dropped = [self.by_key.pop(key) for key in keys]
         for stack in dropped:
-            stack.stop()
+            stack.stop(keep_logs=keep_logs)
 
 
 _stacks = _Stacks()
@@ -74,9 +86,12 @@ def ensure_running(model_id: str, log_callback: LogCallback | None = None) -> st
     endpoint = default_endpoint()
     if listening(endpoint):
         return endpoint
-    if log_callback is not None and None not in _stacks.by_key:
-        log_callback(f"no broker at {endpoint}: starting a private one")
-    return _ready(None, model_id, None, log_callback)
+    stack = _stacks.running(None, model_id)
+    if stack is None:
+        if log_callback is not None:
+            log_callback(f"no broker at {endpoint}: starting a private one")
+        stack = _stacks.start(None, model_id, None)
+    return _ready(stack, log_callback)
 
 
 def ensure_model(
@@ -84,7 +99,8 @@ def ensure_model(
 ) -> str:
     """The endpoint of a private stack that serves this base model and adapter as ``default``.
 
-    It runs in the ``default`` environment.
+    It runs in the ``default`` environment of the configuration, which is built first if need be; without a
+    configuration, in the launcher's own default.
 
     Raises:
         BadRequestError: a folder that is not there.
@@ -93,9 +109,13 @@ def ensure_model(
     base, adapter = _folder("base_model", base_model), None
     if adapter_dir is not None:
         adapter = _folder("adapter_dir", adapter_dir)
-    model = {"base_model": base, "adapter_dir": adapter}
-    config = {"models": {"default": {name: value for name, value in model.items() if value is not None}}}
-    return _ready((base, adapter), "default", config, log_callback)
+    stack = _stacks.running((base, adapter), "default")
+    if stack is None:
+        model = {"base_model": base} | ({"adapter_dir": adapter} if adapter else {})
+        environments = default_environment(launcher_command(), log_callback)
+        config = {"environments": environments, "models": {"default": model}}
+        stack = _stacks.start((base, adapter), "default", config)
+    return _ready(stack, log_callback)
 
 
 def shutdown(model_id: str) -> None:
@@ -133,13 +153,12 @@ def listening(endpoint: str) -> bool:
         return False
 
 
-def _ready(key: _Key, model_id: str, config: dict[str, Any] | None, log: LogCallback | None) -> str:
-    stack = _stacks.enter(key, model_id, config)
+def _ready(stack: PrivateStack, log: LogCallback | None) -> str:
     try:
         stack.wait_ready(log)
     except BaseException:
         if not stack.alive:
-            _stacks.drop(lambda each: each is stack)
+            _stacks.drop(lambda each: each is stack, keep_logs=True)
         raise
     return stack.endpoint
 
