@@ -138,7 +138,8 @@ class Server:
         begun = time.monotonic()
         self._full.clear()
         for door in self.doors:
-            door.watch()
+            if door.monitor in readable:
+                door.watch()
             lost = door.lost()
             self._leaving.update((peer, _PATIENCE) for peer in lost)
             if door.socket in readable or lost or self._leaving:

@@ -204,18 +204,31 @@ def unpack_header(frame: bytes) -> Header:
 
 
 _KINDS: Final = {int(kind): kind for kind in Kind}
-_COUNT: Final = {kind: 1 + frames.bit_count() for kind, frames in FRAMES.items()}
+
+
+def _places(shape: Frame) -> tuple[int, int, int, int]:
+    """How many frames a message has, and where ROUTE, BODY and TOKENS are among them (0: nowhere)."""
+    count = 1
+    places = []
+    for frame in (Frame.ROUTE, Frame.BODY, Frame.TOKENS):
+        places.append(count if shape & frame else 0)
+        count += bool(shape & frame)
+    return count, places[0], places[1], places[2]
+
+
+# Worked out once: asking a Flag anew for every message costs as much as all the rest of taking it apart.
+_PLACES: Final = {kind: _places(shape) for kind, shape in FRAMES.items()}
 
 
 def to_frames(message: Message) -> list[bytes]:
     """The frames of a message, header first."""
-    shape = FRAMES[message.header.kind]
+    _, route, body, tokens = _PLACES[message.header.kind]
     frames = [pack_header(message.header)]
-    if shape & Frame.ROUTE:
+    if route:
         frames.append(message.route)
-    if shape & Frame.BODY:
+    if body:
         frames.append(message.body)
-    if shape & Frame.TOKENS:
+    if tokens:
         frames.append(message.tokens)
     return frames
 
@@ -230,13 +243,12 @@ def from_frames(frames: list[bytes]) -> Message:
     if not frames:
         raise ProtocolError("a message without frames")
     header = unpack_header(frames[0])
-    if len(frames) != _COUNT[header.kind]:
-        raise ProtocolError(f"{header.kind.name} has {len(frames)} frames, expected {_COUNT[header.kind]}")
-    shape = FRAMES[header.kind]
-    rest = iter(frames[1:])
-    route = next(rest) if shape & Frame.ROUTE else b""
-    body = next(rest) if shape & Frame.BODY else b""
-    tokens = next(rest) if shape & Frame.TOKENS else b""
+    count, route_at, body_at, tokens_at = _PLACES[header.kind]
+    if len(frames) != count:
+        raise ProtocolError(f"{header.kind.name} has {len(frames)} frames, expected {count}")
+    route = frames[route_at] if route_at else b""
+    body = frames[body_at] if body_at else b""
+    tokens = frames[tokens_at] if tokens_at else b""
     if len(route) > ROUTE_LIMIT:
         raise ProtocolError(f"{header.kind.name} has a ROUTE of {len(route)} bytes, at most {ROUTE_LIMIT} are accepted")
     if len(tokens) % 4:
