@@ -62,10 +62,16 @@ def show(value: object) -> str:
     return text if value is None else f"{text} ({type(value).__name__})"
 
 
+_SCALARS = frozenset({str, int, float, bool, bytes, types.NoneType})
+
+
 def plain(value: Any) -> Any:
     """A dataclass tree as maps, lists and scalars, fields at their default left out."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(v) for f in fields(value) if (v := getattr(value, f.name)) != _default(f)}
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
+    if is_dataclass(kind):
+        return {name: plain(v) for name, default in _outline(kind) if (v := getattr(value, name)) != default}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -73,6 +79,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return value
+
+
+@functools.cache
+def _outline(cls: type[Any]) -> list[tuple[str, Any]]:
+    """Names and defaults of a dataclass's fields."""
+    return [(f.name, _default(f)) for f in fields(cls)]
 
 
 def pack(value: Any) -> bytes:
