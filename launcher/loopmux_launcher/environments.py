@@ -28,12 +28,12 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """An environment that works: its interpreter, and what the probe found in it."""
+    """An environment that works: its interpreter, what the probe found in it, and whether it looked for torch."""
 
     python: Path
     summary: str
     version: str = ""
-    requirements: tuple[str, ...] = ()
+    torch: bool = True
 
 
 def prepare(environment: Environment, folder: Path, code: Path, log: Path, report: Report, *, torch: bool) -> Built:
@@ -58,6 +58,9 @@ def prepare(environment: Environment, folder: Path, code: Path, log: Path, repor
     home.mkdir(parents=True, exist_ok=True)
     with locked(home / ".lock", lambda pid: report(f"waiting for process {pid}, which is building it")):
         built = read_marker(target)
+        if built is not None and torch and not built.torch:
+            report("probing")
+            built = _probed(built.python, built.version, code, environment, torch=True)
         if built is None:
             built = _build(environment, interpreter, target, code, log, report, torch=torch)
         _switch(home / "current", target.name)
@@ -94,7 +97,7 @@ def read_marker(target: Path) -> Built | None:
     """The finished environment in a folder, or None."""
     try:
         values = json.loads((target / MARKER).read_bytes())
-        built = Built(Path(values["python"]), values["summary"], values["version"], tuple(values["requirements"]))
+        built = Built(Path(values["python"]), values["summary"], values["version"], values["torch"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return built if built.python.exists() else None
@@ -118,12 +121,18 @@ def _build(
             install(environment, target, record, report)
         python = target / "bin" / "python"
         report("probing")
-        summary = probe(python, code, environment.variables, torch=torch, ours=True)
-        built = Built(python, summary, interpreter.version, environment.requirements)
-        _write(target / MARKER, json.dumps({**asdict(built), "python": str(python)}, indent=2))
+        built = _probed(python, interpreter.version, code, environment, torch=torch)
     except BaseException:  # a failure or Ctrl-C alike: nothing half is left
         _remove(target)
         raise
+    return built
+
+
+def _probed(python: Path, version: str, code: Path, environment: Environment, *, torch: bool) -> Built:
+    """Probe what was built, and mark it as good."""
+    summary = probe(python, code, environment.variables, torch=torch, ours=True)
+    built = Built(python, summary, version, torch)
+    _write(python.parent.parent / MARKER, json.dumps({**asdict(built), "python": str(python)}, indent=2) + "\n")
     return built
 
 
