@@ -8,6 +8,7 @@ from loopmux_worker.session import (
     Asked,
     Cancel,
     Cancelled,
+    Connected,
     Disconnected,
     Leave,
     Received,
@@ -86,6 +87,14 @@ def test_register_is_repeated_until_welcome_and_nothing_else_is_said():
     assert session.handle(run(), 10.6) == []
     assert session.handle(welcome(), 10.7) == []
     assert session.next_timer() == 11.7
+
+
+def test_a_fresh_connection_is_used_at_once():
+    session = Session(REGISTER, {}, 0.0)
+    session.handle(Woke(), 0.0)
+    assert kinds(session.handle(Connected(), 0.01)) == [Kind.REGISTER]
+    session.handle(welcome(), 0.02)
+    assert session.handle(Connected(), 0.03) == []
 
 
 def test_heartbeats_carry_load_progress_and_rate():

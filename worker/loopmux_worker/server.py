@@ -25,6 +25,7 @@ from loopmux_worker.session import (
     Action,
     Asked,
     Cancel,
+    Connected,
     Disconnected,
     Event,
     Leave,
@@ -93,7 +94,7 @@ class Worker:
         self._driver = Driver(engine, self._wake)
         self._context = zmq.Context()
         self._dealer = _dealer(self._context)
-        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._endpoint = spec.endpoint
         self._unsent: deque[list[bytes]] = deque()
         self._asked = False
@@ -138,6 +139,7 @@ class Worker:
         """Release everything; False if the engine is in a step that did not end in time."""
         ended = self._driver.stop(_ENGINE_STOP)
         self._dealer.disable_monitor()
+        self._monitor.close(linger=0)
         self._dealer.close(linger=_FAREWELL)
         self._context.term()
         if ended:  # else its thread may still ring
@@ -148,8 +150,8 @@ class Worker:
     def _turn(self) -> None:
         self._hear()
         while self._monitor.poll(0):
-            recv_monitor_message(self._monitor)
-            self._handle(Disconnected())
+            lost = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
+            self._handle(Disconnected() if lost else Connected())
         self._flush()
         for _ in range(_PER_TURN):
             message = self._receive()

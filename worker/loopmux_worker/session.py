@@ -41,6 +41,11 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True)
+class Connected:
+    """A connection to the broker stands."""
+
+
+@dataclass(frozen=True, slots=True)
 class Disconnected:
     """The connection to the broker broke; another one is being made."""
 
@@ -71,7 +76,7 @@ class Woke:
     """``next_timer`` was reached."""
 
 
-Event = Received | Disconnected | Stepped | Cancelled | Asked | Woke
+Event = Received | Connected | Disconnected | Stepped | Cancelled | Asked | Woke
 
 # --- actions ----------------------------------------------------------------------------------------------------------
 
@@ -164,6 +169,8 @@ class Session:
             case Received(message):
                 self._heard = now
                 return self._received(message, now)
+            case Connected():
+                return [] if self._welcomed else self._introduce(now)
             case Disconnected():
                 return self._lost(now)
             case Stepped(outputs, load):

@@ -1,0 +1,98 @@
+"""A broker reduced to its socket: the test reads and writes every message itself."""
+
+from __future__ import annotations
+
+import time
+
+import zmq
+
+from loopmux.codec import pack, unpack
+from loopmux.messages import Generate, Register, Run, Welcome
+from loopmux.wire import Header, Kind, Message, from_frames, pack_tokens, to_frames
+
+PATIENCE = 20.0
+"""Seconds after which a message that does not come is a failure; generous, the machine is shared."""
+
+
+class FakeBroker:
+    """A ROUTER on an ipc endpoint with at most one worker."""
+
+    def __init__(self, endpoint: str, epoch: bytes = b"e" * 8, heartbeat: float = 1.0) -> None:
+        self.endpoint, self.epoch, self.heartbeat = endpoint, epoch, heartbeat
+        self._context = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        for option, value in {zmq.ROUTER_MANDATORY: 1, zmq.LINGER: 0, zmq.HEARTBEAT_IVL: 1000}.items():
+            self._router.setsockopt(option, value)
+        self._router.bind(endpoint)
+        self.peer = b""
+        self.beats: list[Message] = []
+        self.registered: Register | None = None
+
+    def close(self) -> None:
+        self._router.close()
+        self._context.term()
+
+    def send(
+        self,
+        kind: Kind,
+        request: bytes = bytes(16),
+        *,
+        route: object = None,
+        body: object = None,
+        raw: bytes | None = None,
+        tokens: tuple[int, ...] = (),
+        **header: int,
+    ) -> None:
+        message = Message(
+            Header(kind, request, **header),
+            route=pack(route) if route is not None else b"",
+            body=raw if raw is not None else pack(body) if body is not None else b"",
+            tokens=pack_tokens(tokens),
+        )
+        self._router.send_multipart([self.peer, *to_frames(message)])
+
+    def receive(self, patience: float = PATIENCE) -> Message:
+        """The next message that is no heartbeat; heartbeats are answered and noted."""
+        deadline = time.monotonic() + patience
+        while True:
+            left = deadline - time.monotonic()
+            assert self._router.poll(max(0, left * 1000)), "no message came"
+            self.peer, *frames = self._router.recv_multipart()
+            message = from_frames(frames)
+            if message.kind is not Kind.HB:
+                return message
+            self.beats.append(message)
+            self.send(Kind.PONG)
+
+    def expect(self, kind: Kind) -> Message:
+        message = self.receive()
+        assert message.kind is kind, message
+        return message
+
+    def welcome(self) -> Register:
+        """Wait for REGISTER and answer it."""
+        self.registered = unpack(Register, self.expect(Kind.REGISTER).route)
+        self.send(Kind.WELCOME, route=Welcome(1, self.epoch, self.heartbeat, 2**20, 256))
+        return self.registered
+
+    def run(
+        self,
+        request: bytes,
+        generate: Generate,
+        *,
+        attempt: int = 1,
+        prefix: tuple[int, ...] = (),
+        model: str = "echo",
+    ) -> None:
+        """Send RUN and wait for its acknowledgement."""
+        self.send(Kind.RUN, request, route=Run(model), body=generate, tokens=prefix, attempt=attempt)
+        acknowledged = self.expect(Kind.RUNACK)
+        assert acknowledged.header == Header(Kind.RUNACK, request, attempt=attempt)
+
+    def output(self, request: bytes) -> tuple[list[Message], Message]:
+        """All TOK of a request up to its terminal, which is acknowledged."""
+        tokens = []
+        while (message := self.receive()).kind is Kind.TOK:
+            tokens.append(message)
+        self.send(Kind.ENDACK, request, attempt=message.header.attempt)
+        return tokens, message
