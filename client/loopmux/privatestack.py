@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -32,6 +33,9 @@ _LOOK_AGAIN = 1.0
 _SERVES = re.compile(r"ready\b|.*\blauncher: serving ")
 """The line that says that requests are served: by all models, or by those that did not fail (the broker tells why)."""
 _NEEDED = ("yaml", "structlog", "packaging")
+
+
+_numbers = itertools.count()
 
 
 def launcher_command() -> list[str]:
@@ -153,11 +157,12 @@ class PrivateStack:
             fresh = list(self._lines)[told - self._printed :] if self._printed > told else []
             return fresh, self._printed, self._ready
 
-    def stop(self, *, keep_logs: bool = False) -> None:
+    def stop(self) -> None:
         """End the process and everything it started, and remove its folder. A second time does nothing.
 
-        With ``keep_logs`` the folder stays until another process starts a private stack: its lines name files in it.
+        The logs of a stack that failed to start stay until another process starts one: its last lines name them.
         """
+        failed = not self._ready and not self.alive
         if self.alive:
             self._process.terminate()
             try:
@@ -166,7 +171,7 @@ class PrivateStack:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
         self._reader.join()
-        if not keep_logs:
+        if not (failed and any((self.folder / "state").rglob("*.log"))):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _spawn(self, config: Mapping[str, Any] | None, command: Sequence[str]) -> subprocess.Popen[str]:
@@ -212,15 +217,10 @@ def _new_folder() -> Path:
     for old in parent.glob("private-*-*"):
         if not _exists(old.name.split("-")[1]):
             shutil.rmtree(old, ignore_errors=True)
-    number = 0
-    while True:
-        folder = parent / f"private-{os.getpid()}-{number}"
-        try:
-            folder.mkdir(mode=0o700)
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
+    # numbered on: what is left of a killed stack may still be on its way out of the folder before
+    folder = parent / f"private-{os.getpid()}-{next(_numbers)}"
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 def _exists(pid: str) -> bool:

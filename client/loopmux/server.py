@@ -53,18 +53,18 @@ class _Stacks:
         if stack is None:
             return None
         if not stack.alive:
-            self.by_key.pop(key).stop(keep_logs=True)
+            self.by_key.pop(key).stop()
             return None
         stack.models.add(model_id)
         return stack
 
-    def drop(self, unwanted: Callable[[PrivateStack], bool], *, keep_logs: bool = False) -> None:
+    def drop(self, unwanted: Callable[[PrivateStack], bool]) -> None:
         """Stop the stacks that are not wanted any more."""
         with self.lock:
             keys = [key for key, stack in self.by_key.items() if unwanted(stack)]
             dropped = [self.by_key.pop(key) for key in keys]
         for stack in dropped:
-            stack.stop(keep_logs=keep_logs)
+            stack.stop()
 
 
 _stacks = _Stacks()
@@ -158,7 +158,7 @@ def _ready(stack: PrivateStack, log: LogCallback | None) -> str:
         stack.wait_ready(log)
     except BaseException:
         if not stack.alive:
-            _stacks.drop(lambda each: each is stack, keep_logs=True)
+            _stacks.drop(lambda each: each is stack)
         raise
     return stack.endpoint
 

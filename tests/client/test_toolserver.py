@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import http.server
-import json
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,52 +13,13 @@ from loopmux.errors import AuthError, BadRequestError, ConnectionLostError, Dead
 from loopmux.tools import ToolError, schemas
 from loopmux.toolserver import ToolServer
 from scripted import ScriptedClient, call, turn
+from toolhttp import serving
 
 READ = {
     "name": "read_file",
     "description": "Read a file.",
     "parameters": {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]},
 }
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.answer(None)
-
-    def do_POST(self) -> None:
-        self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-    def answer(self, body: Any) -> None:
-        self.server.seen.append((self.command, self.path, self.headers.get("X-Auth-Token"), body))
-        status, data = self.server.answers[self.path]
-        raw = data if isinstance(data, bytes) else json.dumps(data).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
-    def log_message(self, format: str, *args: object) -> None: ...
-
-
-class Server(http.server.ThreadingHTTPServer):
-    def __init__(self, answers: dict[str, tuple[int, Any]]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers, self.seen = answers, []  # type: ignore[var-annotated]
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-@contextmanager
-def serving(answers: dict[str, tuple[int, Any]]) -> Iterator[Server]:
-    with Server(answers) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def test_a_call():

@@ -1,0 +1,272 @@
+"""The private stack: the real launcher, broker and echo worker, started and ended by a client process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import venv
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+import loopmux
+from loopmux import privatestack, server
+from loopmux.endpoints import default_endpoint
+from loopmux.errors import BadRequestError, ConfigError, ConnectionLostError
+
+ECHO = "models:\n  default: {engine: echo}\n  other: {engine: echo}\n"
+
+
+def wait_until(condition: Callable[[], bool], what: str, limit: float = 20.0) -> None:
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"waited {limit} s for {what}"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Path]:
+    """Folders of a user who has nothing running; short, since socket paths are limited."""
+    folder = Path(tempfile.mkdtemp(prefix="lmx-"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RUNTIME_DIR", "DATA_HOME", "CONFIG_HOME", "STATE_HOME"):
+            (folder / name).mkdir()
+            patch.setenv(f"XDG_{name}", str(folder / name))
+        patch.delenv("LOOPMUX_ENDPOINT", raising=False)
+        (folder / "echo.yaml").write_text(ECHO)
+        patch.setenv("LOOPMUX_CONFIG", str(folder / "echo.yaml"))
+        yield folder
+        server.shutdown_all()
+    shutil.rmtree(folder)
+
+
+def private_folders(home: Path) -> list[Path]:
+    return sorted((home / "RUNTIME_DIR" / "loopmux").glob("private-*"))
+
+
+def stacks(home: Path) -> list[psutil.Process]:
+    """Every process that a private stack of this home consists of."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            if any(str(home) in word for word in words) or (
+                "loopmux_worker" in words and process.environ().get("XDG_RUNTIME_DIR", "").startswith(str(home))
+            ):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return [process for process in found if process.pid != os.getpid()]
+
+
+def test_the_life_of_a_private_stack(home: Path):
+    lines: list[str] = []
+    with ThreadPoolExecutor(6) as pool:
+        endpoints = list(pool.map(lambda _: server.ensure_running("default", lines.append), range(6)))
+    assert len(set(endpoints)) == 1
+    assert len([p for p in stacks(home) if "up" in p.cmdline()]) == 1
+    assert any(line.startswith("no broker at") for line in lines)
+    assert any("broker: ready" in line for line in lines)
+    with loopmux.Client(endpoints[0]) as client:
+        assert client.generate("Hello", max_new_tokens=3).usage.completion_tokens == 3
+
+    later: list[str] = []
+    assert server.ensure_running("other", later.append) == endpoints[0]
+    assert not any(line.startswith("no broker") for line in later)
+
+    server.shutdown("unheard of")
+    server.shutdown("default")  # "other" still needs it
+    assert server.listening(endpoints[0])
+    before = stacks(home)
+    assert before
+    server.shutdown("other")
+    assert not server.listening(endpoints[0])
+    assert stacks(home) == []
+    assert private_folders(home) == []
+
+
+def test_a_stack_that_was_killed_is_replaced(home: Path):
+    first = server.ensure_running("default")
+    (up,) = [p for p in stacks(home) if "up" in p.cmdline()]
+    up.kill()
+    wait_until(lambda: not up.is_running() or up.status() == psutil.STATUS_ZOMBIE, "the kill")
+    second = server.ensure_running("default")
+    assert second != first
+    with loopmux.Client(second) as client:
+        assert client.generate("Hello", max_new_tokens=3).text
+    server.shutdown_all()
+    wait_until(lambda: stacks(home) == [], "the end of both stacks")
+
+
+PROGRAM = """
+import os, sys, signal, time
+from loopmux import server
+endpoint = server.ensure_running("default")
+print(endpoint, flush=True)
+"""
+
+
+def program(rest: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", PROGRAM + rest],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_stack_ends_with_its_program_and_a_forked_child_leaves_it_alone(home: Path):
+    # the child ends as programs do, with its exit handlers; then the parent still has its stack
+    fork = """
+child = os.fork()
+if not child:
+    sys.exit(0)
+os.waitpid(child, 0)
+assert server.listening(endpoint)
+"""
+    with program(fork) as running:
+        out, err = running.communicate(timeout=60)
+    assert (running.returncode, err) == (0, "")
+    assert out.startswith("ipc://")
+    assert stacks(home) == []
+    assert private_folders(home) == []
+
+
+def test_the_stack_of_a_killed_program_ends_and_its_folder_goes_with_the_next(home: Path):
+    with program("time.sleep(600)") as running:
+        assert running.stdout is not None
+        endpoint = running.stdout.readline().strip()
+        running.kill()
+    wait_until(lambda: stacks(home) == [], "the end of the stack")
+    assert not server.listening(endpoint)
+    left = private_folders(home)
+    server.ensure_running("default")
+    assert not set(left) & set(private_folders(home))
+    server.shutdown_all()
+    assert private_folders(home) == []
+
+
+def test_a_broker_that_is_there_is_used(home: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "loopmux_broker",
+        "--endpoint",
+        default_endpoint(),
+        "--parent-pid",
+        str(os.getpid()),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as broker:
+        try:
+            wait_until(lambda: server.listening(default_endpoint()), "the broker")
+            assert server.ensure_running("default") == default_endpoint()
+            server.shutdown_all()
+            assert server.listening(default_endpoint())
+            assert private_folders(home) == []
+        finally:
+            broker.send_signal(signal.SIGTERM)
+    assert not server.listening(default_endpoint())
+
+
+def test_a_wrong_configuration(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "bad.yaml").write_text("models:\n  default: {engin: echo}\n")
+    monkeypatch.setenv("LOOPMUX_CONFIG", str(tmp_path / "bad.yaml"))
+    with pytest.raises(ConfigError, match="engin") as caught:
+        server.ensure_running("default")
+    assert "private one did not start" in str(caught.value)
+    assert str(tmp_path / "bad.yaml") in str(caught.value)
+
+
+def test_a_stack_that_cannot_start_tells_its_last_lines(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    venv.create(tmp_path / "empty", with_pip=False)
+    config = (
+        f"environments: {{e: {{path: {tmp_path / 'empty'}}}}}\nmodels:\n  default: {{engine: echo, environment: e}}\n"
+    )
+    (tmp_path / "c.yaml").write_text(config)
+    monkeypatch.setenv("LOOPMUX_CONFIG", str(tmp_path / "c.yaml"))
+    with pytest.raises(ConnectionLostError, match="exit code 1") as caught:
+        server.ensure_running("default")
+    assert not caught.value.retryable
+    assert "no model is left" in str(caught.value)
+    assert stacks(home) == []
+
+
+def test_a_missing_extra_names_the_install_line(home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(privatestack, "_NEEDED", ("yaml", "no_such_package_here"))
+    with pytest.raises(ConfigError, match=r"needs no_such_package_here.*pip install 'loopmux\[server\]'"):
+        server.ensure_running("default")
+
+
+@pytest.mark.parametrize("given", ["/no/such/folder", "./nothing", "plain", "a/b/c"])
+def test_a_model_folder_that_is_not_there(home: Path, given: str):
+    with pytest.raises(BadRequestError, match="base_model: found no folder"):
+        server.ensure_model(given)
+
+
+def test_an_adapter_folder_that_is_not_there(home: Path):
+    with pytest.raises(BadRequestError, match="adapter_dir: found no folder"):
+        server.ensure_model("org/name", "org/adapter")
+
+
+def test_the_default_environment_of_the_configuration(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    command = privatestack.launcher_command()
+    (tmp_path / "c.yaml").write_text(f"environments: {{default: {{path: {sys.prefix}}}}}\n" + ECHO)
+    monkeypatch.setenv("LOOPMUX_CONFIG", str(tmp_path / "c.yaml"))
+    found = privatestack.default_environment(command, None)
+    assert found == {"default": {"path": f"{sys.prefix}/bin/python"}}
+    monkeypatch.setenv("LOOPMUX_CONFIG", str(home / "echo.yaml"))  # names no environment
+    assert privatestack.default_environment(command, None) == {}
+    monkeypatch.delenv("LOOPMUX_CONFIG")
+    monkeypatch.chdir(tmp_path)
+    assert privatestack.default_environment(command, None) == {}
+    monkeypatch.setenv("LOOPMUX_CONFIG", str(tmp_path / "missing.yaml"))
+    with pytest.raises(ConfigError, match=r"missing\.yaml"):
+        privatestack.default_environment(command, None)
+
+
+def test_a_default_environment_that_cannot_be_built(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "c.yaml").write_text("environments: {default: {requirements: [torch]}}\n" + ECHO)
+    monkeypatch.setenv("LOOPMUX_CONFIG", str(tmp_path / "c.yaml"))
+    monkeypatch.setenv("XDG_DATA_HOME", "/dev/null/data")  # nothing can be written there
+    lines: list[str] = []
+    with pytest.raises(ConnectionLostError, match="default environment cannot be built"):
+        privatestack.default_environment(privatestack.launcher_command(), lines.append)
+    assert lines
+
+
+def test_listening(tmp_path: Path):
+    stale = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as unused:
+        unused.bind(str(stale))
+    assert not server.listening(f"ipc://{stale}")
+    assert not server.listening(f"ipc://{tmp_path / 'never'}")
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        port = there.getsockname()[1]
+        assert server.listening(f"tcp://127.0.0.1:{port}")
+    assert not server.listening(f"tcp://127.0.0.1:{port}")
+    with pytest.raises(ConfigError):
+        server.listening("http://127.0.0.1")
+
+
+def test_callers_that_wait_for_the_same_start_each_see_the_progress(home: Path):
+    seen: dict[int, list[str]] = {0: [], 1: []}
+    gate = threading.Barrier(2)
+
+    def one(n: int) -> None:
+        gate.wait(10)
+        server.ensure_running("default", seen[n].append)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, seen))
+    assert all(any("ready" in line for line in lines) for lines in seen.values())
+    server.shutdown_all()
