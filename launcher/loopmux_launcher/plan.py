@@ -109,6 +109,8 @@ class Plan:
             case BrokerWelcomed():
                 yield from (ReportPhase(told) for told in self.catalogue(now))
             case StopRequested(at_once):
+                again = "" if at_once or not self._busy() else "; once more to stop at once"
+                yield Announce("launcher", f"stopping{again}")
                 yield from self._stop(now, at_once=at_once)
             case TimerFired():
                 for process in self._processes():

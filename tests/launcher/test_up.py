@@ -1,0 +1,321 @@
+"""``up``, ``run`` and ``down`` as real programs with a real broker and real echo workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import loopmux
+from launcher.programs import Program, alive, launch, program, wait_for
+from loopmux_launcher import places
+from loopmux_launcher.backoff import CRASHES
+
+ECHO = "models: {echo: {engine: echo, workers: 2}}\n"
+
+
+@pytest.fixture
+def endpoint(home: Path) -> str:
+    return f"ipc://{home}/s/client.ipc"
+
+
+@pytest.fixture
+def config(home: Path) -> Path:
+    file = home / "llm_backends.yaml"
+    file.write_text(ECHO)
+    return file
+
+
+@pytest.fixture
+def up(config: Path, endpoint: str) -> Iterator[Program]:
+    with program("up", "--config", str(config), "--endpoint", endpoint) as one:
+        one.line("ready after")
+        yield one
+
+
+def gone(up: Program, family: list[psutil.Process], home: Path) -> None:
+    """Nothing is left: no process, no file beside the socket, and nothing new in the temporary folder."""
+    wait_for(lambda: not alive(family), "all processes to end")
+    folder = home / "s"
+    wait_for(lambda: not folder.exists() or not list(folder.iterdir()), "the socket's folder to be empty")
+    up.wait()
+
+
+def stack_of(up: Program) -> list[psutil.Process]:
+    family = up.family()
+    assert len(up.children("loopmux_worker")) == 2
+    assert len(up.children("loopmux_broker")) == 1
+    assert len(family) == 4
+    return family
+
+
+def test_it_says_what_starts_and_serves(up: Program, config: Path, endpoint: str) -> None:
+    assert up.lines[0].split(": ", 1)[1] == f"{config} on {endpoint}"
+    assert "broker: ready in" in up.text
+    (started,) = [line for line in up.lines if "echo-1: starting" in line]
+    log = Path(started.split("log ")[1])
+    pid = int(started.split("pid ")[1].split(",")[0])
+    assert f"pid {pid}" in log.read_text()
+    assert up.lines[-1].startswith("ready after")
+    assert up.lines[-1].endswith(": echo")
+    with loopmux.Client(endpoint) as client:
+        assert client.generate("hello", model="echo").text
+        status = client.status()
+    assert {w.name for w in status.workers} == {"echo-1", "echo-2"}
+    assert pid in {w.pid for w in status.workers}
+    assert [(m.id, m.phase) for m in status.models] == [("echo", "ready")]
+    assert len(status.launchers) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_drains_and_stops_everything(up: Program, home: Path, number: signal.Signals) -> None:
+    family = stack_of(up)
+    up.process.send_signal(number)
+    assert up.wait() == 0
+    gone(up, family, home)
+    assert up.text.count("stopped") == 3
+    assert "Traceback" not in up.text
+
+
+def test_killing_up_leaves_nothing(up: Program, home: Path) -> None:
+    family = stack_of(up)
+    up.process.kill()
+    gone(up, family, home)
+
+
+def test_down_stops_it_and_waits(up: Program, home: Path, endpoint: str) -> None:
+    family = stack_of(up)
+    done = launch("down", "--endpoint", endpoint)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"stopping process {up.process.pid} on {endpoint}", "stopped"]
+    assert alive(family[1:]) == []
+    gone(up, family, home)
+    again = launch("down", "--endpoint", endpoint)
+    assert (again.returncode, again.stdout.split(":")[0]) == (0, "nothing to stop")
+
+
+def test_a_second_up_says_who_holds_the_endpoint(up: Program, config: Path, endpoint: str) -> None:
+    done = launch("up", "--config", str(config), "--endpoint", endpoint)
+    assert done.returncode == 1
+    assert f"process {up.process.pid}" in done.stderr
+    assert endpoint in done.stderr
+    assert "down" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert up.process.poll() is None
+
+
+def test_a_killed_worker_is_replaced(up: Program, endpoint: str) -> None:
+    victim = up.children("loopmux_worker")[0]
+    victim.kill()
+    line = up.line("starts again in")
+    assert "SIGKILL" in line
+    up.line("ready in")
+    now = wait_for(lambda: len(found := up.children("loopmux_worker")) == 2 and found, "two workers")
+    assert victim.pid not in {p.pid for p in now}
+    with loopmux.Client(endpoint) as client:
+        wait_for(lambda: len(client.status().workers) == 2, "the broker to know both")
+
+
+def test_a_killed_broker_is_replaced_and_workers_stay(up: Program, endpoint: str) -> None:
+    workers = {p.pid for p in up.children("loopmux_worker")}
+    up.children("loopmux_broker")[0].kill()
+    up.line("broker: ready in")
+    assert {p.pid for p in up.children("loopmux_worker")} == workers
+    with loopmux.Client(endpoint) as client:
+        wait_for(lambda: {w.pid for w in client.status().workers} == workers, "the workers to join the new broker")
+        wait_for(lambda: [m.phase for m in client.status().models] == ["ready"], "the launcher to tell its models")
+        assert client.generate("hello", model="echo").text
+
+
+def test_it_ends_with_the_process_it_was_started_for(config: Path, endpoint: str, home: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as application:
+        words = ("--config", str(config), "--endpoint", endpoint, "--parent-pid", str(application.pid))
+        with program("up", *words) as up:
+            up.line("ready after")
+            family = stack_of(up)
+            application.kill()
+            assert up.wait() == 0
+            gone(up, family, home)
+
+
+def test_a_parent_that_is_gone_already_stops_it_at_once(config: Path, endpoint: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as application:
+        application.wait()
+    words = ("--config", str(config), "--endpoint", endpoint, "--parent-pid", str(application.pid))
+    done = launch("up", *words)
+    assert done.returncode == 0
+    assert "ready after" not in done.stdout
+
+
+def test_run_serves_a_broker_of_somebody_else(config: Path, endpoint: str) -> None:
+    words = ("--config", str(config), "--endpoint", endpoint)
+    with program("run", *words) as run:
+        run.line("ready after")  # workers start whether or not the broker is there yet
+        with program("--endpoint", endpoint, module="loopmux_broker") as broker:
+            broker.line("ready")
+            with loopmux.Client(endpoint) as client:
+                wait_for(lambda: [m.phase for m in client.status().models] == ["ready"], "the launcher to join")
+                assert client.generate("hello", model="echo").text
+                run.process.terminate()
+                assert run.wait() == 0
+                wait_for(lambda: client.status().launchers == (), "the launcher's goodbye")
+            broker.process.terminate()
+            assert broker.wait() == 0
+
+
+def test_a_second_launcher_is_refused_in_the_brokers_words(up: Program, config: Path, endpoint: str) -> None:
+    done = launch("run", "--config", str(config), "--endpoint", endpoint)
+    assert done.returncode == 1
+    assert "is taken by a living process" in done.stderr
+    assert str(up.process.pid) in done.stderr
+
+
+def test_a_socket_held_by_a_lone_broker_ends_up_with_its_reason(config: Path, endpoint: str) -> None:
+    with program("--endpoint", endpoint, module="loopmux_broker") as broker:
+        broker.line("ready")
+        done = launch("up", "--config", str(config), "--endpoint", endpoint)
+        assert done.returncode == 1
+        assert f"process {broker.process.pid}" in done.stderr
+        assert "starting" not in done.stdout
+        broker.process.terminate()
+        broker.wait()
+
+
+def test_bad_configuration_starts_nothing(config: Path, endpoint: str, home: Path) -> None:
+    config.write_text("models:\n  a: {engin: echo}\n  b: {base_model: gone}\n")
+    done = launch("up", "--config", str(config), "--endpoint", endpoint)
+    assert done.returncode == 78
+    assert f"{config}:2: models.a.engin" in done.stderr
+    assert f"{config}:3: models.b.base_model" in done.stderr
+    assert done.stdout == ""
+    assert not (home / "s").exists()
+    checked = launch("config", "check", str(config))
+    assert (checked.returncode, "models.a.engin" in checked.stderr) == (78, True)
+
+
+def test_a_crash_loop_is_parked_and_ends_up_when_nothing_else_is_left(config: Path, endpoint: str, home: Path) -> None:
+    venv = home / "broken"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    python = venv / "bin" / "python"
+    real = os.path.realpath(python)
+    python.unlink()
+    # an environment that passes its probe and whose workers die with a last word
+    report = json.dumps({"ok": True, "python": "3.11", "packages": {"pyzmq": "27"}, "devices": [], "missing": []})
+    python.write_text(
+        f"#!/bin/sh\ncase \"$*\" in *probe*) echo '{report}';; *--spec*) echo last words >&2; exit 9;;"
+        f' *) exec {real} "$@";; esac\n'
+    )
+    python.chmod(0o755)
+    config.write_text(f"environments: {{x: {{path: {venv}}}}}\nmodels: {{a: {{engine: echo, environment: x}}}}\n")
+    done = launch("up", "--config", str(config), "--endpoint", endpoint)
+    assert done.returncode == 1
+    assert done.stderr.count("starts again in") == CRASHES - 1
+    assert f"a-1 failed {CRASHES} times in 60 s" in done.stderr
+    assert "exit code 9" in done.stderr
+    assert "last words" in done.stderr
+    assert "no model is left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_environments_are_built_by_up_and_workers_run_in_them(config: Path, endpoint: str) -> None:
+    config.write_text(
+        f'environments: {{here: {{path: "{sys.prefix}"}}}}\nmodels: {{a: {{engine: echo, environment: here}}}}\n'
+    )
+    with program("up", "--config", str(config), "--endpoint", endpoint) as up:
+        up.line("ready after")
+        assert "environment here: ready in" in up.text
+        (worker,) = up.children("loopmux_worker")
+        assert worker.cmdline()[0] == str(Path(sys.prefix) / "bin" / "python")
+        code = Path(worker.environ()["PYTHONPATH"])
+        assert code.parent == places.data() / "code"
+        up.process.terminate()
+        assert up.wait() == 0
+
+
+def test_killing_up_during_a_build_leaves_nothing(config: Path, endpoint: str, home: Path) -> None:
+    config.write_text("environments: {e: {}}\nmodels: {a: {engine: echo, environment: e}}\n")
+    with program("up", "--config", str(config), "--endpoint", endpoint) as up:
+        up.line("building with")
+        wait_for(lambda: len(up.family()) >= 4, "the installer")
+        family = up.family()
+        up.process.kill()
+        gone(up, family, home)
+    left = [p.name for p in (places.data() / "envs" / "e").iterdir()]
+    assert left == [".lock"]
+
+
+def test_stopping_during_a_build_stops_it(config: Path, endpoint: str, home: Path) -> None:
+    config.write_text("environments: {e: {}}\nmodels: {a: {engine: echo, environment: e}}\n")
+    with program("up", "--config", str(config), "--endpoint", endpoint) as up:
+        up.line("building with")
+        family = up.family()
+        up.process.send_signal(signal.SIGINT)
+        assert up.wait() == 0
+        gone(up, family, home)
+    assert [p.name for p in (places.data() / "envs" / "e").iterdir()] == [".lock"]
+
+
+def test_a_second_interrupt_does_not_wait(up: Program, home: Path) -> None:
+    family = stack_of(up)
+    for worker in up.children("loopmux_worker"):
+        worker.suspend()  # so it cannot answer SIGTERM
+    up.process.send_signal(signal.SIGINT)
+    up.line("once more to stop at once")
+    up.process.send_signal(signal.SIGINT)
+    assert up.wait(4.0) == 0  # less than the grace of 5 s
+    gone(up, family, home)
+
+
+def test_a_reader_that_goes_away_does_not_end_it(config: Path, endpoint: str, home: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loopmux_launcher", "up", "--config", str(config), "--endpoint", endpoint],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    try:
+        with loopmux.Client(endpoint) as client:
+            assert client.generate("hello", model="echo").text
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_logs_are_listed_shown_and_named(up: Program, endpoint: str) -> None:
+    listed = launch("logs", "--endpoint", endpoint).stdout
+    assert {line.split()[0] for line in listed.splitlines()} == {"broker", "echo-1", "echo-2"}
+    assert '"event": "ready"' in launch("logs", "broker", "--endpoint", endpoint).stdout
+    wrong = launch("logs", "ecko-1", "--endpoint", endpoint)
+    assert wrong.returncode == 1
+    assert "did you mean 'echo-1'?" in wrong.stderr
+
+
+def test_json_lines_for_programs(config: Path, endpoint: str) -> None:
+    with program("up", "--config", str(config), "--endpoint", endpoint, "--log-format", "json") as up:
+        up.line('"level": "ready"')
+        up.process.terminate()
+        up.wait()
+    lines = [json.loads(line) for line in up.lines]
+    assert {line["subject"] for line in lines} == {"launcher", "broker", "echo-1", "echo-2"}
+
+
+def test_it_works_over_tcp_too(config: Path, home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    endpoint = f"tcp://127.0.0.1:{port}"
+    with program("up", "--config", str(config), "--endpoint", endpoint) as up:
+        up.line("ready after")
+        with loopmux.Client(endpoint) as client:
+            assert client.generate("hello", model="echo").text
+        assert launch("down", "--endpoint", endpoint).returncode == 0
+        assert up.wait() == 0
+    assert [p for p in (home / "runtime").rglob("*") if not p.is_dir()] == []
