@@ -56,12 +56,34 @@ from loopmux.loopevents import (
     TimePassed,
     ToolFinished,
     ToolLoopResult,
+    ToolResult,
     ToolStarted,
     TurnFinished,
     TurnStarted,
 )
 from loopmux.results import Result, StreamEvent, ToolCall
 from loopmux.turns import Loop
+
+__all__ = [
+    "BeforeTool",
+    "Decision",
+    "Deny",
+    "Limits",
+    "LoopEvent",
+    "LoopFinished",
+    "OnEvent",
+    "Run",
+    "Substitute",
+    "ToolLoopResult",
+    "ToolResult",
+    "ToolStarted",
+    "TurnFinished",
+    "TurnStarted",
+    "aiterate",
+    "arun",
+    "iterate",
+    "run",
+]
 
 BeforeTool = Callable[[ToolCall], Any]
 """Gives a ``Decision``, or True, False or a text for short; a coroutine function is awaited by ``arun``."""
