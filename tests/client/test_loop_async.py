@@ -96,17 +96,22 @@ def test_async_callbacks_are_awaited():
 
 
 def test_a_coroutine_tool_that_takes_too_long_is_cancelled():
-    cancelled: list[bool] = []
+    async def main() -> loop.ToolLoopResult:
+        cancelled = asyncio.Event()
 
-    async def hang() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            cancelled.append(True)
+        async def hang() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
 
-    out = run(AsyncScriptedClient([turn("", call("hang")), turn("gave up")]), tools=[hang], tool_timeout=0.05)
-    assert out.messages[2]["content"] == "Error: no result within 0.05 s"
-    assert cancelled == [True]
+        client = AsyncScriptedClient([turn("", call("hang")), turn("gave up")])
+        out = await loop.arun(client, "go", tools=[hang], tool_timeout=0.05)
+        async with asyncio.timeout(5):
+            await cancelled.wait()
+        return out
+
+    assert wait(main()).messages[2]["content"] == "Error: no result within 0.05 s"
 
 
 def test_a_plain_tool_that_never_returns_does_not_hang_the_program():
@@ -158,9 +163,9 @@ def test_cancelling_the_task_cancels_the_turns_tools():
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert ended == [True]  # here already: not left to the end of the event loop
 
     wait(main())
-    assert ended == [True]
     assert client.hints[-1][1] == "done"
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextvars
+import os
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -141,6 +144,24 @@ def test_a_tool_that_never_returns_is_left_behind():
     assert out.messages[2]["content"] == "Error: no result within 0.05 s"
     assert out.tool_log[0]["status"] == "error"
     forever.set()
+
+
+def test_a_tool_that_never_returns_does_not_hang_the_program():
+    program = """
+import threading
+from loopmux import loop
+from scripted import ScriptedClient, call, turn
+
+def hang() -> None:
+    threading.Event().wait()
+
+print(loop.run(ScriptedClient([turn("", call("hang")), turn("ok")]), "go", tools=[hang], tool_timeout=0.01).text)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
 
 
 def test_tools_see_the_callers_context():

@@ -231,3 +231,14 @@ def test_a_union_takes_the_first_alternative_that_fits():
     assert shape.convert({"x": 1}) == Point(1)
     assert shape.convert({"title": "M"}) == {"title": "M"}
     assert shape.convert("red") is Colour.RED
+
+
+@dataclass
+class Flat:
+    x: int
+
+
+def test_an_alternative_does_not_fit_a_value_with_more_than_it_knows():
+    shape = Shapes().of(Flat | Point)
+    assert shape.convert({"x": 1}) == Flat(1)
+    assert shape.convert({"x": 1, "y": 2}) == Point(1, 2.0)
