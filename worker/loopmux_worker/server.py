@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import socket
+import sys
 import time
 from collections import deque
 from types import TracebackType
@@ -87,7 +88,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec, engine: Engine) -> None:
         description = engine.describe()
         register = registration(spec, description, new_id())
-        self._session = Session(register, description.report, time.monotonic())
+        self._session = Session(register, _about_process() | description.report, time.monotonic())
         self._bell, self._ear = socket.socketpair()
         self._bell.setblocking(False)
         self._ear.setblocking(False)
@@ -129,6 +130,11 @@ class Worker:
             self._turn()
         if self._left.error is not None:
             raise self._left.error
+
+    @property
+    def bell(self) -> int:
+        """A file descriptor: a byte written there wakes ``run``."""
+        return self._bell.fileno()
 
     def stop(self) -> None:
         """Say goodbye to the broker and have ``run`` return."""
@@ -223,6 +229,16 @@ class Worker:
             self._ear.recv(4096)
         except BlockingIOError:
             pass  # something else woke the loop
+
+
+def _about_process() -> dict[str, object]:
+    """Which Python this is and where it looks for packages: how ``status`` shows that environments are apart."""
+    return {
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "prefix": sys.prefix,
+        "sys_path": list(sys.path),
+    }
 
 
 def _sent(dealer: zmq.Socket[bytes], frames: list[bytes]) -> bool:
