@@ -93,7 +93,6 @@ class Output:
     def pause(self) -> None:
         """The client's connection changed: push nothing until it says what it has."""
         self.paused = True
-        self.cursor = 0
 
     def rewind(self) -> None:
         """Push again from what is acknowledged."""

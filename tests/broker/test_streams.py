@@ -316,7 +316,8 @@ def test_a_slow_client_loses_its_request_and_no_other() -> None:
     core.running(ONE)
     core.running(TWO)
     core.worker(tok(ONE, 0, 8))
-    seq, actions = 8, []
+    seq = 8
+    actions: list[Action] = []
     while not actions:
         actions = core.worker(tok(ONE, seq, 8, text="long text "))
         seq += 8
