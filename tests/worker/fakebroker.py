@@ -27,6 +27,7 @@ class FakeBroker:
         self.peer = b""
         self.beats: list[Message] = []
         self.registered: Register | None = None
+        self._welcomed = (b"", b"")  # the connection and the REGISTER that were welcomed
 
     def close(self) -> None:
         self._router.close()
@@ -52,17 +53,20 @@ class FakeBroker:
         self._router.send_multipart([self.peer, *to_frames(message)])
 
     def receive(self, patience: float = PATIENCE) -> Message:
-        """The next message that is no heartbeat; heartbeats are answered and noted."""
+        """The next message that is no heartbeat and no repeated REGISTER; those are answered (heartbeats noted too)."""
         deadline = time.monotonic() + patience
         while True:
             left = deadline - time.monotonic()
             assert self._router.poll(max(0, left * 1000)), "no message came"
             self.peer, *frames = self._router.recv_multipart()
             message = from_frames(frames)
-            if message.kind is not Kind.HB:
+            if message.kind is Kind.HB:
+                self.beats.append(message)
+                self.send(Kind.PONG)
+            elif message.kind is Kind.REGISTER and self._welcomed == (self.peer, message.route):
+                self._send_welcome()
+            else:
                 return message
-            self.beats.append(message)
-            self.send(Kind.PONG)
 
     def expect(self, kind: Kind) -> Message:
         message = self.receive()
@@ -71,9 +75,14 @@ class FakeBroker:
 
     def welcome(self) -> Register:
         """Wait for REGISTER and answer it."""
-        self.registered = unpack(Register, self.expect(Kind.REGISTER).route)
-        self.send(Kind.WELCOME, route=Welcome(1, self.epoch, self.heartbeat, 2**20, 256))
+        self._welcomed = (b"", b"")
+        message = self.expect(Kind.REGISTER)
+        self.registered, self._welcomed = unpack(Register, message.route), (self.peer, message.route)
+        self._send_welcome()
         return self.registered
+
+    def _send_welcome(self) -> None:
+        self.send(Kind.WELCOME, route=Welcome(1, self.epoch, self.heartbeat, 2**20, 256))
 
     def run(
         self,

@@ -18,14 +18,14 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from loopmux.errors import ConfigError, LoopmuxError
+from loopmux.errors import BadRequestError, ConfigError, LoopmuxError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loopmux.messages import WorkerSpec
 
-FAILURE, BAD_CONFIGURATION = 1, 78
+FAILURE, USAGE, BAD_CONFIGURATION = 1, 2, 78
 _SWITCH_INTERVAL = 0.001
 """Seconds after which a computing thread hands the interpreter over: the default 5 ms would delay every message."""
 
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"loopmux-worker: error: {error.message}", file=sys.stderr)
-        return BAD_CONFIGURATION if isinstance(error, ConfigError) else FAILURE
+        return _exit_code(error)
     except KeyboardInterrupt:
         return FAILURE
     except Exception as error:
@@ -50,6 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
         return FAILURE
     finally:
         _close(out)
+
+
+def _exit_code(error: LoopmuxError) -> int:
+    if isinstance(error, BadRequestError):
+        return USAGE
+    return BAD_CONFIGURATION if isinstance(error, ConfigError) else FAILURE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,12 +118,14 @@ def _run_adapter(options: argparse.Namespace, out: TextIO) -> int:
         options.base_model, options.adapter_dir, options.model_type, options.system_prompt, options.torch_threads
     )
 
+    sampling = Sampling(temperature=options.temperature)
+    generate = Generate(prompt=options.prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
+    generate.check()  # now, not after the weights are loaded
+
     def write(text: str) -> None:
         out.write(text)
         out.flush()
 
-    sampling = Sampling(temperature=options.temperature)
-    generate = Generate(prompt=options.prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
     one_shot(spec, generate, write)
     print(file=out)
     return 0
@@ -139,10 +147,14 @@ def _serve(options: argparse.Namespace, out: TextIO) -> int:
 
     try:
         spec = _read_spec(options.spec)
-        return _work(spec, progress)
+        code = _work(spec, progress)
     except Exception as error:
         progress("failed", error.message if isinstance(error, LoopmuxError) else f"{type(error).__name__}: {error}")
         raise
+    # Everything is closed or, deep in a step, not worth waiting for; unloading torch would take up to a second more
+    _close(out)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _read_spec(name: str) -> WorkerSpec:
@@ -175,16 +187,13 @@ def _work(spec: WorkerSpec, progress: Callable[[str, str], None]) -> int:
     worker = Worker(spec, engine)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
+    # The kernel may hand a signal to a computing thread: only this wakes the main one, whose the handlers are
+    signal.set_wakeup_fd(worker.bell, warn_on_full_buffer=False)
     progress("ready", f"{len(spec.models)} models on {engine.describe().engine}")
-    ended = False
     try:
         worker.run()
     finally:
-        ended = worker.close()
-    if not ended:
-        # A thread is deep in a step that cannot be interrupted; nothing of it is worth waiting for
-        sys.stderr.flush()
-        os._exit(0)
+        worker.close()
     return 0
 
 

@@ -32,6 +32,9 @@ def open_engine(spec: WorkerSpec, progress: Callable[[str, str], None]) -> Engin
         case "slots":
             raise ConfigError("engine: found slots, this release has plain (and echo): use auto or plain")
         case "auto" | "plain":
+            from loopmux_worker.engine.folders import check_folders
+
+            check_folders(spec)
             from loopmux_worker.engine.plain import PlainEngine
 
             why = "configured" if spec.engine == "plain" else "the engine of this release"

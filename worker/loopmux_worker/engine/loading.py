@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.messages import ModelSpec, WorkerSpec
-from loopmux_worker.engine import files
+from loopmux_worker.engine import files, folders
 from loopmux_worker.engine.templates import has_template
 
 Progress = Callable[[str, str], None]
@@ -65,7 +65,7 @@ def load(spec: WorkerSpec, progress: Progress) -> Loaded:
     """
     if spec.torch_threads is not None:
         torch.set_num_threads(spec.torch_threads)
-    folder = base_folder(spec)
+    folder = folders.base_folder(spec)
     check_environment(spec, folder)
     device = choose_device(spec.device)
     weights = files.weight_files(folder, allow_pickle=spec.allow_pickle_weights)
@@ -105,43 +105,6 @@ def _loaded(spec: WorkerSpec, folder: Path, model: Any, digest: Future[str], pro
         folder=folder,
         notes=notes,
     )
-
-
-def base_folder(spec: WorkerSpec) -> Path:
-    """The folder of the base model; a merged model in ``adapter_dir`` is a base of its own.
-
-    Raises:
-        ConfigError: no such folder, or a merged model next to other models.
-    """
-    merged = [m for m in spec.models if m.adapter_dir and files.is_merged_model(files.adapter_folder(m.adapter_dir))]
-    if merged:
-        if len(spec.models) > 1:
-            raise ConfigError(
-                f"model {merged[0].id!r}: adapter_dir {merged[0].adapter_dir!r} holds a merged model, which cannot "
-                "share a worker with other models: give it as base_model"
-            )
-        return files.adapter_folder(str(merged[0].adapter_dir))
-    if spec.base_model is None:
-        raise ConfigError(f"worker {spec.name!r}: base_model is missing; only the echo engine does without")
-    folder = Path(spec.base_model)
-    if not folder.is_dir():
-        return _from_hub(spec.base_model)
-    files.read_json(folder / "config.json")
-    return folder
-
-
-def _from_hub(name: str) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ConfigError(f"base_model {name!r}: no such folder, and not of the form owner/name of a hub model")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "*.py"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        raise ConfigError(
-            f"base_model {name!r}: no such folder, and the hub does not give it ({type(error).__name__}: {error})"
-        ) from error
 
 
 def check_environment(spec: WorkerSpec, folder: Path) -> None:

@@ -111,9 +111,6 @@ class PlainEngine:
 
     def __init__(self, spec: WorkerSpec, progress: Progress, why: str) -> None:
         self._spec, self._why = spec, why
-        for model in spec.models:  # before the weights are read, which can take minutes
-            if model.adapter_dir:
-                files.check_adapter(files.adapter_folder(model.adapter_dir), allow_pickle=spec.allow_pickle_weights)
         self._loaded: Loaded = load(spec, progress)
         self._adapters = Adapters(self._loaded.model, allow_pickle=spec.allow_pickle_weights)
         self._models = {model.id: self._without_merged(model) for model in spec.models}

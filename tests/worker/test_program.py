@@ -1,0 +1,253 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fakebroker import PATIENCE, FakeBroker
+from loopmux.messages import Generate, ModelSpec, Sampling, WorkerSpec
+from loopmux.wire import Kind, unpack_tokens
+from loopmux_worker.oneshot import one_shot
+
+PROGRAM = [sys.executable, "-m", "loopmux_worker"]
+REQUEST = b"r" * 16
+
+
+@pytest.fixture
+def broker(tmp_path):
+    made = FakeBroker(f"ipc://{tmp_path}/b")
+    yield made
+    made.close()
+
+
+def write_spec(folder, endpoint, **options):
+    given = {"models": (ModelSpec("echo"),), "engine": "echo"} | options
+    path = folder / "spec.json"
+    path.write_text(json.dumps(asdict(WorkerSpec("w1", endpoint, **given))))
+    return path
+
+
+@contextmanager
+def start(*arguments, **options):
+    """The program, which does not outlive the block."""
+    command = [*PROGRAM, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def run(*arguments):
+    command = [*PROGRAM, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
+
+
+def wait(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_phases_serve_and_leave_on_sigterm(broker, tmp_path):
+    with start("--spec", write_spec(tmp_path, broker.endpoint), "--parent-pid", os.getpid()) as process:
+        register = broker.welcome()
+        assert register.pid == process.pid
+        broker.run(REQUEST, Generate(prompt="x", max_new_tokens=2))
+        assert broker.output(REQUEST)[1].kind is Kind.END
+        asked = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        broker.expect(Kind.BYE)
+        out, err = process.communicate(timeout=PATIENCE)
+        assert time.monotonic() - asked < 2
+    assert process.returncode == 0
+    assert [json.loads(line)["phase"] for line in out.splitlines()] == ["loading", "ready"]
+    assert "Traceback" not in err
+
+
+def test_the_specification_by_standard_input(broker, tmp_path):
+    spec = write_spec(tmp_path, broker.endpoint).read_text()
+    with start("--spec", "-", stdin=subprocess.PIPE) as process:
+        process.stdin.write(spec)
+        process.stdin.close()
+        broker.welcome()
+        process.send_signal(signal.SIGINT)
+        broker.expect(Kind.BYE)
+        process.stdout.read()
+        process.stderr.read()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_a_model_is_loaded_announced_and_served(broker, tmp_path, tiny_model):
+    models = (ModelSpec("base"), ModelSpec("red", adapter_dir=str(tiny_model.adapters["red"])))
+    spec = write_spec(
+        tmp_path, broker.endpoint, models=models, engine="auto", base_model=str(tiny_model.base), torch_threads=1
+    )
+    with start("--spec", spec) as process:
+        register = broker.welcome()
+        assert [m.id for m in register.models] == ["base", "red"]
+        assert (register.adapters, register.slots, register.engine) == (("red",), 1, "plain")
+        answers = {}
+        for name in ("base", "red", "base"):
+            generate = Generate(prompt="hi", max_new_tokens=10, ignore_eos=True, sampling=Sampling(temperature=0))
+            broker.run(REQUEST, generate, model=name)
+            tokens, end = broker.output(REQUEST)
+            ids = [i for message in tokens for i in unpack_tokens(message.tokens)]
+            assert (end.kind, len(ids)) == (Kind.END, 10)
+            assert answers.setdefault(name, ids) == ids
+        assert answers["base"] != answers["red"]
+        process.terminate()
+        out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    phases = [json.loads(line)["phase"] for line in out.splitlines()]
+    assert phases[0] == "loading"
+    assert phases[-2:] == ["warming", "ready"]
+    assert err == ""
+
+
+def test_sigterm_during_a_long_generation_ends_within_two_seconds(broker, tmp_path, tiny_model):
+    spec = write_spec(
+        tmp_path, broker.endpoint, models=(ModelSpec("m"),), engine="plain", base_model=str(tiny_model.base),
+        torch_threads=1,
+    )  # fmt: skip
+    with start("--spec", spec) as process:
+        broker.welcome()
+        broker.run(REQUEST, Generate(prompt="hi", max_new_tokens=200, ignore_eos=True), model="m")
+        broker.expect(Kind.TOK)
+        asked = time.monotonic()
+        process.terminate()
+        process.communicate(timeout=PATIENCE)
+        assert time.monotonic() - asked < 2
+    assert process.returncode == 0
+
+
+def parent_of_a_worker(spec, tmp_path):
+    """A process that starts a worker as a launcher does, and tells its process id."""
+    code = (
+        "import os, subprocess, sys, time\n"
+        f"p = subprocess.Popen({[*PROGRAM, '--spec', str(spec)]!r} + ['--parent-pid', str(os.getpid())])\n"
+        f"open({str(tmp_path / 'pid')!r} + '.new', 'w').write(str(p.pid))\n"
+        f"os.rename({str(tmp_path / 'pid')!r} + '.new', {str(tmp_path / 'pid')!r})\n"
+        "time.sleep(600)\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ties the two on Linux only")
+def test_a_killed_parent_takes_the_worker_with_it(broker, tmp_path):
+    parent = parent_of_a_worker(write_spec(tmp_path, broker.endpoint), tmp_path)
+    try:
+        worker = broker.welcome().pid
+        assert worker == int((tmp_path / "pid").read_text())
+    finally:
+        parent.kill()
+        parent.wait()
+    wait(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ties the two on Linux only")
+def test_a_parent_that_died_before_the_start_is_noticed(tmp_path):
+    spec = write_spec(tmp_path, f"ipc://{tmp_path}/nobody")
+    assert run("--spec", spec, "--parent-pid", "1" if os.getpid() != 1 else "2").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"name": "w", "endpoint": "ipc:///x", "models": [{"id": "m"}], "slot": 3}', "slot: found an unknown key"),
+        ('{"name": "w", "endpoint": "ipc:///x", "models": [{"id": 3}]}', "models[0].id: found 3 (int)"),
+        ('{"name": "w"', "cannot be read"),
+        ("[]", "expected a mapping"),
+        ('{"name": "w", "endpoint": "ipc:///x", "models": [{"id": "m"}], "base_model": "/no/where"}', "no such folder"),
+        ('{"name": "w", "endpoint": "ipc:///x", "models": [{"id": "m"}], "engine": "slots"}', "this release has plain"),
+        ('{"name": "w", "endpoint": "what://x", "models": [{"id": "m"}], "engine": "echo"}', "cannot connect"),
+    ],
+)
+def test_a_bad_specification_is_a_bad_configuration(tmp_path, text, reason):
+    path = tmp_path / "spec.json"
+    path.write_text(text)
+    done = run("--spec", path)
+    assert done.returncode == 78
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["phase"] == "failed"
+    assert reason in last["detail"]
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    assert "Traceback" in run("--debug", "--spec", tmp_path / "missing.json").stderr
+
+
+def test_usage():
+    assert run().returncode == 2
+    assert run("--spec", "x", "--log-level", "loud").returncode == 2
+    assert "run-adapter" in run("--help").stderr + run("--help").stdout
+
+
+def test_run_adapter_prints_clean_text_only(tiny_model):
+    adapter = str(tiny_model.adapters["red"])
+    options = {"--prompt": "hello", "--base-model": tiny_model.base, "--adapter-dir": adapter, "--temperature": 0,
+               "--max-new-tokens": 12, "--torch-threads": 1}  # fmt: skip
+    shown = run("run-adapter", *(part for option in options.items() for part in option))
+    texts = []
+    spec = WorkerSpec("w", "", (ModelSpec("m", adapter_dir=adapter),), str(tiny_model.base), torch_threads=1)
+    one_shot(spec, Generate(prompt="hello", max_new_tokens=12, sampling=Sampling(temperature=0)), texts.append)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout == "".join(texts) + "\n"
+    assert "".join(texts).strip()
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "reason"),
+    [
+        ({"--base-model": "/no/where"}, 78, "'/no/where': no such folder"),
+        ({"--adapter-dir": "/no/where"}, 78, "'/no/where': no such folder"),
+        ({"--temperature": -1}, 2, "temperature: found -1.0, expected a value from 0 to 100"),
+    ],
+)
+def test_run_adapter_refuses_with_one_line(tiny_model, changed, code, reason):
+    options = {"--prompt": "x", "--base-model": tiny_model.base} | changed
+    done = run("run-adapter", *(part for option in options.items() for part in option))
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith("loopmux-worker: error:")
+    assert reason in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_probe_reports_versions_and_devices():
+    done = run("probe")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"], report["missing"]) == (0, True, [])
+    assert {"torch", "transformers", "peft", "tokenizers", "pyzmq", "msgpack", "structlog", "loopmux"} <= set(
+        report["packages"]
+    )
+    assert report["devices"][0].startswith("cpu")
+    assert report["executable"] == sys.executable
+
+
+def test_probe_names_what_is_missing_and_the_remedy(tmp_path):
+    """An interpreter without any of our packages but the code itself."""
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root}/client:{root}/worker"}
+    bare = subprocess.run(
+        [sys.executable, "-S", "-m", "loopmux_worker", "probe"], capture_output=True, text=True, env=environment
+    )
+    report = json.loads(bare.stdout)
+    assert (bare.returncode, report["ok"]) == (1, False)
+    remedies = {entry["name"]: entry["remedy"] for entry in report["missing"]}
+    assert {"pyzmq", "msgpack", "structlog", "torch", "transformers", "peft"} <= set(remedies)
+    assert remedies["torch"].endswith("-m pip install 'torch==2.13.0'")
+    echo = subprocess.run(
+        [sys.executable, "-S", "-m", "loopmux_worker", "probe", "--engine", "echo"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert "torch" not in {entry["name"] for entry in json.loads(echo.stdout)["missing"]}

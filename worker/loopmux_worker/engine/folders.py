@@ -1,0 +1,58 @@
+"""Which folders a specification means, and whether they are whole; known without torch, whose import takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loopmux.errors import ConfigError
+from loopmux.messages import WorkerSpec
+from loopmux_worker.engine import files
+
+
+def check_folders(spec: WorkerSpec) -> Path:
+    """Check all folders of a specification and return the base model's.
+
+    Raises:
+        ConfigError: one is missing, incomplete, cut off, or holds pickles that are not allowed.
+    """
+    for model in spec.models:
+        if model.adapter_dir:
+            files.check_adapter(files.adapter_folder(model.adapter_dir), allow_pickle=spec.allow_pickle_weights)
+    folder = base_folder(spec)
+    files.read_json(folder / "config.json")
+    files.weight_files(folder, allow_pickle=spec.allow_pickle_weights)
+    return folder
+
+
+def base_folder(spec: WorkerSpec) -> Path:
+    """The folder of the base model; a merged model in ``adapter_dir`` is a base of its own.
+
+    Raises:
+        ConfigError: no such folder, or a merged model next to other models.
+    """
+    merged = [m for m in spec.models if m.adapter_dir and files.is_merged_model(files.adapter_folder(m.adapter_dir))]
+    if merged:
+        if len(spec.models) > 1:
+            raise ConfigError(
+                f"model {merged[0].id!r}: adapter_dir {merged[0].adapter_dir!r} holds a merged model, which cannot "
+                "share a worker with other models: give it as base_model"
+            )
+        return files.adapter_folder(str(merged[0].adapter_dir))
+    if spec.base_model is None:
+        raise ConfigError(f"worker {spec.name!r}: base_model is missing; only the echo engine does without")
+    folder = Path(spec.base_model)
+    return folder if folder.is_dir() else _from_hub(spec.base_model)
+
+
+def _from_hub(name: str) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ConfigError(f"base_model {name!r}: no such folder, and not of the form owner/name of a hub model")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "*.py"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise ConfigError(
+            f"base_model {name!r}: no such folder, and the hub does not give it ({type(error).__name__}: {error})"
+        ) from error
