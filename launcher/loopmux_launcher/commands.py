@@ -65,11 +65,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace, configuration: Configuration, endpoint: str, *, with_broker: bool) -> int:
-    console = Console(options.log_format)
-    console.announce(Announce("launcher", f"{configuration.file} on {endpoint}"))
-    for note in configuration.notes:
-        console.announce(Announce("launcher", note))
-    return Launcher(configuration, endpoint, console, with_broker=with_broker).run(options.parent_pid)
+    with Console(options.log_format) as console:
+        console.announce(Announce("launcher", f"{configuration.file} on {endpoint}"))
+        for note in configuration.notes:
+            console.announce(Announce("launcher", note))
+        return Launcher(configuration, endpoint, console, with_broker=with_broker).run(options.parent_pid)
 
 
 def _down(options: argparse.Namespace) -> int:
@@ -114,31 +114,34 @@ def _env_build(options: argparse.Namespace) -> int:
     names = [options.name] if options.name else list(configuration.environments)
     if not names:
         print("nothing to build: the configuration names no environment")
-    code = workercode.install(places.data() / "code")
-    console = Console(options.log_format)
-    for name in names:
-        environment = _environment(configuration, name)
-        torch = any(m.environment == name and m.entry.engine != "echo" for m in configuration.models.values())
-        log = places.logs() / f"env-{name}.log"
-        report = _reporter(options.log_format, console, name)
-        try:
-            built = environments.prepare(environment, places.data() / "envs", code, log, report, torch=torch)
-        except (LoopmuxError, OSError) as error:
-            if options.log_format != "json":
-                raise
-            _tell("failed", str(error))
-            return EXIT_FAILURE
-        if options.log_format == "json":
-            _tell("ready", built.summary, python=str(built.python))
-        else:
-            console.announce(Announce(f"environment {name}", f"ready at {built.python.parent.parent}: {built.summary}"))
+    build = _build_for_launcher if options.log_format == "json" else _build_for_people
+    return max((build(configuration, name, options) for name in names), default=0)
+
+
+def _build_for_people(configuration: Configuration, name: str, options: argparse.Namespace) -> int:
+    subject = f"environment {name}"
+    with Console(options.log_format) as console:
+        built = _prepare(configuration, name, lambda text: console.announce(Announce(subject, text, "progress")))
+        console.announce(Announce(subject, f"ready at {built.python.parent.parent}: {built.summary}"))
     return 0
 
 
-def _reporter(form: str | None, console: Console, name: str) -> Callable[[str], None]:
-    if form == "json":
-        return lambda detail: _tell("building", detail)
-    return lambda detail: console.announce(Announce(f"environment {name}", detail, "progress"))
+def _build_for_launcher(configuration: Configuration, name: str, options: argparse.Namespace) -> int:  # noqa: ARG001
+    try:
+        built = _prepare(configuration, name, lambda text: _tell("building", text))
+    except (LoopmuxError, OSError) as error:
+        _tell("failed", str(error))
+        return EXIT_FAILURE
+    _tell("ready", built.summary, python=str(built.python))
+    return 0
+
+
+def _prepare(configuration: Configuration, name: str, report: Callable[[str], None]) -> environments.Built:
+    environment = _environment(configuration, name)
+    torch = any(m.environment == name and m.entry.engine != "echo" for m in configuration.models.values())
+    code = workercode.install(places.data() / "code")
+    log = places.logs() / f"env-{name}.log"
+    return environments.prepare(environment, places.data() / "envs", code, log, report, torch=torch)
 
 
 def _tell(phase: str, detail: str, **more: str) -> None:

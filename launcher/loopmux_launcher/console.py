@@ -13,8 +13,15 @@ from loopmux_launcher.events import Announce
 Format = Literal["plain", "json", "live"]
 
 
+_PACE = 2.0
+"""Seconds between two plain progress lines of the same kind and subject."""
+
+
 class Console:
     """Prints announcements with the seconds since the start. Warnings and errors go to standard error.
+
+    Progress is a line that is written over on a terminal; elsewhere it is one line when something else begins (its
+    first word changes) and now and then in between.
 
     A reader that goes away (a closed pipe) does not end the launcher: its workers serve others.
     """
@@ -23,7 +30,7 @@ class Console:
         self.form: Format = form or ("live" if sys.stdout.isatty() else "plain")
         self._began = time.monotonic()
         self._live = False
-        self._last: dict[str, str] = {}
+        self._told: dict[str, tuple[str, float]] = {}
 
     def announce(self, news: Announce) -> None:
         """Print one piece of news."""
@@ -45,9 +52,21 @@ class Console:
             width = shutil.get_terminal_size().columns - 1
             self._write(sys.stdout, f"\r\x1b[K{line[:width]}")
             self._live = True
-        elif self._last.get(news.subject) != news.text:
-            self._last[news.subject] = news.text
+            return
+        verb = news.text.split(maxsplit=1)[0]
+        before, when = self._told.get(news.subject, ("", 0.0))
+        if verb != before or elapsed - when >= _PACE:
+            self._told[news.subject] = (verb, elapsed)
             self._line(sys.stdout, line)
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Leave the terminal without a live line."""
+        if self._live:
+            self._write(sys.stdout, "\r\x1b[K")
+            self._live = False
 
     def _line(self, stream: TextIO, text: str) -> None:
         if self._live:

@@ -18,8 +18,8 @@ from loopmux_launcher.interpreters import EnvironmentUnusable, Interpreter
 Report = Callable[[str], None]
 _GRACE = 3.0
 """Seconds for pip to clean up after SIGTERM before it is killed."""
-_STEPS = re.compile(r"(Collecting|Downloading|Using cached|Building wheel|Installing collected packages)\b:?\s*(.*)")
-_SHORT = 160
+_STEPS = re.compile(r"(Collecting|Processing|Downloading|Installing|Building wheel for) (.*)")
+_SIZE = re.compile(r"\((\d+(?:\.\d+)? [MG]B)\)")
 
 
 class Log:
@@ -82,10 +82,21 @@ def install(environment: Environment, target: Path, log: Log, report: Report) ->
 
 
 def _progress(line: str, report: Report) -> None:
+    """Pass on what takes time: what is being resolved, large downloads, and the installation at the end."""
     step = _STEPS.match(line.strip())
-    if step:
-        verb, what = step.groups()
-        report(f"{verb.lower()} {what}"[:_SHORT])
+    if step is None:
+        return
+    verb, rest = step.groups()
+    what = rest.split()[0].rsplit("/", 1)[-1]
+    size = _SIZE.search(rest)
+    if verb in ("Collecting", "Processing"):
+        report(f"collecting {what}")
+    elif verb == "Installing":
+        report(f"installing {rest.count(',') + 1} packages")
+    elif verb.startswith("Building"):
+        report(f"building {what} from source")
+    elif size:
+        report(f"downloading {what}, {size[1]}")
 
 
 def _reason(lines: list[str], code: int) -> str:

@@ -319,3 +319,31 @@ def test_it_works_over_tcp_too(config: Path, home: Path) -> None:
         assert launch("down", "--endpoint", endpoint).returncode == 0
         assert up.wait() == 0
     assert [p for p in (home / "runtime").rglob("*") if not p.is_dir()] == []
+
+
+def test_a_followed_log_goes_on_over_a_rotation(home: Path, endpoint: str) -> None:
+    log = places.logs(endpoint) / "w-1.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("one\ntwo\nthree\n")
+    with program("logs", "w-1", "--endpoint", endpoint, "-n", "2", "-f") as follower:
+        follower.line("three")
+        with log.open("a") as stream:
+            stream.write("four\n")
+        follower.line("four")
+        log.rename(log.with_suffix(".log.1"))
+        log.write_text("five\n")
+        follower.line("five")
+        follower.process.send_signal(signal.SIGINT)
+        assert follower.wait() == 0
+    assert follower.lines == ["two", "three", "four", "five"]
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["up", "--log-format", "xml"], ["env", "path"]])
+def test_wrong_usage_ends_with_2(words: list[str]) -> None:
+    assert launch(*words).returncode == 2
+
+
+def test_debug_shows_the_traceback_that_is_hidden_otherwise(home: Path) -> None:
+    words = ("config", "check", str(home / "gone.yaml"))
+    assert "Traceback" not in launch(*words).stderr
+    assert "Traceback" in launch(*words, "--debug").stderr
