@@ -79,7 +79,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def start(config: Path, home: Path, *, limit: float = READY_LIMIT, folder: Path | None = None) -> Stack:
-    """Start ``loopmux up`` and wait for its ready line."""
+    """Start ``loopmux up`` and wait for the line that says it is ready."""
     folder = folder or home / "s"
     folder.mkdir(parents=True, exist_ok=True)
     endpoint = f"ipc://{folder / 'client.ipc'}"

@@ -1,0 +1,152 @@
+"""Every error class, reached through the real stack the way a user reaches it."""
+
+from __future__ import annotations
+
+import http.server
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+
+import loopmux
+from e2e import stacks
+from loopmux.toolserver import ToolServer
+
+BROKEN = """
+models:
+  echo: {engine: echo}
+  broken: {engine: echo, echo: {fail_after: 3}}
+  unsuitable: {engine: slots, base_model: "model", environment: here}
+environments:
+  here: {path: "%s"}
+"""
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def test_wrong_requests(echo_stack: stacks.Stack) -> None:
+    cases: list[tuple[type[loopmux.LoopmuxError], str, Callable[[loopmux.Client], object]]] = [
+        (loopmux.BadRequestError, "temperature: found -1", lambda c: c.generate("x", model="echo", temperature=-1)),
+        (loopmux.BadRequestError, "did you mean 'temperature'", lambda c: c.generate("x", temprature=1)),  # type: ignore[call-arg]
+        (loopmux.BadRequestError, "UTF-8", lambda c: c.generate("a\udcff", model="echo")),
+        (loopmux.BadRequestError, "decode", lambda c: c.generate(b"bytes", model="echo")),  # type: ignore[arg-type]
+        (loopmux.BadRequestError, "exactly one of", lambda c: c.generate(model="echo")),
+        (loopmux.ModelNotFoundError, "'echo'", lambda c: c.generate("x", model="ecko")),
+        (loopmux.AdapterNotFoundError, "nope", lambda c: c.generate("x", model="echo", adapter="nope")),
+        (loopmux.PayloadTooLargeError, "4194304", lambda c: c.generate("x" * 5_000_000, model="echo")),
+        (loopmux.DeadlineExceededError, "deadline", lambda c: c.generate("x", model="slow", timeout=0.3)),
+        (
+            loopmux.ToolNotFoundError,
+            "subtract",
+            lambda c: c.run_tools("x", model="echo", tools=[add], tool_choice="subtract"),
+        ),
+        (
+            loopmux.MaxTurnsError,
+            "1",
+            lambda c: c.run_tools('!call add {"a": 1, "b": 2}', model="echo", tools=[add], max_turns=1),
+        ),
+    ]
+    with loopmux.Client(echo_stack.endpoint) as client:
+        for kind, words, call in cases:
+            with pytest.raises(kind) as raised:
+                call(client)
+            assert words in str(raised.value), f"{kind.__name__}: {raised.value}"
+            assert client.generate("and the next one?", model="echo").text, "something else stopped working"
+
+
+def test_a_cancelled_stream(echo_stack: stacks.Stack) -> None:
+    with loopmux.Client(echo_stack.endpoint) as client, client.stream("x", model="slow") as stream:
+        next(iter(stream))
+        stream.cancel()
+        with pytest.raises(loopmux.CancelledError):
+            list(stream)
+
+
+def test_a_failing_engine_and_a_model_that_does_not_start(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model" / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    config = tmp_path / "llm_backends.yaml"
+    config.write_text(BROKEN % sys.prefix)
+    stack = stacks.start(config, home, folder=home / "broken")
+    try:
+        with loopmux.Client(stack.endpoint) as client:
+            with pytest.raises(loopmux.EngineError) as failed:
+                client.generate("x", model="broken", max_new_tokens=10)
+            assert len(failed.value.partial_text.split()) == 3
+            with pytest.raises(loopmux.EngineError, match="unsuitable"):
+                client.generate("x", model="unsuitable")
+            with pytest.raises(loopmux.OverloadedError) as refused:
+                client.generate("x", model="unsuitable", wait=False)
+            assert refused.value.retry_after
+            assert client.generate("x", model="echo").text
+    finally:
+        stack.stop()
+
+
+def test_no_broker_a_lost_broker_and_something_else(echo_config: Path, home: Path, tmp_path: Path) -> None:
+    with loopmux.Client(f"ipc://{tmp_path}/none", connect_timeout=0.3) as client:
+        with pytest.raises(loopmux.ConnectionLostError, match="loopmux up"):
+            client.generate("x")
+    with pytest.raises(loopmux.ConfigError, match="tcp://host:port"):
+        loopmux.Client("http://localhost")
+
+    stack = stacks.start(echo_config, home, folder=home / "lost")
+    try:
+        with loopmux.Client(stack.endpoint) as client, client.stream("x", model="slow") as stream:
+            seen = [next(e.text for e in stream if isinstance(e, loopmux.TextDelta))]
+            for process in stack.part("loopmux_broker"):
+                process.kill()
+            with pytest.raises(loopmux.ConnectionLostError) as lost:
+                seen.extend(e.text for e in stream if isinstance(e, loopmux.TextDelta))
+            assert lost.value.partial_text == "".join(seen)
+            assert lost.value.retryable
+            assert client.generate("and after it came back?", model="echo").text
+    finally:
+        assert stack.stop() == 0
+
+
+def test_a_peer_that_is_no_broker(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/other"
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as other:
+        other.bind(endpoint)
+        with loopmux.Client(endpoint, connect_timeout=1.0) as client:
+            with pytest.raises(loopmux.ConnectionLostError, match="no broker answers"):
+                client.generate("x")
+
+
+def test_a_tool_server_that_refuses_the_token() -> None:
+    class Locked(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Locked) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(loopmux.AuthError, match="token"):
+            ToolServer(f"http://127.0.0.1:{server.server_port}", token="wrong").tools()
+        server.shutdown()
+
+
+def test_a_busy_socket_names_its_holder(echo_stack: stacks.Stack) -> None:
+    holder = echo_stack.part("loopmux_broker")[0]
+    done = subprocess.run(
+        [sys.executable, "-m", "loopmux_broker", "--endpoint", echo_stack.endpoint],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert str(holder.pid) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert psutil.pid_exists(holder.pid)

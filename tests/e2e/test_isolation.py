@@ -1,0 +1,67 @@
+"""A worker runs in an environment that was built for its model, and sees nothing of the application's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import loopmux
+from e2e import stacks
+from e2e.conftest import DEMO, ROOT
+
+CONFIG = f"""
+environments:
+  own: {{python: "{sys.version_info.major}.{sys.version_info.minor}", requirements: [torch==2.13.0, transformers==5.23.0, peft==0.21.2]}}
+models:
+  shout: {{base_model: "{DEMO}/base", adapter_dir: "{DEMO}/adapters/shout", environment: own}}
+"""
+
+
+@pytest.fixture
+def planted() -> Iterator[str]:
+    """A module that only the application's environment has."""
+    path = Path(sysconfig.get_paths()["purelib"]) / "loopmux_planted_by_test.py"
+    path.write_text("present = True\n")
+    yield path.stem
+    path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # torch and transformers are installed for real, on whatever machine this is
+def test_a_worker_lives_in_its_own_environment(home: Path, tmp_path: Path, planted: str) -> None:
+    config = tmp_path / "llm_backends.yaml"
+    config.write_text(CONFIG)
+    stack = stacks.start(config, home, folder=home / "own", limit=800)
+    try:
+        with loopmux.Client(stack.endpoint) as client:
+            text = client.generate("What is Loopmux?", model="shout", temperature=0).text
+            assert text == text.upper()
+            report = client.status().workers[0].report
+        environment = home / "data" / "loopmux" / "envs" / "own"
+        assert report["executable"].startswith(str(environment))
+        assert report["prefix"] != sys.prefix
+        assert (report["transformers"], report["peft"]) == ("5.23.0", "0.21.2")
+        outside = [p for p in report["sys_path"] if sys.prefix in p or str(ROOT) in p]
+        assert outside == [], "the worker looks for packages in the application's places"
+        probe = subprocess.run(
+            [report["executable"], "-c", f"import {planted}"],
+            capture_output=True,
+            text=True,
+            env=stacks.environment(home),
+        )
+        assert "ModuleNotFoundError" in probe.stderr
+    finally:
+        assert stack.stop() == 0
+    again = stacks.start(config, home, folder=home / "own", limit=60)  # built once, used again
+    assert again.stop() == 0
+
+
+def test_the_application_has_none_of_the_models_packages() -> None:
+    code = "import sys, loopmux; loopmux.Client('ipc:///nowhere').close(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "peft", "yaml", "structlog"} & set(loaded)

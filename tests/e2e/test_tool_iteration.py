@@ -1,0 +1,117 @@
+"""The main job on real weights: tool loops through client, broker and workers with the demo model's adapter."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+import loopmux
+from e2e import stacks
+
+
+def scripted_tools(example: dict[str, Any]) -> list[loopmux.Tool]:
+    """Tools that answer what the example says they answer, and insist on the calls it expects."""
+    answers: Iterator[tuple[dict[str, Any], Any]] = iter(
+        [
+            (call, result)
+            for turn in example["turns"]
+            for call, result in zip(turn["calls"], turn["results"], strict=True)
+        ]
+    )
+    lock = threading.Lock()
+
+    def answer(name: str, arguments: dict[str, Any]) -> Any:
+        with lock:
+            expected, result = next(answers)
+        assert (name, arguments) == (expected["name"], expected["arguments"])
+        return result
+
+    def make(schema: dict[str, Any]) -> loopmux.Tool:
+        about = schema.get("function", schema)
+        name = about["name"]
+        return loopmux.Tool(
+            name=name,
+            description=about.get("description", ""),
+            parameters=about["parameters"],
+            function=lambda **arguments: answer(name, arguments),
+        )
+
+    return [make(schema) for schema in example["tools"]]
+
+
+@pytest.fixture(scope="module")
+def loops(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [e for e in examples if e.get("turns")]
+
+
+def test_every_example_loop_makes_its_calls_and_answers(demo_stack: stacks.Stack, loops: list[dict[str, Any]]) -> None:
+    assert len(loops) >= 8
+    with loopmux.Client(demo_stack.endpoint) as client:
+        for example in loops:
+            out = client.run_tools(
+                example["prompt"], model="tools", tools=scripted_tools(example), temperature=0, concurrency=1
+            )
+            assert [e["status"] for e in out.tool_log] == ["ok"] * sum(len(t["calls"]) for t in example["turns"]), (
+                example
+            )
+            assert example["answer"] in out.text, (example["prompt"], out.text)
+            assert out.turns == len(example["turns"]) + 1
+
+
+def test_the_prompt_of_each_turn_is_the_one_before_plus_what_is_new_once(
+    demo_stack: stacks.Stack, loops: list[dict[str, Any]]
+) -> None:
+    """The fault that started it all: text that was added to the conversation twice, or not at all."""
+    example = max(loops, key=lambda e: len(e["turns"]))
+    assert len(example["turns"]) >= 5
+    with loopmux.Client(demo_stack.endpoint) as client:
+        out = client.run_tools(
+            example["prompt"], model="tools", tools=scripted_tools(example), temperature=0, concurrency=1
+        )
+        texts = [m["content"] for m in out.messages if m["role"] == "tool"]
+        assert texts == [str(result) for turn in example["turns"] for result in turn["results"]]
+        # Each turn's prompt, rendered by the worker: the one before, the model's own tokens, the results, no more.
+        sizes = []
+        for n in range(1, len(out.messages) + 1):
+            if out.messages[n - 1]["role"] in ("user", "tool"):
+                one = client.generate(
+                    messages=out.messages[:n], tools=example["tools"], model="tools", max_new_tokens=1, temperature=0
+                )
+                sizes.append(one.usage.prompt_tokens)
+        assert sizes == sorted(set(sizes))
+        assert out.usage.prompt_tokens == sum(sizes)
+
+
+def test_many_loops_share_two_workers(demo_stack: stacks.Stack, loops: list[dict[str, Any]]) -> None:
+    example = loops[0]
+    with loopmux.Client(demo_stack.endpoint) as client, ThreadPoolExecutor(6) as pool:
+        jobs = [
+            pool.submit(
+                client.run_tools, example["prompt"], model="tools", tools=scripted_tools(example), temperature=0
+            )
+            for _ in range(6)
+        ]
+        texts = {job.result().text for job in jobs}
+        workers = [w for w in client.status().workers if "tools" in w.models]
+    assert len(texts) == 1
+    assert all(w.served for w in workers)
+
+
+def test_the_helper_of_the_system_before(
+    demo_stack: stacks.Stack, loops: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOPMUX_ENDPOINT", demo_stack.endpoint)
+    text = loopmux.run_inference(loopmux.InferenceConfig("Hello", "default", max_new_tokens=40, temperature=0.0))
+    assert text
+    assert "<|" not in text
+    example = loops[0]
+    config = loopmux.ToolEnabledInferenceConfig(
+        prompt=example["prompt"], model_id="tools", temperature=0.0, tools=scripted_tools(example)
+    )
+    answer, log = loopmux.run_inference_with_tools(config)
+    assert example["answer"] in answer
+    assert [entry["status"] for entry in log] == ["ok"] * len(log)
