@@ -6,7 +6,6 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tinymodel import write_adapter, write_base, write_tokenizer
 
 from loopmux.errors import AdapterNotFoundError, ConfigError
 from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
@@ -14,6 +13,7 @@ from loopmux.wire import new_id
 from loopmux_worker.engine import files, loading, open_engine
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Job, Key, Produced
+from tinymodel import write_adapter, write_base, write_tokenizer
 
 
 def spec(base, *models, **options):

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fakebroker import PATIENCE, FakeBroker
 from loopmux.messages import Generate, ModelSpec, Sampling, WorkerSpec
 from loopmux.wire import Kind, unpack_tokens
 from loopmux_worker.oneshot import one_shot
+from workerpeer import PATIENCE, FakeBroker
 
 PROGRAM = [sys.executable, "-m", "loopmux_worker"]
 REQUEST = b"r" * 16

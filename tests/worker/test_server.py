@@ -4,7 +4,6 @@ from contextlib import contextmanager
 
 import pytest
 
-from fakebroker import PATIENCE, FakeBroker
 from loopmux.codec import unpack
 from loopmux.errors import ConfigError, ProtocolError
 from loopmux.messages import End, Failure, Generate, Heartbeat, ModelSpec, Tok, WorkerSpec
@@ -13,6 +12,7 @@ from loopmux_worker.driver import Driver
 from loopmux_worker.engine import open_engine
 from loopmux_worker.engine.echo import EchoEngine, echo_text, echo_token
 from loopmux_worker.server import Worker
+from workerpeer import PATIENCE, FakeBroker
 
 REQUEST, OTHER = b"r" * 16, b"o" * 16
 
