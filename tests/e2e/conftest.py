@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,6 @@ def demo_stack(home: Path) -> Iterator[stacks.Stack]:
 
 
 @pytest.fixture(scope="session")
-def examples() -> list[dict[str, object]]:
-    found = json.loads((DEMO / "train" / "examples.json").read_text())
-    return found if isinstance(found, list) else found["examples"]
+def examples() -> dict[str, Any]:
+    """What the demo model is known to do: ``loops`` with their calls and results, ``chats`` with their answers."""
+    return json.loads((DEMO / "train" / "examples.json").read_text())

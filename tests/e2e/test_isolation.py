@@ -16,7 +16,9 @@ from e2e.conftest import DEMO, ROOT
 
 CONFIG = f"""
 environments:
-  own: {{python: "{sys.version_info.major}.{sys.version_info.minor}", requirements: [torch==2.13.0, transformers==5.23.0, peft==0.21.2]}}
+  own:
+    python: "{sys.version_info.major}.{sys.version_info.minor}"
+    requirements: [torch==2.13.0, transformers==5.23.0, peft==0.21.2]
 models:
   shout: {{base_model: "{DEMO}/base", adapter_dir: "{DEMO}/adapters/shout", environment: own}}
 """
