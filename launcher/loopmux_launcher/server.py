@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -44,6 +45,7 @@ from loopmux_launcher.events import (
     TimerFired,
 )
 from loopmux_launcher.groups import group
+from loopmux_launcher.lifecycle import STOP_GRACE
 from loopmux_launcher.link import Link, Refused, Welcomed
 from loopmux_launcher.plan import BROKER, Plan
 from loopmux_launcher.probe import worker_command, worker_variables
@@ -229,11 +231,15 @@ class Launcher:
             self._handle(ProcessExited(name, code, last_lines, random.random()))  # noqa: S311 - jitter, no secret
 
     def _abandon(self) -> None:
-        """However the loop ended, nothing that it started goes on."""
+        """However the loop ended, nothing that it started goes on. The broker may still remove its socket files."""
         for child in self._children.values():
-            child.kill()
+            child.terminate() if child.name == BROKER else child.kill()
         for child in self._children.values():
-            child.process.wait()
+            try:
+                child.process.wait(STOP_GRACE)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.process.wait()
             child.finished()
 
     # --- the broker's socket

@@ -18,6 +18,10 @@ import loopmux
 from launcher.programs import Program, alive, launch, program, wait_for
 from loopmux_launcher import places
 from loopmux_launcher.backoff import CRASHES
+from loopmux_launcher.console import Console
+from loopmux_launcher.events import Announce
+from loopmux_launcher.reader import load
+from loopmux_launcher.server import Launcher
 
 ECHO = "models: {echo: {engine: echo, workers: 2}}\n"
 
@@ -347,3 +351,18 @@ def test_debug_shows_the_traceback_that_is_hidden_otherwise(home: Path) -> None:
     words = ("config", "check", str(home / "gone.yaml"))
     assert "Traceback" not in launch(*words).stderr
     assert "Traceback" in launch(*words, "--debug").stderr
+
+
+def test_a_failure_of_the_launcher_itself_leaves_nothing(
+    config: Path, endpoint: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(Console):
+        def announce(self, news: Announce) -> None:
+            if news.level == "ready":
+                raise RuntimeError("a bug")
+
+    launcher = Launcher(load(config), endpoint, Failing("plain"), with_broker=True)
+    with pytest.raises(RuntimeError, match="a bug"):
+        launcher.run()
+    assert psutil.Process().children(recursive=True) == []
+    assert list((home / "s").iterdir()) == [] if (home / "s").exists() else True
