@@ -85,8 +85,10 @@ def test_a_failing_engine_and_a_model_that_does_not_start(home: Path, tmp_path: 
             assert len(failed.value.partial_text.split()) == 3
             with pytest.raises(loopmux.EngineError, match="unsuitable"):
                 client.generate("x", model="unsuitable")
-            with pytest.raises(loopmux.OverloadedError) as refused:
-                client.generate("x", model="unsuitable", wait=False)
+            psutil.Process(next(w.pid for w in client.status().workers if "echo" in w.models)).kill()
+            stacks.wait_for(lambda: not any("echo" in w.models for w in client.status().workers), "the loss to be seen")
+            with pytest.raises(loopmux.OverloadedError, match="does not wait") as refused:
+                client.generate("x", model="echo", wait=False)
             assert refused.value.retry_after
             assert client.generate("x", model="echo").text
     finally:
