@@ -288,6 +288,7 @@ def test_a_reader_that_goes_away_does_not_end_it(config: Path, endpoint: str, ho
     process.stdout.close()
     try:
         with loopmux.Client(endpoint) as client:
+            wait_for(lambda: [m.phase for m in client.status().models] == ["ready"], "the model")
             assert client.generate("hello", model="echo").text
     finally:
         process.terminate()
