@@ -250,7 +250,7 @@ def test_a_fast_engine_waits_for_a_slow_wire(endpoint):
     driver = Driver(engine, rung.set)
     from loopmux.messages import Run
     from loopmux_worker.engine.base import Job, Key
-    from loopmux_worker.session import Submit
+    from loopmux_worker.events import Submit
 
     driver.put(Submit(Job(Key(REQUEST, 1), Run("echo"), Generate(prompt="x", max_new_tokens=10**7, ignore_eos=True))))
     driver.start()

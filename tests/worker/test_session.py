@@ -4,7 +4,7 @@ from loopmux.messages import End, Failure, Generate, Heartbeat, Register, Run, S
 from loopmux.results import Timing, ToolCall, Usage
 from loopmux.wire import Header, Kind, Message, pack_tokens, unpack_tokens
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Load, Produced
-from loopmux_worker.session import (
+from loopmux_worker.events import (
     Asked,
     Cancel,
     Cancelled,
@@ -13,12 +13,12 @@ from loopmux_worker.session import (
     Leave,
     Received,
     Send,
-    Session,
     Stepped,
     Submit,
     Unsend,
     Woke,
 )
+from loopmux_worker.session import Session
 
 REQUEST, OTHER = b"r" * 16, b"o" * 16
 EPOCH, NEXT_EPOCH = b"e" * 8, b"f" * 8

@@ -11,7 +11,7 @@ import structlog
 from loopmux.errors import EngineError, LoopmuxError
 from loopmux.results import Usage
 from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Load, Output
-from loopmux_worker.session import Cancel, Cancelled, Event, Stepped, Submit
+from loopmux_worker.events import Cancel, Cancelled, Event, Stepped, Submit
 
 _log = structlog.get_logger(__name__)
 

@@ -22,7 +22,7 @@ from loopmux.messages import Register, WorkerSpec
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, ROUTE_LIMIT, VERSIONS, Message, from_frames, new_id, to_frames
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Description, Engine
-from loopmux_worker.session import (
+from loopmux_worker.events import (
     Action,
     Asked,
     Cancel,
@@ -32,11 +32,11 @@ from loopmux_worker.session import (
     Leave,
     Received,
     Send,
-    Session,
     Submit,
     Unsend,
     Woke,
 )
+from loopmux_worker.session import Session
 
 _log = structlog.get_logger(__name__)
 

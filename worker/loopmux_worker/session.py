@@ -17,6 +17,22 @@ from loopmux.messages import End, Failure, Generate, Heartbeat, Register, Run, W
 from loopmux.results import Usage
 from loopmux.wire import NO_ID, VERSIONS, Header, Kind, Message, unpack_tokens
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Load, Output, Produced
+from loopmux_worker.events import (
+    Action,
+    Asked,
+    Cancel,
+    Cancelled,
+    Connected,
+    Disconnected,
+    Event,
+    Leave,
+    Received,
+    Send,
+    Stepped,
+    Submit,
+    Unsend,
+    Woke,
+)
 from loopmux_worker.keeping import KEPT, OutputStream
 
 REGISTER_AGAIN = 0.5
@@ -29,93 +45,6 @@ _FASTEST_HEARTBEAT = 0.05
 """Seconds; a broker that asks for more is mistaken."""
 _ABSENCE = 2.0
 """Heartbeats; who was away for longer (suspended, stopped) must not blame the silence on the broker."""
-
-# --- events -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A well-formed message came from the broker."""
-
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Connected:
-    """A connection to the broker stands."""
-
-
-@dataclass(frozen=True, slots=True)
-class Disconnected:
-    """The connection to the broker broke; another one is being made."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stepped:
-    """The engine made a step, or took a request in that it refused."""
-
-    outputs: tuple[Output, ...]
-    load: Load
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """The engine forgot a request; None if it had ended already."""
-
-    key: Key
-    usage: Usage | None
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Somebody asked this process to end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Woke:
-    """``next_timer`` was reached."""
-
-
-Event = Received | Connected | Disconnected | Stepped | Cancelled | Asked | Woke
-
-# --- actions ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send a message. One that is not ``lasting`` is dropped where it cannot go out now: it comes again by itself."""
-
-    message: Message
-    lasting: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Unsend:
-    """Drop the messages that wait to go out: they belong to a connection that is gone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """Hand a request to the engine."""
-
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Have the engine forget a request; answered by ``Cancelled``."""
-
-    key: Key
-
-
-@dataclass(frozen=True, slots=True)
-class Leave:
-    """End this process. With ``error`` set, the broker refused it for that reason."""
-
-    error: LoopmuxError | None = None
-
-
-Action = Send | Unsend | Submit | Cancel | Leave
 
 
 @dataclass(slots=True)

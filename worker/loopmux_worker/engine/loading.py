@@ -262,8 +262,8 @@ def read_tokenizer(folder: Path, spec: WorkerSpec) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
     except Exception as error:
         raise ConfigError(
-            f"{folder}: transformers {transformers.__version__} cannot load its tokenizer: "
-            f"{type(error).__name__}: {error}"
+            f"{folder}: transformers {transformers.__version__} cannot load its tokenizer ({type(error).__name__}: "
+            f"{error}): copy it again, or use the release of transformers that saved it"
         ) from error
 
 

@@ -10,91 +10,29 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import peft
 import torch
 import transformers
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from loopmux.errors import BadRequestError, EngineError, LoopmuxError
 from loopmux.messages import Generate, ModelSpec, Run, Sampling, ServedModel, WorkerSpec
-from loopmux.results import Timing, Usage
+from loopmux.results import Usage
 from loopmux.wire import new_id, pack_tokens
 from loopmux_worker.engine import admission, files, templates
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced
+from loopmux_worker.engine.generating import Choose, Read, Task
 from loopmux_worker.engine.loading import Loaded, Progress, load, read_tokenizer
 from loopmux_worker.engine.output import Reader, Reading
-from loopmux_worker.engine.sampling import Pick, Sampler, seed_of
+from loopmux_worker.engine.sampling import Sampler, seed_of
 from loopmux_worker.engine.toolparse import CLOSE, OPEN
 
 _WAIT = 0.01
 """Seconds that a step waits for the helper thread: shorter than a token, long enough not to spin."""
-
-
-@dataclass(slots=True)
-class _Task:
-    """A request on its way through ``generate()``."""
-
-    job: Job
-    prompt: list[int]
-    adapter: str | None
-    limit: int
-    reader: Reader
-    sampler: Sampler
-    arrived: float
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    pick: Pick | None = None
-    started: float | None = None
-    first: float | None = None
-    reported: int = 0  # tokens that ``step`` has returned, prefix included
-
-    def usage(self, total: int) -> Usage:
-        return Usage(len(self.prompt), total)
-
-    def timing(self, now: float) -> Timing:
-        started = self.started or now
-        return Timing(started - self.arrived, (self.first or now) - self.arrived, now - self.arrived)
-
-
-class _Choose(LogitsProcessor):  # type: ignore[misc]
-    """Leaves only the token that the sampler chose, which greedy search then takes."""
-
-    def __init__(self, task: _Task) -> None:
-        self._task = task
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 - generate()'s signature
-        task = self._task
-        task.pick = task.sampler.choose(scores[0], task.reader.total)
-        only = torch.full_like(scores, -torch.inf)
-        only[0, task.pick.token] = 0
-        return only
-
-
-class _Read(StoppingCriteria):  # type: ignore[misc]
-    """Reads the chosen token, reports it, and says whether the output ends here."""
-
-    def __init__(self, task: _Task, report: queue.SimpleQueue[Output]) -> None:
-        self._task, self._report = task, report
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ARG002
-        task = self._task
-        if not task.cancelled.is_set() and task.pick is not None:
-            self._report.put(_produce(task, task.pick))
-        ended = task.cancelled.is_set() or task.reader.reason is not None
-        return torch.tensor([ended], device=input_ids.device)
-
-
-def _produce(task: _Task, pick: Pick) -> Produced:
-    task.first = task.first or time.monotonic()
-    task.sampler.note(pick.token)
-    position = task.reader.total
-    piece = task.reader.push(pick.token)
-    logprobs = (pick.logprob,) if pick.logprob else ()
-    return Produced(task.job.key, position, (pick.token,), piece.text, piece.calls, logprobs)
 
 
 class PlainEngine:
@@ -118,10 +56,10 @@ class PlainEngine:
             if model.adapter_dir:
                 progress("loading", f"adapter {model.id}")
                 self._adapters.load(model.id, model.adapter_dir)
-        self._tasks: dict[Key, _Task] = {}
+        self._tasks: dict[Key, Task] = {}
         self._ready: list[Output] = []
         self._progress = 0
-        self._todo: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Output] = queue.SimpleQueue()
         self._model_lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="generate", daemon=True)
@@ -219,7 +157,7 @@ class PlainEngine:
 
     # --- taking requests in -------------------------------------------------------------------------------------------
 
-    def _task(self, job: Job) -> _Task:
+    def _task(self, job: Job) -> Task:
         generate, loaded = job.generate, self._loaded
         admission.check(generate)
         model = admission.model_of(job.run, self._models)
@@ -240,7 +178,7 @@ class PlainEngine:
             device=loaded.device,
         )
         reader = Reader(self._reading(job, model, limit))
-        return _Task(job, prompt, adapter, limit, reader, sampler, time.monotonic())
+        return Task(job, prompt, adapter, limit, reader, sampler, time.monotonic())
 
     def _prompt(self, generate: Generate, model: ModelSpec) -> list[int]:
         prompt = templates.render(generate, model, self._loaded.tokenizers[model.id])
@@ -286,7 +224,7 @@ class PlainEngine:
             except Exception as error:  # noqa: BLE001 - it ends this request; the next one may well run
                 self._done.put(Failed(task.job.key, task.reader.total, _as_ours(error), task.usage(task.reader.total)))
 
-    def _generate(self, task: _Task) -> None:
+    def _generate(self, task: Task) -> None:
         ids = torch.tensor([[*task.prompt, *task.job.prefix]], device=self._loaded.device)
         config = GenerationConfig(
             max_new_tokens=task.limit - len(task.job.prefix),
@@ -299,11 +237,11 @@ class PlainEngine:
                 ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([_Choose(task)]),
-                stopping_criteria=StoppingCriteriaList([_Read(task, self._done)]),
+                logits_processor=LogitsProcessorList([Choose(task)]),
+                stopping_criteria=StoppingCriteriaList([Read(task, self._done)]),
             )
 
-    def _finished(self, task: _Task) -> Finished:
+    def _finished(self, task: Task) -> Finished:
         total, reason = task.reader.total, task.reader.reason
         if reason is None:
             raise EngineError(f"generate() returned after {total} of {task.limit} tokens without a reason")

@@ -1,0 +1,87 @@
+"""One request inside transformers' ``generate()``: how it chooses and reads its tokens there."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+
+from loopmux.results import Timing, Usage
+from loopmux_worker.engine.base import Job, Output, Produced
+from loopmux_worker.engine.output import Reader
+from loopmux_worker.engine.sampling import Pick, Sampler
+
+
+@dataclass(slots=True)
+class Task:
+    """A request on its way through ``generate()``.
+
+    ``cancelled`` is the one field that two threads use: the engine's sets it, the helper's looks at it between tokens.
+    """
+
+    job: Job
+    prompt: list[int]
+    adapter: str | None
+    limit: int
+    reader: Reader
+    sampler: Sampler
+    arrived: float
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    pick: Pick | None = None
+    started: float | None = None
+    first: float | None = None
+    reported: int = 0  # tokens that ``step`` has returned, prefix included
+
+    def usage(self, total: int) -> Usage:
+        """Token counts after ``total`` tokens of output."""
+        return Usage(len(self.prompt), total)
+
+    def timing(self, now: float) -> Timing:
+        """Where the time went, seconds."""
+        started = self.started or now
+        return Timing(started - self.arrived, (self.first or now) - self.arrived, now - self.arrived)
+
+
+class Choose(LogitsProcessor):  # type: ignore[misc]
+    """Leaves only the token that the sampler chose, which greedy search then takes."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        """Logits of shape (1, vocabulary) in and out; the signature is that of ``generate()``."""
+        task = self._task
+        task.pick = task.sampler.choose(scores[0], task.reader.total)
+        only = torch.full_like(scores, -torch.inf)
+        only[0, task.pick.token] = 0
+        return only
+
+
+class Read(StoppingCriteria):  # type: ignore[misc]
+    """Reads the chosen token, reports it, and says whether the output ends here."""
+
+    def __init__(self, task: Task, report: queue.SimpleQueue[Output]) -> None:
+        self._task, self._report = task, report
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ARG002
+        """Whether to stop, shape (1,)."""
+        task = self._task
+        if not task.cancelled.is_set() and task.pick is not None:
+            self._report.put(_produce(task, task.pick))
+        ended = task.cancelled.is_set() or task.reader.reason is not None
+        return torch.tensor([ended], device=input_ids.device)
+
+
+def _produce(task: Task, pick: Pick) -> Produced:
+    task.first = task.first or time.monotonic()
+    task.sampler.note(pick.token)
+    position = task.reader.total
+    piece = task.reader.push(pick.token)
+    logprobs = (pick.logprob,) if pick.logprob else ()
+    return Produced(task.job.key, position, (pick.token,), piece.text, piece.calls, logprobs)

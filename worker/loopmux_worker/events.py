@@ -1,0 +1,97 @@
+"""What a worker's session is told and what it asks for. Pure data; ``session`` turns the first into the second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loopmux.errors import LoopmuxError
+from loopmux.results import Usage
+from loopmux.wire import Message
+from loopmux_worker.engine.base import Job, Key, Load, Output
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A well-formed message came from the broker."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A connection to the broker stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The connection to the broker broke; another one is being made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """The engine made a step, or took a request in that it refused."""
+
+    outputs: tuple[Output, ...]
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The engine forgot a request; None if it had ended already."""
+
+    key: Key
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Somebody asked this process to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Woke:
+    """``next_timer`` was reached."""
+
+
+Event = Received | Connected | Disconnected | Stepped | Cancelled | Asked | Woke
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message. One that is not ``lasting`` is dropped where it cannot go out now: it comes again by itself."""
+
+    message: Message
+    lasting: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Unsend:
+    """Drop the messages that wait to go out: they belong to a connection that is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Hand a request to the engine."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Have the engine forget a request; answered by ``Cancelled``."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """End this process. With ``error`` set, the broker refused it for that reason."""
+
+    error: LoopmuxError | None = None
+
+
+Action = Send | Unsend | Submit | Cancel | Leave
