@@ -40,7 +40,7 @@ class Core:
 
     def __init__(self, **config: Any) -> None:
         self.now = 100.0
-        self.config = BrokerConfig(**config)
+        self.config = BrokerConfig(**{"settle": 0.0} | config)  # most stories begin long after the start
         self.broker = Broker(self.config, epoch=EPOCH, now=self.now)
         self.tables = self.broker.tables
         self.logged: list[Log] = []

@@ -43,6 +43,10 @@ class Broker:
         self._life = Life(self.tables, self._streams)
         self._clients = ClientSide(self.tables, self._life, self._streams)
         self._workers = WorkerSide(self.tables, self._life, self._streams)
+        if config.settle > 0:
+            self.tables.timers.set((Alarm.SETTLED, b"", 0), now + config.settle)
+        else:
+            self._life.settled(now)
 
     def next_timer(self) -> float | None:
         """When ``TimerDue`` should be said at the latest, None if there is nothing to wait for."""
@@ -161,6 +165,8 @@ class Broker:
     def _peer_rings(self, alarm: Alarm, whose: bytes, now: float) -> None:
         client = self.tables.clients.by_instance.get(whose)
         match alarm:
+            case Alarm.SETTLED:
+                self._life.settled(now)
             case Alarm.CLIENT_SILENT:
                 self._clients.silent(whose, now)
             case Alarm.MEMBER_SILENT:

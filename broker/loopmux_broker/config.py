@@ -27,6 +27,8 @@ class BrokerConfig:
         worker_endpoints: where workers and launchers connect; empty means beside the first client endpoint.
         heartbeat: interval in which peers say something; after three they count as gone.
         window: tokens a client may be sent before it has to grant more.
+        settle: after its start, how long a model that nobody has declared yet may still be: workers and launchers need
+            a moment to join, above all a broker that was started again.
         grace: how long the requests of a client that went away live on.
         max_attempts: workers that a request may be given to, one after the other.
         resend: interval of what is repeated until it is answered.
@@ -42,6 +44,7 @@ class BrokerConfig:
     worker_endpoints: tuple[str, ...] = ()
     heartbeat: float = 1.0
     window: int = 1024
+    settle: float = 3.0
     grace: float = 2.0
     max_attempts: int = 3
     resend: float = 1.0

@@ -23,8 +23,11 @@ _COLD_RETRY = 1.0
 """``retry_after`` where a model has no worker yet, seconds: nobody knows how long loading takes, asking is cheap."""
 
 
-def objection(pool: Pool, request: Request) -> LoopmuxError | None:
-    """Why the request cannot run as things are, None if it can or may wait."""
+def objection(pool: Pool, request: Request, *, settled: bool) -> LoopmuxError | None:
+    """Why the request cannot run as things are, None if it can or may wait.
+
+    Before the broker has ``settled``, a model that nobody has declared may still come.
+    """
     submit = request.submit
     if not (math.isfinite(submit.timeout) and submit.timeout > 0):
         return BadRequestError(f"timeout: found {submit.timeout}, expected seconds above 0")
@@ -33,14 +36,13 @@ def objection(pool: Pool, request: Request) -> LoopmuxError | None:
     if pool.serving(submit.model):
         return unknown_adapter(pool, request)
     declared = pool.declared(submit.model)
-    if declared is None:
+    if declared is None and settled:
         return unknown_model(pool, submit.model)
-    if declared.entry.phase == "failed":
+    if declared is not None and declared.entry.phase == "failed":
         return failed_to_start(declared.entry)
     if not submit.wait:
-        text = (
-            f"model {submit.model!r} has no ready worker (it is {declared.entry.phase}) and the request does not wait"
-        )
+        phase = pool.phase(submit.model)
+        text = f"model {submit.model!r} has no ready worker (it is {phase}) and the request does not wait"
         return OverloadedError(text, retry_after=_COLD_RETRY)
     return None
 

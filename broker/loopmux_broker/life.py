@@ -17,7 +17,7 @@ from loopmux.wire import Header, Kind, Message
 from loopmux_broker.clients import Client
 from loopmux_broker.dispatch import choose
 from loopmux_broker.events import Peer, Send, say
-from loopmux_broker.intake import exhausted, failed_to_start, objection, unknown_adapter
+from loopmux_broker.intake import exhausted, failed_to_start, objection, unknown_adapter, unknown_model
 from loopmux_broker.output import Output
 from loopmux_broker.pool import Lease, Worker
 from loopmux_broker.requests import Request, State, Step
@@ -44,7 +44,7 @@ class Life:
         t = self._t
         request = Request(request_id, client, submit, body, now, now + submit.timeout, Output(credit=t.config.window))
         worker = self._worker_for(request)
-        error = objection(self._t.pool, request) or exhausted(self._t.admission, request, worker)
+        error = objection(self._t.pool, request, settled=t.settled) or exhausted(self._t.admission, request, worker)
         if error is not None:
             self.refuse(client, request_id, error, model=submit.model)
             return
@@ -198,6 +198,14 @@ class Life:
             self._end(request, Kind.ERROR, failed_to_start(declared.entry), now)
         else:
             self._tell_phase(request, now)
+
+    def settled(self, now: float) -> None:
+        """Whoever belongs to this broker has joined by now: a model that is still unknown will stay so."""
+        self._t.settled = True
+        for model in self._t.queues.models():
+            if not self._t.pool.knows(model):
+                for request in self._t.queues.of_model(model):
+                    self._end(request, Kind.ERROR, unknown_model(self._t.pool, model), now)
 
     def model_withdrawn(self, model: str, now: float) -> None:
         """A launcher no longer answers for a model."""

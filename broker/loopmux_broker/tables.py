@@ -31,6 +31,7 @@ class Alarm(IntEnum):
     TOMBSTONE = 9  # request
     STRIKES = 10  # peer
     LAUNCHER = 11  # name
+    SETTLED = 12  # nobody
 
 
 LIVENESS = frozenset({Alarm.CLIENT_SILENT, Alarm.CLIENT_GRACE, Alarm.MEMBER_SILENT, Alarm.RUN})
@@ -64,6 +65,8 @@ class Tables:
     affinity: Affinity = field(default_factory=Affinity)
     strikes: Strikes = field(default_factory=Strikes)
     timers: Timers[TimerKey] = field(default_factory=Timers)
+    settled: bool = False
+    """Whether whoever belongs to this broker has had the time to join."""
     rivals: dict[Peer, float] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     out: list[Action] = field(default_factory=list)

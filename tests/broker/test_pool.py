@@ -337,3 +337,23 @@ def test_status_shows_silence_and_what_was_served(core: Core) -> None:
     assert isinstance(answer, Send)
     [worker] = codec.unpack(Status, answer.message.body, codec.BODY_LIMITS).workers
     assert (worker.state, worker.served, worker.running) == ("silent", 1, 0)
+
+
+# --- just started
+
+
+def test_a_broker_that_has_just_started_waits_for_who_belongs_to_it() -> None:
+    core = Core(settle=3.0)
+    core.hello()
+    assert kinds(core.submit(ONE)) == [(CLIENT, Kind.ACCEPTED), (CLIENT, Kind.PHASE)]
+    core.wait(1.0)
+    assert (WORKER, Kind.RUN) in kinds(core.register())
+
+
+def test_a_model_that_is_still_unknown_when_the_broker_has_settled_is_refused() -> None:
+    core = Core(settle=3.0)
+    core.hello()
+    core.submit(ONE, model="tols")
+    (refusal,) = [failure(a) for a in core.wait(3.25) if kinds([a]) == [(CLIENT, Kind.ERROR)]]
+    assert (refusal[1], refusal[3].code) == (Kind.ERROR, "model_not_found")
+    assert failure(core.submit(TWO, model="tols")[0])[3].code == "model_not_found"
