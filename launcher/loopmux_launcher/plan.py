@@ -174,8 +174,8 @@ class Plan:
             if process is self.broker and not self._started:
                 yield from self._start_environments(now)
         elif phase == "failed":
+            # It leaves by itself: its exit code says whether another try makes sense. If it stays, ``wake`` ends it.
             process.end(detail or "it failed to start", now)
-            yield StopProcess(process.name)
         else:
             process.phase, process.detail = phase, detail
             yield Announce(process.name, f"{phase} {detail}".rstrip(), "progress")

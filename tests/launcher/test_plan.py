@@ -176,7 +176,7 @@ def test_bad_configuration_is_not_tried_again() -> None:
     core = plan(make("m"), make("other"))
     core.handle(Began(), 0.0)
     failed = core.handle(ProcessReported("m-1", "failed", "the adapter is for another base"), 1.0)
-    assert of(StopProcess, failed) == [StopProcess("m-1")]
+    assert of(StopProcess, failed) == []  # it leaves by itself, with the exit code that says why
     ended = core.handle(ProcessExited("m-1", 78), 1.1)
     assert told(ended)["m"].phase == "failed"
     assert "the adapter is for another base" in told(ended)["m"].detail
