@@ -22,6 +22,7 @@ from loopmux_broker.broker import Broker
 from loopmux_broker.config import BrokerConfig
 from loopmux_launcher import events as launcher_events
 from loopmux_launcher.groups import Group
+from loopmux_launcher.link import Link, Welcomed
 from loopmux_launcher.plan import Plan
 from loopmux_worker import session as worker_session
 from loopmux_worker.engine.echo import EchoEngine
@@ -329,33 +330,34 @@ class WorkerHost(Endpoint):
 
 
 class LauncherHost(Endpoint):
-    """A launcher process: its planning core; processes are simulated ones."""
+    """A launcher process: its planning core and its side of the wire; processes are simulated ones."""
 
     from_worker = True
 
     def __init__(self, world: World, groups: list[Group]) -> None:
+        clock = world.clock
         self.plan = Plan(groups, required=[m for g in groups for m in g.model_ids], with_broker=False)
+        self.link = Link(messages.Register("launcher", "host", clock.random.randbytes(16), wire.VERSIONS))
         self.workers: dict[str, WorkerHost] = {}
-        self._boot = world.clock.random.randbytes(16)
-        self.alarm = Alarm(world.clock, self.plan.next_timer, lambda: self.handle(launcher_events.TimerFired()))
+        self.alarm = Alarm(clock, self.plan.next_timer, lambda: self.handle(launcher_events.TimerFired()))
+        self.heartbeat = Alarm(clock, self.link.next_timer, self._beat)
         super().__init__(world)
         self.handle(launcher_events.Began())
-        world.clock.at(world.clock.now + 1.0, self._beat)
+        self.heartbeat.look()
 
-    def connected(self) -> None:
-        register = messages.Register("launcher", "host", self._boot, wire.VERSIONS)
-        self.send(wire.Message(wire.Header(wire.Kind.REGISTER), codec.pack(register), codec.pack({})))
+    def disconnected(self) -> None:
+        self.link.lost()
+        self.heartbeat.look()
 
     def _beat(self) -> None:
-        self.send(wire.Message(wire.Header(wire.Kind.HB), codec.pack(messages.Heartbeat())))
-        self.world.clock.at(self.world.clock.now + 1.0, self._beat)
+        for message in self.link.due(self.world.clock.now):
+            self.send(message)
 
     def receive(self, frames: list[bytes]) -> None:
-        match wire.from_frames(frames).kind:
-            case wire.Kind.WELCOME:
-                self.handle(launcher_events.BrokerWelcomed())
-            case wire.Kind.WHO:
-                self.connected()
+        news = self.link.received(wire.from_frames(frames), self.world.clock.now)
+        if isinstance(news, Welcomed):
+            self.handle(launcher_events.BrokerWelcomed())
+        self.heartbeat.look()
 
     def kill(self, worker: WorkerHost) -> None:
         """A worker is killed and its parent hears of it."""
@@ -369,7 +371,8 @@ class LauncherHost(Endpoint):
                 case launcher_events.StartWorker(name=name, spec=spec):
                     self._start(name, spec)
                 case launcher_events.ReportPhase(catalogue):
-                    self.send(wire.Message(wire.Header(wire.Kind.CATALOGUE), codec.pack(catalogue)))
+                    for message in self.link.report(catalogue):
+                        self.send(message)
         self.alarm.look()
 
     def _start(self, name: str, spec: messages.WorkerSpec) -> None:
