@@ -77,6 +77,9 @@ class ClientSide:
         if version is None:
             self._t.out.append(no_common_version(peer, hello.versions))
             return
+        previous = self._t.clients.by_peer.get(peer)
+        if previous is not None and previous.instance != hello.instance:
+            self.lost(previous, now)
         client, moved = self._t.clients.introduce(hello.instance, peer, hello.software, now)
         if moved:
             self._streams.moved(client)

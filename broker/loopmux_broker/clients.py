@@ -40,16 +40,13 @@ class Clients:
         self.by_peer: dict[Peer, Client] = {}
 
     def introduce(self, instance: bytes, peer: Peer, software: str, now: float) -> tuple[Client, bool]:
-        """A client said who it is: the client, and whether this connection is new to it."""
+        """A client said who it is: the client, and whether this connection (no other client's) is new to it."""
         client = self.by_instance.get(instance)
         if client is None:
             client = self.by_instance[instance] = Client(instance, None, now, software)
         moved = client.peer != peer
         if moved and client.peer is not None:
             del self.by_peer[client.peer]
-        previous = self.by_peer.get(peer)
-        if previous is not None and previous is not client:
-            self.part(previous)
         client.peer, client.heard, client.blocked = peer, now, False
         self.by_peer[peer] = client
         return client, moved

@@ -92,11 +92,6 @@ class Request:
         self.state = TRANSITIONS[self.state][step]
 
     @property
-    def detached(self) -> bool:
-        """Whether its client is away."""
-        return self.client.peer is None
-
-    @property
     def lane(self) -> tuple[str, str | None]:
         """The queue it belongs to: model id and adapter."""
         return self.submit.model, self.submit.adapter

@@ -254,6 +254,8 @@ def test_another_client_on_the_same_connection(core: Core) -> None:
     core.running()
     core.hello(CLIENT, instance(OTHER))
     assert core.worker(tok(ONE, 0)) == []
+    assert core.wait(2) == [stop(ONE, 1)]  # the first one is gone like any other
+    assert list(core.tables.clients.by_instance) == [instance(OTHER)]
 
 
 # --- a client that is gone
@@ -263,7 +265,7 @@ def test_a_lost_client_keeps_its_requests_for_the_grace_time(core: Core) -> None
     core.running(ONE)
     core.worker(tok(ONE, 0))
     assert core.lose(CLIENT) == []
-    assert core.tables.requests[ONE].detached
+    assert core.tables.requests[ONE].client.peer is None
     assert core.wait(1.75) == []
     assert core.wait(0.25) == [stop(ONE, 1)]
     core.worker(stopped(ONE, 1))
