@@ -64,7 +64,7 @@ class Life:
         self._t.out.append(Send(request.client.peer, say(Kind.ACCEPTED, request.id, arg=position)))
 
     def refuse(self, client: Client, request_id: bytes, error: LoopmuxError, *, model: str, received: int = 0) -> None:
-        """Answer with an error and remember nothing: a repeated SUBMIT gets the same answer."""
+        """Answer with an error and remember nothing: a repeated SUBMIT is judged anew."""
         self._t.counters["overloaded" if isinstance(error, OverloadedError) else "refused"] += 1
         if client.peer is not None:
             header = Header(Kind.ERROR, request_id, seq=received)

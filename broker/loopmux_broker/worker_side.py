@@ -20,7 +20,8 @@ _REPORT_LIMITS = codec.Limits(array=256, map=256, size=16 * 1024)
 """A worker's report is for people; the broker decodes it, so it takes no more than a page of text in one field."""
 _REDECLARE = 5.0
 """Seconds for which a new launcher process may repeat what the last one declared, before the rest is taken out."""
-_RUNNING = wire.TERMINALS - {Kind.EXPIRED}
+_ENDS = wire.TERMINALS - {Kind.EXPIRED}
+"""What a worker may end a request with: one that is with a worker does not expire in the queue."""
 
 
 class WorkerSide:
@@ -53,7 +54,7 @@ class WorkerSide:
 
     def _from_worker(self, worker: Worker, message: Message, frames: list[bytes], now: float) -> None:
         match message.kind:
-            case kind if kind in _RUNNING:
+            case kind if kind in _ENDS:
                 self._terminal(worker, message, frames, now)
             case Kind.RUNACK:
                 lease = self._lease(worker, message)

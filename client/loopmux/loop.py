@@ -89,7 +89,7 @@ BeforeTool = Callable[[ToolCall], Any]
 """Gives a ``Decision``, or True, False or a text for short; a coroutine function is awaited by ``arun``."""
 OnEvent = Callable[[LoopEvent], Any]
 
-_FORCED = ("auto", "none")
+_UNFORCED = ("auto", "none")
 """The choices that leave the model free to answer; every other one forces a call."""
 
 
@@ -209,7 +209,7 @@ class Plan:
     def turn_options(self, ask: AskModel) -> dict[str, Any]:
         """The arguments of ``client.stream`` for one turn."""
         options = dict(self.options)
-        if ask.turn > 1 and options.get("tool_choice", "auto") not in _FORCED:
+        if ask.turn > 1 and options.get("tool_choice", "auto") not in _UNFORCED:
             options["tool_choice"] = "auto"
         if ask.timeout is not None:
             options["timeout"] = ask.timeout
