@@ -7,9 +7,9 @@ receiving alike, so after every turn the socket's events are looked at again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
-from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -50,26 +50,8 @@ _DRAIN = 64
 """Messages taken per turn of the loop before other tasks get theirs."""
 
 
-class _Inbox:
-    """What came for one request; one task waits for it. A cancelled wait loses nothing."""
-
-    def __init__(self) -> None:
-        self._items: deque[Deliver | Finish | Fail | Answer] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, item: Deliver | Finish | Fail | Answer) -> None:
-        self._items.append(item)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def get(self) -> Deliver | Finish | Fail | Answer:
-        while not self._items:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        return self._items.popleft()
+_Inbox = asyncio.Queue[Deliver | Finish | Fail | Answer]
+"""What came for one request or question."""
 
 
 class _Driver:
@@ -100,6 +82,17 @@ class _Driver:
     def forget(self, request: bytes) -> None:
         """Nobody waits for the outcome of this request any more."""
         self._sinks.pop(request, None)
+
+    def abandon(self, request: bytes) -> None:
+        """Cancel a request that nobody reads any more; from any thread, as the collector may run in any."""
+        if self.closed or self.pid != os.getpid():
+            return
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it everything that runs
+            self.loop.call_soon_threadsafe(self._abandon, request)
+
+    def _abandon(self, request: bytes) -> None:
+        self.forget(request)
+        self.post(CancelAsked(request))
 
     def close(self) -> None:
         """Cancel what runs, say goodbye, close the socket; if the event loop is gone, only the last."""
@@ -197,7 +190,7 @@ class AsyncStream:
         self._texts: list[str] = []
         self._outcome: Result | LoopmuxError | None = None
         self._raised = False
-        driver.start(Submitted(request), self._inbox.put)
+        driver.start(Submitted(request), self._inbox.put_nowait)
 
     def __aiter__(self) -> AsyncIterator[StreamEvent]:
         return self
@@ -219,6 +212,11 @@ class AsyncStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.leave()
+
+    def __del__(self) -> None:
+        # __init__ may have failed before the request began
+        if getattr(self, "_outcome", self) is None:
+            self._driver.abandon(self._id)
 
     @property
     def text(self) -> str:
@@ -260,10 +258,12 @@ class AsyncStream:
             self._driver.post(CancelAsked(self._id))
             left = "the stream was left before its end"
             self._outcome = CancelledError(left, request_id=self.request_id, partial_text=self.text)
+            self._inbox.put_nowait(Fail(self._id, self._outcome))  # for a task that waits for the next event
 
     async def _take(self) -> StreamEvent | None:
         """Wait for the next event; None when the outcome came instead."""
-        match await self._inbox.get():
+        item = await self._inbox.get()
+        match item:
             case Deliver(_, event, report):
                 if isinstance(event, TextDelta):
                     self._texts.append(event.text)
@@ -274,6 +274,7 @@ class AsyncStream:
                 self._outcome = result
             case Fail(_, error):
                 self._outcome = error
+        self._inbox.put_nowait(item)  # another task that waits here as well must not wait for ever
         return None
 
 
@@ -386,7 +387,7 @@ class AsyncClient:
         """
         inbox = _Inbox()
         driver = self._channel.driver()
-        driver.start(Asked(wire.new_id(), driver.loop.time() + self._channel.connect_timeout), inbox.put)
+        driver.start(Asked(wire.new_id(), driver.loop.time() + self._channel.connect_timeout), inbox.put_nowait)
         match await inbox.get():
             case Answer(_, status):
                 return status

@@ -107,12 +107,14 @@ class Stream:
             self._pump.post(CancelAsked(self._id))
             left = "the stream was left before its end"
             self._outcome = CancelledError(left, request_id=self.request_id, partial_text=self.text)
+            self._inbox.put(Fail(self._id, self._outcome))  # for a thread that waits for the next event
 
     def _take(self) -> StreamEvent | None:
         """Wait for the next event; None when the outcome came instead."""
         if self._pump.pid != os.getpid():
             raise ConnectionLostError(f"this stream belongs to process {self._pump.pid}: make a request in this one")
-        match self._inbox.get():
+        item = self._inbox.get()
+        match item:
             case Deliver(_, event, report):
                 if isinstance(event, TextDelta):
                     self._texts.append(event.text)
@@ -123,6 +125,7 @@ class Stream:
                 self._outcome = result
             case Fail(_, error):
                 self._outcome = error
+        self._inbox.put(item)  # another thread that waits here as well must not wait for ever
         return None
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -106,6 +107,31 @@ def test_leaving_a_stream_early_cancels_it(ipc_broker: FakeBroker) -> None:
         await until(lambda: ipc_broker.count(Kind.ENDACK) == 1)
         with pytest.raises(loopmux.CancelledError, match="left before"):
             await stream.wait()
+
+    run(ipc_broker.endpoint, story)
+
+
+@pytest.mark.parametrize("end", ["cancel", "leave"])
+def test_the_end_of_a_stream_wakes_every_task_that_reads_it(ipc_broker: FakeBroker, end: str) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        async with client.stream("x", model="hang") as stream:
+            await anext(stream)
+            readers = [asyncio.create_task(stream.wait()) for _ in range(2)]
+            await asyncio.sleep(0)  # both wait now
+            getattr(stream, end)()
+            async with asyncio.timeout(10):
+                errors = await asyncio.gather(*readers, return_exceptions=True)
+        assert [type(error) for error in errors] == [loopmux.CancelledError] * 2
+
+    run(ipc_broker.endpoint, story)
+
+
+def test_a_stream_that_nobody_holds_any_more_is_cancelled(ipc_broker: FakeBroker) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        async for _ in client.stream("x", model="hang"):
+            break
+        gc.collect()
+        await until(lambda: ipc_broker.count(Kind.CANCEL) == 1)
 
     run(ipc_broker.endpoint, story)
 

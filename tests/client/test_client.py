@@ -123,6 +123,16 @@ def test_cancel_from_another_thread_ends_the_reader(client: loopmux.Client) -> N
     assert caught.value.partial_text == whole_text(4)
 
 
+@pytest.mark.parametrize("end", ["cancel", "leave"])
+def test_the_end_of_a_stream_wakes_every_thread_that_reads_it(client: loopmux.Client, end: str) -> None:
+    with client.stream("Hello", model="hang") as stream, ThreadPoolExecutor(3) as pool:
+        next(stream)
+        readers = [pool.submit(list, stream) for _ in range(2)] + [pool.submit(lambda: stream.result)]
+        getattr(stream, end)()
+        errors = [reader.exception(timeout=10) for reader in readers]
+    assert any(isinstance(error, loopmux.CancelledError) for error in errors)
+
+
 def test_many_threads_share_a_client(client: loopmux.Client) -> None:
     def one(i: int) -> str:
         total = 20 + i
