@@ -18,9 +18,6 @@ from loopmux_broker.requests import Request
 Lane = tuple[str, str | None]
 """Model id and adapter: requests that the same workers can run."""
 
-PRIORITY_LIMIT = 100
-"""Priorities go from -100 to 100: with 30 s a step, more than an hour's head start is never meant."""
-
 _SESSIONS = 10_000
 """Sessions whose last worker is remembered; the longest unused are forgotten (that costs one prefill, no more)."""
 

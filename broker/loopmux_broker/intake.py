@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 
 from loopmux.errors import (
     AdapterNotFoundError,
@@ -15,7 +14,6 @@ from loopmux.errors import (
 )
 from loopmux.messages import Catalogue
 from loopmux_broker.admission import Admission
-from loopmux_broker.dispatch import PRIORITY_LIMIT
 from loopmux_broker.pool import Pool, Worker
 from loopmux_broker.requests import Request
 
@@ -29,10 +27,10 @@ def objection(pool: Pool, request: Request, *, settled: bool) -> LoopmuxError | 
     Before the broker has ``settled``, a model that nobody has declared may still come.
     """
     submit = request.submit
-    if not (math.isfinite(submit.timeout) and submit.timeout > 0):
-        return BadRequestError(f"timeout: found {submit.timeout}, expected seconds above 0")
-    if abs(submit.priority) > PRIORITY_LIMIT:
-        return BadRequestError(f"priority: found {submit.priority}, expected -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}")
+    try:
+        submit.check()
+    except BadRequestError as error:
+        return error
     if pool.serving(submit.model):
         return unknown_adapter(pool, request)
     declared = pool.declared(submit.model)

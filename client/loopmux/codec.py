@@ -8,6 +8,7 @@ default value, so that messages stay small and an older peer is not told about n
 from __future__ import annotations
 
 import functools
+import sys
 import types
 import typing
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -215,7 +216,7 @@ def describe(kind: Any) -> str:
 
 def _scalar_builder(kind: Any) -> Builder:
     def check(value: Any, path: str, strict: bool) -> Any:  # noqa: ARG001
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
             return float(value)
         # bool is a subclass of int, and `workers: true` is a mistake, not one worker
         if type(value) is not kind:

@@ -17,6 +17,8 @@ from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
 DEFAULT_TIMEOUT = 600.0
 """Total deadline of a request that names none, seconds."""
 DEFAULT_MAX_NEW_TOKENS = 256
+PRIORITY_LIMIT = 100
+"""Priorities go from -100 to 100: at the broker's 30 s a step, more than an hour's head start is never meant."""
 
 # --- the connection ---------------------------------------------------------------------------------------------------
 
@@ -73,6 +75,16 @@ class Submit:
     wait: bool = True
     deterministic: bool = False
     trace: str | None = None
+
+    def check(self) -> None:
+        """Refuse what no broker could place.
+
+        Raises:
+            BadRequestError: naming the field, what was found and what was expected.
+        """
+        if not (math.isfinite(self.timeout) and self.timeout > 0):
+            raise BadRequestError(f"timeout: found {self.timeout}, expected seconds above 0")
+        _in_range("priority", self.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +190,7 @@ class Generate:
 
 
 def _in_range(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
-    fits = math.isfinite(value) and (low < value if above_low else low <= value) and value <= high
+    fits = (low < value if above_low else low <= value) and value <= high  # false for NaN
     if not fits:
         bounds = f"above {low} and at most {high}" if above_low else f"from {low} to {high}"
         raise BadRequestError(f"{name}: found {value}, expected a value {bounds}")

@@ -7,7 +7,7 @@ texts that are not text, requests that are too large.
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
@@ -133,7 +133,7 @@ def _unknown(name: str) -> str:
 
 
 def _seconds(name: str, value: object) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
         return float(value)
     raise BadRequestError(f"{name}: found {codec.show(value)}, expected a number of seconds above 0")
 
@@ -227,6 +227,7 @@ def _submit(given: Mapping[str, Any], timeout: float) -> Submit:
     route = {name: value for name, value in given.items() if name in _SUBMIT}
     try:
         submit = codec.build(Submit, route | {"timeout": timeout, "prompt_size": _size(given)})
+        submit.check()
         size = len(codec.pack(submit))
     except codec.FieldError as error:
         raise BadRequestError(str(error)) from error

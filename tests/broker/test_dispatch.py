@@ -77,7 +77,7 @@ def test_higher_priority_first(core: Core) -> None:
 def test_an_impossible_priority(core: Core) -> None:
     core.register()
     [answer] = core.submit(ONE, priority=101)
-    assert failure(answer)[3].message == "priority: found 101, expected -100 to 100"
+    assert failure(answer)[3].message == "priority: found 101, expected a value from -100 to 100"
 
 
 def test_a_continuing_turn_goes_before_a_first_turn(core: Core) -> None:

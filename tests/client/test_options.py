@@ -154,7 +154,14 @@ def test_later_layers_win_and_none_is_not_said() -> None:
         ({"prompt": "x", "logit_bias": 3}, "logit_bias: found 3 (int), expected a mapping"),
         ({"prompt": "x", "model": ""}, "model: found an empty text, expected a model id"),
         ({"prompt": "x", "model": 3}, "model: found 3 (int), expected a text"),
-        ({"prompt": "x", "priority": 2**70}, "cannot encode"),
+        (
+            {"prompt": "x", "priority": 2**70},
+            "priority: found 1180591620717411303424, expected a value from -100 to 100",
+        ),
+        ({"prompt": "x", "priority": -101}, "priority: found -101"),
+        ({"prompt": "x", "seed": 10**400}, "seed: found 1000"),
+        ({"prompt": "x", "temperature": 10**400}, "temperature: found 1000"),
+        ({"prompt": "x", "timeout": 10**400}, "timeout: found 1000"),
         ({"prompt": "x", "seed": 2**70}, "seed: found"),
         (
             {"prompt": "x", "session": "s" * 10_000},
