@@ -180,7 +180,7 @@ def test_stop_becomes_cancelled_with_the_usage_so_far():
     assert cancelled.header == Header(Kind.CANCELLED, REQUEST, seq=2, attempt=1)
     failure = unpack(Failure, cancelled.body)
     assert (failure.code, failure.usage) == ("cancelled", Usage(3, 2))
-    assert sent(session.handle(stop, 1.5))[-1] == cancelled
+    assert sent(session.handle(stop, 1.5)) == [cancelled]
 
 
 def test_stop_for_a_deadline_says_so():

@@ -119,7 +119,7 @@ class OutputStream:
     def resend(self, now: float) -> list[Message]:
         """Everything that was sent and not acknowledged, as it first was."""
         messages = [kept.message for kept in self._kept]
-        return [*messages, *self._terminal_again(now)]
+        return [*messages, *self.terminal_again(now)]
 
     def due(self) -> float:
         """When ``tick`` has something to do."""
@@ -134,7 +134,7 @@ class OutputStream:
         while self._kept and now >= self._kept[0].since + KEPT:
             self._kept.popleft()
         if self.terminal is not None:
-            return self._terminal_again(now) if now >= self._again_at else []
+            return self.terminal_again(now) if now >= self._again_at else []
         flush_at = self.flush_at()
         return self.flush(now) if flush_at is not None and now >= flush_at else []
 
@@ -142,7 +142,8 @@ class OutputStream:
         """Whether the terminal waited so long that the request is to be forgotten."""
         return self.terminal is not None and now >= self._forget_at
 
-    def _terminal_again(self, now: float) -> list[Message]:
+    def terminal_again(self, now: float) -> list[Message]:
+        """The terminal as it first was; nothing before there is one."""
         if self.terminal is None:
             return []
         self._again_at = now + TERMINAL_AGAIN

@@ -232,7 +232,7 @@ class Session:
             terminal = Header(Kind.CANCELLED, header.request, attempt=header.attempt)
             return [Send(Message(terminal, body=pack(unknown)))]
         if request.stream.terminal is not None:
-            return self._send(request.stream.resend(now))
+            return self._send(request.stream.terminal_again(now))  # who stops a request wants no output of it
         request.asked = True
         if request.stopping is not None:
             return []
