@@ -83,8 +83,10 @@ def start(config: Path, home: Path, *, limit: float = READY_LIMIT, folder: Path 
     folder = folder or home / "s"
     folder.mkdir(parents=True, exist_ok=True)
     endpoint = f"ipc://{folder / 'client.ipc'}"
+    pid = str(os.getpid())
     process = subprocess.Popen(
-        [sys.executable, "-m", "loopmux", "up", "--config", str(config), "--endpoint", endpoint],
+        # the parent: a test run that is killed leaves no stack
+        [sys.executable, "-m", "loopmux", "up", "--config", str(config), "--endpoint", endpoint, "--parent-pid", pid],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
