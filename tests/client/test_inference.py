@@ -191,7 +191,7 @@ def test_an_adapter_without_its_base():
 
 
 def test_a_model_that_the_configuration_does_not_have(tmp_path: Path):
-    from worker import tinymodel  # here: it imports torch
+    import tinymodel  # here: it imports torch
 
     base = tmp_path / "base"
     tinymodel.write_base(base)
