@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import sys
 
-from loopmux_launcher.commands import main
+
+def main() -> int:
+    """Run the launcher's command line; says what to install where only the client is."""
+    try:
+        from loopmux_launcher.commands import main as run
+    except ModuleNotFoundError as error:
+        print(
+            f"loopmux-launcher: needs {error.name}, which {sys.executable} does not have: "
+            "install it with  pip install 'loopmux[server]'",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return run()
+
 
 if __name__ == "__main__":
     sys.exit(main())

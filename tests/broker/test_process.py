@@ -80,6 +80,14 @@ def test_a_file_that_is_no_socket_is_not_touched(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_folder_that_cannot_be_written_is_one_clear_line() -> None:
+    code, written = fails("--endpoint", "ipc:///proc/b.ipc")
+    assert code == 1
+    assert "/proc/b.ipc" in written
+    assert "choose another --endpoint" in written
+    assert "Traceback" not in written
+
+
 def test_a_busy_port(endpoint: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

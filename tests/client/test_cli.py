@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from brokerwire import broker
 from loopmux import cli
 from loopmux.cli import delegate, show, talk
 from loopmux.errors import BadRequestError
 from loopmux.messages import ModelStatus, Status, WorkerStatus
+from loopmux.results import TextDelta
 
 
 def test_no_broker_is_one_clear_line_and_exit_code_1(tmp_path: Path) -> None:
@@ -74,3 +78,34 @@ def test_status_shows_workers_and_models() -> None:
 
 def test_status_without_workers_has_no_empty_table() -> None:
     assert show.render_status(Status(b"e" * 8, 5, "0.1.0", 42, 1, 0, 0)).endswith("no models")
+
+
+@pytest.mark.parametrize("module", ["loopmux_broker", "loopmux_launcher"])
+def test_programs_in_an_environment_with_the_client_alone_say_what_to_install(module: str, tmp_path: Path) -> None:
+    for package in ("yaml", "structlog"):  # as if it were not installed
+        (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "pip install 'loopmux[server]'" in done.stderr
+
+
+def test_a_full_disk_behind_the_output_is_one_clear_line(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/b.ipc"
+    command = [sys.executable, "-m", "loopmux", "status", "--endpoint", endpoint]
+    with broker("--endpoint", endpoint), Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "loopmux: [Errno 28] No space left on device\n"
+
+
+def test_an_error_after_some_text_starts_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def stream() -> Iterator[TextDelta]:
+        yield TextDelta("half an ans")
+        raise BadRequestError("no more")
+
+    with pytest.raises(BadRequestError):
+        talk._print_stream(stream())
+    assert capsys.readouterr().out == "half an ans\n"

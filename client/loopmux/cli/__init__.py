@@ -40,6 +40,12 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of our output left (`loopmux generate … | head`). Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"loopmux: {error}", file=sys.stderr)  # a full disk behind our output, most of the time
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
     return code
 
 

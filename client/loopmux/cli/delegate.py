@@ -21,7 +21,7 @@ class Program:
     help: str
 
 
-_LAUNCHER = ("loopmux_launcher", "loopmux_broker", "yaml", "structlog")
+_LAUNCHER = ("loopmux_launcher", "loopmux_broker", "yaml", "structlog", "packaging")
 PROGRAMS = {
     "up": Program("loopmux_launcher", ("up",), _LAUNCHER, "server", "broker, launcher and workers in the foreground"),
     "down": Program("loopmux_launcher", ("down",), _LAUNCHER, "server", "stop what `up` started"),

@@ -71,16 +71,21 @@ def _read_prompt(given: str) -> str:
 def _print_stream(stream: Any) -> str:
     """Print text as it arrives, say on standard error why nothing does, and return the whole text."""
     parts: list[str] = []
-    for event in stream:
-        match event:
-            case TextDelta(text=text):
-                parts.append(text)
-                print(text, end="", flush=True)
-            case Waiting():
-                detail = f" ({event.detail})" if event.detail else ""
-                print(f"[{event.phase}, {event.elapsed:.0f} s{detail}]", file=sys.stderr, flush=True)
-            case _:
-                continue
+    try:
+        for event in stream:
+            match event:
+                case TextDelta(text=text):
+                    parts.append(text)
+                    print(text, end="", flush=True)
+                case Waiting():
+                    detail = f" ({event.detail})" if event.detail else ""
+                    print(f"[{event.phase}, {event.elapsed:.0f} s{detail}]", file=sys.stderr, flush=True)
+                case _:
+                    continue
+    except LoopmuxError:
+        if parts:
+            print(flush=True)  # what is said about it stands on a line of its own
+        raise
     print(flush=True)
     return "".join(parts)
 

@@ -1,0 +1,83 @@
+"""The broker's command line.
+
+Exit codes: 0 ended on purpose, 1 an endpoint is taken or something failed, 2 usage, 78 bad configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+
+import loopmux
+from loopmux.errors import ConfigError, LoopmuxError
+from loopmux_broker.config import BrokerConfig, load
+from loopmux_broker.lifeline import Lifeline
+from loopmux_broker.logs import logger
+from loopmux_broker.server import Server
+
+_BAD_CONFIGURATION = 78  # EX_CONFIG of sysexits.h
+_GARBAGE = 20_000
+"""New objects between two collections: a few hundred requests' worth, against Python's default of some ten."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the broker until SIGTERM, SIGINT or the death of ``--parent-pid``; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _serve(options)
+    except LoopmuxError as error:
+        if options.debug:
+            raise
+        print(f"loopmux-broker: {error}", file=sys.stderr)
+        return _BAD_CONFIGURATION if isinstance(error, ConfigError) else 1
+    except OSError as error:  # a folder that cannot be written, a full disk
+        if options.debug:
+            raise
+        print(f"loopmux-broker: {error}: choose another --endpoint, or mend the folder", file=sys.stderr)
+        return 1
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config = load(options.config) if options.config else BrokerConfig()
+    config = config.with_endpoints(tuple(options.endpoint), tuple(options.worker_endpoint))
+    with Lifeline(options.parent_pid) as lifeline:
+        lifeline.catch_signals()
+        server = Server(config, logger(options.log_format, options.log_level), lifeline)
+        # What is there now stays: the collector need not look at it again, and most garbage needs no collector.
+        gc.freeze()
+        gc.set_threshold(_GARBAGE)
+        try:
+            server.run()
+        finally:
+            server.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loopmux-broker", description="Route requests of Loopmux clients to model workers."
+    )
+    parser.add_argument(
+        "--endpoint",
+        action="append",
+        default=[],
+        metavar="E",
+        help="where clients connect: ipc:///path or tcp://127.0.0.1:port; may be given several times "
+        "(default: $LOOPMUX_ENDPOINT, else a socket of this user)",
+    )
+    parser.add_argument(
+        "--worker-endpoint",
+        action="append",
+        default=[],
+        metavar="W",
+        help="where workers and launchers connect (default: beside the first --endpoint)",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings, see configs/broker.yaml")
+    parser.add_argument("--parent-pid", type=int, metavar="PID", help="end, cleaning up, when this process is gone")
+    parser.add_argument("--log-format", choices=("json", "console"), default="console")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--version", action="version", version=f"loopmux-broker {loopmux.__version__}")
+    return parser
