@@ -47,6 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_FAILURE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"loopmux-launcher: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        return EXIT_FAILURE
     return code
 
 

@@ -52,7 +52,8 @@ def create(interpreter: Interpreter, target: Path, log: Log) -> None:
         EnvironmentUnusable: with the reason.
     """
     command = [str(interpreter.executable), "-I", "-m", "venv", str(target)]
-    code, lines = _run(command, interpreters.clean_variables(), target.parent, log, lambda _: None)
+    variables = {**interpreters.clean_variables(), "TMPDIR": str(_scratch(target))}
+    code, lines = _run(command, variables, target.parent, log, lambda _: None)
     if code:
         reason = " ".join(lines[-6:]) or f"exit code {code}"
         raise EnvironmentUnusable(
@@ -66,8 +67,7 @@ def install(environment: Environment, target: Path, log: Log, report: Report) ->
     Raises:
         EnvironmentUnusable: with pip's own reason.
     """
-    scratch = target / "tmp"  # so that nothing is left in the system's temporary folder, however this ends
-    scratch.mkdir()
+    scratch = _scratch(target)
     file = environment.requirements_file
     if file is None:
         file = target / "requirements.txt"
@@ -79,6 +79,13 @@ def install(environment: Environment, target: Path, log: Log, report: Report) ->
     shutil.rmtree(scratch)
     if code:
         raise EnvironmentUnusable(f"pip could not install it: {_reason(lines, code)}\nfull log: {log.path}")
+
+
+def _scratch(target: Path) -> Path:
+    """A folder for temporary files in the environment itself, so that none is left elsewhere, however this ends."""
+    folder = target / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _progress(line: str, report: Report) -> None:

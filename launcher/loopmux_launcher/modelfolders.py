@@ -45,7 +45,7 @@ def base_model(text: str, root: Path, *, pickle: bool = False) -> str:
     Raises:
         Unusable: neither, or a directory that is no complete model.
     """
-    folder = (root / Path(text).expanduser()).resolve()
+    folder = _absolute(text, root)
     if folder.is_dir():
         _check_model(folder, pickle=pickle)
         return str(folder)
@@ -66,7 +66,7 @@ def adapter(text: str, root: Path, *, pickle: bool = False) -> Adapter:
     Raises:
         Unusable: missing, incomplete or half-written.
     """
-    folder = (root / Path(text).expanduser()).resolve()
+    folder = _absolute(text, root)
     if not folder.is_dir():
         raise _missing(folder, "an adapter's directory")
     if re.fullmatch(r"checkpoint-\d+", folder.name) and not _has_adapter_files(folder):
@@ -76,6 +76,13 @@ def adapter(text: str, root: Path, *, pickle: bool = False) -> Adapter:
         return Adapter(folder, merged=True)
     _check_adapter(folder, pickle=pickle)
     return Adapter(folder)
+
+
+def _absolute(text: str, root: Path) -> Path:
+    try:
+        return (root / Path(text).expanduser()).resolve()
+    except (RuntimeError, ValueError, OSError) as error:  # ~nobody, a NUL, links in a circle
+        raise Unusable(repr(text), "the path of a directory", str(error)) from error
 
 
 def _has_adapter_files(folder: Path) -> bool:

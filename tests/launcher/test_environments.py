@@ -152,8 +152,11 @@ def _environment_folders() -> list[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "moment"), [(signal.SIGTERM, "collecting"), (signal.SIGKILL, "building with")])
 def test_an_interrupted_build_is_never_taken_for_an_environment(
-    tiny: Path, number: signal.Signals, moment: str
+    tiny: Path, number: signal.Signals, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     words = ("env", "build", "--config", str(tiny), "--log-format", "plain")
     with program(*words) as build:
         build.line(moment)
@@ -162,6 +165,7 @@ def test_an_interrupted_build_is_never_taken_for_an_environment(
         code = build.wait()
         direct = [p for p in installer if p.ppid() == build.process.pid] if alive(installer) else []
         wait_for(lambda: not alive(direct or installer[:1]), "the installer to end")
+    assert list(temporary.iterdir()) == []
     config = ("--config", str(tiny))
     assert launch("env", "path", "tiny", *config).returncode == 1
     if number == signal.SIGTERM:

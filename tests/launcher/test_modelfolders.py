@@ -109,3 +109,9 @@ def test_a_merged_model_is_loaded_as_a_model(models: Path, write: Callable[[str]
     found = load(write("models: {a: {adapter_dir: base}, b: {base_model: org/name, adapter_dir: base}}"))
     assert {(m.base_model, m.adapter_dir) for m in found.models.values()} == {(str(models / "base"), None)}
     assert any("merged" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("text", ["~nobody-of-this-name/base", "a\0b"])
+def test_a_path_that_means_nothing_is_refused(models: Path, text: str) -> None:
+    for check in (base_model, adapter):
+        assert refused(lambda c=check: c(text, models)).found == repr(text)
