@@ -225,6 +225,15 @@ def test_weights_of_another_configuration(base):
     assert "missing" in refusal(spec(base))
 
 
+def test_weights_of_another_size(base):
+    hidden = json.loads((base / "config.json").read_text())["intermediate_size"]
+    change(base / "config.json", intermediate_size=2 * hidden)
+    message = refusal(spec(base))
+    assert "mismatched" in message
+    assert str(hidden) in message
+    assert str(2 * hidden) in message
+
+
 def test_not_a_number_in_weights(base, red, tiny_model):
     for folder, name in [(base, "model"), (red, "adapter_model")]:
         weights = load_file(folder / f"{name}.safetensors")

@@ -251,3 +251,35 @@ def test_probe_names_what_is_missing_and_the_remedy(tmp_path):
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert "torch" not in {entry["name"] for entry in json.loads(echo.stdout)["missing"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--prompt", b"ab\xff"), "the prompt is not UTF-8: found byte 0xff at character 2"),
+        (("--prompt", "x", "--system-prompt", b"\xfe"), "the system prompt is not UTF-8: found byte 0xfe"),
+        (("--prompt", "x", "--torch-threads", "0"), "expected a whole number from 1"),
+    ],
+)
+def test_run_adapter_refuses_before_it_loads(tmp_path, arguments, told):
+    command = [*PROGRAM, "run-adapter", "--base-model", str(tmp_path / "nowhere"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_run_adapter_into_a_reader_that_left_or_a_full_disk(tiny_model):
+    command = [*PROGRAM, "run-adapter", "--prompt", "hi", "--base-model", str(tiny_model.base), "--torch-threads", "1"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        left = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=3 * PATIENCE)
+    finally:
+        os.close(writer)
+    assert (left.returncode, left.stderr) == (1, "")
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
+        full_disk = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=3 * PATIENCE)
+    assert full_disk.returncode == 1
+    assert "No space left" in full_disk.stderr
+    assert "Traceback" not in full_disk.stderr

@@ -1,7 +1,8 @@
 """``loopmux-worker``: the model process.
 
 ``loopmux-worker --spec FILE|-`` serves a broker. ``… run-adapter`` answers one prompt in this process, ``… probe`` says
-what this interpreter offers. Exit codes: 0 good, 1 failure, 2 usage, 78 bad configuration.
+what this interpreter offers. Exit codes: 0 good, 1 failure, 2 usage, 78 bad configuration,
+130 interrupted.
 
 Standard output belongs to the reader of this process (the launcher's progress lines, an answer's text); whatever a
 library prints goes to standard error.
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from loopmux.messages import WorkerSpec
 
-FAILURE, USAGE, BAD_CONFIGURATION = 1, 2, 78
+FAILURE, USAGE, BAD_CONFIGURATION, INTERRUPTED = 1, 2, 78, 130
 _SWITCH_INTERVAL = 0.001
 """Seconds after which a computing thread hands the interpreter over: the default 5 ms would delay every message."""
 
@@ -42,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"loopmux-worker: error: {error.message}", file=sys.stderr)
         return _exit_code(error)
     except KeyboardInterrupt:
-        return FAILURE
+        return INTERRUPTED
+    except BrokenPipeError:
+        return FAILURE  # the reader of our output left early (`… | head`): there is nobody to tell
     except Exception as error:
         if options.debug:
             raise
@@ -76,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument("--temperature", type=float, default=0.7, metavar="T")
     adapter.add_argument("--model-type", choices=["instruct", "base"], default="instruct")
     adapter.add_argument("--system-prompt", metavar="TEXT")
-    adapter.add_argument("--torch-threads", type=int, metavar="N")
+    adapter.add_argument("--torch-threads", type=_positive, metavar="N")
     adapter.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
     adapter.set_defaults(run=_run_adapter)
     probe = commands.add_parser("probe", help="print as JSON what this interpreter offers")
@@ -84,6 +87,23 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
     probe.set_defaults(run=_probe)
     return parser
+
+
+def _positive(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from 1")
+
+
+def _check_text(name: str, text: str | None) -> None:
+    """Refuse bytes of the command line that were no UTF-8: Python hands them on as lone surrogates."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        byte = ord(error.object[error.start]) - 0xDC00
+        raise BadRequestError(
+            f"{name} is not UTF-8: found byte 0x{byte:02x} at character {error.start}; convert it first"
+        ) from error
 
 
 def _own_output() -> TextIO:
@@ -97,8 +117,8 @@ def _own_output() -> TextIO:
 def _close(out: TextIO) -> None:
     try:
         out.close()
-    except BrokenPipeError:
-        pass  # the reader left early (a launcher that ended, a pipe into head); there is nobody to tell
+    except OSError:
+        pass  # the reader left early (a launcher that ended, a pipe into head), or the disk is full, which was said
 
 
 def _probe(options: argparse.Namespace, out: TextIO) -> int:
@@ -113,6 +133,8 @@ def _run_adapter(options: argparse.Namespace, out: TextIO) -> int:
     from loopmux.messages import Generate, Sampling
     from loopmux_worker.oneshot import one_shot, spec_for
 
+    _check_text("the prompt", options.prompt)
+    _check_text("the system prompt", options.system_prompt)
     _quiet_libraries()
     spec = spec_for(
         options.base_model, options.adapter_dir, options.model_type, options.system_prompt, options.torch_threads
@@ -189,7 +211,8 @@ def _work(spec: WorkerSpec, progress: Callable[[str, str], None]) -> int:
         signal.signal(number, lambda *_: worker.stop())
     # The kernel may hand a signal to a computing thread: only this wakes the main one, whose the handlers are
     signal.set_wakeup_fd(worker.bell, warn_on_full_buffer=False)
-    progress("ready", f"{len(spec.models)} models on {engine.describe().engine}")
+    count = len(spec.models)
+    progress("ready", f"{count} model{'s' if count > 1 else ''} on {engine.describe().engine}")
     try:
         worker.run()
     finally:

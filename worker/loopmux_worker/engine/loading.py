@@ -195,6 +195,7 @@ def _load_model(spec: WorkerSpec, folder: Path, device: torch.device) -> Any:
         "trust_remote_code": spec.trust_remote_code,
         "use_safetensors": None if spec.allow_pickle_weights else True,
         "local_files_only": True,
+        "ignore_mismatched_sizes": True,  # they are refused below, with both shapes
     }
     if device.type != "cpu":
         options["device_map"] = {"": device}
