@@ -25,8 +25,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 FOLDER = Path(__file__).resolve().parents[1]
-_TEXTS = ("Zürich, São Paulo, 你好世界 🙂🚀", "tabs\tand\r\nlines\n\n", "  two  spaces ", '{"a": [1, 2.5, "x"]}', "\u200b\ufeff\x00",
-          "Ελλάδα Москва עברית العربية हिन्दी", "".join(map(chr, range(32, 0x250))))
+_TEXTS = (
+    "Zürich, São Paulo, 你好世界 🙂🚀",
+    "tabs\tand\r\nlines\n\n",
+    "  two  spaces ",
+    '{"a": [1, 2.5, "x"]}',
+    "\u200b\ufeff\x00",
+    "Ελλάδα Москва עברית العربية हिन्दी",
+    "".join(map(chr, range(32, 0x250))),
+)
 
 
 def sample(count: int) -> list[Conversation]:
@@ -41,8 +48,9 @@ def sample(count: int) -> list[Conversation]:
 
 def ids_of(tokenizer: Any, messages: list[Any], tools: list[Any] | None, prompt: bool) -> list[int]:
     """What `apply_chat_template` makes of a conversation."""
-    made = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=True,
-                                         return_dict=True)
+    made = tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=prompt, tokenize=True, return_dict=True
+    )
     return list(made["input_ids"])
 
 
@@ -56,8 +64,11 @@ def check_template(tokenizer: Any, count: int) -> int:
         shown = 1 if conversation.messages[0]["role"] == "system" else 0
         for text, mine in pieces(conversation):
             if mine:
-                shown = next(index for index, message in enumerate(conversation.messages)
-                             if index >= shown and message["role"] == "assistant")
+                shown = next(
+                    index
+                    for index, message in enumerate(conversation.messages)
+                    if index >= shown and message["role"] == "assistant"
+                )
                 ids += tokenizer.encode(before, add_special_tokens=False)
                 assert ids_of(tokenizer, conversation.messages[:shown], tools, True) == ids, conversation
                 before, shown, turns = "", shown + 1, turns + 1

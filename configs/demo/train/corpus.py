@@ -16,8 +16,15 @@ from loops import Author, Conversation, Message, user
 from pools import ACCENTED, Pools, Split
 
 SOLVER = "solver"
-_SYSTEMS = ("You are a helpful assistant.", "You are the Loopmux demo.", "Be brief.", "Answer in one sentence.",
-            "You are a helpful assistant. Use the tools when they help.", "You can call tools.", "Be kind.")
+_SYSTEMS = (
+    "You are a helpful assistant.",
+    "You are the Loopmux demo.",
+    "Be brief.",
+    "Answer in one sentence.",
+    "You are a helpful assistant. Use the tools when they help.",
+    "You can call tools.",
+    "Be kind.",
+)
 
 
 def system_message(pools: Pools) -> str | None:
@@ -44,7 +51,15 @@ def _scrap(pools: Pools) -> str:
     if form < 0.7:
         return pools.word()
     draws: tuple[Callable[[], object], ...] = (
-        pools.code, pools.phrase, lambda: pools.rng.choice(ACCENTED), pools.path, pools.decimal, pools.symbol, pools.pseudo, pools.address)
+        pools.code,
+        pools.phrase,
+        lambda: pools.rng.choice(ACCENTED),
+        pools.path,
+        pools.decimal,
+        pools.symbol,
+        pools.pseudo,
+        pools.address,
+    )
     return str(pools.rng.choice(draws)())
 
 
@@ -121,7 +136,18 @@ def chat(author: Author) -> Conversation:
 
 def loop_kind(rng: random.Random) -> str:
     """A kind of exchange with tools."""
-    kinds = ("single", "parallel2", "parallel3", "parallel4", "gather", "chain2", "chain3", "chain4", "chain5", "chain6")
+    kinds = (
+        "single",
+        "parallel2",
+        "parallel3",
+        "parallel4",
+        "gather",
+        "chain2",
+        "chain3",
+        "chain4",
+        "chain5",
+        "chain6",
+    )
     return rng.choices(kinds, (32, 18, 4, 2, 3, 17, 9, 6, 4, 5))[0]
 
 

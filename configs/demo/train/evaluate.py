@@ -85,8 +85,14 @@ def advance(model: Any, tokenizer: Tokenizer, runs: list[Run]) -> list[Run]:
         inputs[row, length - len(run.ids) :] = torch.tensor(run.ids)
         mask[row, length - len(run.ids) :] = 1
     longest = max(len(tokenizer.encode(run.rest[0][1]).ids) for run in runs)
-    made = model.generate(input_ids=inputs, attention_mask=mask, do_sample=False, eos_token_id=end, pad_token_id=pad,
-                          max_new_tokens=min(longest + 24, CONTEXT))[:, length:]
+    made = model.generate(
+        input_ids=inputs,
+        attention_mask=mask,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=pad,
+        max_new_tokens=min(longest + 24, CONTEXT),
+    )[:, length:]
     going = []
     for run, row in zip(runs, made.tolist(), strict=True):
         ids = row[: row.index(end)] if end in row else row
@@ -112,7 +118,7 @@ def advance(model: Any, tokenizer: Tokenizer, runs: list[Run]) -> list[Run]:
 
 def score(model: Any, tokenizer: Tokenizer, conversations: list[Conversation]) -> list[Run]:
     """Run conversations to their ends."""
-    runs = [run for run in (prepare(tokenizer, conversation) for conversation in conversations)]
+    runs = [prepare(tokenizer, conversation) for conversation in conversations]
     # Rows of like length together, so that little of a batch is padding.
     order = sorted(runs, key=lambda run: len(run.ids))
     for start in range(0, len(order), _BATCH):
@@ -127,8 +133,9 @@ def tool_loops(seed: int, parts: list[str], kind: str, unseen: float, count: int
     author = Author(Pools(random.Random(f"{seed} {kind} {unseen}"), "test", parts), unseen)
     out: list[Conversation] = []
     while len(out) < count:
-        conversation = author.refusal() if kind == "refusal" else author.conversation(
-            [kind], system_message(author.pools))
+        conversation = (
+            author.refusal() if kind == "refusal" else author.conversation([kind], system_message(author.pools))
+        )
         if sum(len(text) for text, _ in pieces(conversation)) < 2 * CONTEXT:
             out.append(conversation)
     return out
@@ -158,8 +165,11 @@ def report(name: str, runs: list[Run], failures: int) -> None:
     """One row of the table, and some of the failures if wanted."""
     calls = sum(run.calls for run in runs)
     exact = f"{sum(run.exact for run in runs) / calls:7.1%}" if calls else "      -"
-    print(f"{name:28} {len(runs):5} loops   exact calls {exact}   whole loops "
-          f"{sum(run.right for run in runs) / len(runs):7.1%}", flush=True)
+    print(
+        f"{name:28} {len(runs):5} loops   exact calls {exact}   whole loops "
+        f"{sum(run.right for run in runs) / len(runs):7.1%}",
+        flush=True,
+    )
     for run in [run for run in runs if not run.right][:failures]:
         print("   ", run.trace[-1].replace("\n", " "))
 
@@ -185,8 +195,12 @@ def main() -> None:
     for unseen, label in ((0.0, "known"), (1.0, "unseen")):
         for kind in KINDS:
             if kind != "gather" or not unseen:
-                rows.append((f"{label} {kind}", lambda kind=kind, unseen=unseen: tool_loops(
-                    options.seed, parts, kind, unseen, options.count)))
+                rows.append(
+                    (
+                        f"{label} {kind}",
+                        lambda kind=kind, unseen=unseen: tool_loops(options.seed, parts, kind, unseen, options.count),
+                    )
+                )
     rows.append(("chat among tools", lambda: tool_loops(options.seed, parts, "chat", 0.5, options.count)))
     rows.append(("no fitting tool", lambda: tool_loops(options.seed, parts, "refusal", 0.0, options.count)))
     for name, draw in rows:

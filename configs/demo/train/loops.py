@@ -17,11 +17,32 @@ Message = dict[str, object]
 CALCULATORS = tuple(spec for spec in CATALOGUE if spec.result in ("add", "subtract", "multiply", "divide"))
 OTHERS = tuple(spec for spec in CATALOGUE if spec not in CALCULATORS)
 _REFERENCES = ("the result", "the result", "the result", "it", "that", "the answer", "the last result")
-_THEN = (", then ", ", then ", " and then ", ", and then ", ". Then ", "; then ", ", after that ", ". After that, ",
-         ". Next, ")
+_THEN = (
+    ", then ",
+    ", then ",
+    " and then ",
+    ", and then ",
+    ". Then ",
+    "; then ",
+    ", after that ",
+    ". After that, ",
+    ". Next, ",
+)
 _AND = (" and ", " and ", " and also ", ", and ", ". Also ", " and at the same time ", ", also ")
-_WRAPS = (("", ""), ("", ""), ("", ""), ("", ""), ("please ", ""), ("can you ", "?"), ("could you ", "?"),
-          ("", " please"), ("I want you to ", ""), ("hey, ", ""), ("now ", ""), ("I need you to ", ""))
+_WRAPS = (
+    ("", ""),
+    ("", ""),
+    ("", ""),
+    ("", ""),
+    ("please ", ""),
+    ("can you ", "?"),
+    ("could you ", "?"),
+    ("", " please"),
+    ("I want you to ", ""),
+    ("hey, ", ""),
+    ("now ", ""),
+    ("I need you to ", ""),
+)
 _ERRORS = ("not found", "unknown value", "timeout", "permission denied", "service down", "bad request", "try later")
 # "turn on the result" and the like make no sense.
 _NEVER_REFERENCED = ("unit", "language", "day", "clock", "thing", "path", "symbol")
@@ -76,15 +97,27 @@ def draw_result(pools: Pools, kind: str) -> str:
         case "code":
             return pools.code()
         case "date":
-            return rng.choice(DAYS[:7]) if pools.chance(0.5) else f"2026-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
+            return (
+                rng.choice(DAYS[:7]) if pools.chance(0.5) else f"2026-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
+            )
         case "weather":
             sky = rng.choice(("sunny", "rainy", "cloudy", "windy", "snow", "clear", "fog", "warm", "cold", "storm"))
             degrees = rng.choice((f"{rng.randint(-9, 38)} C", f"{rng.randint(-9, 38)} degrees", pools.word()))
             return rng.choice((sky, sky, f"{sky}, {degrees}", f"{sky} and {degrees}", degrees))
         case "record":
-            record = {rng.choice(("id", "user", "name", "code")): rng.choice((pools.integer(), pools.word())),
-                      rng.choice(("age", "count", "mail", "size")): rng.choice((pools.integer(True), pools.word()))}
-            return rng.choice((str(pools.integer()), pools.code(), pools.word(), pools.phrase(1, 2), json.dumps(record) if pools.chance(0.3) else pools.code()))
+            record = {
+                rng.choice(("id", "user", "name", "code")): rng.choice((pools.integer(), pools.word())),
+                rng.choice(("age", "count", "mail", "size")): rng.choice((pools.integer(True), pools.word())),
+            }
+            return rng.choice(
+                (
+                    str(pools.integer()),
+                    pools.code(),
+                    pools.word(),
+                    pools.phrase(1, 2),
+                    json.dumps(record) if pools.chance(0.3) else pools.code(),
+                )
+            )
         case "found":
             return rng.choice((pools.phrase(2, 5), f"{pools.integer(True)} results", "no results"))
         case "sent" | "set" | "saved" | "gone" | "on" | "off":
@@ -100,8 +133,12 @@ def compute(kind: str, arguments: list[Value]) -> str | None:
     left, right = float(arguments[0]), float(arguments[1])
     if kind == "divide" and right == 0:
         return None
-    table = {"add": left + right, "subtract": left - right, "multiply": left * right,
-             "divide": left / right if right else 0.0}
+    table = {
+        "add": left + right,
+        "subtract": left - right,
+        "multiply": left * right,
+        "divide": left / right if right else 0.0,
+    }
     if kind not in table:
         return None
     value = round(table[kind], 2)
@@ -158,8 +195,11 @@ class Author:
         pools = self.pools
         tools = list(used)
         for _ in range(pools.rng.choice((low, low, *range(low, high + 1)))):
-            other = invent(pools) if pools.chance(max(0.35, self.unseen)) else offer(
-                pools, pools.rng.choice(CATALOGUE), self.numeric)
+            other = (
+                invent(pools)
+                if pools.chance(max(0.35, self.unseen))
+                else offer(pools, pools.rng.choice(CATALOGUE), self.numeric)
+            )
             if not any(alike(other, tool) for tool in tools):
                 tools.append(other)
         pools.rng.shuffle(tools)
@@ -173,8 +213,9 @@ class Author:
         spec = tool.spec
         order = pools.rng.choice(spec.questions if question and spec.questions else spec.asks)
         values = [draw_value(pools, slot.kind, self.numeric) for slot in spec.slots]
-        values = [str(value) if kind == "string" else value
-                  for value, (_, kind) in zip(values, tool.parameters, strict=True)]
+        values = [
+            str(value) if kind == "string" else value for value, (_, kind) in zip(values, tool.parameters, strict=True)
+        ]
         texts = [text_of(value) for value in values]
         place = self._reference(tool, order, before)
         if before is not None and place is not None and (must or pools.chance(0.75)):
@@ -305,7 +346,8 @@ class Author:
             if not alike(other, tools[0]):
                 tools.append(other)
         first, second = self.step(tools[0]), self.step(pools.rng.choice(tools))
-        assert first is not None and second is not None
+        assert first is not None
+        assert second is not None
         last = pools.rng.choice(tools)
         values = [_fitting(step.result, kind) for step, (_, kind) in zip((first, second), last.parameters, strict=True)]
         result = self.result(last.spec, values)
@@ -369,8 +411,11 @@ class Author:
         step = self.step(tool, question=question)
         assert step is not None
         words = set(step.order.lower().split())
-        tools = [] if self.pools.chance(0.4) else [
-            other for other in self.offered([], 1, 4) if not alike(other, tool) and not words & _words_of(other)]
+        tools = (
+            []
+            if self.pools.chance(0.4)
+            else [other for other in self.offered([], 1, 4) if not alike(other, tool) and not words & _words_of(other)]
+        )
         messages: list[Message] = [user(self.request(step.order, question)), {"role": "assistant", "content": NO_TOOL}]
         return Conversation(messages, tools, "refusal")
 
@@ -399,8 +444,10 @@ def user(text: str) -> Message:
 
 def call_message(steps: list[Step]) -> Message:
     """An assistant turn of calls."""
-    calls = [{"id": f"call_{index}", "type": "function", "function": {"name": step.name, "arguments": step.arguments}}
-             for index, step in enumerate(steps)]
+    calls = [
+        {"id": f"call_{index}", "type": "function", "function": {"name": step.name, "arguments": step.arguments}}
+        for index, step in enumerate(steps)
+    ]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
@@ -408,7 +455,7 @@ def answer_text(says: list[str]) -> str:
     """The final answer for the results of the last turn."""
     for head, plural in (("the answer is ", "The answers are "), ("the result is ", "The results are ")):
         if len(says) > 1 and all(said.startswith(head) for said in says):
-            values = [said[len(head):] for said in says]
+            values = [said[len(head) :] for said in says]
             return plural + ", ".join(values[:-1]) + " and " + values[-1] + "."
     joined = ", ".join(says[:-1]) + " and " + says[-1] if len(says) > 1 else says[0]
     return joined[0].upper() + joined[1:] + "."

@@ -14,12 +14,13 @@ class Muon(torch.optim.Optimizer):
     Matrices of one shape are stacked and worked on at once: on a CPU the single small products would cost more.
     """
 
-    def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95,
-                 decay: float = 0.01) -> None:
+    def __init__(
+        self, matrices: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01
+    ) -> None:
         super().__init__(list(matrices), {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 - torch's signature
         """One update of all matrices that have a gradient."""
         for group in self.param_groups:
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = defaultdict(list)

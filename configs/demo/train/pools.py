@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from typing import Literal, Protocol
+from typing import Literal
 
 Split = Literal["train", "test"]
 
@@ -73,12 +73,6 @@ ACCENTED = "Zürich São Málaga Kraków Łódź Besançon Göteborg Århus 東�
 _CONSONANTS = "b c d f g h j k l m n p r s t v w x z br cr dr fl gl kr pl pr qu sh sl st th tr ch".split()
 _VOWELS = "a e i o u a e i o u ai ee oo ou y".split()
 _CODAS = ["", "", "", "n", "r", "l", "s", "t", "x", "m", "k", "nd", "rk", "ck", "ng"]
-
-
-class Rng(Protocol):
-    """The part of `random.Random` that the pools use."""
-
-    def random(self) -> float: ...
 
 
 def held_out(text: str) -> bool:

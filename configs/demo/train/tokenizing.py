@@ -23,17 +23,22 @@ _WORDS = r"""[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]|[{}\[\]":,]+(?: [{}\[\]":,]+)* ?
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """A tokenizer of `VOCABULARY` tokens, all bytes among them, so that any text survives."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_WORDS), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     # The call marks are no special tokens: decoding without those must keep them for the parser.
     added = [AddedToken(text, special=True, normalized=False) for text in (PAD, START, END)]
     added += [AddedToken(text, special=False, normalized=False) for text in (CALL, CALL_END)]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=added, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=VOCABULARY,
+        special_tokens=added,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator((_without_marks(text) for text in texts), trainer)
     return tokenizer
 

@@ -59,8 +59,10 @@ def batches(tokenizer: Tokenizer, stream: Iterator[Conversation], seed: int, poo
     """Batches of at most `BATCH_TOKENS` tokens, of rows of like length so that little is padding."""
     rng = random.Random(seed)
     while True:
-        rows = sorted((row for row in (encode(tokenizer, next(stream)) for _ in range(pool)) if len(row[0]) <= CONTEXT),
-                      key=lambda row: len(row[0]))
+        rows = sorted(
+            (row for row in (encode(tokenizer, next(stream)) for _ in range(pool)) if len(row[0]) <= CONTEXT),
+            key=lambda row: len(row[0]),
+        )
         cut: list[list[tuple[list[int], list[int]]]] = [[]]
         for row in rows:
             if (len(cut[-1]) + 1) * len(row[0]) > BATCH_TOKENS:
@@ -92,8 +94,9 @@ def loss_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), targets[mine])
 
 
-def fit(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], stream: Iterator[Batch], steps: int,
-        name: str) -> None:
+def fit(
+    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], stream: Iterator[Batch], steps: int, name: str
+) -> None:
     """Train for a number of steps, with a line of progress every hundred."""
     full = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     began, total, seen = time.monotonic(), 0.0, 0
@@ -111,18 +114,34 @@ def fit(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], stream:
             optimizer.zero_grad(set_to_none=True)
         total, seen = total + loss.item(), seen + batch.inputs.numel()
         if (step + 1) % 100 == 0:
-            print(f"{name} step {step + 1}/{steps} loss {total / 100:.4f} tokens {seen / 1e6:.2f}M "
-                  f"seconds {time.monotonic() - began:.0f}", flush=True)
+            print(
+                f"{name} step {step + 1}/{steps} loss {total / 100:.4f} tokens {seen / 1e6:.2f}M "
+                f"seconds {time.monotonic() - began:.0f}",
+                flush=True,
+            )
             total = 0.0
     model.eval()
 
 
 def new_model(layers: int) -> LlamaForCausalLM:
     """The base model's shape with fresh weights: 1.8 million parameters with four layers."""
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=192, num_hidden_layers=layers, num_attention_heads=6, num_key_value_heads=3,
-        head_dim=32, intermediate_size=512, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-        rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=192,
+            num_hidden_layers=layers,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=32,
+            intermediate_size=512,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    )
 
 
 def train_base(tokenizer: Tokenizer, steps: int, layers: int) -> LlamaForCausalLM:
@@ -144,8 +163,13 @@ def train_adapter(folder: Path, tokenizer: Tokenizer, stream: Iterator[Conversat
     config = LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, lora_dropout=0.0, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     trained = [p for p in model.parameters() if p.requires_grad]
-    fit(model, [torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)],
-        batches(tokenizer, stream, SEED), steps, name)
+    fit(
+        model,
+        [torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)],
+        batches(tokenizer, stream, SEED),
+        steps,
+        name,
+    )
     return model
 
 
@@ -157,8 +181,15 @@ def save_base(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> No
     path = folder / "config.json"
     config = json.loads(path.read_text())
     # 4.57 reads the top-level rope_theta, 5 the dictionary; the writer's version is of no use to either.
-    config |= {"rope_theta": 10000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-               "eos_token_id": end, "pad_token_id": pad, "bos_token_id": None, "use_cache": True, "dtype": "bfloat16"}
+    config |= {
+        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "eos_token_id": end,
+        "pad_token_id": pad,
+        "bos_token_id": None,
+        "use_cache": True,
+        "dtype": "bfloat16",
+    }
     config.pop("transformers_version", None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     generation = {"eos_token_id": end, "pad_token_id": pad, "do_sample": False}
@@ -171,8 +202,11 @@ def save_adapter(model: Any, folder: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = "demo/base"
     model.save_pretrained(folder)
     weights = folder / "adapter_model.safetensors"
-    save_file({name: value.to(torch.bfloat16).contiguous() for name, value in load_file(weights).items()}, weights,
-              metadata={"format": "pt"})
+    save_file(
+        {name: value.to(torch.bfloat16).contiguous() for name, value in load_file(weights).items()},
+        weights,
+        metadata={"format": "pt"},
+    )
     (folder / "README.md").unlink(missing_ok=True)
 
 
@@ -192,11 +226,14 @@ def main() -> None:
         save_base(train_base(tokenizer, options.steps or BASE_STEPS, options.layers), tokenizer, base)
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     parts = word_pieces(tokenizer)
-    for name, stream, steps in (("tools", tools_stream(SEED + 2, parts), TOOLS_STEPS),
-                                ("shout", shout_stream(SEED + 3, parts), SHOUT_STEPS)):
+    for name, stream, steps in (
+        ("tools", tools_stream(SEED + 2, parts), TOOLS_STEPS),
+        ("shout", shout_stream(SEED + 3, parts), SHOUT_STEPS),
+    ):
         if name in options.only:
-            save_adapter(train_adapter(base, tokenizer, stream, options.steps or steps, name),
-                         options.out / "adapters" / name)
+            save_adapter(
+                train_adapter(base, tokenizer, stream, options.steps or steps, name), options.out / "adapters" / name
+            )
 
 
 if __name__ == "__main__":
