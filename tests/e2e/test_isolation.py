@@ -41,7 +41,7 @@ def test_a_worker_lives_in_its_own_environment(home: Path, tmp_path: Path, plant
     stack = stacks.start(config, home, folder=home / "own", limit=800)
     try:
         with loopmux.Client(stack.endpoint) as client:
-            text = client.generate("What is Loopmux?", model="shout", temperature=0).text
+            text = client.generate("What is a broker?", model="shout", temperature=0).text
             assert text == text.upper()
             report = client.status().workers[0].report
         environment = home / "data" / "loopmux" / "envs" / "own"

@@ -26,9 +26,9 @@ def test_the_model_is_loaded_once_over_many_calls(demo_stack: stacks.Stack) -> N
 
 def test_adapters_answer_side_by_side_from_the_same_processes(demo_stack: stacks.Stack) -> None:
     with loopmux.Client(demo_stack.endpoint) as client:
-        plain = client.generate("What is Loopmux?", model="default", temperature=0).text
-        loud = client.generate("What is Loopmux?", model="shout", temperature=0).text
-        assert plain == client.generate("What is Loopmux?", model="default", temperature=0).text
+        plain = client.generate("What is a broker?", model="default", temperature=0).text
+        loud = client.generate("What is a broker?", model="shout", temperature=0).text
+        assert plain == client.generate("What is a broker?", model="default", temperature=0).text
         assert len(client.status().workers) == 2
     assert loud == loud.upper() != plain
     assert loud.casefold() == plain.casefold()

@@ -55,9 +55,9 @@ def test_every_example_loop_makes_its_calls_and_answers(demo_stack: stacks.Stack
             out = client.run_tools(
                 example["prompt"], model="tools", tools=scripted_tools(example), temperature=0, concurrency=1
             )
-            assert [e["status"] for e in out.tool_log] == ["ok"] * sum(len(t["calls"]) for t in example["turns"]), (
-                example
-            )
+            assert [e["status"] for e in out.tool_log] == ["success"] * sum(
+                len(t["calls"]) for t in example["turns"]
+            ), example
             assert example["answer_contains"] in out.text, (example["prompt"], out.text)
             assert out.turns == len(example["turns"]) + 1
 
@@ -114,4 +114,4 @@ def test_the_helper_of_the_system_before(
     )
     answer, log = loopmux.run_inference_with_tools(config)
     assert example["answer_contains"] in answer
-    assert [entry["status"] for entry in log] == ["ok"] * len(log)
+    assert [entry["status"] for entry in log] == ["success"] * len(log)
