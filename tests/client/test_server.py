@@ -23,6 +23,7 @@ import loopmux
 from loopmux import privatestack, server
 from loopmux.endpoints import default_endpoint
 from loopmux.errors import BadRequestError, ConfigError, ConnectionLostError
+from processes import running
 
 ECHO = "models:\n  default: {engine: echo}\n  other: {engine: echo}\n"
 
@@ -99,7 +100,7 @@ def test_a_stack_that_was_killed_is_replaced(home: Path):
     first = server.ensure_running("default")
     (up,) = [p for p in stacks(home) if "up" in p.cmdline()]
     up.kill()
-    wait_until(lambda: not up.is_running() or up.status() == psutil.STATUS_ZOMBIE, "the kill")
+    wait_until(lambda: not running(up), "the kill")
     second = server.ensure_running("default")
     assert second != first
     with loopmux.Client(second) as client:

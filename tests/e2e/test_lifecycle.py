@@ -12,6 +12,7 @@ import pytest
 
 import loopmux
 from e2e import stacks
+from processes import running
 
 
 def test_the_model_is_loaded_once_over_many_calls(demo_stack: stacks.Stack) -> None:
@@ -74,9 +75,7 @@ def test_nothing_is_left_however_up_ends(echo_config: Path, home: Path, number: 
     assert len(family) == 5  # up, broker, three workers
     code = stack.stop(number)
     assert code == (-number if number == signal.SIGKILL else 0)
-    stacks.wait_for(
-        lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), "all to end"
-    )
+    stacks.wait_for(lambda: not any(map(running, family)), "all to end")
     stacks.wait_for(lambda: not stack.left_behind(), f"files to go: {stack.left_behind()}")
 
 
@@ -88,7 +87,7 @@ def test_down_stops_what_up_started(echo_config: Path, home: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert stack.process.wait(10) == 0
-    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family)
+    assert not any(map(running, family))
     assert stack.left_behind() == []
 
 

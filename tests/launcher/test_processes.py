@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from loopmux_launcher import tether
@@ -56,7 +55,7 @@ def run(one: Child, until: Callable[[list[Said]], object] = lambda _: None) -> t
 
 def wait_until_gone(pid: int) -> None:
     end = time.monotonic() + LIMIT
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+    while running(pid):
         assert time.monotonic() < end, f"process {pid} still runs"
         select.select([], [], [], 0.01)
 
@@ -185,6 +184,9 @@ p.wait()
         foreign = int(started.stdout.readline())
         started.kill()
     wait_until_gone(foreign)
+
+
+from processes import running
 
 
 def test_a_program_whose_parent_is_already_another_does_not_start() -> None:

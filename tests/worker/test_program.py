@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import pytest
 
 from loopmux.messages import Generate, ModelSpec, Sampling, WorkerSpec
 from loopmux.wire import Kind, unpack_tokens
 from loopmux_worker.oneshot import one_shot
+from processes import running
 from workerpeer import PATIENCE, FakeBroker
 
 PROGRAM = [sys.executable, "-m", "loopmux_worker"]
@@ -150,7 +150,7 @@ def test_a_killed_parent_takes_the_worker_with_it(broker, tmp_path):
     finally:
         parent.kill()
         parent.wait()
-    wait(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE)
+    wait(lambda: not running(worker))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ties the two on Linux only")
