@@ -25,7 +25,7 @@ from typing import Any
 import loopmux
 
 ROOT = Path(__file__).resolve().parents[2]
-QUESTION = "What is Loopmux?"
+QUESTION = "What is a broker?"
 LOOP_PROMPT = "add 12 and 30, then multiply the result by 2"
 START_LIMIT = 900.0
 """Seconds to wait for the stack: a first start downloads and installs torch."""

@@ -18,6 +18,7 @@ import pytest
 from loopmux_launcher import tether
 from loopmux_launcher.logfile import RotatingLog
 from loopmux_launcher.processes import LAST_LINES, Child, Ended, Said, broker_line
+from processes import running
 
 LIMIT = 20.0
 
@@ -184,9 +185,6 @@ p.wait()
         foreign = int(started.stdout.readline())
         started.kill()
     wait_until_gone(foreign)
-
-
-from processes import running
 
 
 def test_a_program_whose_parent_is_already_another_does_not_start() -> None:
