@@ -12,7 +12,6 @@ from loopmux_worker.engine.base import Finished, Job, Key, Produced
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo"
 EXAMPLES = DEMO / "train" / "examples.json"
-pytestmark = pytest.mark.skipif(not EXAMPLES.is_file(), reason="the demo model is not trained yet")
 
 
 @pytest.fixture(scope="module")
