@@ -36,6 +36,15 @@ def test_a_wrong_endpoint_is_a_configuration_error(capsys: pytest.CaptureFixture
     assert "tcp://host:port" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [("--temperature", "-1"), ("--top-p", "1.5"), ("--max-new-tokens", "0")])
+def test_a_value_out_of_range_is_a_usage_error(
+    option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "x", "--endpoint", f"ipc://{tmp_path}/none.ipc", *option]
+    assert cli.main(words) == cli.EXIT_USAGE
+    assert "expected a value" in capsys.readouterr().err
+
+
 def test_an_unknown_command_is_a_usage_error() -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["fly"])

@@ -13,7 +13,7 @@ import traceback
 
 import loopmux
 from loopmux.cli import delegate, show, talk
-from loopmux.errors import ConfigError, LoopmuxError
+from loopmux.errors import BadRequestError, ConfigError, LoopmuxError
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_CONFIG, EXIT_INTERRUPTED = 0, 1, 2, 78, 130
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"loopmux: {error}", file=sys.stderr)
-        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILURE
+        return _exit_code(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -47,6 +47,13 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
     return code
+
+
+def _exit_code(error: LoopmuxError) -> int:
+    """A request that is wrong as it was asked for is wrong usage, whoever found it out."""
+    if isinstance(error, BadRequestError):
+        return EXIT_USAGE
+    return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILURE
 
 
 def _parser() -> argparse.ArgumentParser:
