@@ -55,7 +55,7 @@ def _property(field: Field[Any], kind: Any) -> dict[str, Any]:
     if field.default is not MISSING and field.default not in (None, ()):
         found["default"] = field.default
     # JSON Schema applies these to numbers and texts alone, so they may stand beside an `anyOf`
-    bounds = {"minimum": rules["minimum"], "exclusiveMinimum": rules["above"]}
+    bounds = {"minimum": rules["minimum"], "exclusiveMinimum": rules["above"], "maximum": rules["maximum"]}
     found |= {name: bound for name, bound in bounds.items() if bound is not None}
     if rules["pattern"]:
         found["pattern"] = f"^({rules['pattern']})$"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from packaging.requirements import InvalidRequirement, Requirement
 
 from loopmux.codec import FieldError, build, show
-from loopmux_launcher import modelfolders
+from loopmux_launcher import interpreters, modelfolders
 from loopmux_launcher.config import DEFAULT, DEFAULT_REQUIREMENTS, Configuration, Environment, Model
 from loopmux_launcher.document import Document, InvalidConfiguration, Problem, Where, did_you_mean, read
 from loopmux_launcher.schema import EnvironmentEntry, FileEntry, ModelEntry
@@ -137,6 +137,8 @@ class _Reader:
                     self._refuse(place, show(value), f"at least {rules['minimum']}")
                 if rules["above"] is not None and not value > rules["above"]:
                     self._refuse(place, show(value), f"more than {rules['above']}")
+                if rules["maximum"] is not None and not value <= rules["maximum"]:
+                    self._refuse(place, show(value), f"at most {rules['maximum']}")
             elif isinstance(value, str) and rules["pattern"] and not re.fullmatch(rules["pattern"], value):
                 self._refuse(place, show(value), rules["doc"].rstrip("."))
             elif f.name == "echo" and value is not None:
@@ -167,6 +169,11 @@ class _Reader:
         if text is None:
             return Environment("", self.root).python
         if _PYTHON_VERSION.fullmatch(text):
+            try:
+                interpreters.find(text)
+            except interpreters.EnvironmentUnusable as error:
+                expected = "the version of an interpreter that is on PATH, or the path of one"
+                self._refuse((*where, "python"), repr(text), expected, error.message)
             return text
         path = Path(os.path.abspath(self.root / Path(text).expanduser()))  # noqa: PTH100 - as above
         if not path.is_file() or not os.access(path, os.X_OK):

@@ -19,13 +19,21 @@ def key(
     *,
     minimum: float | None = None,
     above: float | None = None,
+    maximum: float | None = None,
     pattern: str | None = None,
 ) -> Any:
-    """A field with its description and bounds: ``minimum`` is allowed, ``above`` is not; ``pattern`` matches whole."""
-    rules = {"doc": doc, "minimum": minimum, "above": above, "pattern": pattern}
+    """A field with its description and bounds.
+
+    ``minimum`` and ``maximum`` are allowed themselves, ``above`` is not; ``pattern`` matches whole.
+    """
+    rules = {"doc": doc, "minimum": minimum, "above": above, "maximum": maximum, "pattern": pattern}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=rules)
     return dataclasses.field(default=default, metadata=rules)
+
+
+MOST_PROCESSES = 256
+"""Worker processes of one model: each holds the weights and a few threads of its own, so no host runs more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +74,11 @@ class ModelEntry:
     )
     model_type: Literal["instruct", "base"] = key("instruct", "instruct: chat template; base: plain text.")
     environment: str | None = key(None, "Name of the environment; `default` unless given.")
-    workers: int | None = key(None, "Worker processes; 1 unless given. Stands for min and max alike.", minimum=1)
-    min: int | None = key(None, "Fewest processes.", minimum=0)
-    max: int | None = key(None, "Most processes.", minimum=1)
+    workers: int | None = key(
+        None, "Worker processes; 1 unless given. Stands for min and max alike.", minimum=1, maximum=MOST_PROCESSES
+    )
+    min: int | None = key(None, "Fewest processes.", minimum=0, maximum=MOST_PROCESSES)
+    max: int | None = key(None, "Most processes.", minimum=1, maximum=MOST_PROCESSES)
     idle_timeout: float | None = key(None, "Seconds without requests after which a process stops.", above=0)
     use_4bit: bool = key(False, "Load in 4 bit; needs bitsandbytes in the environment.")
     use_8bit: bool = key(False, "Load in 8 bit; needs bitsandbytes in the environment.")

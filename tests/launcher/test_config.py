@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,8 @@ modles: {}
     ("entry", "where", "found", "expected"),
     [
         ("{base_model: base, workers: 0}", "workers", "0 (int)", "at least 1"),
+        ("{base_model: base, workers: 100000}", "workers", "100000 (int)", "at most 256"),
+        ("{base_model: base, min: 1, max: 257}", "max", "257 (int)", "at most 256"),
         ("{base_model: base, workers: true}", "workers", "True (bool)", "a whole number"),
         ("{base_model: base, workers: 1, min: 1}", "min", "beside workers", "min and max"),
         ("{base_model: base, min: 3, max: 2}", "max", "2 (int)", "at least 3"),
@@ -160,6 +163,7 @@ def test_a_wrong_model_entry_is_named(write: Write, entry: str, where: str, foun
         ("{path: /nowhere}", "path", "no interpreter /nowhere"),
         ('{path: "%s", python: "3.11"}', "python", "python beside path"),
         ("{python: three}", "python", "'three'"),
+        ('{python: "9.9"}', "python", "'9.9'"),
         ("{requirements: nothing.txt}", "requirements", "no file"),
         ('{requirements: ["torch=2.13.0"]}', "requirements[0]", "torch=2.13.0"),
         ("{requirements: [1]}", "requirements[0]", "1 (int)"),
@@ -171,6 +175,13 @@ def test_a_wrong_environment_is_named(write: Write, entry: str, where: str, foun
     problem = only(write(f"models: {{a: {{engine: echo}}}}\nenvironments:\n  own: {text}\n"))
     assert (problem.where, problem.line) == (f"environments.own.{where}", 3)
     assert found in problem.found
+
+
+def test_a_python_that_is_not_there_is_told_with_those_that_are(write: Write) -> None:
+    problem = only(write('models: {a: {engine: echo}}\nenvironments:\n  own: {python: "9.9"}\n'))
+    assert "Python 9.9: found only" in problem.hint
+    assert platform.python_version() in problem.hint
+    assert "on PATH, expected 9.9: install it, or set `python:`" in problem.hint
 
 
 def test_options_and_paths_among_requirements_are_left_to_pip(write: Write) -> None:
