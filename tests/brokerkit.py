@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loopmux import codec, wire
-from loopmux.messages import Catalogue, End, Failure, Heartbeat, Hello, Register, Run, ServedModel, Submit, Tok
+from loopmux.messages import Catalogue, End, Failure, Heartbeat, Hello, LeftOut, Register, Run, ServedModel, Submit, Tok
 from loopmux.results import Timing, Usage
 from loopmux.wire import Header, Kind, Message, pack_tokens
 from loopmux_broker.broker import Broker
@@ -77,11 +77,12 @@ class Core:
         boot: bytes | None = None,
         adapters: tuple[str, ...] = (),
         role: Any = "worker",
+        left_out: dict[str, str] | None = None,
     ) -> list[Action]:
         served = tuple(ServedModel(m, "f") for m in models) if role == "worker" else ()
-        register = Register(
-            role, name or peer.decode(), boot or instance(peer), (1,), models=served, slots=slots, adapters=adapters
-        )
+        without = tuple(LeftOut(model, reason) for model, reason in (left_out or {}).items())
+        common = (role, name or peer.decode(), boot or instance(peer), (1,))
+        register = Register(*common, models=served, slots=slots, adapters=adapters, left_out=without)
         return self.worker(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})), peer)
 
     def launcher(self, peer: bytes = LAUNCHER, name: str = "host", boot: bytes | None = None) -> list[Action]:

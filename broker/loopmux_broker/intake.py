@@ -61,7 +61,9 @@ def unknown_adapter(pool: Pool, request: Request) -> LoopmuxError | None:
     if adapter is None or any(worker.serves(model, adapter) for worker in pool.serving(model)):
         return None
     known = ", ".join(pool.adapters(model)) or "none"
-    return AdapterNotFoundError(f"model {model!r} has no adapter {adapter!r}, loaded are: {known}")
+    declared = pool.declared(adapter)  # an adapter that was configured is a model id of its own too
+    reason = f"; {adapter!r} failed: {declared.entry.detail}" if declared and declared.entry.phase == "failed" else ""
+    return AdapterNotFoundError(f"model {model!r} has no adapter {adapter!r}, loaded are: {known}{reason}")
 
 
 def failed_to_start(entry: Catalogue) -> LoopmuxError:

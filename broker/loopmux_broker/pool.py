@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from loopmux.messages import Catalogue, Heartbeat, ModelPhase, Register
 from loopmux_broker.events import Peer
 from loopmux_broker.requests import Request
+
+T = TypeVar("T")
 
 LeaseKey = tuple[bytes, int]
 """(request id, attempt): no two leases ever share it."""
@@ -104,7 +106,7 @@ class Worker(Member):
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """One launcher's word about one model."""
+    """One launcher's word about one model, or that of a worker that left it out."""
 
     boot: bytes
     entry: Catalogue
@@ -124,6 +126,7 @@ class Pool:
         self.leases: dict[LeaseKey, Lease] = {}
         self._serving: dict[str, dict[Peer, Worker]] = {}
         self._declared: dict[str, dict[str, Declared]] = {}
+        self._left_out: dict[str, dict[Peer, Declared]] = {}
 
     # --- membership
 
@@ -142,6 +145,9 @@ class Pool:
             self.workers[member.peer] = member
             for model in member.models:
                 self._serving.setdefault(model, {})[member.peer] = member
+            for one in member.register.left_out:
+                word = Declared(member.register.boot, Catalogue(one.id, "failed", detail=one.reason), member.since)
+                self._left_out.setdefault(one.id, {})[member.peer] = word
         else:
             self.launchers[member.peer] = member
 
@@ -150,10 +156,9 @@ class Pool:
         if isinstance(member, Worker):
             self.workers.pop(member.peer, None)
             for model in member.models:
-                serving = self._serving.get(model, {})
-                serving.pop(member.peer, None)
-                if not serving:
-                    self._serving.pop(model, None)
+                _take_out(self._serving, model, member.peer)
+            for one in member.register.left_out:
+                _take_out(self._left_out, one.id, member.peer)
         else:
             self.launchers.pop(member.peer, None)
 
@@ -179,7 +184,7 @@ class Pool:
     def declare(self, launcher: Launcher, entry: Catalogue, now: float) -> None:
         """A launcher said what it does for a model."""
         if entry.removed:
-            self._undeclare(entry.model, launcher.name)
+            _take_out(self._declared, entry.model, launcher.name)
             return
         declared = Declared(launcher.register.boot, entry, now)
         self._declared.setdefault(entry.model, {})[launcher.name] = declared
@@ -188,19 +193,16 @@ class Pool:
         """Take out what a launcher of this name declared, unless by the process ``keep_boot``. Returns the models."""
         gone = [m for m, by in self._declared.items() if name in by and by[name].boot != keep_boot]
         for model in gone:
-            self._undeclare(model, name)
+            _take_out(self._declared, model, name)
         return gone
 
-    def _undeclare(self, model: str, launcher: str) -> None:
-        declared = self._declared.get(model, {})
-        declared.pop(launcher, None)
-        if not declared:
-            self._declared.pop(model, None)
-
     def declared(self, model: str) -> Declared | None:
-        """The most hopeful word of any launcher about a model."""
-        by = self._declared.get(model)
-        return min(by.values(), key=lambda d: _PHASES.index(d.entry.phase)) if by else None
+        """The most hopeful word about a model, of any launcher or of a worker that left it out.
+
+        Among equals a launcher's goes first: its reason is the whole one.
+        """
+        words = [*self._declared.get(model, {}).values(), *self._left_out.get(model, {}).values()]
+        return min(words, key=lambda d: _PHASES.index(d.entry.phase), default=None)
 
     def phase(self, model: str) -> ModelPhase:
         """What a model's users wait for."""
@@ -210,12 +212,12 @@ class Pool:
         return declared.entry.phase if declared else "queued"
 
     def known(self) -> list[str]:
-        """All model ids that anybody serves or declares, sorted."""
-        return sorted(self._declared.keys() | self._serving.keys())
+        """All model ids that anybody serves, declares or left out, sorted."""
+        return sorted(self._declared.keys() | self._serving.keys() | self._left_out.keys())
 
     def knows(self, model: str) -> bool:
-        """Whether anybody serves or declares the model."""
-        return model in self._serving or model in self._declared
+        """Whether anybody serves, declares or left out the model."""
+        return model in self._serving or model in self._declared or model in self._left_out
 
     def adapters(self, model: str) -> list[str]:
         """The adapters that a request for the model may name, sorted."""
@@ -224,3 +226,11 @@ class Pool:
             names.update(worker.register.adapters)
             names.update(a for a in (worker.models[model],) if a)
         return sorted(names)
+
+
+def _take_out(table: dict[str, dict[T, Any]], model: str, key: T) -> None:
+    """Remove one entry of a model, and the model with its last."""
+    entries = table.get(model, {})
+    entries.pop(key, None)
+    if not entries:
+        table.pop(model, None)

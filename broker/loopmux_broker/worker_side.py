@@ -201,7 +201,7 @@ class WorkerSide:
     def _joined(self, peer: Peer, now: float) -> None:
         member = self._t.pool.member(peer)
         if isinstance(member, Worker):
-            for model in member.models:
+            for model in (*member.models, *(one.id for one in member.register.left_out)):
                 self._life.model_changed(model, now)
             self._life.fill(member, now)
         elif isinstance(member, Launcher):

@@ -63,6 +63,17 @@ def show(value: object) -> str:
     return text if value is None else f"{text} ({type(value).__name__})"
 
 
+def shorten(text: str, limit: int) -> str:
+    """At most ``limit`` (8 or more) bytes of UTF-8, the middle left out: a reason comes first, its cause often last."""
+    data = text.encode("utf-8", "replace")
+    if len(data) <= limit:
+        return data.decode()
+    half = (limit - len(_GAP)) // 2
+    return data[:half].decode(errors="ignore") + _GAP.decode() + data[len(data) - half :].decode(errors="ignore")
+
+
+_GAP = "\n…\n".encode()
+
 _SCALARS = frozenset({str, int, float, bool, bytes, types.NoneType})
 
 

@@ -268,6 +268,14 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A model id that a worker was to serve and could not load, while others were; ``reason`` is for people."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Register:
     """ROUTE of REGISTER: a worker or a launcher joins. The BODY is a free report for ``status``.
 
@@ -276,6 +284,7 @@ class Register:
         models: what a worker serves, at most 64; empty for a launcher.
         slots: requests the worker runs at once.
         adapters: names of adapters that a request may ask for on top of a model id.
+        left_out: what it was to serve too and cannot, at most 64; reasons are shortened to fit.
     """
 
     role: Literal["worker", "launcher"]
@@ -289,6 +298,7 @@ class Register:
     engine: str = ""
     pid: int = 0
     software: str = ""
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,6 +246,67 @@ def test_a_new_launcher_process_says_what_is_still_declared(core: Core) -> None:
     assert core.tables.pool.known() == ["m"]
 
 
+# --- models that a worker left out
+
+
+REASON = "the tensor q has shape (4, 64), expected (4, 32)"
+
+
+def test_a_model_that_a_worker_left_out_fails_at_once_with_the_reason_and_the_others_are_served(core: Core) -> None:
+    core.register(left_out={"bad": REASON})
+    [answer] = core.submit(ONE, model="bad")
+    _, kind, _, body = failure(answer)
+    assert (kind, body.code, body.model, body.retryable) == (Kind.ERROR, "engine", "bad", False)
+    assert body.message == f"model 'bad' failed to start: {REASON}"
+    assert core.submit(TWO)[0] == run(TWO)
+
+
+def test_who_waits_for_a_model_hears_that_it_was_left_out() -> None:
+    core = Core(settle=3.0)
+    core.hello()
+    core.submit(ONE, model="bad")
+    _, answer = core.register(left_out={"bad": REASON})
+    assert failure(answer)[3].code == "engine"
+    core.client(say(Kind.ENDACK, ONE))
+    core.assert_empty()
+
+
+def test_a_model_left_out_by_one_worker_and_served_by_another_is_served(core: Core) -> None:
+    core.register(left_out={"n": REASON})
+    core.register(SECOND, models=("m", "n"))
+    assert core.submit(ONE, model="n")[0] == run(ONE, SECOND, model="n")
+    core.lose(SECOND)
+    assert failure(core.submit(TWO, model="n")[0])[3].code == "engine"
+
+
+def test_a_model_left_out_that_a_launcher_still_loads_is_waited_for(core: Core) -> None:
+    core.launcher()
+    core.declare("bad", "loading")
+    core.register(left_out={"bad": REASON})
+    assert phases(core.submit(ONE, model="bad")) == [Phase("loading", 1)]
+    [answer] = core.declare("bad", "failed", detail="in its own, longer words")
+    assert failure(answer)[3].message == "model 'bad' failed to start: in its own, longer words"
+
+
+def test_a_worker_takes_what_it_left_out_along(core: Core) -> None:
+    core.register(left_out={"bad": REASON})
+    assert core.tables.pool.known() == ["bad", "m"]
+    core.register(b"w1'", name="w1", boot=instance(WORKER), left_out={"bad": REASON})
+    assert core.tables.pool.known() == ["bad", "m"]
+    core.lose(b"w1'")
+    assert core.tables.pool.known() == []
+    assert failure(core.submit(ONE, model="bad")[0])[3].code == "model_not_found"
+
+
+def test_status_shows_a_model_left_out_as_failed(core: Core) -> None:
+    core.register(left_out={"bad": REASON})
+    core.now += 2
+    [answer] = core.client(say(Kind.STATUS, ONE))
+    assert isinstance(answer, Send)
+    models = codec.unpack(Status, answer.message.body, codec.BODY_LIMITS).models
+    assert models == (ModelStatus("bad", "failed", 0, 0, 0, REASON, 2.0), ModelStatus("m", "ready", 1))
+
+
 # --- adapters
 
 
@@ -265,6 +326,14 @@ def test_an_unknown_adapter(core: Core) -> None:
         "adapter_not_found",
         "model 'm' has no adapter 'shuot', loaded are: shout, tools",
     )
+
+
+def test_an_adapter_that_was_left_out(core: Core) -> None:
+    core.register(adapters=("shout",), left_out={"bad": REASON})
+    [answer] = core.submit(ONE, adapter="bad")
+    body = failure(answer)[3]
+    assert body.code == "adapter_not_found"
+    assert body.message == f"model 'm' has no adapter 'bad', loaded are: shout; 'bad' failed: {REASON}"
 
 
 def test_an_adapter_that_the_model_turns_out_not_to_have(core: Core) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopmux import codec, messages
-from loopmux.codec import BODY_LIMITS, ROUTE_LIMITS, FieldError, build, decode, pack, plain, unpack
+from loopmux.codec import BODY_LIMITS, ROUTE_LIMITS, FieldError, build, decode, pack, plain, shorten, unpack
 from loopmux.errors import ProtocolError
 
 
@@ -94,6 +94,19 @@ def test_long_values_are_shortened_in_messages() -> None:
     with pytest.raises(FieldError) as caught:
         build(Inner, {"n": "y" * 10_000})
     assert len(str(caught.value)) < 200
+
+
+@given(st.text(), st.integers(8, 40))
+def test_a_shortened_text_keeps_its_ends_and_its_limit(text: str, limit: int) -> None:
+    short = shorten(text, limit)
+    assert len(short.encode()) <= limit
+    if len(text.encode()) <= limit:
+        assert short == text
+    else:
+        first, _, last = short.partition("\n…\n")
+        assert text.startswith(first)
+        assert text.endswith(last)
+        assert len(first) + len(last) < len(text)
 
 
 def test_whole_numbers_are_numbers() -> None:
