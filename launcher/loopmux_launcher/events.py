@@ -50,6 +50,15 @@ class ProcessReported:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelLeftOut:
+    """A starting worker could not load one of its models, and will serve the others."""
+
+    name: str
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessExited:
     """A process of ours is gone.
 
@@ -88,6 +97,7 @@ Event = (
     | EnvironmentReady
     | EnvironmentFailed
     | ProcessReported
+    | ModelLeftOut
     | ProcessExited
     | BrokerWelcomed
     | StopRequested

@@ -46,6 +46,7 @@ class Process:
         phase: what it said it is doing while it starts (loading, warming).
         reason: why it last failed, for people.
         last_lines: the end of its output at its last exit.
+        left_out: models that it could not load, with the reason; it serves the others of its group.
         wake: when ``TimerFired`` should look at it again.
     """
 
@@ -56,6 +57,7 @@ class Process:
     detail: str = ""
     reason: str = ""
     last_lines: tuple[str, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
     started: float = 0.0
     wake: float | None = None
     backoff: Backoff = field(default_factory=Backoff)
@@ -65,10 +67,14 @@ class Process:
         """Whether the operating system has (or is about to have) a process for it."""
         return self.state in (State.STARTING, State.READY, State.ENDING, State.STOPPING)
 
+    def serves(self, model: str) -> bool:
+        """Whether it is ready for a model of its group."""
+        return self.state is State.READY and model not in self.left_out
+
     def start(self, now: float) -> None:
         """It is being started."""
         self.state, self.phase, self.detail, self.reason = State.STARTING, "loading", "", ""
-        self.started, self.wake = now, now + self.start_timeout
+        self.started, self.wake, self.left_out = now, now + self.start_timeout, {}
 
     def got_ready(self) -> None:
         """It said that it is ready."""
@@ -105,6 +111,10 @@ class Process:
             times = f"{crashes} times in {WINDOW:.0f} s" if crashes >= self.backoff.failed_starts else "at every start"
             return f"{self.name} failed {times}, the last time: {self.reason}"
         return f"{self.name}: {self.reason}"
+
+    def last_words(self) -> str:
+        """Why it will not be started again, and the end of its output."""
+        return "\n".join((self.parked_because(), *self.last_lines))
 
 
 def spell_exit(code: int) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from loopmux.codec import shorten
 from loopmux.messages import Catalogue, ModelPhase
 from loopmux_launcher.events import (
     Action,
@@ -24,6 +25,7 @@ from loopmux_launcher.events import (
     Event,
     Finish,
     KillProcess,
+    ModelLeftOut,
     ProcessExited,
     ProcessReported,
     ReportPhase,
@@ -70,6 +72,7 @@ class Plan:
         self._began = 0.0
         self._started = self._stopping = self._told = self._finished = False
         self._reported: dict[str, tuple[Catalogue, float]] = {}
+        self._left_out: dict[str, str] = {}  # by model, as it was announced
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event in and say what to do."""
@@ -104,6 +107,8 @@ class Plan:
                 yield from self._environment_failed(name, reason)
             case ProcessReported(name, phase, detail):
                 yield from self._process_reported(self._process(name), phase, detail, now)
+            case ModelLeftOut(name, model, reason):
+                yield from self._model_left_out(self._process(name), model, reason)
             case ProcessExited():
                 yield from self._process_exited(self._process(event.name), event, now)
             case BrokerWelcomed():
@@ -180,6 +185,15 @@ class Plan:
             process.phase, process.detail = phase, detail
             yield Announce(process.name, f"{phase} {detail}".rstrip(), "progress")
 
+    def _model_left_out(self, process: Process, model: str, reason: str) -> Iterator[Action]:
+        """Its worker goes on without it. Said once, however many processes find the same, or how often."""
+        if process.state is not State.STARTING:
+            return
+        process.left_out[model] = reason
+        if self._left_out.get(model) != reason:
+            self._left_out[model] = reason
+            yield Announce(process.name, f"goes on without {model}, which failed: {reason}", "error")
+
     def _process_exited(self, process: Process, event: ProcessExited, now: float) -> Iterator[Action]:
         delay = process.exited(event.code, event.last_lines, now, event.draw)
         if process.state is State.GONE:
@@ -229,7 +243,7 @@ class Plan:
             return
         if not self._stopping:
             yield from self._tell_ready(now)
-            if self._started and all(self._phase(g)[0] == "failed" for g in self.groups):
+            if self._started and all(map(self._failed, self.groups)):
                 self.exit_code = 1
                 yield Announce("launcher", "no model is left that could be served: stopping", "error")
                 yield from self._stop(now, at_once=False)
@@ -248,7 +262,7 @@ class Plan:
 
     def _tell_ready(self, now: float) -> Iterator[Action]:
         """Say once that all is ready; or, when some of it has failed for good, what is and what is not."""
-        phases = {m: self._phase(g)[0] for g in self.groups for m in g.model_ids if m in self.required}
+        phases = {m: self._phase(g, m)[0] for g in self.groups for m in g.model_ids if m in self.required}
         waited_for = [g for g in self.groups if set(g.model_ids) & set(self.required)]
         if self._told or not self._started or not all(map(self._settled, waited_for)):
             return
@@ -264,7 +278,11 @@ class Plan:
     def _settled(self, group: Group) -> bool:
         """Whether all of a group's processes are ready, or will never be."""
         states = {self.workers[name][0].state for name in group.worker_names()}
-        return states <= {State.READY, State.PARKED} or self._phase(group)[0] == "failed"
+        return states <= {State.READY, State.PARKED} or self._failed(group)
+
+    def _failed(self, group: Group) -> bool:
+        """Whether none of a group's models will ever be ready."""
+        return all(self._phase(group, model)[0] == "failed" for model in group.model_ids)
 
     # --- the catalogue ---
 
@@ -272,9 +290,9 @@ class Plan:
         if self._stopping:
             return
         for group in self.groups:
-            phase, detail, ready = self._phase(group)
             for model in group.model_ids:
-                told = Catalogue(model, phase, 0.0, _shorten(detail), ready)
+                phase, detail, ready = self._phase(group, model)
+                told = Catalogue(model, phase, 0.0, shorten(detail, _DETAIL_LIMIT), ready)
                 before = self._reported.get(model)
                 if before and before[0] == told:
                     continue
@@ -282,30 +300,23 @@ class Plan:
                 self._reported[model] = (told, since)
                 yield ReportPhase(replace(told, elapsed=now - since))
 
-    def _phase(self, group: Group) -> tuple[ModelPhase, str, int]:
-        """What a group is doing: (phase, detail, workers that are ready)."""
+    def _phase(self, group: Group, model: str) -> tuple[ModelPhase, str, int]:
+        """What a group is doing for one of its models: (phase, detail, workers that are ready)."""
         environment = self.environments[group.environment] if group.environment else None
         if environment and environment.state in ("building", "failed"):
             return "building" if environment.state == "building" else "failed", environment.detail, 0
         processes = [self.workers[name][0] for name in group.worker_names()]
-        ready = sum(process.state is State.READY for process in processes)
+        ready = sum(process.serves(model) for process in processes)
         parked = [process for process in processes if process.state is State.PARKED]
+        without = [process for process in processes if process.state is State.READY and not process.serves(model)]
         if ready:
             return "ready", parked[0].parked_because() if parked else "", ready
-        if len(parked) == len(processes):
-            return "failed", "\n".join((parked[0].parked_because(), *parked[0].last_lines)), 0
+        if len(without) + len(parked) == len(processes):
+            reason = without[0].left_out[model] if without else parked[0].last_words()
+            return "failed", reason, 0
         starting = [process for process in processes if process.state is State.STARTING]
         warming = [process for process in starting if process.phase == "warming"]
         if starting:
             return "warming" if warming else "loading", (warming or starting)[0].detail, 0
         failed = [p for p in processes if p.reason and p.state in (State.PAUSING, State.ENDING)]
         return ("loading", f"starts again: {failed[0].reason}", 0) if failed else ("queued", "", 0)
-
-
-def _shorten(text: str) -> str:
-    """At most ``_DETAIL_LIMIT`` bytes, the middle left out: a failure's reason comes first, its cause often last."""
-    data = text.encode()
-    if len(data) <= _DETAIL_LIMIT:
-        return text
-    half = _DETAIL_LIMIT // 2 - 5
-    return data[:half].decode(errors="ignore") + "\n…\n" + data[-half:].decode(errors="ignore")

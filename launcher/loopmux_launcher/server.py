@@ -34,6 +34,7 @@ from loopmux_launcher.events import (
     Event,
     Finish,
     KillProcess,
+    ModelLeftOut,
     ProcessExited,
     ProcessReported,
     ReportPhase,
@@ -201,6 +202,8 @@ class Launcher:
         for said in told:
             if child.name in map(_builder, self._builds):
                 self._builder_told(child.name.removeprefix(_builder("")), said)
+            elif said.phase == "left_out":
+                self._handle(ModelLeftOut(child.name, str(said.fields.get("model")), said.detail))
             elif said.phase in _PHASES:
                 self._handle(ProcessReported(child.name, said.phase, said.detail))  # type: ignore[arg-type]
 

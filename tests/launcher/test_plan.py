@@ -20,6 +20,7 @@ from loopmux_launcher.events import (
     EnvironmentReady,
     Finish,
     KillProcess,
+    ModelLeftOut,
     ProcessExited,
     ProcessReported,
     ReportPhase,
@@ -182,6 +183,55 @@ def test_bad_configuration_is_not_tried_again() -> None:
     assert "the adapter is for another base" in told(ended)["m"].detail
     core.handle(TimerFired(), 1e6)
     assert core.workers["m-1"][0].state.value == "parked"
+
+
+def left_out(core: Plan, name: str, model: str, reason: str = "wrong shapes") -> list[Action]:
+    return core.handle(ModelLeftOut(name, model, reason), 0.5)
+
+
+def test_a_worker_that_left_a_model_out_serves_the_others_and_is_left_alone() -> None:
+    core = plan(make("g", models=["a", "bad", "b"]))
+    core.handle(Began(), 0.0)
+    assert lines(left_out(core, "g-1", "bad"), "error") == ["goes on without bad, which failed: wrong shapes"]
+    actions = ready(core, "g-1")
+    assert told(actions) == {
+        "a": Catalogue("a", "ready", 0.0, "", 1),
+        "b": Catalogue("b", "ready", 0.0, "", 1),
+        "bad": Catalogue("bad", "failed", 0.0, "wrong shapes"),
+    }
+    [line] = lines(actions, "ready")
+    assert "a, b; without bad, which failed" in line
+    assert of(StopProcess, actions) == of(KillProcess, actions) == of(StartWorker, actions) == []
+    assert core.next_timer() is None
+
+
+def test_a_model_left_out_by_all_processes_is_told_once() -> None:
+    core = plan(make("g", models=["a", "bad"], processes=2))
+    core.handle(Began(), 0.0)
+    assert lines(left_out(core, "g-1", "bad"), "error")
+    assert told(ready(core, "g-1"))["a"].phase == "ready"
+    assert core.catalogue(1.0)[1].phase == "loading"  # the other process may still have it
+    assert lines(left_out(core, "g-2", "bad"), "error") == []
+    assert told(ready(core, "g-2"))["bad"].phase == "failed"
+
+
+def test_a_restarted_worker_tries_again_what_it_left_out() -> None:
+    core = plan(make("g", models=["a", "bad"]))
+    core.handle(Began(), 0.0)
+    left_out(core, "g-1", "bad")
+    ready(core, "g-1")
+    assert told(core.handle(ProcessExited("g-1", -9), 10.0))["bad"].phase == "loading"
+    due = core.next_timer()
+    assert due is not None
+    core.handle(TimerFired(), due)
+    assert told(ready(core, "g-1", now=12.0))["bad"] == Catalogue("bad", "ready", 0.0, "", 1)
+
+
+def test_a_worker_that_is_being_stopped_has_no_word_about_models_any_more() -> None:
+    core = plan(make("g", models=["a", "bad"]))
+    core.handle(Began(), 0.0)
+    core.handle(StopRequested(), 0.1)
+    assert left_out(core, "g-1", "bad") == []
 
 
 def test_a_start_that_takes_too_long_is_ended_killed_if_need_be_and_tried_again() -> None:
