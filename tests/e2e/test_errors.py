@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.server
+import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,7 +18,9 @@ import zmq
 
 import loopmux
 from e2e import stacks
+from e2e.conftest import DEMO
 from loopmux.toolserver import ToolServer
+from processes import running
 
 BROKEN = """
 models:
@@ -93,6 +97,58 @@ def test_a_failing_engine_and_a_model_that_does_not_start(home: Path, tmp_path: 
             assert client.generate("x", model="echo").text
     finally:
         stack.stop()
+
+
+BROKEN_ADAPTER = """
+environments:
+  here: {{path: "{prefix}"}}
+models:
+  default: {{base_model: "{demo}/base", environment: here, torch_threads: 1}}
+  bad: {{base_model: "{demo}/base", adapter_dir: bad, environment: here, torch_threads: 1}}
+  shout: {{base_model: "{demo}/base", adapter_dir: "{demo}/adapters/shout", environment: here, torch_threads: 1}}
+"""
+
+
+def test_a_broken_adapter_beside_good_ones(home: Path, tmp_path: Path) -> None:
+    """Its files are whole, so only the worker can find out: the tensors are those of another rank."""
+    shutil.copytree(DEMO / "adapters" / "tools", tmp_path / "bad")
+    described = tmp_path / "bad" / "adapter_config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"r": 8}))
+    config = tmp_path / "llm_backends.yaml"
+    config.write_text(BROKEN_ADAPTER.format(prefix=sys.prefix, demo=DEMO))
+    stack = stacks.start(config, home, folder=home / "left-out")
+    family = stack.family()
+    try:
+        [worker] = stack.part("loopmux_worker")
+        assert "default, shout; without bad, which failed" in stack.lines[-1]
+        [said] = [line for line in stack.lines if "goes on without bad" in line]
+        assert f"{tmp_path}/bad: the tensor" in said
+        with loopmux.Client(stack.endpoint) as client:
+            with pytest.raises(loopmux.EngineError, match=r"model 'bad' failed to start: .*expected \(8, ") as failed:
+                client.generate("x", model="bad", timeout=20)
+            assert failed.value.model == "bad"
+            assert not failed.value.retryable
+            with pytest.raises(loopmux.AdapterNotFoundError, match=r"loaded are: shout; 'bad' failed: .*the tensor"):
+                client.generate("x", model="default", adapter="bad", timeout=20)
+            plain = client.generate("What is a broker?", model="default", temperature=0).text
+            loud = client.generate("What is a broker?", model="shout", temperature=0).text
+            assert loud == loud.upper() != plain
+            models = {model.id: model for model in client.status().models}
+            assert {name: model.phase for name, model in models.items()} == {
+                "bad": "failed", "default": "ready", "shout": "ready"
+            }  # fmt: skip
+            assert "expected (8, " in models["bad"].detail
+        shown = subprocess.run(
+            [sys.executable, "-m", "loopmux", "models", "--endpoint", stack.endpoint], capture_output=True, text=True
+        )
+        [row] = [line for line in shown.stdout.splitlines() if line.startswith("bad ")]
+        assert row.split()[1:3] == ["failed", "0"]
+        assert "expected (8, " in row
+        assert stack.part("loopmux_worker") == [worker]  # it was not started again
+    finally:
+        assert stack.stop() == 0
+    stacks.wait_for(lambda: not any(map(running, family)), "all to end")
+    assert stack.left_behind() == []
 
 
 def test_no_broker_a_lost_broker_and_something_else(echo_config: Path, home: Path, tmp_path: Path) -> None:

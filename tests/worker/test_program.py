@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,33 @@ def test_a_model_is_loaded_announced_and_served(broker, tmp_path, tiny_model):
     assert phases[0] == "loading"
     assert phases[-2:] == ["warming", "ready"]
     assert err == ""
+
+
+def test_a_broken_adapter_is_told_and_the_others_are_served(broker, tmp_path, tiny_model):
+    bad = shutil.copytree(tiny_model.adapters["red"], tmp_path / "bad")
+    (bad / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    adapters = {"bad": bad, "blue": tiny_model.adapters["blue"]}
+    models = (ModelSpec("base"), *(ModelSpec(name, adapter_dir=str(folder)) for name, folder in adapters.items()))
+    spec = write_spec(
+        tmp_path, broker.endpoint, models=models, engine="auto", base_model=str(tiny_model.base), torch_threads=1
+    )
+    with start("--spec", spec) as process:
+        register = broker.welcome()
+        assert [m.id for m in register.models] == ["base", "blue"]
+        [left] = register.left_out
+        broker.run(REQUEST, Generate(prompt="hi", max_new_tokens=2, ignore_eos=True), model="blue")
+        assert broker.output(REQUEST)[1].kind is Kind.END
+        process.terminate()
+        out, err = process.communicate(timeout=PATIENCE)
+    said = [json.loads(line) for line in out.splitlines()]
+    assert said[-2:] == [
+        {"phase": "left_out", "detail": left.reason, "model": "bad"},
+        {"phase": "ready", "detail": "2 models on plain"},
+    ]
+    assert left.id == "bad"
+    assert left.reason == f"{bad}: found an adapter of type 'IA3', served are LORA ones (DoRA and rsLoRA too)"
+    [logged] = [json.loads(line) for line in err.splitlines()]
+    assert (logged["event"], logged["model"], logged["reason"]) == ("model left out", "bad", left.reason)
 
 
 def test_sigterm_during_a_long_generation_ends_within_two_seconds(broker, tmp_path, tiny_model):

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 FAILURE, USAGE, BAD_CONFIGURATION, INTERRUPTED = 1, 2, 78, 130
 _SWITCH_INTERVAL = 0.001
 """Seconds after which a computing thread hands the interpreter over: the default 5 ms would delay every message."""
+_LONGEST_DETAIL = 2_000
+"""Bytes of a detail on standard output: whoever reads it takes lines of a limited length."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,12 +162,14 @@ def _serve(options: argparse.Namespace, out: TextIO) -> int:
         from loopmux_worker.parent import die_with_parent
 
         die_with_parent(options.parent_pid)
+    from loopmux.codec import shorten
     from loopmux_worker.logs import set_up_logs
 
     set_up_logs(options.log_level)
 
-    def progress(phase: str, detail: str) -> None:
-        print(json.dumps({"phase": phase, "detail": detail}), file=out, flush=True)
+    def progress(phase: str, detail: str, **more: str) -> None:
+        line = {"phase": phase, "detail": shorten(detail, _LONGEST_DETAIL), **more}
+        print(json.dumps(line), file=out, flush=True)
 
     try:
         spec = _read_spec(options.spec)
@@ -198,7 +202,7 @@ def _from_input() -> str:
     return sys.stdin.read() if sys.platform == "linux" else sys.stdin.readline()
 
 
-def _work(spec: WorkerSpec, progress: Callable[[str, str], None]) -> int:
+def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
     from loopmux_worker.engine import open_engine
     from loopmux_worker.server import Worker
 
@@ -211,8 +215,11 @@ def _work(spec: WorkerSpec, progress: Callable[[str, str], None]) -> int:
         signal.signal(number, lambda *_: worker.stop())
     # The kernel may hand a signal to a computing thread: only this wakes the main one, whose the handlers are
     signal.set_wakeup_fd(worker.bell, warn_on_full_buffer=False)
-    count = len(spec.models)
-    progress("ready", f"{count} model{'s' if count > 1 else ''} on {engine.describe().engine}")
+    description = engine.describe()
+    for one in description.left_out:
+        progress("left_out", one.reason, model=one.id)
+    count = len(description.models)
+    progress("ready", f"{count} model{'s' if count > 1 else ''} on {description.engine}")
     try:
         worker.run()
     finally:

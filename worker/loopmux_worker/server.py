@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections import deque
+from dataclasses import replace
 from types import TracebackType
 
 import structlog
@@ -16,9 +17,9 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 import loopmux
-from loopmux.codec import pack
+from loopmux.codec import pack, shorten
 from loopmux.errors import ConfigError, EngineError, LoopmuxError, ProtocolError
-from loopmux.messages import Register, WorkerSpec
+from loopmux.messages import LeftOut, Register, WorkerSpec
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, ROUTE_LIMIT, VERSIONS, Message, from_frames, new_id, to_frames
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Description, Engine
@@ -48,6 +49,8 @@ _ENGINE_STOP = 1.0
 """Seconds that the engine has to end its step; with the farewell this stays within the 2 s that a stop may take."""
 _MOST_MODELS = 64
 """Entries of a list in ROUTE."""
+_REASONS = (1000, 500, 250, 120, 60, 30)
+"""Bytes that each reason of a model left out may take: the most with which the whole fits."""
 
 
 def registration(spec: WorkerSpec, description: Description, boot: bytes) -> Register:
@@ -69,8 +72,13 @@ def registration(spec: WorkerSpec, description: Description, boot: bytes) -> Reg
         pid=os.getpid(),
         software=f"loopmux {loopmux.__version__}",
     )
-    size = len(pack(register))
-    if len(description.models) > _MOST_MODELS or size > ROUTE_LIMIT:
+    for limit in _REASONS:
+        reasons = tuple(LeftOut(one.id, shorten(one.reason, limit)) for one in description.left_out)
+        register = replace(register, left_out=reasons)
+        size = len(pack(register))
+        if size <= ROUTE_LIMIT:
+            break
+    if max(len(description.models), len(description.left_out)) > _MOST_MODELS or size > ROUTE_LIMIT:
         raise ConfigError(
             f"worker {spec.name!r} serves {len(description.models)} models whose names take {size} bytes; at most "
             f"{_MOST_MODELS} in {ROUTE_LIMIT} bytes can be announced: spread them over several workers"

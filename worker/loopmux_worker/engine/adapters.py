@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 
 from loopmux.errors import AdapterNotFoundError, ConfigError
@@ -57,11 +59,11 @@ class Adapters:
         weights = _read_weights(path)
         internal = f"a{self._count}"  # PEFT's names may hold no dots and must not resemble its own prefixes
         self._count += 1
-        self._inject(internal, config, folder)
         try:
+            self._inject(internal, config, folder)
             self._fill(internal, weights, folder)
-        except ConfigError:
-            self._delete(internal)
+        except Exception:
+            self._remove(internal, config)
             raise
         adapter = Adapter(internal, files.fingerprint(folder), folder)
         self._loaded[name] = adapter
@@ -75,12 +77,12 @@ class Adapters:
         """
         if name not in self._loaded:
             raise AdapterNotFoundError(f"adapter {name!r} is not loaded")
-        self._delete(self._loaded.pop(name).internal)
+        self._remove(self._loaded.pop(name).internal)
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
         """The model computes with this adapter, or as the base alone for None, within the block."""
-        if self._peft is None or not self._loaded:
+        if self._peft is None:
             yield
         elif name is None:
             with self._peft.disable_adapter():
@@ -89,11 +91,19 @@ class Adapters:
             self._peft.set_adapter(self._loaded[name].internal, inference_mode=True)
             yield
 
-    def _delete(self, internal: str) -> None:
-        """PEFT keeps a name as the active one, which must not be that of a deleted adapter."""
-        for other in self._loaded.values():
-            self._peft.set_adapter(other.internal, inference_mode=True)
-            break
+    def _remove(self, internal: str, half: PeftConfig | None = None) -> None:
+        """Take an adapter out, also one that PEFT had put in by ``half``; after the last the model is as it was.
+
+        PEFT keeps a name as the active one, which must not be that of a deleted adapter. Of one that failed on its way
+        in it forgets the name and leaves the layers, so the name is given back to it to delete.
+        """
+        if not self._loaded:
+            _unwrap(self._model)
+            self._peft = None
+            return
+        self._peft.set_adapter(next(iter(self._loaded.values())).internal, inference_mode=True)
+        if half is not None:
+            self._peft.peft_config[internal] = half
         self._peft.delete_adapter(internal)
 
     def _inject(self, internal: str, config: PeftConfig, folder: Path) -> None:
@@ -103,8 +113,11 @@ class Adapters:
                 self._peft = PeftModel(self._model, config, internal, autocast_adapter_dtype=False)
             else:
                 self._peft.add_adapter(internal, config, autocast_adapter_dtype=False)
-        except (ValueError, KeyError, RuntimeError, TypeError) as error:
-            raise ConfigError(f"{folder} does not fit the base model: {error}") from error
+        except Exception as error:
+            raise ConfigError(
+                f"{folder} does not fit the base model: {error}; correct its adapter_config.json, or put it on its own "
+                "base"
+            ) from error
         self._peft.eval()
 
     def _fill(self, internal: str, weights: dict[str, torch.Tensor], folder: Path) -> None:
@@ -115,6 +128,20 @@ class Adapters:
             raise ConfigError(f"{folder}: PEFT has no place for {result.unexpected_keys[0]}")
         for parameter in self._peft.parameters():
             parameter.requires_grad_(False)
+
+
+def _unwrap(model: Any) -> None:
+    """Take away all that PEFT has put around a model's layers."""
+    wrapped = [n for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    for name in wrapped:
+        if any(name.startswith(f"{outer}.") for outer in wrapped):
+            continue  # what is around it goes, and it with that
+        parent, _, child = name.rpartition(".")
+        layer = model.get_submodule(name)
+        inner = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
+        setattr(model.get_submodule(parent), child, inner)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def _read_config(folder: Path) -> PeftConfig:
@@ -131,11 +158,16 @@ def _read_config(folder: Path) -> PeftConfig:
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        files.tensors(path)
-        weights = load_file(str(path))
-    else:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            files.tensors(path)
+            weights = load_file(str(path))
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read ({error}): copy or save it again") from error
     for name, tensor in weights.items():
         if tensor.numel() and not is_finite(tensor):
             raise ConfigError(f"{path}: the tensor {name} holds NaN or infinite values: the adapter is damaged")
@@ -148,16 +180,17 @@ def _compare(found: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]
         if name not in found:
             raise ConfigError(
                 f"{folder}: the tensor {name} is missing, expected shape {shape}: the adapter is incomplete or was "
-                "made for another base model"
+                "made for another base model; save it again, or put it on its own base"
             )
         if tuple(found[name].shape) != shape:
             raise ConfigError(
-                f"{folder}: the tensor {name} has shape {tuple(found[name].shape)}, expected {shape}: the adapter was "
-                "made for another base model"
+                f"{folder}: the tensor {name} has shape {tuple(found[name].shape)}, expected {shape}: its weights and "
+                "its adapter_config.json do not belong together, or it was made for another base model; save it "
+                "again, or put it on its own base"
             )
     extra = [name for name in found if name not in expected]
     if extra:
         raise ConfigError(
             f"{folder}: the tensor {extra[0]} of shape {tuple(found[extra[0]].shape)} has no place in the base model: "
-            "the adapter was made for another one"
+            "the adapter was made for another one; put it on its own base"
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from loopmux.errors import LoopmuxError
-from loopmux.messages import Generate, Run, ServedModel
+from loopmux.messages import Generate, LeftOut, Run, ServedModel
 from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
 
 
@@ -75,13 +75,17 @@ Output = Produced | Finished | Failed
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What an engine is. ``report`` is shown by ``status``: versions, device, dtype, memory, why this engine."""
+    """What an engine is. ``report`` is shown by ``status``: versions, device, dtype, memory, why this engine.
+
+    ``left_out`` are the models that it was to serve too and could not load.
+    """
 
     engine: str
     models: tuple[ServedModel, ...]
     slots: int
     adapters: tuple[str, ...] = ()
     report: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from loopmux.errors import ConfigError
-from loopmux.messages import WorkerSpec
+from loopmux.errors import ConfigError, LoopmuxError
+from loopmux.messages import ModelSpec, WorkerSpec
 from loopmux_worker.engine import files
 
 
-def check_folders(spec: WorkerSpec) -> Path:
-    """Check all folders of a specification and return the base model's.
+def check_folders(spec: WorkerSpec) -> None:
+    """Refuse a specification of which nothing could be served.
+
+    An adapter that is wrong beside models that are not is left to the engine, which serves the others.
 
     Raises:
-        ConfigError: one is missing, incomplete, cut off, or holds pickles that are not allowed.
+        ConfigError: the base's folder, or every adapter's, is missing, incomplete, cut off, or holds pickles that are
+            not allowed.
     """
-    for model in spec.models:
-        if model.adapter_dir:
-            files.check_adapter(files.adapter_folder(model.adapter_dir), allow_pickle=spec.allow_pickle_weights)
     folder = base_folder(spec)
     files.read_json(folder / "config.json")
     files.weight_files(folder, allow_pickle=spec.allow_pickle_weights)
-    return folder
+    wrong = {model.id: error for model in spec.models if (error := _wrong_adapter(model, spec)) is not None}
+    if len(wrong) == len(spec.models):
+        raise nothing_left(wrong)
+
+
+def nothing_left(reasons: Mapping[str, LoopmuxError]) -> LoopmuxError:
+    """The error of a worker none of whose models can be served."""
+    if len(reasons) == 1:
+        return next(iter(reasons.values()))
+    said = "; ".join(f"{model}: {error.message}" for model, error in reasons.items())
+    return ConfigError(f"none of its {len(reasons)} models can be served: {said}")
+
+
+def _wrong_adapter(model: ModelSpec, spec: WorkerSpec) -> ConfigError | None:
+    try:
+        if model.adapter_dir:
+            files.check_adapter(files.adapter_folder(model.adapter_dir), allow_pickle=spec.allow_pickle_weights)
+    except ConfigError as error:
+        return error
+    return None
 
 
 def base_folder(spec: WorkerSpec) -> Path:
@@ -30,7 +50,7 @@ def base_folder(spec: WorkerSpec) -> Path:
     Raises:
         ConfigError: no such folder, or a merged model next to other models.
     """
-    merged = [m for m in spec.models if m.adapter_dir and files.is_merged_model(files.adapter_folder(m.adapter_dir))]
+    merged = [m for m in spec.models if m.adapter_dir and _is_merged(m.adapter_dir)]
     if merged:
         if len(spec.models) > 1:
             raise ConfigError(
@@ -42,6 +62,13 @@ def base_folder(spec: WorkerSpec) -> Path:
         raise ConfigError(f"worker {spec.name!r}: base_model is missing; only the echo engine does without")
     folder = Path(spec.base_model)
     return folder if folder.is_dir() else _from_hub(spec.base_model)
+
+
+def _is_merged(directory: str) -> bool:
+    try:
+        return files.is_merged_model(files.adapter_folder(directory))
+    except ConfigError:
+        return False  # a folder with neither; whoever loads it says so
 
 
 def _from_hub(name: str) -> Path:

@@ -6,7 +6,7 @@ Whatever would be served wrong is refused, with what was found, what was expecte
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ class Loaded:
 
     Attributes:
         model: the transformers model; adapters are put into it by ``adapters``.
-        tokenizers: per model id, the adapter's own where it has one.
+        tokenizers: per model id that was added, the adapter's own where it has one.
         ends: token ids that end an output.
         context: tokens of prompt and answer together.
         vocabulary: rows of the embedding: prompt ids are below.
@@ -45,7 +45,6 @@ class Loaded:
     """
 
     model: Any
-    tokenizers: dict[str, Any]
     ends: frozenset[int]
     context: int
     vocabulary: int
@@ -54,11 +53,18 @@ class Loaded:
     dtype: torch.dtype
     fingerprint: str
     folder: Path
+    tokenizers: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def add(self, model: ModelSpec, tokenizer: Any, notes: Iterable[str]) -> None:
+        """Take a model id in with what ``tokenizer_of`` found for it."""
+        self.tokenizers[model.id] = tokenizer
+        self.ends |= _ids(tokenizer.eos_token_id)
+        self.notes += notes
 
 
 def load(spec: WorkerSpec, progress: Progress) -> Loaded:
-    """Load base model and tokenizers.
+    """Load the base model.
 
     Raises:
         ConfigError: something in the folders, the specification or this environment does not fit; it says what.
@@ -74,27 +80,17 @@ def load(spec: WorkerSpec, progress: Progress) -> Loaded:
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fingerprint") as pool:
         digest = pool.submit(files.fingerprint, folder)
         model = _load_model(spec, folder, device)
-        return _loaded(spec, folder, model, digest, progress)
+        return _loaded(spec, folder, model, digest)
 
 
-def _loaded(spec: WorkerSpec, folder: Path, model: Any, digest: Future[str], progress: Progress) -> Loaded:
-    progress("loading", "tokenizers")
-    notes: list[str] = []
-    tokenizers = {m.id: _tokenizer(spec, m, folder, notes) for m in spec.models}
+def _loaded(spec: WorkerSpec, folder: Path, model: Any, digest: Future[str]) -> Loaded:
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    for name, tokenizer in tokenizers.items():
-        if len(tokenizer) > vocabulary:
-            raise ConfigError(
-                f"model {name!r}: its tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary} rows: "
-                "it belongs to another model"
-            )
-    ends = _ends(model, tokenizers)
+    ends = _ids(getattr(model.generation_config, "eos_token_id", None))
     _neutral_generation(model)
     quantised = "4bit" if spec.use_4bit else "8bit" if spec.use_8bit else "none"
     parts = {"base": digest.result(), "dtype": str(model.dtype), "quantisation": quantised}
     return Loaded(
         model=model,
-        tokenizers=tokenizers,
         ends=ends,
         context=_context(spec, model),
         vocabulary=vocabulary,
@@ -103,7 +99,6 @@ def _loaded(spec: WorkerSpec, folder: Path, model: Any, digest: Future[str], pro
         dtype=model.dtype,
         fingerprint=files.combined(parts),
         folder=folder,
-        notes=notes,
     )
 
 
@@ -241,16 +236,26 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _tokenizer(spec: WorkerSpec, model: ModelSpec, base: Path, notes: list[str]) -> Any:
-    """The adapter's own tokenizer if it has one, else the base's."""
+def tokenizer_of(model: ModelSpec, loaded: Loaded, spec: WorkerSpec) -> tuple[Any, list[str]]:
+    """The adapter's own tokenizer if it has one, else the base's; and what is worth a note about it.
+
+    Raises:
+        ConfigError: there is none that can be loaded, or it is of another model.
+    """
+    base, notes = loaded.folder, []
     own = files.adapter_folder(model.adapter_dir) if model.adapter_dir else base
     tokenizer = read_tokenizer(own if files.has_tokenizer(own) else base, spec)
+    if len(tokenizer) > loaded.vocabulary:
+        raise ConfigError(
+            f"model {model.id!r}: its tokenizer has {len(tokenizer)} tokens, the model's embedding {loaded.vocabulary} "
+            "rows: it belongs to another model"
+        )
     if own != base and files.has_tokenizer(own) and not has_template(tokenizer) and files.has_tokenizer(base):
         tokenizer.chat_template = read_tokenizer(base, spec).chat_template
         notes.append(f"{model.id}: the adapter's tokenizer has no chat template, the base's is used")
     if model.model_type == "instruct" and not has_template(tokenizer):
         notes.append(f"{model.id}: no chat template, a plain 'User: … Assistant:' format is used")
-    return tokenizer
+    return tokenizer, notes
 
 
 def read_tokenizer(folder: Path, spec: WorkerSpec) -> Any:
@@ -268,11 +273,9 @@ def read_tokenizer(folder: Path, spec: WorkerSpec) -> Any:
         ) from error
 
 
-def _ends(model: Any, tokenizers: dict[str, Any]) -> frozenset[int]:
-    """End tokens: of the generation configuration, and of the tokenizers (chat models name only one of them there)."""
-    given = getattr(model.generation_config, "eos_token_id", None)
-    found = set(given if isinstance(given, (list, tuple)) else [given])
-    found |= {tokenizer.eos_token_id for tokenizer in tokenizers.values()}
+def _ids(given: Any) -> frozenset[int]:
+    """End tokens as they are given: several, one, or none. Chat models name only one of theirs in either place."""
+    found = given if isinstance(given, (list, tuple)) else [given]
     return frozenset(int(token) for token in found if token is not None)
 
 

@@ -14,22 +14,25 @@ from dataclasses import replace
 from typing import Any
 
 import peft
+import structlog
 import torch
 import transformers
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from loopmux.errors import BadRequestError, EngineError, LoopmuxError
-from loopmux.messages import Generate, ModelSpec, Run, Sampling, ServedModel, WorkerSpec
+from loopmux.messages import Generate, LeftOut, ModelSpec, Run, Sampling, ServedModel, WorkerSpec
 from loopmux.results import Usage
 from loopmux.wire import new_id, pack_tokens
-from loopmux_worker.engine import admission, files, templates
+from loopmux_worker.engine import admission, files, folders, templates
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced
 from loopmux_worker.engine.generating import Choose, Read, Task
-from loopmux_worker.engine.loading import Loaded, Progress, load, read_tokenizer
+from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, load, tokenizer_of
 from loopmux_worker.engine.output import Reader, Reading
 from loopmux_worker.engine.sampling import Sampler, seed_of
 from loopmux_worker.engine.toolparse import CLOSE, OPEN
+
+_log = structlog.get_logger(__name__)
 
 _WAIT = 0.01
 """Seconds that a step waits for the helper thread: shorter than a token, long enough not to spin."""
@@ -51,17 +54,15 @@ class PlainEngine:
         self._spec, self._why = spec, why
         self._loaded: Loaded = load(spec, progress)
         self._adapters = Adapters(self._loaded.model, allow_pickle=spec.allow_pickle_weights)
-        self._models = {model.id: self._without_merged(model) for model in spec.models}
-        for model in self._models.values():
-            if model.adapter_dir:
-                progress("loading", f"adapter {model.id}")
-                self._adapters.load(model.id, model.adapter_dir)
+        self._model_lock = threading.Lock()
+        self._models: dict[str, ModelSpec] = {}
+        self._left_out: dict[str, LoopmuxError] = {}
+        self._add_all(progress)
         self._tasks: dict[Key, Task] = {}
         self._ready: list[Output] = []
         self._progress = 0
         self._todo: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Output] = queue.SimpleQueue()
-        self._model_lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="generate", daemon=True)
         self._thread.start()
         progress("warming", "one token")
@@ -72,7 +73,8 @@ class PlainEngine:
     def describe(self) -> Description:
         """What is loaded."""
         served = tuple(self._served(model) for model in self._models.values())
-        return Description("plain", served, 1, tuple(self._adapters.loaded), self._report())
+        left_out = tuple(LeftOut(name, error.message) for name, error in self._left_out.items())
+        return Description("plain", served, 1, tuple(self._adapters.loaded), self._report(), left_out)
 
     def submit(self, job: Job) -> None:
         """Take a request in; one at a time runs, others wait."""
@@ -122,15 +124,9 @@ class PlainEngine:
         """Load an adapter; waits for the request that runs."""
         if name in self._models:
             raise BadRequestError(f"adapter {name!r}: a model or adapter of that name is served already")
-        model = ModelSpec(name, adapter_dir=directory)
-        folder = files.adapter_folder(directory)
-        own = folder if files.has_tokenizer(folder) else self._loaded.folder
-        tokenizer = read_tokenizer(own, self._spec)
-        with self._model_lock:
-            self._adapters.load(name, directory)
-        self._models[name] = model
-        self._loaded.tokenizers[name] = tokenizer
-        return self._served(model)
+        self._add(ModelSpec(name, adapter_dir=directory))
+        self._left_out.pop(name, None)
+        return self._served(self._models[name])
 
     def unload_adapter(self, name: str) -> None:
         """Unload an adapter that no request uses."""
@@ -149,6 +145,39 @@ class PlainEngine:
             task.cancelled.set()
         self._todo.put(None)
         self._thread.join()
+
+    # --- models -------------------------------------------------------------------------------------------------------
+
+    def _add_all(self, progress: Progress) -> None:
+        """Take in all models of the specification; one whose adapter cannot be used is left out with the reason.
+
+        Raises:
+            LoopmuxError: what is wrong is not one adapter's alone, or no model is left.
+        """
+        for model in self._spec.models:
+            if model.adapter_dir:
+                progress("loading", f"adapter {model.id}")
+            try:
+                self._add(self._without_merged(model))
+            except Exception as error:
+                if model.adapter_dir is None:
+                    raise
+                if not isinstance(error, LoopmuxError):
+                    _log.exception("loading an adapter failed", model=model.id)
+                self._left_out[model.id] = as_config_error(error)
+        if not self._models:
+            raise folders.nothing_left(self._left_out)
+        for name, reason in self._left_out.items():
+            _log.error("model left out", model=name, reason=reason.message)
+
+    def _add(self, model: ModelSpec) -> None:
+        """Take in one model: its tokenizer, and its adapter if it has one."""
+        tokenizer, notes = tokenizer_of(model, self._loaded, self._spec)
+        if model.adapter_dir:
+            with self._model_lock:
+                self._adapters.load(model.id, model.adapter_dir)
+        self._models[model.id] = model
+        self._loaded.add(model, tokenizer, notes)
 
     def _without_merged(self, model: ModelSpec) -> ModelSpec:
         """A merged model in ``adapter_dir`` was loaded as the base: there is no adapter to put on it."""

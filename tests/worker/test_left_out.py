@@ -1,0 +1,204 @@
+"""An adapter that cannot be loaded is left out with its reason; its base and the adapters beside it are served."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loopmux.codec import pack, unpack
+from loopmux.errors import BadRequestError, ConfigError, ModelNotFoundError
+from loopmux.messages import Generate, LeftOut, ModelSpec, Register, Run, Sampling, ServedModel, WorkerSpec
+from loopmux.wire import ROUTE_LIMIT, new_id
+from loopmux_worker.engine import open_engine
+from loopmux_worker.engine.adapters import Adapters
+from loopmux_worker.engine.base import Description, Job, Key, Produced
+from loopmux_worker.server import registration
+
+
+def change(path, **entries):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def cut_tensors(folder):
+    weights = load_file(folder / "adapter_model.safetensors")
+    narrow = {name: tensor[:, :1].contiguous() for name, tensor in weights.items()}
+    save_file(narrow, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def tear_header(folder):
+    """The file is as long as its header says; only who reads the header with its types finds it damaged."""
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F64"'))
+
+
+def tear_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def remove_weights(folder):
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def configure(**entries):
+    return lambda folder: change(folder / "adapter_config.json", **entries)
+
+
+BREAKS = {
+    "another base": (cut_tensors, "has shape (4, 1), expected (4, 32)"),
+    "another rank": (configure(r=3), "has shape (4, 32), expected (3, 32)"),
+    "no rank": (configure(r=0), "`r` should be a positive integer value but the value passed is 0"),
+    "a layer without rank": (configure(rank_pattern={"layers.1.self_attn.q_proj": 0}), "the value passed is 0"),
+    "no such layers": (configure(target_modules=["nope"]), "not found in the base model"),
+    "some layers of the wrong kind": (configure(target_modules=["q_proj", "norm"]), "is not supported"),
+    "a saved module that is missing": (configure(modules_to_save=["norm"]), "norm.weight is missing"),
+    "another kind": (configure(peft_type="PREFIX_TUNING"), "served are LORA ones"),
+    "torn weights": (tear_header, "copy or save it again"),
+    "no weights": (remove_weights, "has no adapter_model.safetensors"),
+    "a torn tokenizer": (tear_tokenizer, "cannot load its tokenizer"),
+    "nothing at all": (shutil.rmtree, "no such folder"),
+}
+
+
+@pytest.fixture(params=BREAKS)
+def broken(request, tiny_model, tmp_path):
+    """A folder with an adapter that cannot be loaded, and what has to be said about it."""
+    folder = shutil.copytree(tiny_model.adapters["red"], tmp_path / "broken")
+    damage, says = BREAKS[request.param]
+    damage(folder)
+    return folder, says
+
+
+def opened(tiny_model, *models):
+    return open_engine(WorkerSpec("w", "", models, str(tiny_model.base), torch_threads=1), lambda *_: None)
+
+
+def greedy(engine, model):
+    request = Generate(prompt="hello", max_new_tokens=12, sampling=Sampling(temperature=0))
+    engine.submit(Job(Key(new_id(), 1), Run(model), request))
+    ids = []
+    while engine.due() is not None:
+        ids += [i for output in engine.step() if isinstance(output, Produced) for i in output.ids]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model):
+    """What base and blue answer where nothing was ever broken."""
+    engine = opened(tiny_model, ModelSpec("base"), ModelSpec("blue", str(tiny_model.adapters["blue"])))
+    try:
+        return {name: greedy(engine, name) for name in ("base", "blue")}
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the good one", "after it"])
+def test_the_others_are_served_as_if_it_had_never_been_there(tiny_model, broken, undisturbed, first):
+    folder, says = broken
+    bad, good = ModelSpec("bad", str(folder)), ModelSpec("blue", str(tiny_model.adapters["blue"]))
+    engine = opened(tiny_model, ModelSpec("base"), *((bad, good) if first else (good, bad)))
+    try:
+        described = engine.describe()
+        assert [m.id for m in described.models] == ["base", "blue"]
+        assert described.adapters == ("blue",)
+        [left] = described.left_out
+        assert left.id == "bad"
+        assert says in left.reason
+        assert str(folder) in left.reason
+        assert {name: greedy(engine, name) for name in ("base", "blue", "base")} == undisturbed
+        with pytest.raises(ModelNotFoundError):
+            greedy(engine, "bad")
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("broken", [name for name in BREAKS if name != "a torn tokenizer"], indirect=True)
+def test_nothing_of_it_stays_in_the_model(tiny_model, broken):
+    folder, _ = broken
+    model = tiny_model.model()
+    modules, numbers = [name for name, _ in model.named_modules()], model(torch.tensor([[5, 6, 7]])).logits
+    adapters = Adapters(model)
+    with pytest.raises(ConfigError):
+        adapters.load("bad", str(folder))
+    assert [name for name, _ in model.named_modules()] == modules
+    assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, numbers)
+
+
+def test_an_adapter_that_saves_modules_can_go_and_another_come(tiny_model):
+    model = tiny_model.model()
+    adapters = Adapters(model)
+    adapters.load("saved", str(tiny_model.adapters["saved"]))
+    adapters.unload("saved")
+    adapters.load("blue", str(tiny_model.adapters["blue"]))
+    fresh = tiny_model.model()
+    alone = Adapters(fresh)
+    alone.load("blue", str(tiny_model.adapters["blue"]))
+    with adapters.using("blue"), alone.using("blue"):
+        assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, fresh(torch.tensor([[5, 6, 7]])).logits)
+
+
+def test_a_worker_with_nothing_but_broken_adapters_fails_with_every_reason(tiny_model, tmp_path):
+    one = shutil.copytree(tiny_model.adapters["red"], tmp_path / "one")
+    two = shutil.copytree(tiny_model.adapters["red"], tmp_path / "two")
+    cut_tensors(one)
+    remove_weights(two)
+    with pytest.raises(ConfigError) as caught:
+        opened(tiny_model, ModelSpec("a", str(one)), ModelSpec("b", str(two)))
+    assert caught.value.message.startswith("none of its 2 models can be served: a: ")
+    assert "expected (4, 32)" in caught.value.message
+    assert "; b: " in caught.value.message
+    with pytest.raises(ConfigError) as alone:
+        opened(tiny_model, ModelSpec("a", str(one)))
+    assert alone.value.message.startswith(str(one))
+
+
+def test_a_broken_base_fails_whole_whatever_the_adapters_are(tiny_model, tmp_path):
+    base = shutil.copytree(tiny_model.base, tmp_path / "base")
+    (base / "tokenizer.json").write_text("{}")
+    models = (ModelSpec("base"), ModelSpec("blue", str(tiny_model.adapters["blue"])))
+    with pytest.raises(ConfigError, match="cannot load its tokenizer"):
+        open_engine(WorkerSpec("w", "", models, str(base), torch_threads=1), lambda *_: None)
+
+
+def test_once_it_is_mended_it_can_be_loaded_beside_the_others(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model.adapters["red"], tmp_path / "red")
+    cut_tensors(folder)
+    engine = opened(tiny_model, ModelSpec("base"), ModelSpec("red", str(folder)))
+    try:
+        assert [one.id for one in engine.describe().left_out] == ["red"]
+        shutil.copy(tiny_model.adapters["red"] / "adapter_model.safetensors", folder)
+        engine.load_adapter("red", str(folder))
+        assert engine.describe().left_out == ()
+        assert greedy(engine, "red") != greedy(engine, "base")
+        with pytest.raises(BadRequestError, match="served already"):
+            engine.load_adapter("red", str(folder))
+    finally:
+        engine.close()
+
+
+# --- what the broker is told ------------------------------------------------------------------------------------------
+
+
+def registered(left_out, models=1):
+    served = tuple(ServedModel(f"model-{i}", "f" * 16) for i in range(models))
+    return registration(WorkerSpec("w", "", ()), Description("plain", served, 1, left_out=tuple(left_out)), b"b" * 16)
+
+
+def test_a_reason_that_fits_is_told_as_it_is():
+    [left] = registered([LeftOut("bad", "the reason")]).left_out
+    assert left == LeftOut("bad", "the reason")
+
+
+def test_many_long_reasons_are_shortened_so_that_the_message_fits():
+    register = registered([LeftOut(f"bad-{i}", f"found {i} " + "x" * 3000 + " do this") for i in range(20)], models=4)
+    assert len(pack(register)) <= ROUTE_LIMIT
+    assert unpack(Register, pack(register)) == register
+    for i, left in enumerate(register.left_out):
+        assert left.reason.startswith(f"found {i} ")
+        assert left.reason.endswith("do this")
+
+
+def test_more_than_a_message_takes_is_refused():
+    with pytest.raises(ConfigError, match="spread them over several workers"):
+        registered([LeftOut("bad-" + "x" * 100, "reason") for _ in range(60)])
