@@ -33,10 +33,14 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """Where an ``adapter_dir`` leads: an adapter's folder, or a merged model that stands in for the base."""
+    """Where an ``adapter_dir`` leads: an adapter's folder, or a merged model that stands in for the base.
+
+    ``base`` is what the adapter says it was made for; whatever stands there.
+    """
 
     folder: Path
     merged: bool = False
+    base: object = None
 
 
 def base_model(text: str, root: Path, *, pickle: bool = False) -> str:
@@ -74,8 +78,8 @@ def adapter(text: str, root: Path, *, pickle: bool = False) -> Adapter:
     if not _has_adapter_files(folder) and (folder / "config.json").is_file():
         _check_model(folder, pickle=pickle)
         return Adapter(folder, merged=True)
-    _check_adapter(folder, pickle=pickle)
-    return Adapter(folder)
+    described = _check_adapter(folder, pickle=pickle)
+    return Adapter(folder, base=described.get("base_model_name_or_path"))
 
 
 def _absolute(text: str, root: Path) -> Path:
@@ -95,16 +99,18 @@ def _missing(folder: Path, expected: str) -> Unusable:
     return Unusable(f"no directory {folder}", expected, there)
 
 
-def _check_adapter(folder: Path, *, pickle: bool) -> None:
+def _check_adapter(folder: Path, *, pickle: bool) -> dict[str, Any]:
+    """Returns what its adapter_config.json says."""
     if not (folder / ADAPTER_CONFIG).is_file():
         raise Unusable(f"no {ADAPTER_CONFIG} in {folder}", "a complete adapter, or a merged model with config.json")
-    _check_json(folder / ADAPTER_CONFIG)
+    described = _check_json(folder / ADAPTER_CONFIG)
     if (folder / ADAPTER_WEIGHTS).is_file():
         _check_safetensors(folder / ADAPTER_WEIGHTS)
     elif not (folder / ADAPTER_PICKLE).is_file():
         raise Unusable(f"no {ADAPTER_WEIGHTS} in {folder}", "a complete adapter", "was its training cut short?")
     elif not pickle:
         raise _pickle_only(folder / ADAPTER_PICKLE)
+    return described
 
 
 def _check_model(folder: Path, *, pickle: bool) -> None:

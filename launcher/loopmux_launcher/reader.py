@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from packaging.requirements import InvalidRequirement, Requirement
 
 from loopmux.codec import FieldError, build, show
+from loopmux.madefor import other_base
 from loopmux_launcher import interpreters, modelfolders
 from loopmux_launcher.config import DEFAULT, DEFAULT_REQUIREMENTS, Configuration, Environment, Model
 from loopmux_launcher.document import Document, InvalidConfiguration, Problem, Where, did_you_mean, read
@@ -244,6 +245,8 @@ class _Reader:
                 base = modelfolders.base_model(entry.base_model, self.root, pickle=entry.allow_pickle_weights)
             except modelfolders.Unusable as error:
                 self._refuse((*where, "base_model"), error.found, error.expected, error.hint)
+        if base and adapter and (note := other_base(adapter.base, base, adapter.folder)):
+            self._note((*where, "adapter_dir"), note)
         return base, str(adapter.folder) if adapter else None
 
     def _adapter(self, where: Where, entry: ModelEntry) -> modelfolders.Adapter | None:

@@ -85,6 +85,14 @@ def test_status_shows_workers_and_models() -> None:
     assert "a      ready  1" in text
 
 
+def test_status_shows_what_workers_note_once() -> None:
+    report = {"notes": ["shout: no chat template"]}
+    workers = [WorkerStatus(n, ("a",), 1, 0, "plain", 7, "h", "ready", report=report) for n in ("w1", "w2")]
+    text = show.render_status(Status(b"e" * 8, 5, "0.1.0", 42, 1, 0, 0, (), tuple(workers)))
+    assert text.splitlines()[-1] == "note: shout: no chat template"
+    assert text.count("note:") == 1
+
+
 def test_status_without_workers_has_no_empty_table() -> None:
     assert show.render_status(Status(b"e" * 8, 5, "0.1.0", 42, 1, 0, 0)).endswith("no models")
 

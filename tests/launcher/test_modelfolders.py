@@ -26,6 +26,17 @@ def test_a_hub_id_is_taken_as_it_is(models: Path) -> None:
     assert base_model("org/name-7B.v1", models) == "org/name-7B.v1"
 
 
+def test_an_adapter_that_names_another_base_gets_a_note(models: Path, write: Callable[[str], Path]) -> None:
+    file = write("models:\n  a:\n    base_model: base\n    adapter_dir: lora\n")
+    described = models / "lora" / "adapter_config.json"
+    described.write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    assert load(file).notes == ()
+    described.write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/other"}')
+    [note] = load(file).notes
+    assert note.startswith(f"{file}:4: models.a.adapter_dir: {described} names the base 'org/other'")
+    assert f"put on {models / 'base'}" in note
+
+
 @pytest.mark.parametrize("text", ["gpt2", "a/b/c", "/abs/gone", "./org/name", "org/", "~/gone"])
 def test_what_is_neither_directory_nor_hub_id_is_refused(models: Path, text: str) -> None:
     error = refused(lambda: base_model(text, models))

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from loopmux_launcher import jsonschema, schema
+from loopmux_launcher import jsonschema, reader, schema
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -29,6 +30,12 @@ def test_the_shipped_configuration_uses_known_keys_only() -> None:
         for entry in entries.values():
             assert set(entry) <= set(names)
     assert list(values["models"]) == ["default", "tools", "shout", "echo"]
+
+
+def test_the_shipped_adapters_are_on_the_base_they_name() -> None:
+    shout = CONFIGS / "demo" / "adapters" / "shout"
+    assert json.loads((shout / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert reader.load(CONFIGS / "llm_backends.yaml").notes == ()
 
 
 def test_commented_keys_of_the_shipped_configuration_exist() -> None:

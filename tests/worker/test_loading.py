@@ -6,6 +6,7 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 
 from loopmux.errors import AdapterNotFoundError, ConfigError
 from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
@@ -105,6 +106,23 @@ def test_the_adapters_tokenizer_goes_first_and_borrows_a_template(tiny_model, re
     try:
         assert engine._loaded.tokenizers["m"].name_or_path == str(red)
         assert "the base's is used" in engine.describe().report["notes"][0]
+        assert greedy(engine)
+    finally:
+        engine.close()
+
+
+def test_an_adapter_that_names_another_base_is_served_with_a_note_and_a_warning(tiny_model, red):
+    change(red / "adapter_config.json", base_model_name_or_path="org/another")
+    good = ModelSpec("blue", adapter_dir=str(tiny_model.adapters["blue"]))
+    with capture_logs() as logged:
+        engine = opened(spec(tiny_model.base, ModelSpec("m", adapter_dir=str(red)), good))
+    try:
+        [note] = engine.describe().report["notes"]
+        assert note.startswith(f"m: {red}/adapter_config.json names the base 'org/another'")
+        assert str(tiny_model.base) in note
+        assert [(line["event"], line["model"], line["log_level"]) for line in logged] == [
+            ("adapter of another base", "m", "warning")
+        ]
         assert greedy(engine)
     finally:
         engine.close()

@@ -52,12 +52,19 @@ def _json(value: Any) -> str:
 
 
 def render_status(status: Status) -> str:
-    """Status as text for people: one line for the broker, a table of workers, a table of models."""
+    """Status as text for people: a line for the broker, tables of workers and models, what workers have to note."""
     head = (
         f"broker {status.software}  pid {status.pid}  up {duration(status.uptime)}  clients {status.clients}"
         f"  running {status.running}  queued {status.queued}"
     )
-    return "\n\n".join(part for part in (head, _workers(status.workers), render_models(status.models)) if part)
+    parts = (head, _workers(status.workers), render_models(status.models), _notes(status.workers))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _notes(workers: Sequence[WorkerStatus]) -> str:
+    """Each note once: workers of the same models have the same ones."""
+    given = [w.report.get("notes") for w in workers]
+    return "\n".join(dict.fromkeys(f"note: {note}" for notes in given if isinstance(notes, list) for note in notes))
 
 
 def _workers(workers: Sequence[WorkerStatus]) -> str:

@@ -22,11 +22,12 @@ from loopmux_worker.engine.loading import is_finite
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A loaded adapter: the name that PEFT knows it by, and the fingerprint of its files."""
+    """A loaded adapter: the name that PEFT knows it by, the fingerprint of its files, the base that it names."""
 
     internal: str
     fingerprint: str
     folder: Path
+    made_for: str | None
 
 
 class Adapters:
@@ -65,7 +66,7 @@ class Adapters:
         except Exception:
             self._remove(internal, config)
             raise
-        adapter = Adapter(internal, files.fingerprint(folder), folder)
+        adapter = Adapter(internal, files.fingerprint(folder), folder, config.base_model_name_or_path)
         self._loaded[name] = adapter
         return adapter
 

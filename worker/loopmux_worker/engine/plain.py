@@ -20,6 +20,7 @@ import transformers
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from loopmux.errors import BadRequestError, EngineError, LoopmuxError
+from loopmux.madefor import other_base
 from loopmux.messages import Generate, LeftOut, ModelSpec, Run, Sampling, ServedModel, WorkerSpec
 from loopmux.results import Usage
 from loopmux.wire import new_id, pack_tokens
@@ -175,7 +176,11 @@ class PlainEngine:
         tokenizer, notes = tokenizer_of(model, self._loaded, self._spec)
         if model.adapter_dir:
             with self._model_lock:
-                self._adapters.load(model.id, model.adapter_dir)
+                adapter = self._adapters.load(model.id, model.adapter_dir)
+            base = self._spec.base_model or str(self._loaded.folder)
+            if note := other_base(adapter.made_for, base, adapter.folder):
+                _log.warning("adapter of another base", model=model.id, note=note)
+                notes.append(f"{model.id}: {note}")
         self._models[model.id] = model
         self._loaded.add(model, tokenizer, notes)
 
