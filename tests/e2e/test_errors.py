@@ -18,7 +18,7 @@ import zmq
 
 import loopmux
 from e2e import stacks
-from e2e.conftest import DEMO
+from e2e.conftest import DEMO, ROOT
 from loopmux.toolserver import ToolServer
 from processes import running
 
@@ -149,6 +149,41 @@ def test_a_broken_adapter_beside_good_ones(home: Path, tmp_path: Path) -> None:
         assert stack.stop() == 0
     stacks.wait_for(lambda: not any(map(running, family)), "all to end")
     assert stack.left_behind() == []
+
+
+TIGHT = """
+environments:
+  tight: {{path: "{python}"}}
+models:
+  echo: {{engine: echo}}
+  default: {{base_model: "{demo}/base", environment: tight, torch_threads: 1}}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit counts from what /proc tells")
+def test_a_worker_that_runs_out_of_memory_while_it_loads(home: Path, tmp_path: Path) -> None:
+    """An interpreter whose workers get less memory than the weights need; its probe gets all there is."""
+    python, tight = tmp_path / "python", ROOT / "tests" / "tightmemory.py"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *--spec*) shift 4; exec "{sys.executable}" "{tight}" imported "$@";; esac\n'
+        f'exec "{sys.executable}" "$@"\n'
+    )
+    python.chmod(0o755)
+    config = tmp_path / "llm_backends.yaml"
+    config.write_text(TIGHT.format(python=python, demo=DEMO))
+    stack = stacks.start(config, home, folder=home / "tight")
+    try:
+        assert "echo; without default, which failed" in stack.lines[-1]
+        [said] = [line for line in stack.lines if "default-1: out of memory" in line]
+        assert f"while {DEMO}/base was loaded" in said
+        with loopmux.Client(stack.endpoint) as client:
+            with pytest.raises(loopmux.EngineError, match=r"out of memory while .* choose a smaller dtype"):
+                client.generate("x", model="default", timeout=20)
+            assert client.generate("x", model="echo").text
+        assert len([line for line in stack.lines if "starting, pid" in line and "default" in line]) == 1
+        assert "Traceback" not in "\n".join(stack.lines)
+    finally:
+        assert stack.stop() == 0
 
 
 def test_no_broker_a_lost_broker_and_something_else(echo_config: Path, home: Path, tmp_path: Path) -> None:

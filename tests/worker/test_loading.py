@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from loopmux.errors import AdapterNotFoundError, ConfigError
 from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
 from loopmux.wire import new_id
-from loopmux_worker.engine import files, loading, open_engine
+from loopmux_worker.engine import files, loading, memory, open_engine
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Job, Key, Produced
 from tinymodel import write_adapter, write_base, write_tokenizer
@@ -330,16 +330,16 @@ def test_code_from_a_checkpoint_is_not_run(base):
 
 
 def test_more_weights_than_memory(tiny_model, monkeypatch):
-    monkeypatch.setattr(files, "memory_available", lambda: 1024)
+    monkeypatch.setattr(memory, "available", lambda: 1024)
     assert "MiB and cpu has 0 MiB free" in refusal(spec(tiny_model.base))
 
 
 def test_memory_is_counted_in_the_dtype_that_is_asked_for(tiny_model):
     (path,) = files.weight_files(tiny_model.base, allow_pickle=False)
     elements = sum(tensor.elements for tensor in files.tensors(path).values())
-    assert files.memory_needed([path], 2) == 2 * elements
-    assert files.memory_needed([path], None) == path.stat().st_size
-    assert files.memory_available() > 2**20
+    assert memory.needed([path], 2) == 2 * elements
+    assert memory.needed([path], None) == path.stat().st_size
+    assert memory.available() > 2**20
 
 
 def test_a_newer_rope_under_an_older_transformers(base, monkeypatch):

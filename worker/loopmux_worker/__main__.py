@@ -203,13 +203,15 @@ def _from_input() -> str:
 
 
 def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
-    from loopmux_worker.engine import open_engine
-    from loopmux_worker.server import Worker
+    from loopmux_worker.engine import memory, open_engine
 
     _quiet_libraries()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     progress("loading", f"engine {spec.engine}")
-    engine = open_engine(spec, progress)
+    with memory.explained(spec):
+        from loopmux_worker.server import Worker
+
+        engine = open_engine(spec, progress)
     worker = Worker(spec, engine)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())

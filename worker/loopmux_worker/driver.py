@@ -59,6 +59,9 @@ class Driver:
         """End the thread and close the engine; False if it did not end in time (a step is taking long)."""
         self._stopping.set()
         self._commands.put(None)
+        if self._thread.ident is None:  # it was never started, so the engine is still ours
+            self._engine.close()
+            return True
         self._thread.join(timeout)
         return not self._thread.is_alive()
 

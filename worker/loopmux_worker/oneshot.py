@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from loopmux.messages import Generate, ModelSpec, Run, WorkerSpec
 from loopmux.wire import new_id
-from loopmux_worker.engine import open_engine
+from loopmux_worker.engine import memory, open_engine
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Produced
 
 
@@ -16,7 +16,8 @@ def one_shot(spec: WorkerSpec, generate: Generate, write: Callable[[str], None])
     Raises:
         LoopmuxError: the model cannot be loaded, or the request not be run.
     """
-    engine = open_engine(spec, lambda phase, detail: None)  # noqa: ARG005
+    with memory.explained(spec):
+        engine = open_engine(spec, lambda phase, detail: None)  # noqa: ARG005
     try:
         key = Key(new_id(), 1)
         engine.submit(Job(key, Run(spec.models[0].id), generate))

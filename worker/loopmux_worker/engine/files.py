@@ -174,35 +174,6 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
 
 
-def memory_needed(files: list[Path], bytes_per_number: int | None) -> int:
-    """Bytes that the weights take in memory; ``bytes_per_number`` None leaves every tensor in its own dtype."""
-    if bytes_per_number is None or any(path.suffix != ".safetensors" for path in files):
-        return sum(path.stat().st_size for path in files)
-    return sum(tensor.elements * bytes_per_number for path in files for tensor in tensors(path).values())
-
-
-def memory_available() -> int | None:
-    """Bytes that a process may still take on this machine and within its control group; None where that is unknown."""
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            found.append(max(0, int(limit) - used + _reclaimable()))
-    except OSError:
-        pass  # another system, or no control groups of the second kind: the other figure has to do
-    return min(found, default=None)
-
-
-def _reclaimable() -> int:
-    """File pages of the control group, which make room when asked."""
-    stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-    return int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-
-
 def fingerprint(folder: Path) -> str:
     """BLAKE2b over the names and bytes of all files that decide what the model answers; 16 hexadecimal digits."""
     files = sorted({path for pattern in _CONTENT for path in folder.glob(pattern) if path.is_file()})

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.messages import ModelSpec, WorkerSpec
-from loopmux_worker.engine import files, folders
+from loopmux_worker.engine import files, folders, memory
 from loopmux_worker.engine.templates import has_template
 
 Progress = Callable[[str, str], None]
@@ -175,8 +175,8 @@ def _check_memory(spec: WorkerSpec, weights: list[Path], device: torch.device) -
     if spec.use_4bit or spec.use_8bit:
         return  # what quantised weights take is known once they are loaded
     width = None if spec.dtype == "auto" else torch.empty(0, dtype=getattr(torch, spec.dtype)).element_size()
-    needed = files.memory_needed(weights, width)
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else files.memory_available()
+    needed = memory.needed(weights, width)
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available()
     if available is not None and needed > available:
         raise ConfigError(
             f"the weights take {needed / 2**20:.0f} MiB and {device} has {available / 2**20:.0f} MiB free: stop "

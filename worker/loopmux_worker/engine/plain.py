@@ -24,7 +24,7 @@ from loopmux.madefor import other_base
 from loopmux.messages import Generate, LeftOut, ModelSpec, Run, Sampling, ServedModel, WorkerSpec
 from loopmux.results import Usage
 from loopmux.wire import new_id, pack_tokens
-from loopmux_worker.engine import admission, files, folders, templates
+from loopmux_worker.engine import admission, files, folders, memory, templates
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced
 from loopmux_worker.engine.generating import Choose, Read, Task
@@ -161,8 +161,8 @@ class PlainEngine:
             try:
                 self._add(self._without_merged(model))
             except Exception as error:
-                if model.adapter_dir is None:
-                    raise
+                if model.adapter_dir is None or memory.ran_out(error):
+                    raise  # that is not this adapter's own fault
                 if not isinstance(error, LoopmuxError):
                     _log.exception("loading an adapter failed", model=model.id)
                 self._left_out[model.id] = as_config_error(error)

@@ -1,0 +1,38 @@
+"""A worker in a process that may hardly take more memory: ``python tightmemory.py STAGE ARGUMENTS…``.
+
+At the stage ``imported`` torch and all else is there already, and what is left is less than the demo model's weights;
+at ``bare`` nothing is, and what is left is less than torch's libraries.
+"""
+
+from __future__ import annotations
+
+import importlib
+import resource
+import sys
+import threading
+from pathlib import Path
+
+LEFT = {"imported": 4 * 2**20, "bare": 200 * 2**20}
+"""Bytes; the demo model's weights are 3.6 MB beside a thread's stack, torch's largest library is over 250 MB."""
+
+
+def tighten(left: int) -> None:
+    """Limit this process to ``left`` bytes beyond what it has mapped."""
+    status = Path("/proc/self/status").read_text()
+    mapped = int(status.split("VmSize:")[1].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + left, mapped + left))
+
+
+def main(stage: str, arguments: list[str]) -> int:
+    program = importlib.import_module("loopmux_worker.__main__")
+    if stage == "imported":
+        program._quiet_libraries()
+        for module in ("loopmux_worker.server", "loopmux_worker.engine.plain", "transformers.models.llama"):
+            importlib.import_module(module)
+        threading.stack_size(2**20)  # the default, often 8 MiB, would be all that is left
+    tighten(LEFT[stage])
+    return program.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

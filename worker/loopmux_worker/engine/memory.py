@@ -1,0 +1,105 @@
+"""What a model takes in memory, what there is, and saying so when it was not enough. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+from loopmux.errors import ConfigError
+from loopmux.messages import WorkerSpec
+from loopmux_worker.engine import files
+
+_MIB = 2**20
+_WORDS = (
+    "out of memory",
+    "allocate memory",  # torch's allocators, and the system's own words
+    "start new thread",  # a thread's stack is memory too
+    "failed to map segment",  # of a shared library, while it is imported
+    "bad_alloc",
+)
+"""What libraries say, as errors of many types, when memory ran out."""
+
+
+def needed(weights: list[Path], bytes_per_number: int | None) -> int:
+    """Bytes that the weights take in memory; ``bytes_per_number`` None leaves every tensor in its own dtype."""
+    if bytes_per_number is None or any(path.suffix != ".safetensors" for path in weights):
+        return sum(path.stat().st_size for path in weights)
+    return sum(tensor.elements * bytes_per_number for path in weights for tensor in files.tensors(path).values())
+
+
+def available() -> int | None:
+    """Bytes that a process may still take on this machine and within its control group; None where that is unknown."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            found.append(max(0, int(limit) - used + _reclaimable()))
+    except OSError:
+        pass  # another system, or no control groups of the second kind: the other figure has to do
+    return min(found, default=None)
+
+
+def _reclaimable() -> int:
+    """File pages of the control group, which make room when asked."""
+    stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+    return int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+
+
+def ran_out(error: BaseException | None) -> BaseException | None:
+    """The error that says that memory ran out: the innermost one of those that an error was made from, or None."""
+    found = None
+    while error is not None:
+        found = error if _says_so(error) else found
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _says_so(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _WORDS)
+
+
+@contextlib.contextmanager
+def explained(spec: WorkerSpec) -> Iterator[None]:
+    """Loading is done in this block: if memory runs out there, whatever libraries make of it becomes one clear error.
+
+    Raises:
+        ConfigError: memory ran out. Starting again at once would end the same way, and press the neighbours once more.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = ran_out(error)
+        if cause is None:
+            raise
+        said = f"{type(cause).__name__}: {cause}".splitlines()[0].removesuffix(": ")
+        raise ConfigError(
+            f"out of memory while {spec.base_model} was loaded ({said}): found {_found()}, expected room for "
+            f"{_weights(spec)} beside torch and its threads; stop other workers, raise the limit, or choose a smaller "
+            "dtype or a smaller model"
+        ) from error
+
+
+def _found() -> str:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    free = available()
+    figures = []
+    if limit != resource.RLIM_INFINITY:
+        figures.append(f"a limit of {limit / _MIB:.0f} MiB for this process (ulimit -v)")
+    if free is not None:
+        figures.append(f"{free / _MIB:.0f} MiB available on this machine")
+    return " and ".join(figures) or "no figure for what is free"
+
+
+def _weights(spec: WorkerSpec) -> str:
+    folder = Path(spec.base_model or "")
+    size = sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
+    return f"{size / _MIB:.0f} MiB of weights" if spec.base_model and size else "its weights"
