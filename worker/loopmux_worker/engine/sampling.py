@@ -1,4 +1,4 @@
-"""Choosing the next token: logits, parameters and history in, a token out. Pure torch, no model.
+"""Choosing the next tokens: logits, parameters and history in, a token per request out. Pure torch, no model.
 
 Randomness is counter-based: the draw at absolute position i of a request comes from (seed, i) and nothing else, so that
 a result depends neither on batch neighbours nor on a restart in the middle.
@@ -10,6 +10,7 @@ prompt and output, presence and frequency penalties count the output alone.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,11 +20,10 @@ from torch import Tensor
 from loopmux.errors import BadRequestError, EngineError
 from loopmux.messages import Sampling
 from loopmux.results import TokenLogprob
+from loopmux_worker.engine import drawing
+from loopmux_worker.engine.drawing import Draw
 
 _MASK = 2**64 - 1
-_CANDIDATES = 1024
-"""How many of the best tokens are looked at first for top-p: they nearly always hold its mass, and sorting a whole
-vocabulary costs more than the rest of the choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def _mix(x: int) -> int:
 
 
 class Sampler:
-    """Chooses the tokens of one request.
+    """How the tokens of one request are chosen, and what was chosen so far.
 
     Args:
         sampling: checked parameters.
@@ -63,6 +63,7 @@ class Sampler:
         vocabulary: width of the model's head.
         prompt: the prompt's token ids, for the repetition penalty.
         logprobs: alternatives to report per token; None for no log probabilities.
+        device: where the logits will be.
 
     Raises:
         BadRequestError: ``logit_bias`` names a token that the model does not have.
@@ -79,6 +80,7 @@ class Sampler:
         device: torch.device | str = "cpu",
     ) -> None:
         self._sampling, self._seed, self._logprobs = sampling, seed, logprobs
+        # Each of shape (vocabulary,), and None for what the request does not ask for.
         self._bias = _bias(sampling, vocabulary, device)
         self._seen: Tensor | None = None
         self._counts: Tensor | None = None
@@ -101,82 +103,99 @@ class Sampler:
         Raises:
             EngineError: the logits are not numbers.
         """
-        logits = logits.float()
-        adjusted = self._adjust(logits)
-        best = adjusted.max()
-        if not torch.isfinite(best):
-            raise EngineError(
-                f"the model produced {best.item()} as its best logit at position {position}: "
-                "its weights are damaged, or its dtype overflows (try dtype: float32)"
-            )
-        if self._sampling.temperature == 0:
-            token = int(adjusted.argmax())
-        else:
-            scaled = (adjusted - best) / self._sampling.temperature
-            token = _draw(scaled, self._sampling, uniform(self._seed, position))
-        return Pick(token, self._logprob(logits, token))
+        (pick,) = choose_rows(logits.unsqueeze(0), [self], [position])
+        if isinstance(pick, EngineError):
+            raise pick
+        return pick
 
-    def _adjust(self, logits: Tensor) -> Tensor:
+    def _draw(self, position: int) -> Draw:
         sampling = self._sampling
-        if self._bias is not None:
-            logits = logits.index_add(0, *self._bias)
-        if self._seen is not None:
-            penalty = sampling.repetition_penalty
-            punished = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits = torch.where(self._seen, punished, logits)
-        if self._counts is not None:
-            logits = logits - sampling.presence_penalty * (self._counts > 0) - sampling.frequency_penalty * self._counts
-        return logits
-
-    def _logprob(self, logits: Tensor, token: int) -> TokenLogprob | None:
-        if self._logprobs is None:
-            return None
-        log_probabilities = torch.log_softmax(logits, -1)
-        values, ids = log_probabilities.topk(min(self._logprobs, len(logits)))
-        top = tuple(zip(map(int, ids.tolist()), values.tolist(), strict=True))
-        return TokenLogprob(token, float(log_probabilities[token]), top)
+        quantile = uniform(self._seed, position)
+        return Draw(sampling.temperature, sampling.top_k or None, sampling.top_p, sampling.min_p, quantile)
 
 
-def _bias(sampling: Sampling, vocabulary: int, device: torch.device | str) -> tuple[Tensor, Tensor] | None:
+def choose_rows(logits: Tensor, samplers: Sequence[Sampler], positions: Sequence[int]) -> list[Pick | EngineError]:
+    """What each request's sampler chooses at its position of the output, as if it were alone. Does not ``note`` it.
+
+    ``logits`` has shape (rows, vocabulary), any floating type, and a row per sampler. A row whose logits are not
+    numbers gets an error, and no other row notices.
+    """
+    logits = logits.float()
+    draws = [sampler._draw(position) for sampler, position in zip(samplers, positions, strict=True)]
+    tokens, best = drawing.choose(_adjusted(logits, samplers), draws)
+    logprobs = _logprobs(logits, tokens, samplers)
+    chosen, bests = torch.stack((tokens.double(), best.double())).tolist()  # one transfer; a float64 holds any id
+    rows = zip(chosen, bests, logprobs, positions, strict=True)
+    return [_pick(int(token), best, logprob, position) for token, best, logprob, position in rows]
+
+
+def _pick(token: int, best: float, logprob: TokenLogprob | None, position: int) -> Pick | EngineError:
+    if math.isfinite(best):
+        return Pick(token, logprob)
+    return EngineError(
+        f"the model produced {best} as its best logit at position {position}: "
+        "its weights are damaged, or its dtype overflows (try dtype: float32)"
+    )
+
+
+def _adjusted(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Logits (rows, vocabulary) with bias and penalties; rows without any stay as they are."""
+    for states, adjust in (
+        ([sampler._bias for sampler in samplers], _add_bias),
+        ([sampler._seen for sampler in samplers], _penalise_seen),
+        ([sampler._counts for sampler in samplers], _penalise_counted),
+    ):
+        rows = [i for i, state in enumerate(states) if state is not None]
+        if not rows:
+            continue
+        state = torch.stack([state for state in states if state is not None])
+        part = adjust(drawing.take(logits, rows), state, [samplers[i]._sampling for i in rows])
+        all_rows = len(rows) == len(logits)
+        logits = part if all_rows else logits.index_copy(0, torch.tensor(rows, device=logits.device), part)
+    return logits
+
+
+def _add_bias(logits: Tensor, bias: Tensor, _: Sequence[Sampling]) -> Tensor:
+    return logits + bias
+
+
+def _penalise_seen(logits: Tensor, seen: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    penalty = _column([sampling.repetition_penalty for sampling in samplings], logits)
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _penalise_counted(logits: Tensor, counts: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    presence = _column([sampling.presence_penalty for sampling in samplings], logits)
+    frequency = _column([sampling.frequency_penalty for sampling in samplings], logits)
+    return logits - presence * (counts > 0) - frequency * counts
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(-1)
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, samplers: Sequence[Sampler]) -> list[TokenLogprob | None]:
+    """Log probabilities of the chosen tokens and the best ones under the model's own distribution, where asked for."""
+    found: list[TokenLogprob | None] = [None] * len(samplers)
+    wanted = {i: sampler._logprobs for i, sampler in enumerate(samplers) if sampler._logprobs is not None}
+    if not wanted:
+        return found
+    rows = list(wanted)
+    logits = drawing.take(logits, rows)
+    count = min(max(wanted.values()), logits.shape[-1])
+    best = drawing.ranked(logits.amax(-1, keepdim=True) - logits, count)
+    ids = torch.cat((drawing.take(tokens, rows).unsqueeze(-1), best), -1)
+    values = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
+    for row, (token, *others), (logprob, *more) in zip(rows, ids.tolist(), values.tolist(), strict=True):
+        found[row] = TokenLogprob(token, logprob, tuple(zip(others, more, strict=True))[: wanted[row]])
+    return found
+
+
+def _bias(sampling: Sampling, vocabulary: int, device: torch.device | str) -> Tensor | None:
     if not sampling.logit_bias:
         return None
     ids = [int(token) for token in sampling.logit_bias]
     if max(ids) >= vocabulary:
         raise BadRequestError(f"logit_bias: found token {max(ids)}, expected ids below {vocabulary}")
-    values = list(sampling.logit_bias.values())
-    return torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(values, device=device)
-
-
-def _draw(scaled: Tensor, sampling: Sampling, u: float) -> int:
-    """The token at quantile ``u`` of the filtered distribution; ``scaled`` are logits over temperature, best one 0."""
-    ids: Tensor | None = None
-    if sampling.top_k:
-        scaled, ids = scaled.topk(min(sampling.top_k, len(scaled)))
-    if sampling.top_p < 1:
-        scaled, order = _nucleus(scaled, sampling.top_p, ordered=ids is not None)
-        ids = ids[order] if ids is not None else order
-    probabilities = scaled.double().exp()
-    if sampling.min_p:
-        probabilities = torch.where(probabilities >= sampling.min_p, probabilities, 0)  # the best one has 1
-    cumulative = probabilities.cumsum(0)
-    index = int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
-    # u < 1, but rounding may still reach the end, where the last entries can be impossible ones
-    if index >= len(cumulative):
-        index = int(probabilities.nonzero()[-1])
-    return int(ids[index]) if ids is not None else index
-
-
-def _nucleus(scaled: Tensor, top_p: float, *, ordered: bool) -> tuple[Tensor, Tensor]:
-    """The fewest best tokens whose probabilities reach ``top_p``, best first, with their places in ``scaled``."""
-    total = scaled.double().logsumexp(0)
-    for count in (min(_CANDIDATES, len(scaled)), len(scaled)):
-        if ordered:
-            best, places = scaled, torch.arange(len(scaled), device=scaled.device)
-        else:
-            best, places = scaled.topk(count)
-        mass = (best.double() - total).exp().cumsum(0)
-        if float(mass[-1]) >= top_p or count == len(scaled):
-            break
-    # A token stays while the mass in front of it has not reached top_p; the first one always stays.
-    keep = int((mass < top_p).sum()) + 1
-    return best[:keep], places[:keep]
+    values = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
+    return torch.zeros(vocabulary).index_add(0, torch.tensor(ids), values).to(device)

@@ -1,0 +1,211 @@
+"""Rows chosen together are chosen as each would be alone."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loopmux.errors import EngineError
+from loopmux.messages import Sampling
+from loopmux_worker.engine.sampling import Sampler, choose_rows
+
+ROWS = 16
+VOCABULARY = 700  # more than the candidates that are looked at first
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 1e-300, 0.01, 0.7, 1.0, 2.0, 100.0]),
+    top_k=st.sampled_from([0, 0, 1, 5, 50, 300, 650, 10_000]),
+    top_p=st.sampled_from([1.0, 1.0, 1e-9, 0.3, 0.9, 0.999]),
+    min_p=st.sampled_from([0.0, 0.0, 0.05, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 0.5, 1.3]),
+    presence_penalty=st.sampled_from([0.0, 0.0, -1.0, 0.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.7]),
+    seed=st.integers(0, 2**63 - 1),
+    logit_bias=st.dictionaries(
+        st.integers(0, VOCABULARY - 1).map(str), st.sampled_from([-100.0, 1.0, 100.0]), max_size=3
+    ),
+)
+tokens = st.lists(st.integers(0, VOCABULARY - 1), max_size=5)
+
+
+@st.composite
+def samplers(draw):
+    sampling = draw(samplings)
+    logprobs = draw(st.sampled_from([None, None, 0, 1, 5]))
+    sampler = Sampler(sampling, seed=sampling.seed, vocabulary=VOCABULARY, prompt=draw(tokens), logprobs=logprobs)
+    for token in draw(tokens):
+        sampler.note(token)
+    return sampler
+
+
+def logits_of(seed, dtype=torch.float32, rows=ROWS, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, VOCABULARY, generator=generator) * scale).to(dtype)
+
+
+def plain(count=ROWS, **fields):
+    sampling = Sampling(**fields)
+    return [Sampler(sampling, seed=i, vocabulary=VOCABULARY) for i in range(count)]
+
+
+def assert_same(pick, alone):
+    assert pick.token == alone.token
+    if alone.logprob is None:
+        assert pick.logprob is None
+        return
+    assert pick.logprob.token == alone.logprob.token
+    assert pick.logprob.logprob == pytest.approx(alone.logprob.logprob, abs=1e-5)
+    assert [token for token, _ in pick.logprob.top] == [token for token, _ in alone.logprob.top]
+    assert [p for _, p in pick.logprob.top] == pytest.approx([p for _, p in alone.logprob.top], abs=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    row_samplers=st.lists(samplers(), min_size=ROWS, max_size=ROWS),
+    positions=st.lists(st.integers(0, 2**20), min_size=ROWS, max_size=ROWS),
+    seed=st.integers(0, 2**32),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    scale=st.sampled_from([0.0, 0.01, 3.0, 50.0]),
+)
+def test_a_batch_is_chosen_as_its_rows_alone(row_samplers, positions, seed, dtype, scale):
+    logits = logits_of(seed, dtype, scale=scale)
+    before = logits.clone()
+    picks = choose_rows(logits, row_samplers, positions)
+    assert torch.equal(logits, before)
+    for pick, row, sampler, position in zip(picks, logits, row_samplers, positions, strict=True):
+        assert_same(pick, sampler.choose(row, position))
+
+
+def test_a_row_that_is_no_numbers_fails_alone():
+    logits = logits_of(1)
+    logits[2, 5] = math.nan
+    logits[3, 7] = math.inf
+    logits[4] = -math.inf
+    logits[5] = math.nan
+    for fields in ({"temperature": 0}, {"temperature": 1.0}, {"top_p": 0.5}, {"top_k": 20, "min_p": 0.1}):
+        row_samplers = plain(**fields)
+        picks = choose_rows(logits, row_samplers, range(10, 10 + ROWS))
+        for i, pick in enumerate(picks):
+            if i in (2, 3, 4, 5):
+                assert isinstance(pick, EngineError)
+                assert f"position {10 + i}:" in str(pick)
+            else:
+                assert pick == row_samplers[i].choose(logits[i], 10 + i)
+
+
+def test_no_rows_are_no_picks():
+    assert choose_rows(torch.zeros(0, VOCABULARY), [], []) == []
+
+
+def test_one_position_per_row():
+    with pytest.raises(ValueError, match="zip"):
+        choose_rows(logits_of(1), plain(), range(ROWS - 1))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0},
+        {"temperature": 1.0, "top_k": 1},
+        {"temperature": 100.0, "top_p": 1e-12},
+        {"temperature": 100.0, "top_k": 600, "top_p": 1e-12},
+    ],
+    ids=str,
+)
+def test_one_token_left_is_the_best_one_the_first_of_equals(fields):
+    logits = logits_of(2)
+    best = logits.argmax(-1).tolist()
+    assert [pick.token for pick in choose_rows(logits, plain(**fields), range(ROWS))] == best
+    flat = torch.zeros(ROWS, VOCABULARY)
+    assert {pick.token for pick in choose_rows(flat, plain(**fields), range(ROWS))} == {0}
+
+
+def test_min_p_one_leaves_the_best_token_and_its_equals():
+    logits = logits_of(3)
+    logits[:, [7, 500]] = 50.0
+    chosen = {pick.token for pick in choose_rows(logits, plain(temperature=5.0, min_p=1.0), range(ROWS))}
+    assert chosen == {7, 500}
+
+
+def test_bias_forces_and_forbids():
+    logits = logits_of(4)
+    forced = choose_rows(logits, plain(temperature=1.0, logit_bias={"3": 100.0}), range(ROWS))
+    assert {pick.token for pick in forced} == {3}
+    best = [str(token) for token in logits.argmax(-1).tolist()]
+    forbidden = choose_rows(logits, plain(temperature=1.0, logit_bias=dict.fromkeys(best, -100.0)), range(ROWS))
+    assert not {str(pick.token) for pick in forbidden} & set(best)
+
+
+def test_penalties_are_each_rows_own():
+    logits = torch.zeros(3, VOCABULARY)
+    logits[:, 9], logits[:, 4] = 3.0, 2.0
+    row_samplers = [
+        Sampler(Sampling(temperature=0, **fields), seed=0, vocabulary=VOCABULARY)
+        for fields in ({"repetition_penalty": 2.0}, {}, {"frequency_penalty": 0.6})
+    ]
+    chosen = []
+    for position in range(4):
+        picks = choose_rows(logits, row_samplers, [position] * 3)
+        for sampler, pick in zip(row_samplers, picks, strict=True):
+            sampler.note(pick.token)
+        chosen.append([pick.token for pick in picks])
+    # halved: 3, 1.5; less 0.6 per use: 3, 2.4, 1.8
+    assert chosen == [[9, 9, 9], [4, 9, 9], [9, 9, 4], [9, 9, 9]]
+
+
+def test_the_same_seed_and_position_give_the_same_token_in_any_company():
+    logits = logits_of(6)
+    fields = {"temperature": 1.5, "top_p": 0.97, "repetition_penalty": 1.2}
+    for row in range(ROWS):
+        company = plain(temperature=0.8, top_k=40)
+        company[row] = Sampler(Sampling(**fields), seed=77, vocabulary=VOCABULARY)
+        mixed = logits.clone()
+        mixed[row] = logits[0]
+        alone = Sampler(Sampling(**fields), seed=77, vocabulary=VOCABULARY).choose(logits[0], 123)
+        assert choose_rows(mixed, company, [row] * row + [123] + [5] * (ROWS - row - 1))[row] == alone
+
+
+def test_a_replayed_prefix_goes_on_as_the_first_attempt():
+    fields = {"temperature": 1.2, "top_p": 0.9, "presence_penalty": 0.8, "repetition_penalty": 1.1}
+    steps = [logits_of(100 + i) for i in range(12)]
+
+    def attempt(prefixes):
+        row_samplers = plain(**fields)
+        for sampler, prefix in zip(row_samplers, prefixes, strict=True):
+            for token in prefix:
+                sampler.note(token)
+        outputs = [list(prefix) for prefix in prefixes]
+        for position in range(len(outputs[0]), len(steps)):
+            picks = choose_rows(steps[position], row_samplers, [position] * ROWS)
+            for sampler, output, pick in zip(row_samplers, outputs, picks, strict=True):
+                sampler.note(pick.token)
+                output.append(pick.token)
+        return outputs
+
+    whole = attempt([[]] * ROWS)
+    assert attempt([output[:7] for output in whole]) == whole
+    assert len({tuple(output) for output in whole}) == ROWS
+
+
+def test_logprobs_are_the_models_own_and_as_many_as_each_row_asks_for():
+    logits = logits_of(8, torch.bfloat16, rows=3)
+    reference = torch.log_softmax(logits.float(), -1)
+    row_samplers = [
+        Sampler(Sampling(temperature=0.5, logit_bias={"1": 100.0}), seed=0, vocabulary=VOCABULARY, logprobs=logprobs)
+        for logprobs in (4, None, 0)
+    ]
+    many, none, zero = (pick.logprob for pick in choose_rows(logits, row_samplers, [0, 0, 0]))
+    assert none is None
+    assert (many.token, zero.token, zero.top) == (1, 1, ())
+    assert many.logprob == pytest.approx(float(reference[0, 1]), abs=1e-5)
+    assert [p for _, p in many.top] == pytest.approx(reference[0].topk(4).values.tolist(), abs=1e-5)
+    assert [float(reference[0, token]) for token, _ in many.top] == pytest.approx([p for _, p in many.top], abs=1e-5)
+
+
+def test_all_of_it_runs_where_no_gradients_are_kept():
+    with torch.inference_mode():
+        picks = choose_rows(logits_of(9), plain(temperature=1.0, top_p=0.9, frequency_penalty=0.1), range(ROWS))
+    assert all(0 <= pick.token < VOCABULARY for pick in picks)
