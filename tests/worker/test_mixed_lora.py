@@ -1,0 +1,333 @@
+"""Packed tokens of several adapters in one forward, against PEFT with each of them active alone."""
+
+import functools
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from loopmux.errors import AdapterNotFoundError, BadRequestError, ConfigError, EngineError
+from loopmux_worker.engine.slots.linears import pack
+from loopmux_worker.engine.slots.lora import LONG, MixedAdapters, Piece, pieces
+from loopmux_worker.engine.slots.pairs import CannotMix
+from tinymodel import write_base
+
+REGEX = r".*\.(q_proj|v_proj|down_proj)"
+KINDS = {
+    "one": {"r": 1, "target_modules": "all-linear"},
+    "four": {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "sixteen": {"r": 16, "use_rslora": True, "lora_alpha": 5, "target_modules": ["k_proj", "o_proj", "up_proj"]},
+    "patterns": {
+        "r": 4,
+        "target_modules": REGEX,
+        "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 8},
+        "alpha_pattern": {"v_proj": 3, "layers.0.self_attn.q_proj": 7},
+    },
+    "patterns and rs": {"r": 3, "use_rslora": True, "target_modules": REGEX, "rank_pattern": {"v_proj": 5}},
+    "a layer": {"r": 8, "target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1]},
+    "excluding": {"r": 2, "target_modules": "all-linear", "exclude_modules": ["q_proj", "layers.0.mlp.up_proj"]},
+}
+
+
+def write_qwen(folder):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.3,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+def write_adapter(base, folder, seed=0, **settings):
+    torch.manual_seed(seed)
+    model = get_peft_model(opened(base), LoraConfig(**({"lora_alpha": 8, "task_type": "CAUSAL_LM"} | settings)))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return str(folder)
+
+
+def opened(base, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def base(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    (write_base if request.param == "llama" else write_qwen)(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kinds(base, tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    return {n: write_adapter(base, root / n, seed, **settings) for seed, (n, settings) in enumerate(KINDS.items(), 1)}
+
+
+@pytest.fixture
+def red(base, tmp_path):
+    return write_adapter(base, tmp_path / "red", r=4, target_modules=["q_proj"])
+
+
+def tokens(count, seed):
+    return torch.randint(0, 272, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def alone(base, folder, dtype):
+    """PEFT with one adapter, or the base."""
+    model = opened(base, dtype)
+    return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval() if folder else model
+
+
+def reference(base, folder, ids, dtype=torch.float32):
+    """Logits of one sequence."""
+    with torch.inference_mode():
+        return alone(base, folder, dtype)(ids[None]).logits[0]
+
+
+def packed(model, adapters, runs, sequences, **options):
+    """Logits per sequence from one forward over all of them, each seeing itself alone."""
+    ids = torch.cat(sequences)[None]
+    owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(sequences)])
+    positions = torch.cat([torch.arange(len(s)) for s in sequences])
+    sees = (owner[:, None] == owner) & (positions[:, None] >= positions)
+    adapters.use(runs, **options)
+    with torch.inference_mode():
+        mask = torch.where(sees, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+        return (
+            model(ids, attention_mask=mask[None, None], position_ids=positions[None])
+            .logits[0]
+            .split([len(s) for s in sequences])
+        )
+
+
+def mixed(base, kinds, **options):
+    model = opened(base, **options)
+    adapters = MixedAdapters(model)
+    for name, folder in kinds.items():
+        adapters.load(name, folder)
+    return model, adapters
+
+
+@pytest.fixture(scope="module")
+def all_kinds(base, kinds):
+    return mixed(base, kinds)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (7, 3, 1), (LONG + 5, 2, 1, LONG)], ids=str)
+def test_every_run_equals_peft_with_its_adapter(base, kinds, all_kinds, lengths):
+    model, adapters = all_kinds
+    names = [*kinds, None, *reversed(kinds), None, None, "four", "four"]
+    runs = [(name, lengths[i % len(lengths)]) for i, name in enumerate(names)]
+    sequences = [tokens(count, seed) for seed, (_, count) in enumerate(runs)]
+    for (name, _), ids, found in zip(runs, sequences, packed(model, adapters, runs, sequences), strict=True):
+        expected = reference(base, kinds[name] if name else None, ids)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_adapter_alone_equals_peft(base, kinds, all_kinds, name):
+    model, adapters = all_kinds
+    ids = tokens(9, 1)
+    [found] = packed(model, adapters, [(name, 9)], [ids])
+    torch.testing.assert_close(found, reference(base, kinds[name], ids), rtol=1e-5, atol=1e-5)
+
+
+def test_the_base_among_adapters_is_the_base(base, all_kinds):
+    model, adapters = all_kinds
+    ids = tokens(9, 1)
+    [found] = packed(model, adapters, [(None, 9)], [ids])
+    plain = opened(base)
+    assert torch.equal(found, packed(plain, MixedAdapters(plain), [], [ids])[0])
+
+
+def test_packed_layers_carry_adapters_too(base, kinds, all_kinds):
+    model, adapters = all_kinds
+    runs, sequences = [("one", 3), ("patterns", 2), (None, 1)], [tokens(n, n) for n in (3, 2, 1)]
+    before = packed(model, adapters, runs, sequences)
+    model = opened(base)
+    pack(model)
+    adapters = MixedAdapters(model)
+    for name, folder in kinds.items():
+        adapters.load(name, folder)
+    for found, expected in zip(packed(model, adapters, runs, sequences), before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_stays_half_and_close(base, kinds):
+    model, adapters = mixed(base, kinds, dtype=torch.bfloat16)
+    assert {p.down.dtype for layer in adapters._layers.values() for p in layer.pairs.values()} == {torch.bfloat16}
+    runs, sequences = [("sixteen", 4), ("one", 3)], [tokens(4, 1), tokens(3, 2)]
+    for (name, _), ids, found in zip(runs, sequences, packed(model, adapters, runs, sequences), strict=True):
+        exact = reference(base, kinds[name], ids)
+        theirs = (reference(base, kinds[name], ids, torch.bfloat16) - exact).abs().mean()
+        assert (found - exact).abs().mean() <= 1.5 * theirs
+
+
+def test_coming_and_going(base, kinds):
+    model, adapters = mixed(base, {n: kinds[n] for n in ("one", "four", "patterns")})
+    sequences = [tokens(4, 1), tokens(2, 2), tokens(3, 3)]
+    runs = [("one", 4), (None, 2), ("patterns", 3)]
+    before = packed(model, adapters, runs, sequences)
+    adapters.unload("four")
+    assert list(adapters.loaded) == ["one", "patterns"]
+    with pytest.raises(AdapterNotFoundError):
+        adapters.use([("four", 1)])
+    with pytest.raises(AdapterNotFoundError):
+        adapters.unload("four")
+    for found, expected in zip(packed(model, adapters, runs, sequences), before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    adapters.load("four", kinds["sixteen"])
+    [found] = packed(model, adapters, [("four", 4)], sequences[:1])
+    torch.testing.assert_close(found, reference(base, kinds["sixteen"], sequences[0]), rtol=1e-5, atol=1e-5)
+    for found, expected in zip(packed(model, adapters, runs, sequences), before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_last_one_leaves_the_model_as_it_was(base, kinds):
+    fresh = opened(base)
+    model, adapters = mixed(base, kinds)
+    adapters.use([("one", 4)])
+    for name in kinds:
+        adapters.unload(name)
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in fresh.named_modules()]
+    ids = tokens(4, 1)[None]
+    assert torch.equal(model(ids).logits, fresh(ids).logits)
+
+
+def test_layers_that_nothing_targets_stay_what_they_are(base, red):
+    model, _ = mixed(base, {"red": red})
+    layer = model.model.layers[0]
+    assert type(layer.mlp.up_proj) is torch.nn.Linear
+    assert layer.self_attn.q_proj.in_features == layer.self_attn.q_proj.out_features == 32
+
+
+def test_a_name_that_is_taken(base, red):
+    _, adapters = mixed(base, {"red": red})
+    with pytest.raises(BadRequestError, match="loaded already"):
+        adapters.load("red", red)
+
+
+def test_another_number_of_tokens_than_was_said(base, red):
+    model, adapters = mixed(base, {"red": red})
+    adapters.use([("red", 3)])
+    with pytest.raises(EngineError, match="got 4 tokens, the runs given before have 3"):
+        model(tokens(4, 1)[None])
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_on_the_output_head_with_fewer_rows(base, tmp_path):
+    folders = {
+        "head": write_adapter(base, tmp_path / "head", r=4, target_modules=["lm_head", "q_proj"]),
+        "body": write_adapter(base, tmp_path / "body", 1, r=2, target_modules=["q_proj"]),
+    }
+    model, adapters = mixed(base, folders)
+    runs, sequences = [("head", 3), ("body", 2), ("head", 1)], [tokens(3, 1), tokens(2, 2), tokens(1, 3)]
+    found = packed(model, adapters, runs, sequences)
+    for (name, _), ids, logits in zip(runs, sequences, found, strict=True):
+        torch.testing.assert_close(logits, reference(base, folders[name], ids), rtol=1e-5, atol=1e-5)
+    adapters.use(runs, head=[("head", 1), ("body", 1), ("head", 1)])
+    output = model.get_output_embeddings()
+    torch.testing.assert_close(output(torch.ones(1, 3, 32))[0, 0], output(torch.ones(1, 3, 32))[0, 2], rtol=0, atol=0)
+
+
+# --- what cannot be mixed ---------------------------------------------------------------------------------------------
+
+
+def change(folder, **entries):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+CANNOT = {
+    "DoRA": ({"use_dora": True}, "DoraLinearVariant"),
+    "saved modules": ({"modules_to_save": ["norm"]}, "modules_to_save"),
+    "trainable tokens": ({"trainable_token_indices": [1, 2]}, "trainable tokens"),
+    "biases": ({"lora_bias": True}, "lora_bias"),
+    "the base's biases": ({"bias": "lora_only"}, "bias: lora_only"),
+    "embeddings": ({"target_modules": ["embed_tokens"]}, "targets a Embedding"),
+    "parameters": ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, "no plain linear"),
+    "activated": ({"alora_invocation_tokens": [1]}, "ALoraLinearVariant"),
+    "a changed base": ({"init_lora_weights": "pissa"}, "has changed the base's weights"),
+    "repeated layers": ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:.*lora_B.bias", "ignore:.lora_bias")
+@pytest.mark.parametrize("kind", CANNOT)
+def test_what_cannot_be_mixed_is_refused_with_the_reason(base, kinds, tmp_path, kind):
+    settings, reason = CANNOT[kind]
+    folder = write_adapter(base, tmp_path / "bad", **({"r": 4, "target_modules": ["q_proj"]} | settings))
+    with pytest.raises(CannotMix, match=reason) as caught:
+        unharmed(base, kinds, folder)
+    assert str(folder) in caught.value.message
+
+
+def test_another_type_of_adapter(base, kinds, red, tmp_path):
+    change(tmp_path / "red", peft_type="IA3")
+    with pytest.raises(ConfigError, match="served are LORA ones"):
+        unharmed(base, kinds, red)
+
+
+def test_damaged_adapters(base, kinds, red, tmp_path):
+    weights = load_file(tmp_path / "red" / "adapter_model.safetensors")
+    name = min(weights)
+    for damaged, reason in [
+        ({n: t for n, t in weights.items() if n != name}, "is missing, expected shape"),
+        (weights | {name: weights[name][:, :1].contiguous()}, r"has shape \(4, 1\), expected \(4, 32\)"),
+        (weights | {"more": torch.ones(1)}, "has no place in the base model"),
+        (weights | {name: weights[name] * float("nan")}, "holds NaN"),
+    ]:
+        save_file(damaged, tmp_path / "red" / "adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=reason):
+            unharmed(base, kinds, red)
+    save_file(weights, tmp_path / "red" / "adapter_model.safetensors", metadata={"format": "pt"})
+    change(tmp_path / "red", target_modules=["query_key_value"])
+    with pytest.raises(ConfigError, match="does not fit the base model"):
+        unharmed(base, kinds, red)
+    shutil.rmtree(tmp_path / "red")
+    with pytest.raises(ConfigError, match="no such folder"):
+        unharmed(base, kinds, red)
+
+
+def unharmed(base, kinds, folder):
+    """Load an adapter that fails, beside others and first of all, and see that nothing changed by it."""
+    ids = tokens(5, 1)[None]
+    for others in ({}, {"four": kinds["four"]}):
+        model, adapters = mixed(base, others)
+        adapters.use([(name, 5) for name in others])
+        before, modules = model(ids).logits, [(n, id(m)) for n, m in model.named_modules()]
+        with pytest.raises(ConfigError) as caught:
+            adapters.load("bad", folder)
+        assert [(n, id(m)) for n, m in model.named_modules()] == modules
+        assert torch.equal(model(ids).logits, before)
+        assert set(adapters.loaded) == set(others)
+    raise caught.value
+
+
+# --- cutting runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        ([], []),
+        ([(None, 5)], []),
+        ([("a", 3)], [Piece(0, (("a", 3),), "a")]),
+        ([(None, 2), ("a", 1), ("a", 2), (None, 9)], [Piece(2, (("a", 3),), "a")]),
+        ([("a", 1), ("b", 1), (None, 1)], [Piece(0, (("a", 1), ("b", 1)), None)]),
+        ([("a", 1), (None, 1), ("a", 1)], [Piece(0, (("a", 1), (None, 1), ("a", 1)), None)]),
+        ([("a", 1), ("b", LONG), ("c", 1)],
+         [Piece(0, (("a", 1),), "a"), Piece(1, (("b", LONG),), "b"), Piece(LONG + 1, (("c", 1),), "c")]),
+        ([("a", 1), (None, LONG), ("c", 1)], [Piece(0, (("a", 1),), "a"), Piece(LONG + 1, (("c", 1),), "c")]),
+        ([("a", LONG - 1), ("a", 1)], [Piece(0, (("a", LONG),), "a")]),
+    ],
+)  # fmt: skip
+def test_cutting_runs(runs, expected):
+    assert pieces(runs) == expected

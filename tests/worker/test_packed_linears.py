@@ -1,0 +1,103 @@
+"""Linear layers with packed weights, against the plain ones."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loopmux_worker.engine.slots import linears
+from loopmux_worker.engine.slots.linears import PackedLinear, can_pack, pack
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+needs = {
+    dtype: pytest.mark.skipif(not can_pack(dtype), reason=f"this machine or this torch packs no {dtype}")
+    for dtype in TOLERANCE
+}
+DTYPES = [pytest.param(dtype, marks=mark) for dtype, mark in needs.items()]
+
+
+def llama(dtype=torch.float32, **settings):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=272, hidden_size=32, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, **settings,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(64, 32), (33, 17), (1, 5), (257, 96)], ids=str)
+def test_a_packed_layer_equals_the_plain_one(shape, bias, dtype):
+    torch.manual_seed(0)
+    out, width = shape
+    plain = nn.Linear(width, out, bias=bias, dtype=dtype)
+    packed = PackedLinear(plain)
+    for rows in (1, 2, 8, 16, 17, 128, 512):
+        x = torch.randn(1, rows, width).to(dtype)
+        with torch.inference_mode():
+            found, expected = packed(x), functional.linear(x, plain.weight, plain.bias)
+        assert found.shape == expected.shape
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    strided = torch.randn(3, 2 * width).to(dtype)[:, ::2]
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(strided), plain(strided), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "settings", [{"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}], ids=str
+)
+def test_logits_of_a_packed_model(settings, dtype):
+    model = llama(dtype, **settings)
+    packed = copy.deepcopy(model)
+    assert pack(packed) == 2 * 7 + 1
+    assert not any(type(module) is nn.Linear for module in packed.modules())
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.inference_mode():
+        found, expected = packed(ids).logits, model(ids).logits
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=TOLERANCE[dtype])
+
+
+@needs[torch.float32]
+def test_plain_weights_go_and_a_tied_embedding_keeps_its_own():
+    model = llama(tie_word_embeddings=True)
+    gone = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    embedding = model.get_input_embeddings().weight
+    before = embedding.clone()
+    pack(model)
+    gc.collect()
+    assert gone() is None
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
+@needs[torch.float32]
+def test_what_is_no_plain_layer_stays():
+    class Own(nn.Linear):
+        pass
+
+    hooked, twice = nn.Linear(4, 4), nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda *_: None)
+    model = nn.ModuleDict({
+        "own": Own(4, 4), "hooked": hooked, "elsewhere": nn.Linear(4, 4, device="meta"),
+        "wide": nn.Linear(4, 4, dtype=torch.float64), "a": twice, "b": nn.Sequential(twice),
+    })  # fmt: skip
+    assert pack(model) == 1
+    assert isinstance(model["a"], PackedLinear)
+    assert model["a"] is model["b"][0]
+    assert {name for name in ("own", "hooked", "elsewhere", "wide") if type(model[name]) is PackedLinear} == set()
+
+
+def test_a_torch_without_these_operators_packs_nothing(monkeypatch):
+    def missing(weight):
+        raise AttributeError("no such operator")
+
+    monkeypatch.setattr(linears, "_packed", missing)
+    assert pack(llama()) == 0

@@ -1,0 +1,115 @@
+"""An adapter as it lies in its folder: what it says about itself and its tensors, checked before a model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils import PeftType
+from safetensors.torch import load_file
+
+from loopmux.errors import ConfigError
+from loopmux_worker.engine import files
+from loopmux_worker.engine.loading import is_finite
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A loaded adapter: the fingerprint of its files, where they are, the base that it names."""
+
+    fingerprint: str
+    folder: Path
+    made_for: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter that was read and is whole; whether it fits a model is seen when it is put on one.
+
+    Attributes:
+        weights: by the names that PEFT saves them under.
+    """
+
+    folder: Path
+    config: PeftConfig
+    weights: dict[str, torch.Tensor]
+
+    def adapter(self) -> Adapter:
+        """What is kept of it once it is loaded."""
+        return Adapter(files.fingerprint(self.folder), self.folder, self.config.base_model_name_or_path)
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """See that the tensors are exactly those that a base needs for this configuration: names and shapes.
+
+        Raises:
+            ConfigError: one is missing, of another shape, or has no place.
+        """
+        for name, shape in expected.items():
+            if name not in self.weights:
+                raise ConfigError(
+                    f"{self.folder}: the tensor {name} is missing, expected shape {shape}: the adapter is incomplete "
+                    "or was made for another base model; save it again, or put it on its own base"
+                )
+            if (found := tuple(self.weights[name].shape)) != shape:
+                raise ConfigError(
+                    f"{self.folder}: the tensor {name} has shape {found}, expected {shape}: its weights and its "
+                    "adapter_config.json do not belong together, or it was made for another base model; save it "
+                    "again, or put it on its own base"
+                )
+        extra = [name for name in self.weights if name not in expected]
+        if extra:
+            raise ConfigError(
+                f"{self.folder}: the tensor {extra[0]} of shape {tuple(self.weights[extra[0]].shape)} has no place in "
+                "the base model: the adapter was made for another one; put it on its own base"
+            )
+
+    def misfit(self, error: Exception) -> ConfigError:
+        """What to say when PEFT cannot put it on the base."""
+        return ConfigError(
+            f"{self.folder} does not fit the base model: {error}; correct its adapter_config.json, or put it on its "
+            "own base"
+        )
+
+
+def read(directory: str, *, allow_pickle: bool) -> AdapterFiles:
+    """Read an adapter.
+
+    Raises:
+        ConfigError: it is incomplete, damaged, or of a kind that is not served.
+    """
+    folder = files.adapter_folder(directory)
+    path = files.adapter_weights(folder, allow_pickle=allow_pickle)
+    return AdapterFiles(folder, _read_config(folder), _read_weights(path))
+
+
+def _read_config(folder: Path) -> PeftConfig:
+    described = files.read_json(folder / "adapter_config.json")
+    kind = described.get("peft_type")
+    if kind != PeftType.LORA.value:
+        raise ConfigError(f"{folder}: found an adapter of type {kind!r}, served are LORA ones (DoRA and rsLoRA too)")
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{folder}/adapter_config.json: this PEFT does not read it: {error}") from error
+    config.inference_mode = True
+    return config
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            files.tensors(path)
+            weights = load_file(str(path))
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read ({error}): copy or save it again") from error
+    for name, tensor in weights.items():
+        if tensor.numel() and not is_finite(tensor):
+            raise ConfigError(f"{path}: the tensor {name} holds NaN or infinite values: the adapter is damaged")
+    return weights
