@@ -68,14 +68,14 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
 
     The token of a row whose best logit is not finite means nothing.
     """
-    best, tokens = logits.max(-1)
-    drawn = [(i, draw.ranks) for i, draw in enumerate(draws) if draw.temperature > 0]
-    for ranks, draw_all in ((False, _draw), (True, _draw_ranked)):
-        rows = [i for i, other in drawn if other is ranks]
+    best = logits.amax(-1)
+    tokens = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    kinds = [_greedy if draw.temperature == 0 else _draw_ranked if draw.ranks else _draw for draw in draws]
+    for kind in (_greedy, _draw, _draw_ranked):
+        rows = [i for i, other in enumerate(kinds) if other is kind]
         if rows:
             index = torch.tensor(rows, device=logits.device)
-            behind = best[index].unsqueeze(-1) - take(logits, rows)
-            tokens[index] = draw_all(behind, [draws[i] for i in rows])
+            tokens[index] = kind(take(logits, rows), best[index].unsqueeze(-1), [draws[i] for i in rows])
     return tokens, best
 
 
@@ -84,10 +84,11 @@ def ranked(behind: Tensor, count: int) -> Tensor:
 
     ``behind`` (rows, vocabulary), float32, is how far each logit lies behind the row's best one: 0 or more.
     """
-    # The bits of floats that are not negative, taken for whole numbers, have the order of the floats.
+    # The bits of floats that are not negative, taken for whole numbers, have the order of the floats. A float64 that
+    # was a float32 ends in 29 zero bits, which hold an id.
     ids = torch.arange(behind.shape[-1], device=behind.device)
-    keys = behind.view(torch.int32).long().mul_(2**32).add_(ids)
-    return keys.topk(count, largest=False).values & (2**32 - 1)
+    keys = behind.double().view(torch.int64).add_(ids)
+    return keys.topk(count, largest=False).values & (2**29 - 1)
 
 
 def take(tensor: Tensor, rows: Sequence[int]) -> Tensor:
@@ -97,8 +98,14 @@ def take(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
 
 
-def _draw(behind: Tensor, draws: Sequence[Draw]) -> Tensor:
+def _greedy(logits: Tensor, _best: Tensor, _draws: Sequence[Draw]) -> Tensor:
+    """The best token, the first of equals."""
+    return logits.max(-1).indices  # twice as fast as argmax
+
+
+def _draw(logits: Tensor, best: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Tokens of shape (rows,) out of the whole vocabulary."""
+    behind = best - logits
     columns, unit = _columns(draws, behind), _unit(behind)
     weights = _weights(behind, columns, unit)
     if any(draw.min_p for draw in draws):  # a pass over everything
@@ -106,7 +113,12 @@ def _draw(behind: Tensor, draws: Sequence[Draw]) -> Tensor:
     return _at_quantile(weights, columns.quantile).squeeze(-1)
 
 
-def _draw_ranked(behind: Tensor, draws: Sequence[Draw], count: int = _CANDIDATES) -> Tensor:
+def _draw_ranked(logits: Tensor, best: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Tokens of shape (rows,) out of the best tokens."""
+    return _draw_among(_CANDIDATES, best - logits, draws)
+
+
+def _draw_among(count: int, behind: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Tokens of shape (rows,) out of the best ``count``; rows that need more are drawn again with more."""
     columns, unit, vocabulary = _columns(draws, behind), _unit(behind), behind.shape[-1]
     wanted = [min(draw.top_k or vocabulary, vocabulary) for draw in draws]
@@ -128,7 +140,7 @@ def _draw_ranked(behind: Tensor, draws: Sequence[Draw], count: int = _CANDIDATES
         lacking = [i for i, (lack,) in enumerate(lacks.tolist()) if lack]
         if lacking:
             index = torch.tensor(lacking, device=tokens.device)
-            tokens[index] = _draw_ranked(take(behind, lacking), [draws[i] for i in lacking], count * _WIDER)
+            tokens[index] = _draw_among(count * _WIDER, take(behind, lacking), [draws[i] for i in lacking])
     return tokens
 
 
