@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from loopmux.errors import AdapterNotFoundError, BadRequestError, ConfigError, EngineError
+from loopmux_worker.engine.slots import lora
 from loopmux_worker.engine.slots.linears import pack
 from loopmux_worker.engine.slots.lora import LONG, MixedAdapters, Piece, pieces
-from loopmux_worker.engine.slots.pairs import CannotMix
+from loopmux_worker.engine.slots.pairs import CannotMix, _unlike
 from tinymodel import write_base
 
 REGEX = r".*\.(q_proj|v_proj|down_proj)"
@@ -208,6 +209,44 @@ def test_layers_that_nothing_targets_stay_what_they_are(base, red):
     assert layer.self_attn.q_proj.in_features == layer.self_attn.q_proj.out_features == 32
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_neighbour_that_overflows_harms_nobody_else(base, kinds, packing, monkeypatch):
+    if not packing:
+        monkeypatch.setattr(lora, "can_pack", lambda dtype: False)
+    model, adapters = mixed(base, {name: kinds[name] for name in ("one", "four")})
+    layer = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 6, 32)
+    adapters.use([("four", 3), (None, 3)])
+    before = layer(x)
+    layer.pairs["one"].down.fill_(float("inf"))
+    adapters.use([("four", 3), ("one", 2), (None, 1)])
+    found = layer(x)
+    assert not found[:, 3:5].isfinite().any()
+    torch.testing.assert_close(found[:, [0, 1, 2, 5]], before[:, [0, 1, 2, 5]], rtol=1e-5, atol=1e-5)
+
+
+def test_without_packing_all_is_the_same(base, kinds, all_kinds, monkeypatch):
+    runs, sequences = [("one", 2), ("patterns", 3), (None, 1), ("four", LONG)], [tokens(n, n) for n in (2, 3, 1, LONG)]
+    packing = packed(*all_kinds, runs, sequences)
+    monkeypatch.setattr(lora, "can_pack", lambda dtype: False)
+    for found, expected in zip(packed(*mixed(base, kinds), runs, sequences), packing, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_who_is_stacked_changes_seldom(base, kinds):
+    _, adapters = mixed(base, kinds)
+    stacks = []
+    for names in [("one", "four"), ("four", "sixteen"), ("one", "sixteen"), ("one",), (None,), ("patterns", "one")]:
+        adapters.use([(name, 1) for name in names])
+        stacks.append(adapters._stack)
+    assert stacks == [("one", "four"), *[("one", "four", "sixteen")] * 4, ("one", "four", "sixteen", "patterns")]
+    adapters.unload("four")
+    adapters.use([("one", 1), ("a layer", 1)])
+    assert adapters._stack == ("one", "sixteen", "patterns", "a layer")
+    adapters.use([("one", 1), (None, 1), ("one", 1)])
+    assert adapters._stack == ("one",)
+
+
 def test_a_name_that_is_taken(base, red):
     _, adapters = mixed(base, {"red": red})
     with pytest.raises(BadRequestError, match="loaded already"):
@@ -217,7 +256,7 @@ def test_a_name_that_is_taken(base, red):
 def test_another_number_of_tokens_than_was_said(base, red):
     model, adapters = mixed(base, {"red": red})
     adapters.use([("red", 3)])
-    with pytest.raises(EngineError, match="got 4 tokens, the runs given before have 3"):
+    with pytest.raises(EngineError, match="the runs given before have 3 tokens"):
         model(tokens(4, 1)[None])
 
 
@@ -267,6 +306,13 @@ def test_what_cannot_be_mixed_is_refused_with_the_reason(base, kinds, tmp_path, 
     with pytest.raises(CannotMix, match=reason) as caught:
         unharmed(base, kinds, folder)
     assert str(folder) in caught.value.message
+
+
+def test_experts_get_tokens_in_an_order_of_their_own():
+    experts = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    model = get_peft_model(torch.nn.ModuleDict({"experts": experts}), LoraConfig(target_modules=["0"]))
+    layer = model.base_model.model["experts"][0]
+    assert "order of their own" in _unlike("layers.1.experts.0", layer)
 
 
 def test_another_type_of_adapter(base, kinds, red, tmp_path):

@@ -45,6 +45,12 @@ def test_a_packed_layer_equals_the_plain_one(shape, bias, dtype):
         assert found.shape == expected.shape
         assert found.dtype == dtype
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        onto = torch.randn_like(expected)
+        kept = onto.clone()
+        with torch.inference_mode():
+            both = linears.product(x, packed._packed, packed.bias, onto=onto)
+        torch.testing.assert_close(both, expected + kept, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+        assert torch.equal(onto, kept)
     strided = torch.randn(3, 2 * width).to(dtype)[:, ::2]
     with torch.inference_mode():
         torch.testing.assert_close(packed(strided), plain(strided), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -99,5 +105,5 @@ def test_a_torch_without_these_operators_packs_nothing(monkeypatch):
     def missing(weight):
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(linears, "_packed", missing)
+    monkeypatch.setattr(linears, "packed", missing)
     assert pack(llama()) == 0

@@ -45,20 +45,28 @@ class PackedLinear(Replacement):
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__(plain)
         self.bias = plain.bias
-        self._packed = _packed(plain.weight.detach())
+        self._packed = packed(plain.weight.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, in) to (…, out)."""
-        return _linear(x, self._packed, self.bias)
+        return product(x, self._packed, self.bias)
 
 
-def _packed(weight: torch.Tensor) -> torch.Tensor:
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return packed
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    """(out, in) in the order of oneDNN's kernels; for ``product`` alone."""
+    opaque: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return opaque
 
 
-def _linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, onto: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x · weightᵀ + bias + onto, for a packed weight: (…, in) to (…, out); ``onto`` is left as it is."""
+    y: torch.Tensor
+    if onto is None:
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    else:
+        y = torch.ops.mkldnn._linear_pointwise.binary(x, onto, weight, bias, "add")
     return y
 
 
@@ -95,7 +103,9 @@ def can_pack(dtype: torch.dtype) -> bool:
             return False
         weight, x = torch.linspace(-1, 1, 512).view(16, 32).to(dtype), torch.ones(2, 32, dtype=dtype)
         with torch.inference_mode():
-            return torch.allclose(_linear(x, _packed(weight), None), functional.linear(x, weight), rtol=0.02)
+            once, right = packed(weight), functional.linear(x, weight)
+            twice = product(x, once, onto=right)
+            return torch.allclose(product(x, once), right, rtol=0.02) and torch.allclose(twice, 2 * right, rtol=0.02)
     except (AttributeError, RuntimeError):
         return False  # these operators are internal to torch: another release may lack them or change them
 

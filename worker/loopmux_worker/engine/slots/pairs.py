@@ -60,7 +60,7 @@ def pairs_of(model: Any, found: AdapterFiles) -> dict[str, Pair]:
     touched = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     layers: dict[str, Any] = {name: module for name, module in bare.named_modules() if isinstance(module, touched)}
     for name, layer in layers.items():
-        if reason := _unlike(layer):
+        if reason := _unlike(name, layer):
             raise _cannot(found, f"{reason} (at {name})")
     expected = get_peft_model_state_dict(peft, adapter_name="it", save_embedding_layers=False)
     found.check({name: tuple(tensor.shape) for name, tensor in expected.items()})
@@ -85,8 +85,10 @@ def _check_config(config: LoraConfig, found: AdapterFiles) -> None:
         raise _cannot(found, f"it has changed the base's weights (init_lora_weights: {config.init_lora_weights})")
 
 
-def _unlike(layer: Any) -> str | None:
+def _unlike(name: str, layer: Any) -> str | None:
     """What is more than a plain LoRA part in what PEFT made of a layer."""
+    if "experts" in name.split("."):
+        return "it targets experts, which get some of the tokens in an order of their own"
     if isinstance(layer, AuxiliaryTrainingWrapper):
         return "it replaces modules or tokens of the base (modules_to_save, trainable tokens)"
     if type(layer) is not PeftLinear or type(layer.get_base_layer()) is not nn.Linear:
