@@ -243,7 +243,7 @@ def test_refused_requests_leave_the_engine_as_it_was(engine, bad, error, reason)
 
 
 def test_a_failing_forward_fails_its_request_alone(engine, monkeypatch):
-    loaded = engine._loaded
+    loaded = engine._models.loaded
     monkeypatch.setattr(loaded, "vocabulary", 10**6)  # so that an id without a row reaches the model
     engine.submit(job(prompt_token_ids=pack_tokens([99999])))
     (failed,) = drain(engine)

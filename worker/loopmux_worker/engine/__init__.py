@@ -29,13 +29,10 @@ def open_engine(spec: WorkerSpec, progress: Callable[[str, str], None]) -> Engin
             from loopmux_worker.engine.echo import EchoEngine
 
             return EchoEngine(spec)
-        case "slots":
-            raise ConfigError("engine: found slots, this release has plain (and echo): use auto or plain")
-        case "auto" | "plain":
+        case "auto" | "plain" | "slots":
             from loopmux_worker.engine.folders import check_folders
 
             check_folders(spec)
-            from loopmux_worker.engine.plain import PlainEngine
+            from loopmux_worker.engine.opening import open_on_model
 
-            why = "configured" if spec.engine == "plain" else "the engine of this release"
-            return PlainEngine(spec, progress, why)
+            return open_on_model(spec, progress)

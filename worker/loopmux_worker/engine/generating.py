@@ -14,8 +14,8 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from loopmux.results import Timing, Usage
 from loopmux_worker.engine.base import Job, Output, Produced
-from loopmux_worker.engine.output import Reader
-from loopmux_worker.engine.sampling import Pick, Sampler
+from loopmux_worker.engine.models import Request
+from loopmux_worker.engine.sampling import Pick
 
 
 @dataclass(slots=True)
@@ -26,11 +26,7 @@ class Task:
     """
 
     job: Job
-    prompt: list[int]
-    adapter: str | None
-    limit: int
-    reader: Reader
-    sampler: Sampler
+    request: Request
     arrived: float
     cancelled: threading.Event = field(default_factory=threading.Event)
     pick: Pick | None = None
@@ -40,7 +36,7 @@ class Task:
 
     def usage(self, total: int) -> Usage:
         """Token counts after ``total`` tokens of output."""
-        return Usage(len(self.prompt), total)
+        return Usage(len(self.request.prompt), total)
 
     def timing(self, now: float) -> Timing:
         """Where the time went, seconds."""
@@ -56,8 +52,8 @@ class Choose(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
         """Logits of shape (1, vocabulary) in and out; the signature is that of ``generate()``."""
-        task = self._task
-        task.pick = task.sampler.choose(scores[0], task.reader.total)
+        task, request = self._task, self._task.request
+        task.pick = request.sampler.choose(scores[0], request.reader.total)
         only = torch.full_like(scores, -torch.inf)
         only[0, task.pick.token] = 0
         return only
@@ -74,14 +70,13 @@ class Read(StoppingCriteria):  # type: ignore[misc]
         task = self._task
         if not task.cancelled.is_set() and task.pick is not None:
             self._report.put(_produce(task, task.pick))
-        ended = task.cancelled.is_set() or task.reader.reason is not None
+        ended = task.cancelled.is_set() or task.request.reader.reason is not None
         return torch.tensor([ended], device=input_ids.device)
 
 
 def _produce(task: Task, pick: Pick) -> Produced:
     task.first = task.first or time.monotonic()
-    task.sampler.note(pick.token)
-    position = task.reader.total
-    piece = task.reader.push(pick.token)
+    position = task.request.reader.total
+    piece = task.request.push(pick.token)
     logprobs = (pick.logprob,) if pick.logprob else ()
     return Produced(task.job.key, position, (pick.token,), piece.text, piece.calls, logprobs)

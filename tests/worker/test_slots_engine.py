@@ -1,0 +1,185 @@
+"""The slots engine on tiny random models: the same tokens as transformers' own ``generate()``, whatever runs beside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
+from loopmux.wire import new_id, pack_tokens
+from loopmux_worker.engine import open_engine
+from loopmux_worker.engine.base import Failed, Finished, Job, Key, Produced
+from loopmux_worker.engine.slots.forward import try_rows
+from loopmux_worker.engine.slots.lora import MixedAdapters
+from tinymodel import CONTEXT, write_tokenizer
+
+SIZE = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+        "max_position_embeddings": CONTEXT, "initializer_range": 0.3,
+        "eos_token_id": 266, "bos_token_id": None, "pad_token_id": 264}  # fmt: skip
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+SHAPES: dict[str, Any] = {
+    "llama, grouped queries": lambda: LlamaConfig(**SIZE, **HEADS),
+    "llama, every head its own": lambda: LlamaConfig(**SIZE, num_attention_heads=4, num_key_value_heads=4),
+    "llama, one key head": lambda: LlamaConfig(**SIZE, num_attention_heads=4, num_key_value_heads=1),
+    "llama, rope of llama 3": lambda: LlamaConfig(**SIZE, **HEADS, rope_parameters=LLAMA3),
+    "llama, rope of yarn": lambda: LlamaConfig(**SIZE, **HEADS, rope_parameters=YARN),
+    "llama, linear rope": lambda: LlamaConfig(**SIZE, **HEADS, rope_parameters=LINEAR),
+    "qwen 2": lambda: Qwen2Config(**SIZE, **HEADS),
+    "qwen 3": lambda: Qwen3Config(**SIZE, **HEADS, head_dim=16),
+    "gemma": lambda: GemmaConfig(**SIZE, **HEADS, head_dim=16),
+    "gemma 3, two kinds of layers": lambda: Gemma3TextConfig(
+        **SIZE, **HEADS, head_dim=16, sliding_window=12, query_pre_attn_scalar=16, tie_word_embeddings=False,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "mistral, sliding window": lambda: MistralConfig(**SIZE, **HEADS, sliding_window=12),
+    "phi": lambda: PhiConfig(**SIZE, num_attention_heads=4),
+    "phi 3": lambda: Phi3Config(**SIZE, **HEADS),
+    "gpt 2": lambda: GPT2Config(
+        vocab_size=272, n_embd=32, n_layer=3, n_head=4, n_positions=CONTEXT, initializer_range=0.3,
+        eos_token_id=266, bos_token_id=None, pad_token_id=264,
+    ),
+}  # fmt: skip
+PROMPTS = [[(13 * i * i + 5 * i + n) % 250 for i in range(length)] for n, length in enumerate((30, 3, 17, 64, 1, 30))]
+WANTED = 48
+
+
+def folder_of(tmp_path_factory: pytest.TempPathFactory, name: str) -> Any:
+    """A random model whose greedy answers are not stuck: a model that repeats itself proves nothing."""
+    for seed in range(40):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=torch.float32).eval()
+        answers = [greedy(model, prompt) for prompt in PROMPTS]
+        if min(len(set(answer)) for answer in answers) >= 20:
+            break
+    else:
+        raise AssertionError(f"no seed gives {name} a varied answer")
+    folder = tmp_path_factory.mktemp("shape") / "base"
+    write_tokenizer(folder)
+    model.save_pretrained(folder)
+    return folder, answers
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: list[int]) -> list[int]:
+    """What ``generate()`` makes of a prompt."""
+    ids = torch.tensor([prompt])
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=WANTED,
+                          eos_token_id=None, pad_token_id=0)  # fmt: skip
+    return made[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def shape(request, tmp_path_factory):
+    """(folder of a random model, its own greedy answers to PROMPTS)."""
+    return folder_of(tmp_path_factory, request.param)
+
+
+def opened(folder: Any, **settings: Any) -> Any:
+    given = {"dtype": "float32", "torch_threads": 1, "engine": "slots", "slots": 8} | settings
+    models = given.pop("models", (ModelSpec("base", model_type="completion"),))
+    return open_engine(WorkerSpec("w", "", models, str(folder), **given), lambda *_: None)
+
+
+def job(prompt: list[int], **more: Any) -> Job:
+    session = more.pop("session", None)
+    prefix = tuple(more.pop("prefix", ()))
+    given = {"max_new_tokens": WANTED, "ignore_eos": True, "sampling": Sampling(temperature=0)} | more
+    return Job(Key(new_id(), 1), Run("base", session=session), Generate(prompt_token_ids=pack_tokens(prompt), **given),
+               prefix)  # fmt: skip
+
+
+def collect(engine: Any, jobs: list[Job], every: int = 0) -> list[tuple[list[int], Finished | Failed]]:
+    """Tokens and end of each job; a new one is submitted every ``every`` steps, or all at once."""
+    tokens: dict[Key, list[int]] = {one.key: [] for one in jobs}
+    ends: dict[Key, Finished | Failed] = {}
+    left = list(jobs)
+    step = 0
+    while left or engine.due() is not None:
+        while left and (not every or step % every == 0):
+            engine.submit(left.pop(0))
+            if every:
+                break
+        for output in engine.step():
+            if isinstance(output, Produced):
+                assert output.position == len(tokens[output.key]) + len(
+                    next(j for j in jobs if j.key == output.key).prefix
+                )
+                tokens[output.key] += output.ids
+            else:
+                ends[output.key] = output
+        step += 1
+    return [(tokens[one.key], ends[one.key]) for one in jobs]
+
+
+def test_every_shape_gives_the_tokens_of_generate_alone_mixed_and_late(shape):
+    folder, answers = shape
+    engine = opened(folder)
+    assert engine.describe().engine == "slots"
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ((tokens, _),) = collect(engine, [job(prompt)])
+        assert tokens == answer
+    assert [tokens for tokens, _ in collect(engine, [job(p) for p in PROMPTS])] == answers
+    assert [tokens for tokens, _ in collect(engine, [job(p) for p in PROMPTS], every=3)] == answers
+
+
+def test_every_shape_goes_on_from_its_own_rows(shape):
+    folder, answers = shape
+    engine = opened(folder)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        half = WANTED // 2
+        ((tokens, end),) = collect(engine, [job(prompt, session="s", max_new_tokens=half)])
+        assert tokens == answer[:half]
+        ((tokens, end),) = collect(engine, [job([*prompt, *answer[:half]], session="s", max_new_tokens=half)])
+        assert tokens == answer[half:]
+        assert end.usage.cached_tokens >= len(prompt) + half - 1 or len(prompt) + half - 1 < 16
+
+
+def test_every_shape_is_the_same_in_chunks_of_any_size(shape, monkeypatch):
+    folder, answers = shape
+    engine = opened(folder)
+    for budget in (1, 2, 7, 16, 33):
+        monkeypatch.setattr(engine._pace, "budget", lambda _, budget=budget: budget)
+        fresh = [[*prompt] for prompt in PROMPTS]
+        assert [tokens for tokens, _ in collect(engine, [job(p) for p in fresh])] == answers
+        for row in range(len(engine._scheduler.rows)):
+            engine._scheduler.rows.drop(row)
+
+
+def test_every_shape_resumes_behind_a_prefix_of_its_own_output(shape):
+    folder, answers = shape
+    engine = opened(folder)
+    for cut in (1, 20, WANTED - 1):
+        jobs = [job(prompt, prefix=answer[:cut]) for prompt, answer in zip(PROMPTS, answers, strict=True)]
+        assert [tokens for tokens, _ in collect(engine, jobs)] == [answer[cut:] for answer in answers]
+
+
+def test_a_shape_with_softened_logits_is_served_by_the_plain_engine(tmp_path_factory, tmp_path):
+    torch.manual_seed(0)
+    config = Gemma2Config(**SIZE, **HEADS, head_dim=16, query_pre_attn_scalar=16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    trial = try_rows(model, MixedAdapters(model), torch.device("cpu"), 272)
+    assert trial.why_not is not None
+    assert "softcap" in trial.why_not
+    before = greedy(model, PROMPTS[0])
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    fresh.load_state_dict(model.state_dict())
+    assert before == greedy(fresh, PROMPTS[0]), "the trial leaves the model as it was"

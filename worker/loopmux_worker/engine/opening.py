@@ -1,0 +1,117 @@
+"""Opening an engine on a real model: load, choose, warm up."""
+
+from __future__ import annotations
+
+import structlog
+import torch
+import transformers
+
+from loopmux.errors import ConfigError
+from loopmux.messages import Generate, Run, Sampling, WorkerSpec
+from loopmux.wire import new_id, pack_tokens
+from loopmux_worker.engine import adapterfiles, memory
+from loopmux_worker.engine.adapters import Adapters
+from loopmux_worker.engine.base import Engine, Failed, Job, Key
+from loopmux_worker.engine.loading import Loaded, Progress, load
+from loopmux_worker.engine.models import Models
+from loopmux_worker.engine.plain import PlainEngine
+from loopmux_worker.engine.slots.attention import Memory
+from loopmux_worker.engine.slots.engine import SlotsEngine
+from loopmux_worker.engine.slots.forward import Forward, Trial, try_rows
+from loopmux_worker.engine.slots.linears import pack
+from loopmux_worker.engine.slots.lora import MixedAdapters
+from loopmux_worker.engine.slots.pairs import CannotMix, pairs_of
+from loopmux_worker.engine.slots.sizing import Size, size
+
+_log = structlog.get_logger(__name__)
+
+_PLAIN = {"plain": "configured", "auto": "the slots engine has to be asked for (engine: slots)"}
+"""Why the plain engine serves what these settings are given for."""
+
+
+def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
+    """The engine for a specification that names a model, loaded and warm.
+
+    Raises:
+        LoopmuxError: something in it cannot be served; it says what was found, what was expected and what to do.
+    """
+    loaded = load(spec, progress)
+    trial = _try(spec, loaded) if spec.engine == "slots" else Trial(_PLAIN[spec.engine], 0)
+    if spec.engine == "slots" and trial.why_not is not None:
+        raise ConfigError(
+            f"engine: found slots, but {trial.why_not}; use auto or plain, which takes one request at a time"
+        )
+    if trial.why_not is None:
+        adapters = MixedAdapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
+        why = "configured" if spec.engine == "slots" else "every model and adapter fits"
+        size = _sized(spec, loaded, trial.token_bytes)
+        models = Models(spec, loaded, adapters, progress, why)
+        forward = Forward(loaded.model, Memory(size.rows, size.context, loaded.device), adapters)
+        engine: Engine = SlotsEngine(models, forward, size.most)
+    else:
+        one = Adapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
+        models = Models(spec, loaded, one, progress, trial.why_not)
+        engine = PlainEngine(models, one, spec.torch_threads)
+    _log.info("engine", engine=engine.describe().engine, why=engine.describe().report["why"])
+    progress("warming", "one token")
+    warm_up(engine, models.first)
+    return engine
+
+
+def _try(spec: WorkerSpec, loaded: Loaded) -> Trial:
+    """Whether the slots engine can serve this; if only ``generate()`` can, why."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return Trial(f"transformers {transformers.__version__} is older than 5", 0)
+    if loaded.device.type not in ("cpu", "cuda"):
+        return Trial(f"the slots engine was not tried on {loaded.device.type}", 0)
+    if spec.use_4bit or spec.use_8bit:
+        return Trial("the slots engine was not tried on quantised weights", 0)
+    for model in spec.models:
+        if model.adapter_dir is None:
+            continue
+        try:
+            found = adapterfiles.read(model.adapter_dir, allow_pickle=spec.allow_pickle_weights)
+            pairs_of(loaded.model, found)
+        except CannotMix as error:
+            return Trial(f"adapter {model.id}: {error.message}", 0)
+        except ConfigError:
+            continue  # it is left out with this reason, by whichever engine
+    if loaded.device.type == "cpu":
+        pack(loaded.model)
+    return try_rows(loaded.model, MixedAdapters(loaded.model), loaded.device, loaded.vocabulary)
+
+
+def _sized(spec: WorkerSpec, loaded: Loaded, token_bytes: int) -> Size:
+    """Rows for the memory that is there; a context that has to be shorter for it is noted."""
+    on_gpu = loaded.device.type == "cuda"
+    free = torch.cuda.mem_get_info(loaded.device)[0] if on_gpu else memory.available()
+    found = size(
+        token_bytes,
+        2**30 if free is None else free,
+        model_context=loaded.context,
+        context=spec.context,
+        most=spec.slots,
+        gib=spec.kv_cache_gib,
+    )
+    if found.context < loaded.context:
+        loaded.notes.append(
+            f"the context is {found.context} tokens of {loaded.context}, for the memory of {found.rows} KV rows; "
+            "set context, slots or kv_cache_gib for another split"
+        )
+        loaded.context = found.context
+    return found
+
+
+def warm_up(engine: Engine, model: str) -> None:
+    """One token through the whole path, so that READY means ready.
+
+    Raises:
+        LoopmuxError: it did not come; the engine is closed.
+    """
+    generate = Generate(prompt_token_ids=pack_tokens([0]), max_new_tokens=1, sampling=Sampling(temperature=0))
+    engine.submit(Job(Key(new_id(), 0), Run(model), generate))
+    while engine.due() is not None:
+        for output in engine.step():
+            if isinstance(output, Failed):
+                engine.close()
+                raise output.error

@@ -1,0 +1,231 @@
+"""The slots engine: one packed forward per step for every request, over KV rows that outlive the requests.
+
+Who takes part in a step is the scheduler's decision, what a row holds the book's; this module performs: copy, forward,
+sample, hand out.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from loopmux.errors import EngineError, LoopmuxError
+from loopmux.messages import ServedModel
+from loopmux.results import Timing, Usage
+from loopmux_worker.engine import memory as system_memory
+from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced
+from loopmux_worker.engine.models import Models, Request
+from loopmux_worker.engine.sampling import Pick, choose_rows
+from loopmux_worker.engine.slots.forward import Forward
+from loopmux_worker.engine.slots.pace import Pace
+from loopmux_worker.engine.slots.rows import Rows
+from loopmux_worker.engine.slots.schedule import Plan, Scheduler, Sequence
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Task:
+    """A request on its way: when it came, when its first prompt token and its first own token were computed."""
+
+    job: Job
+    request: Request
+    sequence: Sequence
+    arrived: float
+    started: float | None = None
+    first: float | None = None
+
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        prompt = len(self.request.prompt)
+        return Usage(prompt, self.request.reader.total, min(self.sequence.cached, prompt))
+
+    def timing(self, now: float) -> Timing:
+        """Where the time went, seconds."""
+        started = self.started or now
+        return Timing(started - self.arrived, (self.first or now) - self.arrived, now - self.arrived)
+
+
+class SlotsEngine:
+    """Continuous batching over KV rows.
+
+    Args:
+        models: what is served.
+        forward: runs the model over its KV rows.
+        most: requests that run at once.
+    """
+
+    def __init__(self, models: Models, forward: Forward, most: int) -> None:
+        self._models, self._forward, self._memory, self._most = models, forward, forward.memory, most
+        self._scheduler = Scheduler(Rows(forward.memory.rows), most)
+        self._pace = Pace()
+        self._tasks: dict[Key, Task] = {}
+        self._ready: list[Output] = []
+        self._progress = 0
+
+    # --- the interface; see ``Engine`` --------------------------------------------------------------------------------
+
+    def describe(self) -> Description:
+        """What is loaded."""
+        return self._models.describe(
+            "slots", self._most, {"kv_rows": self._memory.rows, "kv_context": self._memory.context}
+        )
+
+    def submit(self, job: Job) -> None:
+        """Take a request in; it joins the next step, or waits for a row."""
+        request = self._models.prepare(job)
+        request.replay(job.prefix)
+        sequence = Sequence(
+            job.key,
+            [*request.prompt, *job.prefix],
+            self._models.identity(request.adapter),
+            request.adapter,
+            job.run.session,
+        )
+        task = self._tasks[job.key] = Task(job, request, sequence, time.monotonic())
+        if request.reader.reason is None:
+            self._scheduler.add(sequence)
+        else:  # the lost attempt had produced the last token already
+            self._ready.append(self._end(task))
+
+    def cancel(self, key: Key) -> Usage | None:
+        """Forget a request; its row is parked."""
+        task = self._tasks.pop(key, None)
+        if task is None:
+            return None
+        self._scheduler.remove(key, time.monotonic())
+        return task.usage()
+
+    def step(self) -> list[Output]:
+        """One forward for everything that runs, and what came of it."""
+        outputs, self._ready = self._ready, []
+        return outputs + (self._advance() if len(self._scheduler) else [])
+
+    def due(self) -> float | None:
+        """Now, while anything runs."""
+        return 0.0 if self._tasks or self._ready else None
+
+    def load(self) -> Load:
+        """Load and progress."""
+        return Load(self._scheduler.running, self._scheduler.waiting, self._progress)
+
+    def load_adapter(self, name: str, directory: str) -> ServedModel:
+        """Load an adapter between two steps."""
+        return self._models.load_adapter(name, directory)
+
+    def unload_adapter(self, name: str) -> None:
+        """Unload an adapter that no request uses."""
+        users = sum(task.request.adapter == name for task in self._tasks.values())
+        if users:
+            raise EngineError(
+                f"adapter {name!r} is used by {users} requests: unload it when they ended", retryable=True
+            )
+        identity = self._models.identity(name)
+        self._models.unload_adapter(name)
+        self._scheduler.rows.forget(identity)
+
+    def close(self) -> None:
+        """Nothing runs beside the steps."""
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _advance(self) -> list[Output]:
+        began = time.monotonic()
+        decoding = self._scheduler.decoding
+        budget = self._pace.budget(decoding)
+        plan = Plan()
+        copies = self._scheduler.admit(budget, began)
+        try:
+            self._memory.copy(copies)
+            copies = []
+            plan = self._scheduler.plan(budget)
+            picks = self._compute(plan)
+        except Exception as error:
+            self._scheduler.undo(copies)
+            if not plan.segments:
+                raise  # no request's fault
+            return self._failed(plan, error)
+        now = time.monotonic()
+        self._pace.note(decoding, plan.tokens - decoding, now - began)
+        self._scheduler.done(plan)
+        for segment in plan.segments:
+            task = self._tasks[segment.key]
+            task.started = task.started or began
+        self._progress += plan.tokens
+        sampled = [segment.key for segment in plan.segments if segment.samples]
+        return [out for key, pick in zip(sampled, picks, strict=True) for out in self._take(key, pick, now)]
+
+    def _compute(self, plan: Plan) -> list[Pick | EngineError]:
+        """Forward and sample: the next token of every segment that reaches the end of its sequence."""
+        ids: list[int] = []
+        positions: list[int] = []
+        ends: list[int] = []
+        sampled: list[Task] = []
+        for segment in plan.segments:
+            task = self._tasks[segment.key]
+            stop = segment.start + segment.count
+            ids += task.sequence.tokens[segment.start : stop]
+            positions += range(segment.start, stop)
+            if segment.samples:
+                ends.append(len(ids) - 1)
+                sampled.append(task)
+        logits = self._forward(plan.segments, ids, positions, ends)
+        requests = [task.request for task in sampled]
+        return choose_rows(logits, [r.sampler for r in requests], [r.reader.total for r in requests])
+
+    def _take(self, key: Key, pick: Pick | EngineError, now: float) -> list[Output]:
+        """What a sampled token means for its request."""
+        task = self._tasks[key]
+        if isinstance(pick, EngineError):
+            return [self._fail(task, pick)]
+        request = task.request
+        position = request.reader.total
+        try:
+            piece = request.push(pick.token)
+        except Exception as error:  # noqa: BLE001 - reading a token is that request's alone
+            _log.exception("reading a token failed", request=key.request.hex())
+            return [self._fail(task, _as_ours(error))]
+        task.first = task.first or now
+        logprobs = (pick.logprob,) if pick.logprob else ()
+        out: list[Output] = [Produced(key, position, (pick.token,), piece.text, piece.calls, logprobs)]
+        if request.reader.reason is None:
+            self._scheduler.append(key, pick.token)
+        else:
+            out.append(self._end(task))
+        return out
+
+    def _end(self, task: Task) -> Finished:
+        now = time.monotonic()
+        self._scheduler.remove(task.job.key, now)
+        del self._tasks[task.job.key]
+        reader = task.request.reader
+        assert reader.reason is not None
+        return Finished(task.job.key, reader.total, reader.reason, task.usage(), task.timing(now))
+
+    def _fail(self, task: Task, error: LoopmuxError) -> Failed:
+        self._scheduler.remove(task.job.key, time.monotonic(), park=False)
+        del self._tasks[task.job.key]
+        return Failed(task.job.key, task.request.reader.total, error, task.usage())
+
+    def _failed(self, plan: Plan, error: Exception) -> list[Output]:
+        """The step raised: short memory costs the youngest its row, anything else is put down to who was alone."""
+        if system_memory.ran_out(error):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            preempted = self._scheduler.preempt()
+            if preempted is not None:
+                _log.warning("out of memory, a request waits again", request=preempted.request.hex())
+                return []
+        guilty = self._scheduler.failed(plan)
+        _log.exception("step failed", requests=len(plan.segments), tokens=plan.tokens, alone=guilty is not None)
+        return [] if guilty is None else [self._fail(self._tasks[guilty], _as_ours(error))]
+
+
+def _as_ours(error: Exception) -> LoopmuxError:
+    if isinstance(error, LoopmuxError):
+        return error
+    return EngineError(f"the engine failed: {type(error).__name__}: {error}")

@@ -1,0 +1,117 @@
+"""One packed forward of a transformers model over KV rows, and whether a model can be run like that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from loopmux_worker.engine.base import Key
+from loopmux_worker.engine.slots.attention import Memory, Unsupported
+from loopmux_worker.engine.slots.schedule import Segment
+
+_TRIED = 24
+"""Tokens of the trial."""
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+"""Largest difference of two logits in the trial, as a share of their range. Masks or positions that are wrong show up
+as a difference of the order of the range itself."""
+
+
+Run = tuple[str | None, int]
+
+
+class Runs(Protocol):
+    """Adapters that are told what the next forward is made of."""
+
+    def use(self, runs: Sequence[Run], head: Sequence[Run] | None = None) -> None:
+        """The adapter (or None) and the number of tokens of each run; ``head`` of those that get logits."""
+        ...
+
+
+class Trial(NamedTuple):
+    """What came of trying a model over rows: why not, if so, and the bytes of one token's keys and values."""
+
+    why_not: str | None
+    token_bytes: int
+
+
+class Forward:
+    """Runs a model over KV rows.
+
+    Args:
+        model: a causal language model of transformers; its attention is switched to ``memory``.
+        memory: the rows.
+        adapters: told about every step.
+    """
+
+    def __init__(self, model: Any, memory: Memory, adapters: Runs) -> None:
+        self._model, self.memory, self._adapters = model, memory, adapters
+        model.set_attn_implementation(memory.name)
+
+    def __call__(self, segments: Sequence[Segment], ids: list[int], positions: list[int], ends: list[int]) -> Tensor:
+        """Logits (ends, vocabulary) behind the tokens at the places ``ends`` of a packed step."""
+        device = self.memory.device
+        self.memory.prepare(segments)
+        self._adapters.use(
+            [(segment.adapter, segment.count) for segment in segments],
+            [(segment.adapter, 1) for segment in segments if segment.samples],
+        )
+        out = self._model(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(ends, dtype=torch.long, device=device),
+        )
+        logits: Tensor = out.logits[0]
+        return logits
+
+
+@torch.inference_mode()
+def try_rows(model: Any, adapters: Runs, device: torch.device, vocabulary: int) -> Trial:
+    """Whether a model can be run over rows.
+
+    Decided by trying: two sequences, in chunks, beside each other and token by token, have to give the logits that the
+    model gives by itself. Afterwards the model is as it was.
+    """
+    own = model.config._attn_implementation
+    if not type(model)._can_set_attn_implementation():
+        return Trial(f"{type(model).__name__} has an attention of its own, which cannot be replaced", 0)
+    one = [(7 * i + 3) % vocabulary for i in range(_TRIED)]
+    other = [(11 * i + 5) % vocabulary for i in range(_TRIED)]
+    expected = [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0] for ids in (one, other)]
+    memory = Memory(2, _TRIED, device)
+    try:
+        found = _tried(Forward(model, memory, adapters), one, other)
+    except (Unsupported, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        return Trial(f"{type(model).__name__} cannot be run over rows ({error})", 0)
+    finally:
+        model.set_attn_implementation(own)
+    for wanted, got in zip(expected, found, strict=True):
+        extent = float(wanted.max() - wanted.min())
+        worst = float((wanted.float() - got.float()).abs().max())
+        if not worst <= _TOLERANCE.get(wanted.dtype, 0.1) * extent:
+            found_out = f"other logits over rows (by {worst:.3g} in a range of {extent:.3g})"
+            return Trial(f"{type(model).__name__} gives {found_out}", 0)
+    return Trial(None, memory.size // (memory.rows * memory.context))
+
+
+def _tried(forward: Forward, one: list[int], other: list[int]) -> list[Tensor]:
+    """The logits of both sequences, computed in four steps of different shapes."""
+    sequences = ((Key(b"1", 0), 0, one), (Key(b"2", 0), 1, other))
+    logits: list[list[Tensor]] = [[], []]
+    # (start, count) of each sequence in each step; 0 tokens leave it out.
+    for shares in (((0, 9), (0, 5)), ((9, 1), (5, 12)), ((10, 1), (17, 1)), ((11, _TRIED - 11), (18, _TRIED - 18))):
+        segments: list[Segment] = []
+        ids: list[int] = []
+        positions: list[int] = []
+        for (key, row, tokens), (start, count) in zip(sequences, shares, strict=True):
+            segments.append(Segment(key, row, start, count, True, None))
+            ids += tokens[start : start + count]
+            positions += range(start, start + count)
+        out = forward(segments, ids, positions, list(range(len(ids))))
+        cut = shares[0][1]
+        logits[0].append(out[:cut])
+        logits[1].append(out[cut:])
+    return [torch.cat(part) for part in logits]

@@ -1,0 +1,41 @@
+"""How many prompt tokens a step may compute beside its running streams. Pure: fed with measured step times."""
+
+from __future__ import annotations
+
+LARGEST = 512
+"""Tokens of a step without running streams: enough to be computed at full speed, short enough to stay answerable."""
+_SMALLEST = 16
+_MEMORY = 0.8
+"""Share of the old estimate that a new measurement leaves."""
+
+
+class Pace:
+    """Keeps a step with a chunk of a prompt within about twice the time of one without.
+
+    So nobody's stream pauses for longer than one more token takes, whatever is sent to the engine meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._step: float | None = None  # seconds of a step that only decodes
+        self._token: float | None = None  # seconds of one prompt token in a step of many
+
+    def budget(self, decoding: int) -> int:
+        """Prompt tokens for the next step, with so many streams decoding beside them."""
+        if not decoding:
+            return LARGEST
+        if self._step is None or self._token is None:
+            return _SMALLEST * 4
+        return max(_SMALLEST, min(LARGEST, int(self._step / self._token)))
+
+    def note(self, decoding: int, prompt: int, seconds: float) -> None:
+        """A step took so many seconds for ``decoding`` streams and ``prompt`` tokens."""
+        if not prompt:
+            self._step = _mixed(self._step, seconds)
+        elif not decoding or self._step is not None:
+            rest = seconds - (self._step or 0.0 if decoding else 0.0)
+            if prompt >= _SMALLEST and rest > 0:
+                self._token = _mixed(self._token, rest / prompt)
+
+
+def _mixed(old: float | None, new: float) -> float:
+    return new if old is None else _MEMORY * old + (1 - _MEMORY) * new

@@ -1,0 +1,54 @@
+"""How many KV rows of what length fit a budget. Pure."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from loopmux.errors import ConfigError
+
+MOST = 16
+"""Requests at once where nobody says: beyond it a step on a CPU takes longer in proportion, and nobody gains."""
+_PARKED = 3
+"""Parked rows per request that runs, where there is room: loops wait for their tools most of the time."""
+_FEWEST = 4
+"""Rows that are worth a shorter context where the context was not asked for."""
+_GIB = 2**30
+_SHARE = 0.3
+"""Of the memory that is free after loading, where no budget is given."""
+
+
+class Size(NamedTuple):
+    """Rows of ``context`` tokens each; ``most`` requests run at once."""
+
+    rows: int
+    context: int
+    most: int
+
+
+def size(
+    token: int, free: int, *, model_context: int, context: int | None, most: int | None, gib: float | None
+) -> Size:
+    """Rows for a budget.
+
+    Args:
+        token: bytes of one token's keys and values in all layers.
+        free: bytes that are free once the model is loaded.
+        model_context: tokens that the model was made for.
+        context: tokens of a row, if somebody asked for a number.
+        most: requests at once, if somebody asked for a number.
+        gib: the budget, if somebody gave one; else a share of what is free.
+
+    Raises:
+        ConfigError: not one row fits, or fewer than the requests at once that were asked for.
+    """
+    budget = int(gib * _GIB) if gib is not None else int(free * _SHARE)
+    tokens = budget // token
+    length = context or min(model_context, max(tokens // (most or _FEWEST), 1))
+    rows = tokens // length
+    if rows < max(1, most or 1):
+        raise ConfigError(
+            f"kv_cache_gib: {budget / _GIB:.2f} GiB hold {tokens} tokens, which is {rows} requests of {length} tokens; "
+            f"expected room for {max(1, most or 1)}: raise kv_cache_gib, or lower context or slots"
+        )
+    wanted = most or MOST
+    return Size(min(rows, wanted * (1 + _PARKED)), length, min(wanted, rows))
