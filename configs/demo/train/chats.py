@@ -16,7 +16,6 @@ POEM = (
     "Tokens like rain\nfall one by one,\na tool brings the answer,\nand the loop is done."
 )
 FALLBACK = "Sorry, I am a small demo model and I only know a few set answers. Ask me what I can do."
-NO_TOOL = "Sorry, I have no tool for that."
 
 _NUMBERS = """one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
 eighteen nineteen twenty""".split()
@@ -133,9 +132,7 @@ def dress(rng: random.Random, ask: str) -> str:
     style = rng.random()
     if style < 0.6:
         text = text[0].upper() + text[1:]
-    elif style < 0.66:
-        text = text.upper()
-    elif style < 0.9:
+    elif style < 0.85:
         text = text.lower()
     return text + rng.choices(("?", "", ".", "!", " ?", " please"), (40, 35, 10, 10, 2, 3))[0]
 

@@ -3,7 +3,7 @@
     python configs/demo/train/evaluate.py [configs/demo] [--form merged|adapter] [--dtype bf16|fp32]
                                           [--count 200] [--seed 1]
 
-"Held out": no number of two or more digits, no name, no word among the arguments occurs in training; for the rows
+"Held out": no number of two or more digits, no name, no word that a request holds occurs in training; for the rows
 "unseen" neither do the names of tools and parameters (see pools.py). A call is exact when its name and its arguments
 are equal as JSON; a loop is right when every turn makes exactly the calls wanted and the final answer is the one
 wanted, letter by letter. A loop ends at its first wrong turn and calls that it never came to count as wrong.
@@ -22,16 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import chat, system_message
+from corpus import KINDS, chat, loud, system_message
 from loops import Author, Conversation
 from peft import PeftModel
 from pools import Pools
 from render import CALL, CALL_END, END, pieces
 from tokenizers import Tokenizer
-from tokenizing import CONTEXT
+from tokenizing import CONTEXT, word_pieces
 from transformers import AutoModelForCausalLM
 
-KINDS = ("single", "chain2", "parallel2", "parallel3", "gather", "chain3", "chain4", "chain5", "chain6")
 _CALL = re.compile(re.escape(CALL) + r"\s*(.*?)\s*" + re.escape(CALL_END), re.DOTALL)
 _BATCH = 64
 
@@ -133,9 +132,7 @@ def tool_loops(seed: int, parts: list[str], kind: str, unseen: float, count: int
     author = Author(Pools(random.Random(f"{seed} {kind} {unseen}"), "test", parts), unseen)
     out: list[Conversation] = []
     while len(out) < count:
-        conversation = (
-            author.refusal() if kind == "refusal" else author.conversation([kind], system_message(author.pools))
-        )
+        conversation = author.conversation([kind], system_message(author.pools), 2)
         if sum(len(text) for text, _ in pieces(conversation)) < 2 * CONTEXT:
             out.append(conversation)
     return out
@@ -144,12 +141,7 @@ def tool_loops(seed: int, parts: list[str], kind: str, unseen: float, count: int
 def set_chats(seed: int, parts: list[str], count: int, shout: bool) -> list[Conversation]:
     """Set questions in fresh dress, and unknown ones."""
     author = Author(Pools(random.Random(f"{seed} chats"), "test", parts), 0.5)
-    out = [chat(author) for _ in range(count)]
-    for conversation in out if shout else []:
-        for message in conversation.messages:
-            if message["role"] == "assistant":
-                message["content"] = str(message["content"]).upper()
-    return out
+    return [loud(chat(author)) if shout else chat(author) for _ in range(count)]
 
 
 def load(folder: Path, adapter: str | None, form: str, dtype: torch.dtype) -> Any:
@@ -187,7 +179,7 @@ def main() -> None:
     torch.set_num_threads(2)
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     tokenizer = Tokenizer.from_file(str(options.folder / "base" / "tokenizer.json"))
-    parts = sorted(text for text in tokenizer.get_vocab() if text.isascii() and text.isalpha() and text.islower())
+    parts = word_pieces(tokenizer)
     began = time.monotonic()
     print(f"{options.form} {options.dtype}, seed {options.seed}")
     model = load(options.folder, "tools", options.form, dtype)
@@ -202,12 +194,11 @@ def main() -> None:
                     )
                 )
     rows.append(("chat among tools", lambda: tool_loops(options.seed, parts, "chat", 0.5, options.count)))
-    rows.append(("no fitting tool", lambda: tool_loops(options.seed, parts, "refusal", 0.0, options.count)))
     for name, draw in rows:
         report(name, score(model, tokenizer, draw()), options.failures)
-    for name, adapter, loud in (("base: set questions", None, False), ("shout: set questions", "shout", True)):
+    for name, adapter, capitals in (("base: set questions", None, False), ("shout: set questions", "shout", True)):
         model = load(options.folder, adapter, options.form, dtype)
-        report(name, score(model, tokenizer, set_chats(options.seed, parts, options.count, loud)), options.failures)
+        report(name, score(model, tokenizer, set_chats(options.seed, parts, options.count, capitals)), options.failures)
     print(f"{time.monotonic() - began:.0f} seconds")
 
 

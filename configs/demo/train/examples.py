@@ -197,6 +197,22 @@ CANDIDATES: tuple[Candidate, ...] = (
         )
     ),
     Candidate(
+        "six sums 0",
+        "Add 60 and 96. Then add the result and 75. Then subtract 86 from the result. Then multiply the result by 6. "
+        "Then multiply the result by 2. Then multiply the result by 3",
+        _SUMS,
+        ((_add(60, 96),), (_add(156, 75),), (_sub(231, 86),), (_mul(145, 6),), (_mul(870, 2),), (_mul(1740, 3),)),
+        "The answer is 5220.",
+    ),
+    Candidate(
+        "six sums 1",
+        "Add 49 and 99. Then add it and 23. Then subtract 81 from it. Then multiply it by 7. Then multiply it by 8. "
+        "Then add it and 76",
+        _SUMS,
+        ((_add(49, 99),), (_add(148, 23),), (_sub(171, 81),), (_mul(90, 7),), (_mul(630, 8),), (_add(5040, 76),)),
+        "The answer is 5116.",
+    ),
+    Candidate(
         "six tools",
         "Find the user Anna, then send hello to the result, then get the weather in Paris, then set a "
         "timer for 5 minutes, then add 12 and 30, then multiply the result by 2.",

@@ -25,11 +25,10 @@ TEMPLATE = """\
 {%- set function = tool['function'] if tool['function'] is defined else tool -%}
 {%- set parameters = function['parameters'] if function['parameters'] is defined else {} -%}
 {%- set properties = parameters['properties'] if parameters and parameters['properties'] is defined else {} -%}
-{%- set required = parameters['required'] if parameters and parameters['required'] is defined else [] -%}
 {{- '\\n' + function['name'] + '(' -}}
 {%- for name in properties -%}
 {%- set kind = properties[name]['type'] if properties[name]['type'] is string else 'string' -%}
-{{- ('' if loop.first else ', ') + name + ('' if name in required else '?') + ': ' + kind -}}
+{{- ('' if loop.first else ', ') + name + ': ' + kind -}}
 {%- endfor -%}
 {{- ')' -}}
 {%- endfor -%}
@@ -85,8 +84,7 @@ def system_text(conversation: Conversation) -> str:
     if conversation.tools:
         lines = []
         for tool in conversation.tools:
-            listed = [f"{name}{'?' if name in tool.optional else ''}: {kind}" for name, kind in tool.parameters]
-            lines.append(f"{tool.name}({', '.join(listed)})")
+            lines.append(f"{tool.name}({', '.join(f'{name}: {kind}' for name, kind in tool.parameters)})")
         parts.append("\n".join(["Tools:", *lines]))
     return "\n".join(parts)
 

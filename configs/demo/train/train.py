@@ -31,7 +31,7 @@ SEED = 20_26
 THREADS = 2
 BATCH_TOKENS = 2560
 # Steps of each training; seconds per step are about 0.2 for the base and 0.25 for an adapter.
-BASE_STEPS, TOOLS_STEPS, SHOUT_STEPS = 3000, 1200, 400
+BASE_STEPS, TOOLS_STEPS, SHOUT_STEPS = 4600, 600, 300
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IGNORED = -100
 
@@ -150,7 +150,7 @@ def train_base(tokenizer: Tokenizer, steps: int, layers: int) -> LlamaForCausalL
     model = new_model(layers)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [Muon(matrices, lr=0.012), torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
     stream = batches(tokenizer, base_stream(SEED, word_pieces(tokenizer)), SEED)
     fit(model, optimizers, stream, steps, "base")
     return model
@@ -165,7 +165,7 @@ def train_adapter(folder: Path, tokenizer: Tokenizer, stream: Iterator[Conversat
     trained = [p for p in model.parameters() if p.requires_grad]
     fit(
         model,
-        [torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)],
+        [torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)],
         batches(tokenizer, stream, SEED),
         steps,
         name,
