@@ -375,3 +375,10 @@ def test_a_tokenizer_that_cannot_be_loaded(base):
     (base / "tokenizer.json").write_text("{}")
     message = refusal(spec(base))
     assert f"transformers {transformers.__version__} cannot load its tokenizer" in message
+
+
+def test_a_weight_file_without_tensors_is_refused_before_anything_is_made_up(base, tmp_path):
+    shutil.copytree(base, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ConfigError, match=r"model.safetensors holds no tensors: copy or save it again"):
+        opened(spec(tmp_path / "m"))

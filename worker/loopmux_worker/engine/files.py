@@ -65,7 +65,7 @@ def tensors(path: Path) -> dict[str, Tensor]:
     """Names, dtypes and shapes in a safetensors file, after checking that the file is whole.
 
     Raises:
-        ConfigError: truncated, or no safetensors file.
+        ConfigError: truncated, empty, or no safetensors file.
     """
     size = path.stat().st_size
     try:
@@ -81,6 +81,9 @@ def tensors(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path} is no safetensors file ({type(error).__name__}: {error})") from error
     if size < end:
         raise ConfigError(f"{path} has {size} bytes, its header promises {end}: copy or save it again")
+    if not found:
+        # transformers would make every weight up, and take minutes and the whole memory for it
+        raise ConfigError(f"{path} holds no tensors: copy or save it again")
     return found
 
 
