@@ -202,7 +202,7 @@ def test_adapters_come_and_go():
 def test_the_engine_is_chosen_by_the_specification():
     assert isinstance(open_engine(WorkerSpec("w", "", MODELS, engine="echo"), lambda *_: None), EchoEngine)
     for spec, reason in [
-        (WorkerSpec("w", "", MODELS, engine="slots"), "slots"),
+        (WorkerSpec("w", "", MODELS, engine="slots"), "base_model is missing"),
         (WorkerSpec("w", "", (), engine="echo"), "models is empty"),
         (WorkerSpec("w", "", (ModelSpec("a"), ModelSpec("a")), engine="echo"), "twice"),
     ]:

@@ -195,7 +195,7 @@ def test_a_parent_that_died_before_the_start_is_noticed(tmp_path):
         ('{"name": "w"', "cannot be read"),
         ("[]", "expected a mapping"),
         ('{"name": "w", "endpoint": "ipc:///x", "models": [{"id": "m"}], "base_model": "/no/where"}', "no such folder"),
-        ('{"name": "w", "endpoint": "ipc:///x", "models": [{"id": "m"}], "engine": "slots"}', "this release has plain"),
+        ('{"name": "w", "endpoint": "ipc:///x", "models": [{"id": "m"}], "engine": "slots"}', "base_model is missing"),
         ('{"name": "w", "endpoint": "what://x", "models": [{"id": "m"}], "engine": "echo"}', "cannot connect"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import structlog
 import torch
 import transformers
 
@@ -22,8 +21,6 @@ from loopmux_worker.engine.slots.linears import pack
 from loopmux_worker.engine.slots.lora import MixedAdapters
 from loopmux_worker.engine.slots.pairs import CannotMix, pairs_of
 from loopmux_worker.engine.slots.sizing import Size, size
-
-_log = structlog.get_logger(__name__)
 
 _PLAIN = {"plain": "configured", "auto": "the slots engine has to be asked for (engine: slots)"}
 """Why the plain engine serves what these settings are given for."""
@@ -52,7 +49,6 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
         one = Adapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
         models = Models(spec, loaded, one, progress, trial.why_not)
         engine = PlainEngine(models, one, spec.torch_threads)
-    _log.info("engine", engine=engine.describe().engine, why=engine.describe().report["why"])
     progress("warming", "one token")
     warm_up(engine, models.first)
     return engine
