@@ -11,7 +11,7 @@ import torch
 
 from loopmux.errors import ConfigError
 from loopmux.messages import ModelSpec, WorkerSpec
-from loopmux_worker.engine import adapters, memory, open_engine
+from loopmux_worker.engine import adapterfiles, memory, open_engine
 from loopmux_worker.engine.echo import EchoEngine
 from loopmux_worker.server import Worker
 
@@ -52,7 +52,7 @@ def test_an_adapter_is_not_left_out_because_memory_ran_out(tiny_model, monkeypat
     def load_file(path):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(adapters, "load_file", load_file)
+    monkeypatch.setattr(adapterfiles, "load_file", load_file)
     models = (ModelSpec("base"), ModelSpec("red", str(tiny_model.adapters["red"])))
     with pytest.raises(ConfigError) as caught:
         open_engine(WorkerSpec("w", "", models, str(tiny_model.base), torch_threads=1), lambda *_: None)
