@@ -1,24 +1,13 @@
 """``loopmux-launcher``, also ``python -m loopmux_launcher``: the launcher as a program."""
 
-from __future__ import annotations
-
 import sys
+
+from loopmux.program import run
 
 
 def main() -> int:
-    """Run the launcher's command line; says what to install where only the client is."""
-    try:
-        from loopmux_launcher.commands import main as run
-    except ModuleNotFoundError as error:
-        print(
-            f"loopmux-launcher: needs {error.name}, which {sys.executable} does not have: "
-            "install it with  pip install 'loopmux[server]'",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return run()
+    """Run the launcher's command line."""
+    return run("loopmux-launcher", "loopmux_launcher.commands")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -375,6 +376,13 @@ def test_a_tokenizer_that_cannot_be_loaded(base):
     (base / "tokenizer.json").write_text("{}")
     message = refusal(spec(base))
     assert f"transformers {transformers.__version__} cannot load its tokenizer" in message
+
+
+def test_a_chat_template_that_is_no_template(base):
+    (base / "chat_template.jinja").write_text("{% for message in messages %}\n{{ message['content'] }}\n{% endfr %}")
+    message = refusal(spec(base))
+    assert re.search(r"its chat template is no Jinja template \(line 3: .*endfr.*copy", message), message
+    assert str(base) in message
 
 
 def test_a_weight_file_without_tensors_is_refused_before_anything_is_made_up(base, tmp_path):

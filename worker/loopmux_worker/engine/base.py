@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from loopmux.errors import LoopmuxError
+from loopmux.errors import EngineError, LoopmuxError
 from loopmux.messages import Generate, LeftOut, Run, ServedModel
 from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
 
@@ -150,3 +150,8 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release threads and memory."""
         ...
+
+
+def engine_error(what: str, error: Exception) -> LoopmuxError:
+    """An exception that a request met in `what`, as that request's error; one of ours stays as it is."""
+    return error if isinstance(error, LoopmuxError) else EngineError(f"{what} failed: {type(error).__name__}: {error}")

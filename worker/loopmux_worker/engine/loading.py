@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.messages import ModelSpec, WorkerSpec
 from loopmux_worker.engine import files, folders, memory
-from loopmux_worker.engine.templates import has_template
+from loopmux_worker.engine.templates import check_template, has_template
 
 Progress = Callable[[str, str], None]
 """Told what is being done: a phase (loading, warming) and a line for people."""
@@ -253,7 +253,9 @@ def tokenizer_of(model: ModelSpec, loaded: Loaded, spec: WorkerSpec) -> tuple[An
     if own != base and files.has_tokenizer(own) and not has_template(tokenizer) and files.has_tokenizer(base):
         tokenizer.chat_template = read_tokenizer(base, spec).chat_template
         notes.append(f"{model.id}: the adapter's tokenizer has no chat template, the base's is used")
-    if model.model_type == "instruct" and not has_template(tokenizer):
+    if has_template(tokenizer):
+        check_template(tokenizer, own if files.has_tokenizer(own) else base)
+    elif model.model_type == "instruct":
         notes.append(f"{model.id}: no chat template, a plain 'User: … Assistant:' format is used")
     return tokenizer, notes
 

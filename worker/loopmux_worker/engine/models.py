@@ -11,7 +11,7 @@ import structlog
 import torch
 import transformers
 
-from loopmux.errors import BadRequestError, LoopmuxError
+from loopmux.errors import BadRequestError, EngineError, LoopmuxError
 from loopmux.madefor import other_base
 from loopmux.messages import Generate, LeftOut, ModelSpec, ServedModel, WorkerSpec
 from loopmux_worker.engine import admission, files, folders, memory, templates
@@ -140,14 +140,21 @@ class Models:
         self._left_out.pop(name, None)
         return self._served(self._models[name])
 
-    def unload_adapter(self, name: str) -> None:
-        """Forget an adapter and its model.
+    def unload_adapter(self, name: str, users: int) -> str:
+        """Forget an adapter and its model; returns the identity they had.
 
         Raises:
             AdapterNotFoundError: no such adapter.
+            EngineError: `users`, the number of requests that still use it, is not zero.
         """
+        if users:
+            raise EngineError(
+                f"adapter {name!r} is used by {users} requests: unload it when they ended", retryable=True
+            )
+        identity = self.identity(name) if name in self._adapters.loaded else ""
         self._adapters.unload(name)
         del self._models[name], self.loaded.tokenizers[name]
+        return identity
 
     # --- requests -----------------------------------------------------------------------------------------------------
 

@@ -14,11 +14,11 @@ import time
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from loopmux.errors import EngineError, LoopmuxError
+from loopmux.errors import EngineError
 from loopmux.messages import ServedModel
 from loopmux.results import Usage
 from loopmux_worker.engine.adapters import Adapters
-from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced
+from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced, engine_error
 from loopmux_worker.engine.generating import Choose, Read, Task
 from loopmux_worker.engine.models import Models
 
@@ -99,12 +99,8 @@ class PlainEngine:
     def unload_adapter(self, name: str) -> None:
         """Unload an adapter that no request uses."""
         users = sum(task.request.adapter == name for task in self._tasks.values())
-        if users:
-            raise EngineError(
-                f"adapter {name!r} is used by {users} requests: unload it when they ended", retryable=True
-            )
         with self._model_lock:
-            self._models.unload_adapter(name)
+            self._models.unload_adapter(name, users)
 
     def close(self) -> None:
         """End the helper thread; a running request ends before its next token."""
@@ -128,7 +124,7 @@ class PlainEngine:
                     self._done.put(self._finished(task))
             except Exception as error:  # noqa: BLE001 - it ends this request; the next one may well run
                 total = task.request.reader.total
-                self._done.put(Failed(task.job.key, total, _as_ours(error), task.usage(total)))
+                self._done.put(Failed(task.job.key, total, engine_error("generate()", error), task.usage(total)))
 
     def _generate(self, task: Task) -> None:
         ids = torch.tensor([[*task.request.prompt, *task.job.prefix]], device=self._models.loaded.device)
@@ -165,9 +161,3 @@ class PlainEngine:
         else:
             del self._tasks[output.key]
         return True
-
-
-def _as_ours(error: Exception) -> LoopmuxError:
-    if isinstance(error, LoopmuxError):
-        return error
-    return EngineError(f"generate() failed: {type(error).__name__}: {error}")

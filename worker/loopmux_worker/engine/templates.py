@@ -13,7 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from loopmux.errors import BadRequestError
+from jinja2 import TemplateSyntaxError
+
+from loopmux.errors import BadRequestError, ConfigError
 from loopmux.messages import Generate, ModelSpec
 from loopmux.wire import unpack_tokens
 
@@ -52,6 +54,23 @@ class Tokenizer(Protocol):
 def has_template(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer brings a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def check_template(tokenizer: Tokenizer, folder: object) -> None:
+    """Find a chat template that cannot be read before a request does.
+
+    Raises:
+        ConfigError: it is no Jinja template.
+    """
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"{folder}: its chat template is no Jinja template (line {error.lineno}: {error.message}): copy "
+            "chat_template.jinja or tokenizer_config.json again"
+        ) from error
+    except Exception:  # noqa: BLE001 - it can be read; what it does not take is a matter of each request
+        return
 
 
 def render(generate: Generate, model: ModelSpec, tokenizer: Tokenizer) -> list[int]:

@@ -16,7 +16,7 @@ from loopmux.errors import EngineError, LoopmuxError
 from loopmux.messages import ServedModel
 from loopmux.results import Timing, Usage
 from loopmux_worker.engine import memory as system_memory
-from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced
+from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced, engine_error
 from loopmux_worker.engine.models import Models, Request
 from loopmux_worker.engine.sampling import Pick, choose_rows
 from loopmux_worker.engine.slots.forward import Forward
@@ -119,13 +119,7 @@ class SlotsEngine:
     def unload_adapter(self, name: str) -> None:
         """Unload an adapter that no request uses."""
         users = sum(task.request.adapter == name for task in self._tasks.values())
-        if users:
-            raise EngineError(
-                f"adapter {name!r} is used by {users} requests: unload it when they ended", retryable=True
-            )
-        identity = self._models.identity(name)
-        self._models.unload_adapter(name)
-        self._scheduler.rows.forget(identity)
+        self._scheduler.rows.forget(self._models.unload_adapter(name, users))
 
     def close(self) -> None:
         """Nothing runs beside the steps."""
@@ -188,7 +182,7 @@ class SlotsEngine:
             piece = request.push(pick.token)
         except Exception as error:  # noqa: BLE001 - reading a token is that request's alone
             _log.exception("reading a token failed", request=key.request.hex())
-            return [self._fail(task, _as_ours(error))]
+            return [self._fail(task, engine_error("the engine", error))]
         task.first = task.first or now
         logprobs = (pick.logprob,) if pick.logprob else ()
         out: list[Output] = [Produced(key, position, (pick.token,), piece.text, piece.calls, logprobs)]
@@ -222,10 +216,4 @@ class SlotsEngine:
                 return []
         guilty = self._scheduler.failed(plan)
         _log.exception("step failed", requests=len(plan.segments), tokens=plan.tokens, alone=guilty is not None)
-        return [] if guilty is None else [self._fail(self._tasks[guilty], _as_ours(error))]
-
-
-def _as_ours(error: Exception) -> LoopmuxError:
-    if isinstance(error, LoopmuxError):
-        return error
-    return EngineError(f"the engine failed: {type(error).__name__}: {error}")
+        return [] if guilty is None else [self._fail(self._tasks[guilty], engine_error("the engine", error))]

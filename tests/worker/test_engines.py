@@ -1,4 +1,7 @@
+"""What every engine on a real model does alike; what is one engine's alone is tested beside that engine."""
+
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from peft import PeftModel
 from loopmux.errors import (
     AdapterNotFoundError,
     BadRequestError,
+    ConfigError,
     ContextLengthError,
     EngineError,
     LoopmuxError,
@@ -22,12 +26,19 @@ PROMPT = list(range(40, 60))
 END = 266
 
 
+ADAPTERS = ("red", "blue")
+
+
+@pytest.fixture(scope="module", params=["plain", "slots"])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def engine(tiny_model):
-    names = ("red", "blue", "dora", "saved")
-    models = (ModelSpec("base"), *(ModelSpec(n, adapter_dir=str(tiny_model.adapters[n])) for n in names))
+def engine(tiny_model, kind):
+    models = (ModelSpec("base"), *(ModelSpec(n, adapter_dir=str(tiny_model.adapters[n])) for n in ADAPTERS))
     phases = []
-    spec = WorkerSpec("w", "", models, str(tiny_model.base), dtype="float32", torch_threads=1)
+    spec = WorkerSpec("w", "", models, str(tiny_model.base), dtype="float32", torch_threads=1, engine=kind)
     made = open_engine(spec, lambda phase, detail: phases.append((phase, detail)))
     assert phases[0][0] == "loading"
     assert phases[-1][0] == "warming"
@@ -68,6 +79,10 @@ def ids(outputs):
     return [i for o in outputs if isinstance(o, Produced) for i in o.ids]
 
 
+def of(one, outputs):
+    return [o for o in outputs if o.key == one.key]
+
+
 def text(outputs):
     return "".join(o.text for o in outputs if isinstance(o, Produced))
 
@@ -103,7 +118,7 @@ def test_the_text_is_the_decode_of_the_tokens(engine, tiny_model):
     assert outputs[-1].reason == "length"
 
 
-@pytest.mark.parametrize("name", ["red", "blue", "dora", "saved"])
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_equal_peft_itself(engine, tiny_model, name):
     theirs = PeftModel.from_pretrained(tiny_model.model(), tiny_model.adapters[name]).eval()
     expected = by_hand(theirs, 30)
@@ -112,8 +127,26 @@ def test_adapters_equal_peft_itself(engine, tiny_model, name):
     assert expected != ids(answer(engine, job("base", max_new_tokens=30)))
 
 
+def test_adapters_that_only_peft_can_apply_get_the_plain_engine(tiny_model):
+    names = ("dora", "red", "saved")
+    models = tuple(ModelSpec(n, adapter_dir=str(tiny_model.adapters[n])) for n in names)
+    spec = WorkerSpec("w", "", models, str(tiny_model.base), dtype="float32", torch_threads=1)
+    for name, model in zip(names, models, strict=True):
+        if name != "red":
+            with pytest.raises(ConfigError, match=f"found slots, but adapter {name}: "):
+                open_engine(replace(spec, models=(model,), engine="slots"), lambda *_: None)
+    engine = open_engine(spec, lambda *_: None)
+    try:
+        assert engine.describe().engine == "plain"
+        for name in (*names, *reversed(names)):  # each behind each other: none may leave anything behind
+            theirs = PeftModel.from_pretrained(tiny_model.model(), tiny_model.adapters[name]).eval()
+            assert ids(answer(engine, job(name, max_new_tokens=30))) == by_hand(theirs, 30)
+    finally:
+        engine.close()
+
+
 def test_alternating_adapters_never_leak(engine, tiny_model, reference):
-    names = ("base", "red", "blue", "dora", "saved")
+    names = ("base", *ADAPTERS)
     alone = {name: ids(answer(engine, job(name, max_new_tokens=12))) for name in names}
     assert alone["base"] == by_hand(reference, 12)
     jobs = [(name, job(name, max_new_tokens=12)) for name in (*names, *reversed(names), *names)]
@@ -121,7 +154,7 @@ def test_alternating_adapters_never_leak(engine, tiny_model, reference):
         engine.submit(one)
     outputs = drain(engine)
     for name, one in jobs:
-        assert ids([o for o in outputs if o.key == one.key]) == alone[name]
+        assert ids(of(one, outputs)) == alone[name]
 
 
 def test_end_tokens_end_and_have_no_text(engine, reference):
@@ -195,23 +228,23 @@ def test_cancel_stops_between_tokens_and_the_next_request_runs(engine):
     waiting = job(max_new_tokens=2, ignore_eos=True)
     engine.submit(long)
     engine.submit(waiting)
-    assert (engine.load().running, engine.load().queued) == (1, 1)
+    assert engine.load().running + engine.load().queued == 2
     seen = []
-    while len(ids(seen)) < 3:
+    while len(ids(of(long, seen))) < 3:
         seen += engine.step()
     usage = engine.cancel(long.key)
-    assert usage.completion_tokens == len(ids(seen)) < 200
+    assert usage.completion_tokens == len(ids(of(long, seen))) < 200
     assert usage.prompt_tokens == len(PROMPT)
-    outputs = drain(engine)
-    assert {o.key for o in outputs} == {waiting.key}
-    assert ids(outputs) == ids(answer(engine, job(max_new_tokens=2, ignore_eos=True)))
+    rest = drain(engine)
+    assert {o.key for o in rest} <= {waiting.key}
+    assert ids(of(waiting, seen + rest)) == ids(answer(engine, job(max_new_tokens=2, ignore_eos=True)))
     assert engine.cancel(long.key) is None
 
 
 def test_progress_moves_with_every_token(engine):
     before = engine.load().progress
     answer(engine, job(max_new_tokens=5, ignore_eos=True))
-    assert engine.load().progress - before == 5
+    assert engine.load().progress - before >= 5
 
 
 def test_the_context_bounds_prompt_and_answer(engine):
@@ -294,21 +327,26 @@ def test_adapters_come_and_go_at_run_time(engine, tiny_model):
     engine.unload_adapter("again")
     with pytest.raises(LoopmuxError):
         engine.submit(job("again"))
+    with pytest.raises(AdapterNotFoundError, match="again"):
+        engine.unload_adapter("again")
     assert {name: ids(answer(engine, job(name, max_new_tokens=8))) for name in before} == before
 
 
-def test_description(engine):
+def test_description(engine, kind):
     described = engine.describe()
-    assert (described.engine, described.slots) == ("plain", 1)
-    assert described.adapters == ("red", "blue", "dora", "saved")
-    assert len({m.fingerprint for m in described.models}) == 5
+    assert described.engine == kind
+    assert described.slots == 1 if kind == "plain" else described.slots > 1
+    assert described.adapters == ADAPTERS
+    assert len({m.fingerprint for m in described.models}) == 3
     assert described.report["dtype"] == "float32"
     assert described.report["why"]
 
 
-def test_deterministic_only_in_float32(engine, tiny_model):
+def test_deterministic_only_in_float32(engine, tiny_model, kind):
     answer(engine, job(deterministic=True, max_new_tokens=2))
-    spec = WorkerSpec("w", "", (ModelSpec("base"),), str(tiny_model.base), dtype="bfloat16", torch_threads=1)
+    spec = WorkerSpec(
+        "w", "", (ModelSpec("base"),), str(tiny_model.base), dtype="bfloat16", torch_threads=1, engine=kind
+    )
     half = open_engine(spec, lambda *_: None)
     try:
         assert half.describe().report["dtype"] == "bfloat16"

@@ -1,0 +1,26 @@
+"""Starting a program of the server side, which needs packages that the client does not."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+
+def run(name: str, module: str) -> int:
+    """Call ``main()`` of a module; says what to install where only the client is.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        main = importlib.import_module(module).main
+    except ModuleNotFoundError as error:
+        print(
+            f"{name}: needs {error.name}, which {sys.executable} does not have: "
+            "install it with  pip install 'loopmux[server]'",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return int(main())
