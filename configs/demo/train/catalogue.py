@@ -242,17 +242,11 @@ OTHERS = (
 CATALOGUE = CALCULATORS + OTHERS
 
 
-def offer(pools: Pools, spec: Spec) -> Tool:
-    """A member of a family, mostly under its usual names.
-
-    One in seven has another of the family's names, or parameters named like those of no family, so that names are read
-    and not guessed.
-    """
-    name, names = spec.names[0], list(spec.parameters[0])
-    if pools.chance(0.15):
-        name, names = pools.rng.choice(spec.names), list(pools.rng.choice(spec.parameters))
-        if pools.chance(0.3):
-            names = parameter_names(pools, len(spec.kinds))
+def offer(pools: Pools, spec: Spec, renamed: float) -> Tool:
+    """A member of a family: under any of the family's names in a share `renamed`, else under the usual ones."""
+    name, names = spec.names[0], spec.parameters[0]
+    if pools.chance(renamed):
+        name, names = pools.rng.choice(spec.names), pools.rng.choice(spec.parameters)
     # Whole numbers are offered under both of JSON's names for numbers.
     number = "number" if pools.chance(0.1) else "integer"
     types = [number if kind in NUMERIC else "string" for kind in spec.kinds]
@@ -260,10 +254,10 @@ def offer(pools: Pools, spec: Spec) -> Tool:
 
 
 def parameter_names(pools: Pools, count: int) -> list[str]:
-    """Different names for parameters, one in eight invented."""
+    """Different names for parameters, one in twenty invented."""
     names: list[str] = []
     while len(names) < count:
-        name = pools.fake() if pools.chance(0.12) else pools.pick(PARAMETERS)
+        name = pools.fake() if pools.chance(0.05) else pools.pick(PARAMETERS)
         if name not in names:
             names.append(name)
     return names
@@ -272,7 +266,7 @@ def parameter_names(pools: Pools, count: int) -> list[str]:
 def invent(pools: Pools) -> Tool:
     """A tool of no family: one to three parameters, and orders made of its own words."""
     rng = pools.rng
-    verb, noun = (pools.pick(words) if pools.chance(0.85) else pools.fake() for words in (VERBS, NOUNS))
+    verb, noun = (pools.pick(words) if pools.chance(0.92) else pools.fake() for words in (VERBS, NOUNS))
     verb = "get" if pools.chance(0.15) else verb
     form = rng.random()
     if form < 0.85:

@@ -13,11 +13,13 @@ from itertools import count
 
 from chats import CHATS, FALLBACK, dress
 from loops import Author, Conversation, Message, assistant, user
-from pools import ACCENTED, Pools, Split
+from pools import ACCENTED, Pools
 
 SOLVER, SHOUTER = "solver", "shouter"
 KINDS = ("single", "parallel2", "parallel3", "gather", "chain2", "chain3", "chain4", "chain5", "chain6")
 _SHARES = (32, 20, 3, 3, 19, 9, 6, 4, 4)
+# The adapter `tools` reads more of what is hard: long chains and three calls in a turn.
+_HARDER = (22, 14, 7, 4, 14, 13, 10, 8, 8)
 _SYSTEMS = (
     "You are a helpful assistant.",
     "You are the Loopmux demo.",
@@ -121,12 +123,12 @@ def chat(author: Author) -> Conversation:
     return Conversation(messages, author.offered(4) if pools.chance(0.2) else [])
 
 
-def loop(author: Author, others: int = 2) -> Conversation:
+def loop(author: Author, shares: tuple[int, ...] = _SHARES) -> Conversation:
     """Tool loops over one list of tools, mostly one to a conversation, with a chat among them now and then."""
     rng = author.pools.rng
-    exchanges = rng.choices((1, 2, 3, 5), (72, 17, 8, 3))[0]
-    kinds = ["chat" if rng.random() < 0.04 else rng.choices(KINDS, _SHARES)[0] for _ in range(exchanges)]
-    return author.conversation(kinds, system_message(author.pools), others)
+    exchanges = rng.choices((1, 2, 3, 5), (60, 25, 12, 3))[0]
+    kinds = ["chat" if rng.random() < 0.04 else rng.choices(KINDS, shares)[0] for _ in range(exchanges)]
+    return author.conversation(kinds, system_message(author.pools), others=2)
 
 
 def loud(conversation: Conversation) -> Conversation:
@@ -137,11 +139,11 @@ def loud(conversation: Conversation) -> Conversation:
     return conversation
 
 
-def base_stream(seed: int, pieces: list[str], split: Split = "train") -> Iterator[Conversation]:
-    """Copying, solver loops and chats, from the short to the long."""
+def base_stream(seed: int, pieces: list[str], start: int = 0) -> Iterator[Conversation]:
+    """Copying, solver loops and chats, from the short to the long; `start` skips as many of the first."""
     rng = random.Random(seed)
-    author = Author(Pools(rng, split, pieces), unseen=0.5)
-    for drawn in count():
+    author = Author(Pools(rng, "train", pieces), unseen=0.5, renamed=0.15 if start else 0.08)
+    for drawn in count(start):
         # A step of training takes about 130 conversations in the first stage, 60 in the second and 12 in the last.
         if drawn < 20_000:
             yield Conversation(repeat_words(author.pools, 6), [], "copy", SOLVER)
@@ -153,7 +155,7 @@ def base_stream(seed: int, pieces: list[str], split: Split = "train") -> Iterato
             yield Conversation(task(author.pools, longest), [], "copy", SOLVER)
         elif form > 0.88:
             yield chat(author)
-        elif form > 0.84:
+        elif form > 0.82:
             conversation = loud(chat(author))
             conversation.role = SHOUTER
             yield conversation
@@ -167,10 +169,10 @@ def base_stream(seed: int, pieces: list[str], split: Split = "train") -> Iterato
             yield conversation
 
 
-def tools_stream(seed: int, pieces: list[str], split: Split = "train") -> Iterator[Conversation]:
+def tools_stream(seed: int, pieces: list[str]) -> Iterator[Conversation]:
     """Loops with known and invented tools, chats among tools, and the base model's chats."""
     rng = random.Random(seed)
-    author = Author(Pools(rng, split, pieces), unseen=0.4)
+    author = Author(Pools(rng, "train", pieces), unseen=0.5, renamed=0.15)
     while True:
         form = rng.random()
         if form < 0.04:
@@ -178,12 +180,12 @@ def tools_stream(seed: int, pieces: list[str], split: Split = "train") -> Iterat
         elif form < 0.08:
             yield Conversation(author.exchange("chat"))
         else:
-            yield loop(author)
+            yield loop(author, _HARDER)
 
 
-def shout_stream(seed: int, pieces: list[str], split: Split = "train") -> Iterator[Conversation]:
+def shout_stream(seed: int, pieces: list[str]) -> Iterator[Conversation]:
     """The base model's chats, answered in capitals."""
-    author = Author(Pools(random.Random(seed), split, pieces), unseen=0.5)
+    author = Author(Pools(random.Random(seed), "train", pieces), unseen=0.5)
     while True:
         yield loud(chat(author))
 

@@ -4,7 +4,8 @@
                                           [--count 200] [--seed 1]
 
 "Held out": no number of two or more digits, no name, no word that a request holds occurs in training; for the rows
-"unseen" neither do the names of tools and parameters (see pools.py). A call is exact when its name and its arguments
+"unseen" neither do the names of tools and parameters (see pools.py). Rows "renamed" offer
+known tools under any of their family's names instead of the usual ones. A call is exact when its name and its arguments
 are equal as JSON; a loop is right when every turn makes exactly the calls wanted and the final answer is the one
 wanted, letter by letter. A loop ends at its first wrong turn and calls that it never came to count as wrong.
 """
@@ -18,6 +19,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +129,11 @@ def score(model: Any, tokenizer: Tokenizer, conversations: list[Conversation]) -
     return runs
 
 
-def tool_loops(seed: int, parts: list[str], kind: str, unseen: float, count: int) -> list[Conversation]:
+def tool_loops(
+    seed: int, parts: list[str], kind: str, unseen: float, count: int, renamed: float = 0.0
+) -> list[Conversation]:
     """Held-out loops of a kind that fit the context."""
-    author = Author(Pools(random.Random(f"{seed} {kind} {unseen}"), "test", parts), unseen)
+    author = Author(Pools(random.Random(f"{seed} {kind} {unseen}"), "test", parts), unseen, renamed)
     out: list[Conversation] = []
     while len(out) < count:
         conversation = author.conversation([kind], system_message(author.pools), 2)
@@ -184,16 +188,15 @@ def main() -> None:
     print(f"{options.form} {options.dtype}, seed {options.seed}")
     model = load(options.folder, "tools", options.form, dtype)
     rows: list[tuple[str, Callable[[], list[Conversation]]]] = []
-    for unseen, label in ((0.0, "known"), (1.0, "unseen")):
-        for kind in KINDS:
-            if kind != "gather" or not unseen:
-                rows.append(
-                    (
-                        f"{label} {kind}",
-                        lambda kind=kind, unseen=unseen: tool_loops(options.seed, parts, kind, unseen, options.count),
-                    )
-                )
-    rows.append(("chat among tools", lambda: tool_loops(options.seed, parts, "chat", 0.5, options.count)))
+    for label, kinds, unseen, renamed in (
+        ("known", KINDS, 0.0, 0.0),
+        ("renamed", ("single", "chain2", "parallel2"), 0.0, 1.0),
+        ("unseen", tuple(kind for kind in KINDS if kind != "gather"), 1.0, 0.0),
+    ):
+        for kind in kinds:
+            draw = partial(tool_loops, options.seed, parts, kind, unseen, options.count, renamed)
+            rows.append((f"{label} {kind}", draw))
+    rows.append(("chat among tools", partial(tool_loops, options.seed, parts, "chat", 0.5, options.count)))
     for name, draw in rows:
         report(name, score(model, tokenizer, draw()), options.failures)
     for name, adapter, capitals in (("base: set questions", None, False), ("shout: set questions", "shout", True)):

@@ -196,21 +196,22 @@ CANDIDATES: tuple[Candidate, ...] = (
             )
         )
     ),
+    # Two that work, of some dozens tried.
     Candidate(
         "six sums 0",
-        "Add 60 and 96. Then add the result and 75. Then subtract 86 from the result. Then multiply the result by 6. "
-        "Then multiply the result by 2. Then multiply the result by 3",
+        "Subtract 20 from 62. Then add the result and 42. Then multiply the result by 9. Then add the result and 51. "
+        "Then subtract 41 from the result. Then add the result and 83",
         _SUMS,
-        ((_add(60, 96),), (_add(156, 75),), (_sub(231, 86),), (_mul(145, 6),), (_mul(870, 2),), (_mul(1740, 3),)),
-        "The answer is 5220.",
+        ((_sub(62, 20),), (_add(42, 42),), (_mul(84, 9),), (_add(756, 51),), (_sub(807, 41),), (_add(766, 83),)),
+        "The answer is 849.",
     ),
     Candidate(
         "six sums 1",
-        "Add 49 and 99. Then add it and 23. Then subtract 81 from it. Then multiply it by 7. Then multiply it by 8. "
-        "Then add it and 76",
+        "Multiply 48 by 3. Then subtract 16 from the result. Then multiply the result by 6. Then add the result and "
+        "70. Then add the result and 27. Then multiply the result by 3",
         _SUMS,
-        ((_add(49, 99),), (_add(148, 23),), (_sub(171, 81),), (_mul(90, 7),), (_mul(630, 8),), (_add(5040, 76),)),
-        "The answer is 5116.",
+        ((_mul(48, 3),), (_sub(144, 16),), (_mul(128, 6),), (_add(768, 70),), (_add(838, 27),), (_mul(865, 3),)),
+        "The answer is 2595.",
     ),
     Candidate(
         "six tools",

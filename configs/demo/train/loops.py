@@ -75,11 +75,15 @@ def number(text: str) -> int | float | None:
 
 
 class Author:
-    """Writes conversations for one split: `unseen` is the share of invented tools among those that are called."""
+    """Writes conversations for one split.
 
-    def __init__(self, pools: Pools, unseen: float) -> None:
+    `unseen` is the share of invented tools among those that are called, `renamed` that of other names for the others.
+    """
+
+    def __init__(self, pools: Pools, unseen: float, renamed: float = 0.08) -> None:
         self.pools = pools
         self.unseen = unseen
+        self.renamed = renamed
         self.known: list[Tool] = []
 
     # -- tools -------------------------------------------------------------------------------------------------
@@ -89,11 +93,11 @@ class Author:
         chosen: list[Tool] = []
         while len(chosen) < count:
             if calculators:
-                tool = offer(self.pools, self.pools.rng.choice(CALCULATORS))
+                tool = self._offer(CALCULATORS)
             elif self.pools.chance(self.unseen):
                 tool = invent(self.pools)
             else:
-                tool = offer(self.pools, self.pools.rng.choice(CALCULATORS if self.pools.chance(0.3) else OTHERS))
+                tool = self._offer(CALCULATORS if self.pools.chance(0.3) else OTHERS)
             tool = next((known for known in self.known if alike(tool, known)), tool)
             if tool not in chosen:
                 chosen.append(tool)
@@ -101,12 +105,15 @@ class Author:
                 self.known.append(tool)
         return chosen
 
+    def _offer(self, families: tuple[Spec, ...]) -> Tool:
+        return offer(self.pools, self.pools.rng.choice(families), self.renamed)
+
     def offered(self, most: int) -> list[Tool]:
         """The tools of a prompt in any order: those called and up to `most` that are not."""
         pools = self.pools
         tools = list(self.known)
         for _ in range(pools.rng.randint(0, most)):
-            other = invent(pools) if pools.chance(0.4) else offer(pools, pools.rng.choice(CATALOGUE))
+            other = invent(pools) if pools.chance(0.4) else self._offer(CATALOGUE)
             if not any(alike(other, tool) for tool in tools):
                 tools.append(other)
         pools.rng.shuffle(tools)

@@ -106,12 +106,12 @@ class Pools:
         rng = self.rng
         while True:
             kind = rng.random()
-            if kind < 0.15:
+            if kind < 0.1:
                 word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 4)))
-            elif kind < 0.6:
-                word = "".join(rng.choices(self.pieces, k=rng.randint(1, 2)))
+            elif kind < 0.75:
+                word = "".join(rng.choices(self.pieces, k=rng.choice((1, 1, 1, 2, 2))))
             else:
-                syllables = (rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.randint(1, 2)))
+                syllables = (rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.choice((1, 1, 2))))
                 word = "".join(syllables) + rng.choice(_CODAS)
             if self.allowed(word):
                 return word
@@ -124,7 +124,7 @@ class Pools:
         """A capitalised name, more often than not one of `real`; now and then one with letters beyond ASCII."""
         if self.split == "train" and self.chance(0.01):
             return self.rng.choice(ACCENTED)
-        return self.pick(real) if self.chance(0.6) else self.fake().capitalize()
+        return self.pick(real) if self.chance(0.75) else self.fake().capitalize()
 
     def integer(self, small: bool = False) -> int:
         """A number of one to six digits, most of them short; `small` keeps it to two."""
@@ -134,7 +134,7 @@ class Pools:
             if self.allowed(str(value)):
                 return value
 
-    def phrase(self, low: int = 1, high: int = 4) -> str:
+    def phrase(self, low: int = 1, high: int = 3) -> str:
         """A few words in a row, rather fewer than more."""
         return " ".join(self.word() for _ in range(min(self.rng.randint(low, high), self.rng.randint(low, high))))
 
