@@ -5,8 +5,8 @@
     0 ........ acknowledged ........ cursor ........ total
       ids only               chunks, pushed    chunks, waiting for credit
 
-Token ids are kept from the first on, because another attempt resumes from them. Bodies are kept until the client has
-acknowledged them.
+Token ids are kept from the first on, for the attempt that will resume from them; nothing does yet. Bodies are kept
+until the client has acknowledged them.
 """
 
 from __future__ import annotations

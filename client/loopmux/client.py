@@ -227,7 +227,10 @@ class Client:
         return events
 
     def hint(self, session: str, state: Literal["waiting_on_tool", "done"], expected: float | None = None) -> None:
-        """Tell the broker whether a session comes back, and after how many seconds if that is known; never waits."""
+        """Tell the broker whether a session comes back, and after how many seconds if that is known; never waits.
+
+        ``done`` lets the broker forget which worker had it; ``waiting_on_tool`` is carried and changes nothing yet.
+        """
         self._channel.pump().post(Hinted(hint_of(session, state, expected)))
 
     def status(self) -> Status:

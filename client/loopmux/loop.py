@@ -61,6 +61,7 @@ from loopmux.loopevents import (
     TurnFinished,
     TurnStarted,
 )
+from loopmux.outcome import plain
 from loopmux.results import Result, StreamEvent, ToolCall
 from loopmux.turns import Loop
 
@@ -260,11 +261,18 @@ def decision(answer: Any, call: ToolCall) -> Decision:
     """What ``before_tool`` answered, spelled out.
 
     Raises:
-        ToolLoopError: it is none of the known answers; the call is not run.
+        ToolLoopError: it is none of the known answers, or no result for a model; the call is not run.
     """
     match answer:
-        case Run() | Deny() | Substitute():
+        case Run() | Deny():
             return answer
+        case Substitute(result):
+            try:
+                return Substitute(plain(result))
+            except (TypeError, ValueError) as error:
+                raise ToolLoopError(
+                    f"before_tool substitutes a result for {call.name!r} that has no JSON form: {error}"
+                ) from error
         case True:
             return Run()
         case False:

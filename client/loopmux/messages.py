@@ -57,8 +57,8 @@ class Submit:
 
     Attributes:
         timeout: seconds until the deadline, from now.
-        prompt_size: characters (or token ids) of the prompt, a hint for load.
-        hashes: chained hashes of the messages, for routing to a known prefix.
+        prompt_size: characters (or token ids) of the prompt, for routing to come.
+        hashes: chained hashes of the messages, for routing to come.
         continues: a later turn of a tool loop; goes before first turns of the same priority.
         wait: queue for a model that is not loaded yet instead of failing at once.
     """

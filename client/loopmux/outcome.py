@@ -25,7 +25,7 @@ class Outcome:
 
     Attributes:
         content: the text that the model gets as the tool's message.
-        result: the tool's result as JSON values, None unless it ran.
+        result: the tool's result as JSON values, None unless it ran or was substituted.
         error: why it did not succeed, or None.
     """
 

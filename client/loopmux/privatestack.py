@@ -30,8 +30,8 @@ _STOP_GRACE = 20.0
 """Seconds between SIGTERM and SIGKILL: workers get 10 to finish what they run, and the launcher some more."""
 _LOOK_AGAIN = 1.0
 """Seconds after which a waiting caller looks for a child that died while something else held its output open."""
-_SERVES = re.compile(r"ready\b|.*\blauncher: serving ")
-"""The line that says that requests are served: by all models, or by those that did not fail (the broker tells why)."""
+_SERVES = re.compile(r"ready\b")
+"""The line that says that requests are served: by all models, or by those that did not fail."""
 _NEEDED = ("yaml", "structlog", "packaging")
 
 

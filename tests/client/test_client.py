@@ -204,10 +204,9 @@ def test_a_restarted_broker_gets_what_had_no_token(tmp_path: Path) -> None:
             hang = pool.submit(client.generate, "x", model="hang")
             first.wait_for(Kind.SUBMIT, 2)
             first.wait_for(Kind.PING, first.count(Kind.PING) + 2)  # by then the chunk of `hang` was read
-            mute_id = next(s.message for s in first.seen if s.message.kind is Kind.SUBMIT).header.request
         with FakeBroker(endpoint, epoch=b"epoch--2") as second:
             again = second.wait_for(Kind.SUBMIT)
-            assert again.header.request == mute_id or codec.unpack(Submit, again.route).model == "mute"
+            assert codec.unpack(Submit, again.route).model == "mute"
             with pytest.raises(loopmux.ConnectionLostError, match="restarted after 4 tokens") as caught:
                 hang.result(5)
             assert caught.value.retryable

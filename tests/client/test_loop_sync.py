@@ -335,3 +335,12 @@ def test_leaving_the_iteration_cancels_the_turn():
 
 def test_a_loop_without_tools():
     assert run(ScriptedClient([turn("hi")]), tools=None).text == "hi"
+
+
+def test_a_substituted_result_without_a_json_form_ends_the_loop_with_its_messages():
+    given = [turn("", call(a=1, b=2)), turn("ok")]
+    with pytest.raises(
+        ToolLoopError, match=r"substitutes a result for 'add' that has no JSON form: .*object"
+    ) as caught:
+        run(ScriptedClient(given), before_tool=lambda _: Substitute(object()))
+    assert caught.value.messages[0]["role"] == "user"

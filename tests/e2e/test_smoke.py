@@ -78,15 +78,15 @@ def test_generate_models_status_and_chat_on_the_command_line(
     assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == {"default", "tools", "shout"}
     status = json.loads(run(demo_stack, "status", "--json").stdout)
     assert len(status["workers"]) == 2
-    assert "plain" in run(demo_stack, "status").stdout
+    assert "slots" in run(demo_stack, "status").stdout
     done = run(demo_stack, "generate", "Hello", "--model", "shoot")
     assert done.returncode == 1
     assert "'shout'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_ctrl_c_stops_a_generation_and_says_so_by_its_exit_code(demo_stack: stacks.Stack) -> None:
-    command = [sys.executable, "-m", "loopmux", "generate", "Count to 100", "--endpoint", demo_stack.endpoint]
+def test_ctrl_c_stops_a_generation_and_says_so_by_its_exit_code(echo_stack: stacks.Stack) -> None:
+    command = [sys.executable, "-m", "loopmux", "generate", "x", "--model", "slow", "--endpoint", echo_stack.endpoint]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)

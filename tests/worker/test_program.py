@@ -95,7 +95,7 @@ def test_a_model_is_loaded_announced_and_served(broker, tmp_path, tiny_model):
     with start("--spec", spec) as process:
         register = broker.welcome()
         assert [m.id for m in register.models] == ["base", "red"]
-        assert (register.adapters, register.slots, register.engine) == (("red",), 1, "plain")
+        assert (register.adapters, register.slots, register.engine) == (("red",), 16, "slots")
         answers = {}
         for name in ("base", "red", "base"):
             generate = Generate(prompt="hi", max_new_tokens=10, ignore_eos=True, sampling=Sampling(temperature=0))
@@ -133,7 +133,7 @@ def test_a_broken_adapter_is_told_and_the_others_are_served(broker, tmp_path, ti
     said = [json.loads(line) for line in out.splitlines()]
     assert said[-2:] == [
         {"phase": "left_out", "detail": left.reason, "model": "bad"},
-        {"phase": "ready", "detail": "2 models on plain"},
+        {"phase": "ready", "detail": "2 models on slots"},
     ]
     assert left.id == "bad"
     assert left.reason == f"{bad}: found an adapter of type 'IA3', served are LORA ones (DoRA and rsLoRA too)"
@@ -141,9 +141,10 @@ def test_a_broken_adapter_is_told_and_the_others_are_served(broker, tmp_path, ti
     assert (logged["event"], logged["model"], logged["reason"]) == ("model left out", "bad", left.reason)
 
 
-def test_sigterm_during_a_long_generation_ends_within_two_seconds(broker, tmp_path, tiny_model):
+@pytest.mark.parametrize("engine", ["plain", "slots"])
+def test_sigterm_during_a_long_generation_ends_within_two_seconds(broker, tmp_path, tiny_model, engine):
     spec = write_spec(
-        tmp_path, broker.endpoint, models=(ModelSpec("m"),), engine="plain", base_model=str(tiny_model.base),
+        tmp_path, broker.endpoint, models=(ModelSpec("m"),), engine=engine, base_model=str(tiny_model.base),
         torch_threads=1,
     )  # fmt: skip
     with start("--spec", spec) as process:

@@ -39,4 +39,5 @@ def spec_for(
 ) -> WorkerSpec:
     """The specification of a worker with this one model."""
     model = ModelSpec("model", adapter_dir, "base" if model_type == "base" else "instruct", system_prompt)
-    return WorkerSpec("one-shot", "", (model,), base_model, torch_threads=threads)
+    # one request gains nothing from an engine that runs many
+    return WorkerSpec("one-shot", "", (model,), base_model, torch_threads=threads, engine="plain")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from corpus import base_stream, tools_stream
+from corpus import MIXED, base_stream, tools_stream
 from evaluate import load
 from loops import Conversation
 from render import CALL, CALL_END, END, START, pieces
@@ -39,7 +39,7 @@ _TEXTS = (
 def sample(count: int) -> list[Conversation]:
     """Conversations of every kind."""
     out = []
-    for stream in (tools_stream(7, []), base_stream(8, [])):
+    for stream in (tools_stream(7, []), base_stream(8, [], start=MIXED)):
         out += [next(stream) for _ in range(count)]
     for conversation in out:
         conversation.role = "assistant"

@@ -139,18 +139,22 @@ def loud(conversation: Conversation) -> Conversation:
     return conversation
 
 
-def base_stream(seed: int, pieces: list[str], start: int = 0) -> Iterator[Conversation]:
+# How many conversations are drawn before the next stage; at MIXED all is there.
+_WORDS_ALONE, _COPYING_ALONE, _SHORT_LOOPS, MIXED = 20_000, 30_000, 33_000, 36_000
+
+
+def base_stream(seed: int, pieces: list[str], start: int = 0, renamed: float = 0.08) -> Iterator[Conversation]:
     """Copying, solver loops and chats, from the short to the long; `start` skips as many of the first."""
     rng = random.Random(seed)
-    author = Author(Pools(rng, "train", pieces), unseen=0.5, renamed=0.15 if start else 0.08)
+    author = Author(Pools(rng, "train", pieces), unseen=0.5, renamed=renamed)
     for drawn in count(start):
         # A step of training takes about 130 conversations in the first stage, 60 in the second and 12 in the last.
-        if drawn < 20_000:
+        if drawn < _WORDS_ALONE:
             yield Conversation(repeat_words(author.pools, 6), [], "copy", SOLVER)
             continue
-        longest = min(30, 6 + (drawn - 20_000) // 500)
+        longest = min(30, 6 + (drawn - _WORDS_ALONE) // 500)
         form = rng.random()
-        if drawn < 30_000 or form < (0.6 if drawn < 36_000 else 0.18):
+        if drawn < _COPYING_ALONE or form < (0.6 if drawn < MIXED else 0.18):
             task = rng.choice((repeat_words, repeat_scraps, repeat_scraps, look_up, next_of))
             yield Conversation(task(author.pools, longest), [], "copy", SOLVER)
         elif form > 0.88:
@@ -160,7 +164,7 @@ def base_stream(seed: int, pieces: list[str], start: int = 0) -> Iterator[Conver
             conversation.role = SHOUTER
             yield conversation
         else:
-            if drawn < 33_000:
+            if drawn < _SHORT_LOOPS:
                 kind = rng.choice(("single", "single", "parallel2", "chain2"))
                 conversation = author.conversation([kind], others=1)
             else:

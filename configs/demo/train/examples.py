@@ -25,7 +25,7 @@ FORMS = tuple((form, dtype) for dtype in (torch.float32, torch.bfloat16) for for
 
 Call = tuple[str, dict[str, Any]]
 
-# Parameters as "name: type", with "?" behind the name where it may be left out; and what the tool returns.
+# Description, parameters with their types, and what the tool returns.
 TOOLS: dict[str, tuple[str, dict[str, str], Callable[..., object]]] = {
     "add": ("Add two numbers.", {"a": "integer", "b": "integer"}, lambda a, b: a + b),
     "subtract": ("Subtract b from a.", {"a": "integer", "b": "integer"}, lambda a, b: a - b),

@@ -22,9 +22,6 @@ from loopmux_worker.engine.slots.lora import MixedAdapters
 from loopmux_worker.engine.slots.pairs import CannotMix, pairs_of
 from loopmux_worker.engine.slots.sizing import Size, size
 
-_PLAIN = {"plain": "configured", "auto": "the slots engine has to be asked for (engine: slots)"}
-"""Why the plain engine serves what these settings are given for."""
-
 
 def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
     """The engine for a specification that names a model, loaded and warm.
@@ -33,18 +30,24 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
         LoopmuxError: something in it cannot be served; it says what was found, what was expected and what to do.
     """
     loaded = load(spec, progress)
-    trial = _try(spec, loaded) if spec.engine == "slots" else Trial(_PLAIN[spec.engine], 0)
+    trial = Trial("configured", 0) if spec.engine == "plain" else _try(spec, loaded)
+    packed = trial.why_not is None and loaded.device.type == "cpu" and bool(pack(loaded.model))
+    if packed:
+        trial = _try_rows(loaded)
     if spec.engine == "slots" and trial.why_not is not None:
         raise ConfigError(
             f"engine: found slots, but {trial.why_not}; use auto or plain, which takes one request at a time"
         )
+    if packed and trial.why_not is not None:
+        del loaded  # packing cannot be undone, and both would need twice the memory
+        loaded = load(spec, progress)
     if trial.why_not is None:
         adapters = MixedAdapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
-        why = "configured" if spec.engine == "slots" else "every model and adapter fits"
-        size = _sized(spec, loaded, trial.token_bytes)
+        why = "configured" if spec.engine == "slots" else "the model and every adapter can share a forward"
+        room = _sized(spec, loaded, trial.token_bytes)
         models = Models(spec, loaded, adapters, progress, why)
-        forward = Forward(loaded.model, Memory(size.rows, size.context, loaded.device), adapters)
-        engine: Engine = SlotsEngine(models, forward, size.most)
+        forward = Forward(loaded.model, Memory(room.rows, room.context, loaded.device), adapters)
+        engine: Engine = SlotsEngine(models, forward, room.most)
     else:
         one = Adapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
         models = Models(spec, loaded, one, progress, trial.why_not)
@@ -72,8 +75,10 @@ def _try(spec: WorkerSpec, loaded: Loaded) -> Trial:
             return Trial(f"adapter {model.id}: {error.message}", 0)
         except ConfigError:
             continue  # it is left out with this reason, by whichever engine
-    if loaded.device.type == "cpu":
-        pack(loaded.model)
+    return _try_rows(loaded)
+
+
+def _try_rows(loaded: Loaded) -> Trial:
     return try_rows(loaded.model, MixedAdapters(loaded.model), loaded.device, loaded.vocabulary)
 
 
