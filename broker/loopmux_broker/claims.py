@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -70,15 +71,34 @@ class Claim:
         if not stat.S_ISSOCK(mode):
             self.release()
             raise ConfigError(f"{self.path} exists and is no socket: expected a free path, choose another --endpoint")
+        if _answers(self.path):
+            self.release(theirs=True)
+            raise BusyError(
+                f"ipc://{self.path} is held by a running program that is no broker of ours: stop it, or choose another "
+                "--endpoint"
+            )
         self.path.unlink()
 
-    def release(self) -> None:
-        """Give the path up. The socket itself must be closed by now."""
+    def release(self, *, theirs: bool = False) -> None:
+        """Give the path up. The socket itself must be closed by now, unless it is `theirs`, which stays."""
         with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISSOCK(self.path.lstat().st_mode):
+            if not theirs and stat.S_ISSOCK(self.path.lstat().st_mode):
                 self.path.unlink()
         self.lock.unlink(missing_ok=True)
         os.close(self._descriptor)
         if self._made_folder:
             with contextlib.suppress(OSError):  # not empty: somebody else uses it too
                 self.path.parent.rmdir()
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens on a socket's path."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True  # too slow, or not for us: either way somebody is there
+    return True

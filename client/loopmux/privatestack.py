@@ -48,7 +48,7 @@ def launcher_command() -> list[str]:
     if missing:
         raise ConfigError(
             f"no broker is running, and starting one needs {', '.join(missing)}, which {sys.executable} does not have: "
-            "install it with  pip install 'loopmux[server]'"
+            "install Loopmux with its extra [server], in its source folder  pip install '.[server]'"
         )
     return [sys.executable, "-m", "loopmux_launcher"]
 

@@ -17,7 +17,7 @@ def run(name: str, module: str) -> int:
     except ModuleNotFoundError as error:
         print(
             f"{name}: needs {error.name}, which {sys.executable} does not have: "
-            "install it with  pip install 'loopmux[server]'",
+            "install Loopmux with its extra [server], in its source folder  pip install '.[server]'",
             file=sys.stderr,
         )
         return 1

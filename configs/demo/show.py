@@ -54,6 +54,7 @@ def stack(config: Path, folder: Path) -> Iterator[str]:
     endpoint = f"ipc://{folder / 'client.ipc'}"
     command = [sys.executable, "-m", "loopmux", "up", "--config", str(config), "--endpoint", endpoint]
     print("$ loopmux " + " ".join(command[3:]))
+    command += ["--parent-pid", str(os.getpid())]  # so that nothing outlives this program, however it ends
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     assert process.stdout is not None
     watchdog = threading.Timer(START_LIMIT, process.kill)
@@ -199,5 +200,18 @@ def main() -> int:
     return 0
 
 
+def _ended(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, _ended)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\n  interrupted", file=sys.stderr)
+        sys.exit(130)
+    except loopmux.LoopmuxError as failure:
+        print(f"  the show failed: {failure}", file=sys.stderr)
+        sys.exit(1)

@@ -88,7 +88,8 @@ def locate(environment: Environment, folder: Path) -> Path:
     built = read_marker(folder / environment.name / identity(environment, interpreters.find(environment.python)))
     if built is None:
         raise EnvironmentUnusable(
-            f"environment {environment.name} is not built: run  loopmux env build {environment.name}"
+            f"environment {environment.name} is not built: run  loopmux env build {environment.name}  "
+            "(with the same --config)"
         )
     return built.python
 

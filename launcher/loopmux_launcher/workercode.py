@@ -51,7 +51,9 @@ def _collect() -> dict[str, bytes]:
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise ModuleNotFoundError(f"found no package {package} beside loopmux_launcher: install loopmux[server]")
+            raise ModuleNotFoundError(
+                f"found no package {package} beside loopmux_launcher: install Loopmux with its extra [server]"
+            )
         origin = Path(spec.submodule_search_locations[0])
         files |= {os.path.join(package, name): content for name, content in _read(origin).items()}  # noqa: PTH118
     return files

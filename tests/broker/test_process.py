@@ -15,6 +15,7 @@ import pytest
 from brokerwire import Peer, broker, command, fails, settings, until
 from loopmux.errors import ConfigError
 from loopmux.wire import Kind
+from loopmux_broker.claims import BusyError, Claim
 from loopmux_broker.config import BrokerConfig, load
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +61,21 @@ def test_a_busy_path_names_its_holder_and_the_remedy(endpoint: str) -> None:
         assert "choose another --endpoint" in written
         assert len(written.splitlines()) == 1
         assert client.alive()
+
+
+def test_a_socket_that_another_program_listens_on_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "c.ipc"
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(path))
+        theirs.listen()
+        with pytest.raises(BusyError, match="held by a running program that is no broker of ours"):
+            Claim(path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["c.ipc"]
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(str(path))
+    claim = Claim(path)  # nobody listens any more
+    claim.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_broker_left_is_replaced(endpoint: str) -> None:

@@ -56,7 +56,7 @@ def test_a_missing_extra_prints_the_install_line(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["up"]) == cli.EXIT_FAILURE
-    assert "pip install 'loopmux[server]'" in capsys.readouterr().err
+    assert "pip install '.[server]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", list(delegate.PROGRAMS))
@@ -106,7 +106,7 @@ def test_programs_in_an_environment_with_the_client_alone_say_what_to_install(mo
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "pip install 'loopmux[server]'" in done.stderr
+    assert "pip install '.[server]'" in done.stderr
 
 
 def test_a_full_disk_behind_the_output_is_one_clear_line(tmp_path: Path) -> None:

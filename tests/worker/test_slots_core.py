@@ -345,7 +345,7 @@ def test_whatever_happens_every_token_is_computed_once_in_order_over_a_true_hist
 
 
 def test_without_running_streams_a_step_is_as_large_as_it_may_be():
-    assert Pace().budget(0) == LARGEST
+    assert Pace().budget(0, 1) == LARGEST
 
 
 def test_a_chunk_takes_about_as_long_as_the_streams_beside_it():
@@ -353,7 +353,17 @@ def test_a_chunk_takes_about_as_long_as_the_streams_beside_it():
     pace.note(0, 512, 1.0)
     for _ in range(20):
         pace.note(8, 0, 0.05)
-    assert 20 <= pace.budget(8) <= 30
+    assert 20 <= pace.budget(8, 1) <= 30
     for _ in range(20):
         pace.note(8, 25, 0.15)
-    assert 10 <= pace.budget(8) <= 16
+    assert 10 <= pace.budget(8, 1) <= 16
+
+
+def test_many_that_wait_for_a_first_token_outweigh_the_pause_of_a_few():
+    pace = Pace()
+    pace.note(0, 512, 1.0)
+    pace.note(4, 0, 0.05)
+    alone = pace.budget(4, 1)
+    assert pace.budget(4, 4) == alone
+    assert pace.budget(4, 12) == pytest.approx(3 * alone, abs=3)
+    assert pace.budget(1, 100) == LARGEST

@@ -49,7 +49,7 @@ def run(name: str, arguments: list[str]) -> int:
     if missing:
         raise LoopmuxError(
             f"`loopmux {name}` needs {', '.join(missing)}, which {sys.executable} does not have: "
-            f"install it with  pip install 'loopmux[{program.extra}]'"
+            f"install Loopmux with its extra [{program.extra}], in its source folder  pip install '.[{program.extra}]'"
         )
     sys.stdout.flush()
     sys.stderr.flush()

@@ -47,7 +47,7 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
         room = _sized(spec, loaded, trial.token_bytes)
         models = Models(spec, loaded, adapters, progress, why)
         forward = Forward(loaded.model, Memory(room.rows, room.context, loaded.device), adapters)
-        engine: Engine = SlotsEngine(models, forward, room.most)
+        engine: Engine = SlotsEngine(models, forward, room.most, torch.get_num_threads())
     else:
         one = Adapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
         models = Models(spec, loaded, one, progress, trial.why_not)

@@ -6,6 +6,7 @@ sample, hand out.
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 
@@ -56,10 +57,13 @@ class SlotsEngine:
         models: what is served.
         forward: runs the model over its KV rows.
         most: requests that run at once.
+        threads: that the thread which steps computes with.
     """
 
-    def __init__(self, models: Models, forward: Forward, most: int) -> None:
+    def __init__(self, models: Models, forward: Forward, most: int, threads: int) -> None:
         self._models, self._forward, self._memory, self._most = models, forward, forward.memory, most
+        self._threads = threads
+        self._owner = 0  # the thread that steps, once there is one
         self._scheduler = Scheduler(Rows(forward.memory.rows), most)
         self._pace = Pace()
         self._tasks: dict[Key, Task] = {}
@@ -128,9 +132,12 @@ class SlotsEngine:
 
     @torch.inference_mode()
     def _advance(self) -> list[Output]:
+        if self._owner != threading.get_ident():
+            self._owner = threading.get_ident()
+            torch.set_num_threads(self._threads)  # which holds for the thread that says it
         began = time.monotonic()
         decoding = self._scheduler.decoding
-        budget = self._pace.budget(decoding)
+        budget = self._pace.budget(decoding, len(self._scheduler) - decoding)
         plan = Plan()
         copies = self._scheduler.admit(budget, began)
         try:

@@ -12,20 +12,23 @@ _MEMORY = 0.8
 class Pace:
     """Keeps a step with a chunk of a prompt within about twice the time of one without.
 
-    So nobody's stream pauses for longer than one more token takes, whatever is sent to the engine meanwhile.
+    So nobody's stream pauses for longer than one more token takes, whatever is sent to the engine meanwhile. Where more
+    requests wait for their first token than streams would pause for them, a step may take longer in that proportion: a
+    pause of one stream weighs no more than the same time of waiting for each of the others.
     """
 
     def __init__(self) -> None:
         self._step: float | None = None  # seconds of a step that only decodes
         self._token: float | None = None  # seconds of one prompt token in a step of many
 
-    def budget(self, decoding: int) -> int:
-        """Prompt tokens for the next step, with so many streams decoding beside them."""
+    def budget(self, decoding: int, waiting: int) -> int:
+        """Prompt tokens for the next step, with so many streams decoding and requests without a first token."""
         if not decoding:
             return LARGEST
         if self._step is None or self._token is None:
             return _SMALLEST * 4
-        return max(_SMALLEST, min(LARGEST, int(self._step / self._token)))
+        share = max(1.0, waiting / decoding)
+        return max(_SMALLEST, min(LARGEST, int(share * self._step / self._token)))
 
     def note(self, decoding: int, prompt: int, seconds: float) -> None:
         """A step took so many seconds for ``decoding`` streams and ``prompt`` tokens."""
