@@ -5,6 +5,12 @@ from __future__ import annotations
 LARGEST = 512
 """Tokens of a step without running streams: enough to be computed at full speed, short enough to stay answerable."""
 _SMALLEST = 16
+_WEIGHT = 4
+"""How much worse it is to wait for a first token than to wait between two: small chunks make many steps of few streams,
+and all of them end later."""
+_TELLING = 64
+"""Tokens from which a chunk says what a token costs. A smaller one costs its step something fixed as well; taken for
+the price of its tokens, that would make the next chunk smaller still."""
 _MEMORY = 0.8
 """Share of the old estimate that a new measurement leaves."""
 
@@ -12,9 +18,9 @@ _MEMORY = 0.8
 class Pace:
     """Keeps a step with a chunk of a prompt within about twice the time of one without.
 
-    So nobody's stream pauses for longer than one more token takes, whatever is sent to the engine meanwhile. Where more
-    requests wait for their first token than streams would pause for them, a step may take longer in that proportion: a
-    pause of one stream weighs no more than the same time of waiting for each of the others.
+    So nobody's stream pauses for longer than one more token takes, whatever is sent to the engine meanwhile. Where
+    more than a few wait for their first token, a step may take longer in proportion to how many they are for each
+    stream that would pause.
     """
 
     def __init__(self) -> None:
@@ -27,7 +33,7 @@ class Pace:
             return LARGEST
         if self._step is None or self._token is None:
             return _SMALLEST * 4
-        share = max(1.0, waiting / decoding)
+        share = max(1.0, _WEIGHT * waiting / decoding)
         return max(_SMALLEST, min(LARGEST, int(share * self._step / self._token)))
 
     def note(self, decoding: int, prompt: int, seconds: float) -> None:
@@ -36,7 +42,7 @@ class Pace:
             self._step = _mixed(self._step, seconds)
         elif not decoding or self._step is not None:
             rest = seconds - (self._step or 0.0 if decoding else 0.0)
-            if prompt >= _SMALLEST and rest > 0:
+            if prompt >= _TELLING and rest > 0:
                 self._token = _mixed(self._token, rest / prompt)
 
 
