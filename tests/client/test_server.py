@@ -203,7 +203,7 @@ def test_a_stack_that_cannot_start_tells_its_last_lines(home: Path, tmp_path: Pa
 
 def test_a_missing_extra_names_the_install_line(home: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(privatestack, "_NEEDED", ("yaml", "no_such_package_here"))
-    with pytest.raises(ConfigError, match=r"needs no_such_package_here.*pip install 'loopmux\[server\]'"):
+    with pytest.raises(ConfigError, match=r"needs no_such_package_here.*pip install .\.\[server\]."):
         server.ensure_running("default")
 
 

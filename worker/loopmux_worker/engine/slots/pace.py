@@ -9,8 +9,7 @@ _WEIGHT = 4
 """How much worse it is to wait for a first token than to wait between two: small chunks make many steps of few streams,
 and all of them end later."""
 _TELLING = 64
-"""Tokens from which a chunk says what a token costs. A smaller one costs its step something fixed as well; taken for
-the price of its tokens, that would make the next chunk smaller still."""
+"""Tokens from which a chunk says what a token costs."""
 _MEMORY = 0.8
 """Share of the old estimate that a new measurement leaves."""
 
@@ -21,11 +20,14 @@ class Pace:
     So nobody's stream pauses for longer than one more token takes, whatever is sent to the engine meanwhile. Where
     more than a few wait for their first token, a step may take longer in proportion to how many they are for each
     stream that would pause.
+
+    A step with a chunk is taken to last as long as one without, plus something fixed, plus so much for each token.
     """
 
     def __init__(self) -> None:
         self._step: float | None = None  # seconds of a step that only decodes
         self._token: float | None = None  # seconds of one prompt token in a step of many
+        self._fixed = 0.0  # seconds that a chunk of any size adds to a step
 
     def budget(self, decoding: int, waiting: int) -> int:
         """Prompt tokens for the next step, with so many streams decoding and requests without a first token."""
@@ -33,17 +35,18 @@ class Pace:
             return LARGEST
         if self._step is None or self._token is None:
             return _SMALLEST * 4
-        share = max(1.0, _WEIGHT * waiting / decoding)
-        return max(_SMALLEST, min(LARGEST, int(share * self._step / self._token)))
+        spare = max(1.0, _WEIGHT * waiting / decoding) * self._step - self._fixed
+        return max(_SMALLEST, min(LARGEST, int(spare / self._token)))
 
     def note(self, decoding: int, prompt: int, seconds: float) -> None:
         """A step took so many seconds for ``decoding`` streams and ``prompt`` tokens."""
         if not prompt:
             self._step = _mixed(self._step, seconds)
-        elif not decoding or self._step is not None:
-            rest = seconds - (self._step or 0.0 if decoding else 0.0)
-            if prompt >= _TELLING and rest > 0:
-                self._token = _mixed(self._token, rest / prompt)
+        elif not decoding:
+            if prompt >= _TELLING:
+                self._token = _mixed(self._token, seconds / prompt)
+        elif self._step is not None and self._token is not None:
+            self._fixed = _mixed(self._fixed, max(0.0, seconds - self._step - self._token * prompt))
 
 
 def _mixed(old: float | None, new: float) -> float:
