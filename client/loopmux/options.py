@@ -61,8 +61,8 @@ class Options(Defaults, total=False):
 
     ``timeout`` is the total deadline in seconds; ``idle_timeout`` ends a stream that has begun and then brings no token
     for that long. ``model`` defaults to "default", ``max_new_tokens`` to 256, ``temperature`` to 0.7. An option that is
-    None counts as not given. ``continues`` is set by the tool loop for a later
-    turn; ``hashes``, chained ones of the messages, are for routing to come and change nothing yet.
+    None counts as not given. ``continues`` is set by the tool loop for a later turn;
+    ``hashes``, chained ones of the messages, are for routing to come and change nothing yet.
     """
 
     timeout: float

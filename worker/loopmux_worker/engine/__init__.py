@@ -44,8 +44,8 @@ def _in_passing(make: Callable[[], Engine]) -> Engine:
     """Call something in a thread that ends with it.
 
     libgomp keeps a team of threads for every thread that has computed, and once all teams together are more than the
-    cores it sends them to sleep between any two operations. A step then took 28 ms instead of 18 (110 M parameters,
-    2 cores), so the thread that loads must not stay beside the one that steps.
+    cores it sends them to sleep between any two operations, so the thread that loads must not stay beside the one that
+    steps.
     """
     made: Future[Engine] = Future()
 
