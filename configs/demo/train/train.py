@@ -146,8 +146,7 @@ def attention_in_fp32(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention outside autocast: (rows, heads, length, size) in, (rows, length, heads, size) out.
 
-    On a CPU the backward pass of bf16 attention is the slowest part of a step and that of fp32 is not; with linear
-    layers in bf16 a step takes two thirds of the time it takes in fp32.
+    On a CPU the backward pass of bf16 attention is the slowest part of a step and that of fp32 is not.
     """
     with torch.autocast("cpu", enabled=False):
         out = torch.nn.functional.scaled_dot_product_attention(
