@@ -46,6 +46,7 @@ class Group:
     length: int
     tokens: slice
     positions: Tensor  # (segments, count): absolute position of each query
+    even: bool  # whether all states are that long
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None, folded: int) -> Tensor | None:
@@ -55,7 +56,7 @@ class Group:
         return self.masks[window]
 
     def _mask(self, window: int | None, folded: int) -> Tensor | None:
-        if self.count == 1 and window is None and bool((self.positions == self.length - 1).all()):
+        if self.count == 1 and window is None and self.even:
             return None
         keys = torch.arange(self.length, device=self.positions.device)
         seen = keys <= self.positions[..., None]
@@ -111,7 +112,8 @@ class Memory:
             positions = torch.tensor([range(s.start, s.start + count) for s in members], device=self.device)
             length = max(s.start + count for s in members)
             tokens = slice(start, len(places))
-            groups.append(Group(members[0].row, members[-1].row + 1, count, length, tokens, positions))
+            even = all(s.start + count == length for s in members)  # worked out here: a GPU would have to be waited for
+            groups.append(Group(members[0].row, members[-1].row + 1, count, length, tokens, positions, even))
         self.layout = Layout(torch.tensor(places, device=self.device), tuple(groups))
 
     def attend(
