@@ -59,9 +59,9 @@ def critical(freedom):
     ],
     ids=str,
 )
-def test_draws_follow_the_distribution(filters):
+def test_draws_follow_the_distribution(filters, device):
     found = Counter()
-    logits = torch.tensor(LOGITS).expand(ROWS, -1)
+    logits = torch.tensor(LOGITS, device=device).expand(ROWS, -1)
     every = draws(DRAWS, **filters)
     for start in range(0, DRAWS, ROWS):
         found.update(drawing.choose(logits, every[start : start + ROWS])[0].tolist())
@@ -77,8 +77,8 @@ def test_draws_follow_the_distribution(filters):
     assert sum(found[i] for i in rare) <= 20
 
 
-def test_a_quantile_finds_its_token_in_order_of_the_ids():
-    logits = torch.zeros(4, 1000)
+def test_a_quantile_finds_its_token_in_order_of_the_ids(device):
+    logits = torch.zeros(4, 1000, device=device)
     quantiles = [0.0, 0.25, 0.4999, 1 - 2**-53]
     chosen, best = drawing.choose(logits, [Draw(1.0, None, 1.0, 0.0, quantile) for quantile in quantiles])
     assert chosen.tolist() == [0, 250, 499, 999]
@@ -87,17 +87,17 @@ def test_a_quantile_finds_its_token_in_order_of_the_ids():
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 255, 256, 257, 5000])
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.999999}, {"top_k": 300}, {"top_k": 4999, "top_p": 0.9}], ids=str)
-def test_any_width_holds_the_first_and_the_last_quantile(vocabulary, filters):
+def test_any_width_holds_the_first_and_the_last_quantile(vocabulary, filters, device):
     fields = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, **filters}
     pair = [Draw(**fields, quantile=0.0), Draw(**fields, quantile=1 - 2**-53)]
-    (first, last), _ = drawing.choose(torch.zeros(2, vocabulary), pair)
+    (first, last), _ = drawing.choose(torch.zeros(2, vocabulary, device=device), pair)
     part = math.ceil(min(vocabulary, fields["top_k"] or vocabulary) * fields["top_p"])
     assert (int(first), int(last)) == (0, part - 1)
 
 
-def test_ranking_puts_equals_in_the_order_of_their_ids_whatever_the_count():
+def test_ranking_puts_equals_in_the_order_of_their_ids_whatever_the_count(device):
     torch.manual_seed(5)
-    logits = torch.randn(3, 2000).bfloat16().float()  # some 400 different values
+    logits = torch.randn(3, 2000).bfloat16().float().to(device)  # some 400 different values
     logits[1, ::2] = -math.inf
     reference = [sorted(range(2000), key=lambda i, row=row: (-row[i], i)) for row in logits.tolist()]
     for count in (0, 1, 7, 500, 2000):

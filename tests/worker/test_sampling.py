@@ -14,13 +14,13 @@ def sampler(sampling, seed=1, **more):
     return Sampler(sampling, seed=seed, vocabulary=len(LOGITS), **more)
 
 
-def adjusted(chooser):
-    return _adjusted(LOGITS.unsqueeze(0), [chooser])[0]
+def adjusted(chooser, device):
+    return _adjusted(LOGITS.to(device).unsqueeze(0), [chooser])[0].cpu()
 
 
-def test_top_p_is_exact_where_the_first_candidates_do_not_hold_it():
-    logits = torch.zeros(500, 5000)
-    chooser = Sampler(Sampling(temperature=1.0, top_p=0.5), seed=3, vocabulary=5000)
+def test_top_p_is_exact_where_the_first_candidates_do_not_hold_it(device):
+    logits = torch.zeros(500, 5000, device=device)
+    chooser = Sampler(Sampling(temperature=1.0, top_p=0.5), seed=3, vocabulary=5000, device=device)
     picks = [choose_rows(logits, [chooser] * 500, range(start, start + 500)) for start in range(0, 3000, 500)]
     tokens = {pick.token for batch in picks for pick in batch}
     # flat: half of 5000 tokens take part, and equals rank by id; 3000 draws find some 70 % of them
@@ -55,25 +55,27 @@ def test_a_request_without_a_seed_has_the_same_one_in_every_attempt():
     assert seed_of(Sampling(seed=5), b"a" * 16) == 5
 
 
-def test_penalties_by_their_formulas():
-    chooser = sampler(Sampling(temperature=0, repetition_penalty=2.0), prompt=[0, 4])
+def test_penalties_by_their_formulas(device):
+    chooser = sampler(Sampling(temperature=0, repetition_penalty=2.0), prompt=[0, 4], device=device)
     # token 0: 2.0 / 2 = 1.0 is no more than token 1's 1.0, and greedy takes the first best
     chooser.note(1)
-    assert torch.equal(adjusted(chooser), torch.tensor([1.0, 0.5, 0.5, 0.0, -2.0, -3.0]))
-    chooser = sampler(Sampling(presence_penalty=0.5, frequency_penalty=0.25), prompt=[2])
+    assert torch.equal(adjusted(chooser, device), torch.tensor([1.0, 0.5, 0.5, 0.0, -2.0, -3.0]))
+    chooser = sampler(Sampling(presence_penalty=0.5, frequency_penalty=0.25), prompt=[2], device=device)
     for token in (0, 0, 1):
         chooser.note(token)
-    assert torch.equal(adjusted(chooser), torch.tensor([1.0, 0.25, 0.5, 0.0, -1.0, -3.0]))
+    assert torch.equal(adjusted(chooser, device), torch.tensor([1.0, 0.25, 0.5, 0.0, -1.0, -3.0]))
 
 
-def test_logit_bias_moves_the_choice():
-    assert sampler(Sampling(temperature=0, logit_bias={"5": 10.0})).choose(LOGITS, 0).token == 5
+def test_logit_bias_moves_the_choice(device):
+    chooser = sampler(Sampling(temperature=0, logit_bias={"5": 10.0}), device=device)
+    assert chooser.choose(LOGITS.to(device), 0).token == 5
     with pytest.raises(BadRequestError, match=r"found token 6, expected ids below 6"):
         sampler(Sampling(logit_bias={"6": 1.0}))
 
 
-def test_log_probabilities_are_the_models_own():
-    pick = sampler(Sampling(temperature=0, logit_bias={"5": 10.0}), logprobs=2).choose(LOGITS, 0)
+def test_log_probabilities_are_the_models_own(device):
+    chooser = sampler(Sampling(temperature=0, logit_bias={"5": 10.0}), logprobs=2, device=device)
+    pick = chooser.choose(LOGITS.to(device), 0)
     reference = torch.log_softmax(LOGITS, 0)
     assert pick.logprob.token == 5
     assert pick.logprob.logprob == pytest.approx(float(reference[5]))
@@ -90,8 +92,8 @@ def test_logits_that_are_no_numbers_are_an_error_with_the_position(bad):
         sampler(Sampling()).choose(logits, 7)
 
 
-def test_impossible_tokens_are_never_drawn():
-    logits = torch.full((6,), -torch.inf)
+def test_impossible_tokens_are_never_drawn(device):
+    logits = torch.full((6,), -torch.inf, device=device)
     logits[4] = 0.0
-    chooser = sampler(Sampling(temperature=100.0))
+    chooser = sampler(Sampling(temperature=100.0), device=device)
     assert {chooser.choose(logits, i).token for i in range(200)} == {4}

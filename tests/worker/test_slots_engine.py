@@ -62,40 +62,45 @@ PROMPTS = [[(13 * i * i + 5 * i + n) % 250 for i in range(length)] for n, length
 WANTED = 48
 
 
-def folder_of(tmp_path_factory: pytest.TempPathFactory, name: str) -> Any:
+@pytest.fixture(scope="module", params=list(SHAPES))
+def folder(request, tmp_path_factory):
     """A random model whose greedy answers are not stuck: a model that repeats itself proves nothing."""
     for seed in range(40):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=torch.float32).eval()
-        answers = [greedy(model, prompt) for prompt in PROMPTS]
-        if min(len(set(answer)) for answer in answers) >= 20:
+        model = AutoModelForCausalLM.from_config(SHAPES[request.param](), dtype=torch.float32).eval()
+        if min(len(set(greedy(model, prompt))) for prompt in PROMPTS) >= 20:
             break
     else:
-        raise AssertionError(f"no seed gives {name} a varied answer")
+        raise AssertionError(f"no seed gives {request.param} a varied answer")
     folder = tmp_path_factory.mktemp("shape") / "base"
     write_tokenizer(folder)
     model.save_pretrained(folder)
-    return folder, answers
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(folder, device):
+    """What ``generate()`` makes of PROMPTS on the device."""
+    model = loaded(folder, device)
+    return [greedy(model, prompt) for prompt in PROMPTS]
+
+
+def loaded(folder: Any, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
 
 
 @torch.inference_mode()
 def greedy(model: Any, prompt: list[int]) -> list[int]:
     """What ``generate()`` makes of a prompt."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=WANTED,
                           eos_token_id=None, pad_token_id=0)  # fmt: skip
     return made[0, len(prompt) :].tolist()
 
 
-@pytest.fixture(scope="module", params=list(SHAPES))
-def shape(request, tmp_path_factory):
-    """(folder of a random model, its own greedy answers to PROMPTS)."""
-    return folder_of(tmp_path_factory, request.param)
-
-
-def opened(folder: Any, **settings: Any) -> Any:
-    given = {"dtype": "float32", "torch_threads": 1, "engine": "slots", "slots": 8} | settings
-    models = given.pop("models", (ModelSpec("base", model_type="completion"),))
+def opened(folder: Any, device: str, **settings: Any) -> Any:
+    given = {"device": device, "dtype": "float32", "torch_threads": 1, "engine": "slots", "slots": 8} | settings
+    models = given.pop("models", (ModelSpec("base", model_type="base"),))
     return open_engine(WorkerSpec("w", "", models, str(folder), **given), lambda *_: None)
 
 
@@ -107,7 +112,9 @@ def job(prompt: list[int], **more: Any) -> Job:
                prefix)  # fmt: skip
 
 
-def collect(engine: Any, jobs: list[Job], every: int = 0) -> list[tuple[list[int], Finished | Failed]]:
+def collect(
+    engine: Any, jobs: list[Job], every: int = 0, logprobs: dict[Key, list[float]] | None = None
+) -> list[tuple[list[int], Finished | Failed]]:
     """Tokens and end of each job; a new one is submitted every ``every`` steps, or all at once."""
     tokens: dict[Key, list[int]] = {one.key: [] for one in jobs}
     ends: dict[Key, Finished | Failed] = {}
@@ -124,15 +131,16 @@ def collect(engine: Any, jobs: list[Job], every: int = 0) -> list[tuple[list[int
                     next(j for j in jobs if j.key == output.key).prefix
                 )
                 tokens[output.key] += output.ids
+                if logprobs is not None:
+                    logprobs.setdefault(output.key, []).extend(one.logprob for one in output.logprobs)
             else:
                 ends[output.key] = output
         step += 1
     return [(tokens[one.key], ends[one.key]) for one in jobs]
 
 
-def test_every_shape_gives_the_tokens_of_generate_alone_mixed_and_late(shape):
-    folder, answers = shape
-    engine = opened(folder)
+def test_every_shape_gives_the_tokens_of_generate_alone_mixed_and_late(folder, device, answers):
+    engine = opened(folder, device)
     assert engine.describe().engine == "slots"
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         ((tokens, _),) = collect(engine, [job(prompt)])
@@ -141,9 +149,8 @@ def test_every_shape_gives_the_tokens_of_generate_alone_mixed_and_late(shape):
     assert [tokens for tokens, _ in collect(engine, [job(p) for p in PROMPTS], every=3)] == answers
 
 
-def test_every_shape_goes_on_from_its_own_rows(shape):
-    folder, answers = shape
-    engine = opened(folder)
+def test_every_shape_goes_on_from_its_own_rows(folder, device, answers):
+    engine = opened(folder, device)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         half = WANTED // 2
         ((tokens, end),) = collect(engine, [job(prompt, session="s", max_new_tokens=half)])
@@ -153,23 +160,46 @@ def test_every_shape_goes_on_from_its_own_rows(shape):
         assert end.usage.cached_tokens >= len(prompt) + half - 1 or len(prompt) + half - 1 < 16
 
 
-def test_every_shape_is_the_same_in_chunks_of_any_size(shape, monkeypatch):
-    folder, answers = shape
-    engine = opened(folder)
+def test_every_shape_is_the_same_in_chunks_of_any_size(folder, device, answers, monkeypatch):
+    engine = opened(folder, device)
     for budget in (1, 2, 7, 16, 33):
-        monkeypatch.setattr(engine._pace, "budget", lambda _, budget=budget: budget)
+        monkeypatch.setattr(engine._pace, "budget", lambda *_, budget=budget: budget)
         fresh = [[*prompt] for prompt in PROMPTS]
         assert [tokens for tokens, _ in collect(engine, [job(p) for p in fresh])] == answers
         for row in range(len(engine._scheduler.rows)):
             engine._scheduler.rows.drop(row)
 
 
-def test_every_shape_resumes_behind_a_prefix_of_its_own_output(shape):
-    folder, answers = shape
-    engine = opened(folder)
+def test_every_shape_resumes_behind_a_prefix_of_its_own_output(folder, device, answers):
+    engine = opened(folder, device)
     for cut in (1, 20, WANTED - 1):
         jobs = [job(prompt, prefix=answer[:cut]) for prompt, answer in zip(PROMPTS, answers, strict=True)]
         assert [tokens for tokens, _ in collect(engine, jobs)] == [answer[cut:] for answer in answers]
+
+
+def test_every_shape_in_half_precision_is_as_near_to_the_truth_as_a_plain_forward(folder, device):
+    """bf16 may choose other tokens than ``generate()`` and be no worse. Log probabilities of what was chosen, beside
+    those of the same rounded weights in float32: their mean error is at most 1.5 times that of a plain forward."""
+    half, exact = loaded(folder, device, torch.bfloat16), loaded(folder, device)
+    exact.load_state_dict({name: tensor.float() for name, tensor in half.state_dict().items()})
+    jobs = [job(prompt, logprobs=0) for prompt in PROMPTS]
+    logprobs: dict[Key, list[float]] = {}
+    made = collect(opened(folder, device, dtype="bfloat16"), jobs, every=3, logprobs=logprobs)
+    ours, plain, true = [], [], []
+    for one, prompt, (tokens, _) in zip(jobs, PROMPTS, made, strict=True):
+        ours += logprobs[one.key]
+        plain += known(half, prompt, tokens)
+        true += known(exact, prompt, tokens)
+    assert len(ours) == len(PROMPTS) * WANTED
+    distance = [(torch.tensor(found) - torch.tensor(true)).abs().mean() for found in (ours, plain)]
+    assert distance[0] <= 1.5 * distance[1]
+
+
+@torch.inference_mode()
+def known(model: Any, prompt: list[int], tokens: list[int]) -> list[float]:
+    """Log probability of each token behind a prompt, from one plain forward."""
+    logits = model(torch.tensor([[*prompt, *tokens]], device=model.device)).logits[0, len(prompt) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(-1, torch.tensor(tokens, device=model.device)[:, None])[:, 0].tolist()
 
 
 def test_a_shape_with_softened_logits_is_served_by_the_plain_engine(tmp_path_factory, tmp_path):

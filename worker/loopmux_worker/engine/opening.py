@@ -85,6 +85,8 @@ def _try_rows(loaded: Loaded) -> Trial:
 def _sized(spec: WorkerSpec, loaded: Loaded, token_bytes: int) -> Size:
     """Rows for the memory that is there; a context that has to be shorter for it is noted."""
     on_gpu = loaded.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()  # what loading left behind is free, too
     free = torch.cuda.mem_get_info(loaded.device)[0] if on_gpu else memory.available()
     found = size(
         token_bytes,
@@ -93,6 +95,7 @@ def _sized(spec: WorkerSpec, loaded: Loaded, token_bytes: int) -> Size:
         context=spec.context,
         most=spec.slots,
         gib=spec.kv_cache_gib,
+        on_gpu=on_gpu,
     )
     if found.context < loaded.context:
         loaded.notes.append(

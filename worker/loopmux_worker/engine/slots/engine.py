@@ -175,6 +175,8 @@ class SlotsEngine:
                 ends.append(len(ids) - 1)
                 sampled.append(task)
         logits = self._forward(plan.segments, ids, positions, ends)
+        if not ends and logits.is_cuda:  # nothing else waits: its time and its errors would be those of the next step
+            torch.cuda.current_stream(logits.device).synchronize()
         requests = [task.request for task in sampled]
         return choose_rows(logits, [r.sampler for r in requests], [r.reader.total for r in requests])
 

@@ -8,6 +8,8 @@ from loopmux.errors import ConfigError
 
 MOST = 16
 """Requests at once where nobody says: beyond it a step on a CPU takes longer in proportion, and nobody gains."""
+MOST_ON_GPU = 64
+"""The same on a GPU, which reads its weights no slower for more of them."""
 _PARKED = 3
 """Parked rows per request that runs, where there is room: loops wait for their tools most of the time."""
 _FEWEST = 4
@@ -15,6 +17,8 @@ _FEWEST = 4
 _GIB = 2**30
 _SHARE = 0.3
 """Of the memory that is free after loading, where no budget is given."""
+_SHARE_OF_GPU = 0.85
+"""The same for the memory of a GPU, which holds no page cache and serves nobody else; the rest is for a step's work."""
 
 
 class Size(NamedTuple):
@@ -26,7 +30,14 @@ class Size(NamedTuple):
 
 
 def size(
-    token: int, free: int, *, model_context: int, context: int | None, most: int | None, gib: float | None
+    token: int,
+    free: int,
+    *,
+    model_context: int,
+    context: int | None,
+    most: int | None,
+    gib: float | None,
+    on_gpu: bool = False,
 ) -> Size:
     """Rows for a budget.
 
@@ -37,11 +48,12 @@ def size(
         context: tokens of a row, if somebody asked for a number.
         most: requests at once, if somebody asked for a number.
         gib: the budget, if somebody gave one; else a share of what is free.
+        on_gpu: whether it is the memory of a GPU.
 
     Raises:
         ConfigError: not one row fits, or fewer than the requests at once that were asked for.
     """
-    budget = int(gib * _GIB) if gib is not None else int(free * _SHARE)
+    budget = int(gib * _GIB) if gib is not None else int(free * (_SHARE_OF_GPU if on_gpu else _SHARE))
     tokens = budget // token
     length = context or min(model_context, max(tokens // (most or _FEWEST), 1))
     rows = tokens // length
@@ -50,5 +62,5 @@ def size(
             f"kv_cache_gib: {budget / _GIB:.2f} GiB hold {tokens} tokens, which is {rows} requests of {length} tokens; "
             f"expected room for {max(1, most or 1)}: raise kv_cache_gib, or lower context or slots"
         )
-    wanted = most or MOST
+    wanted = most or (MOST_ON_GPU if on_gpu else MOST)
     return Size(min(rows, wanted * (1 + _PARKED)), length, min(wanted, rows))
