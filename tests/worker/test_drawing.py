@@ -103,3 +103,22 @@ def test_ranking_puts_equals_in_the_order_of_their_ids_whatever_the_count(device
     for count in (0, 1, 7, 500, 2000):
         found = drawing.ranked(logits.amax(-1, keepdim=True) - logits, count)
         assert found.tolist() == [row[:count] for row in reference]
+
+
+def test_greedy_takes_the_first_of_equals(device):
+    torch.manual_seed(6)
+    logits = torch.randn(300, 2000).bfloat16().float().to(device)  # several best ones in many rows
+    logits[0] = 0
+    logits[1, 3::2] = logits.amax() + 1
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert expected[:2] == [0, 3]
+    assert drawing.choose(logits, [Draw(0.0, None, 1.0, 0.0, 0.0)] * 300)[0].tolist() == expected
+    best = logits.amax(-1, keepdim=True)
+    assert drawing._first(logits, best).tolist() == expected, "the form for other devices, here too"
+
+
+def test_the_first_of_nothing_is_still_a_token(device):
+    logits = torch.full((2, 5), math.nan, device=device)
+    logits[1] = -math.inf
+    found = drawing._first(logits, logits.amax(-1, keepdim=True))
+    assert found.tolist() == [4, 0]

@@ -96,6 +96,18 @@ def reference(base, folder, ids, device="cpu", dtype=torch.float32):
         return alone(base, folder, device, dtype)(ids[None].to(device)).logits[0].cpu()
 
 
+def check(found, base, folder, ids, device):
+    """Ours is as near to the truth as PEFT itself in the same dtype.
+
+    How far two right answers in fp32 lie apart is the processor's matter: this model's attention blows the rounding of
+    single tokens up to 1e-4. The truth is PEFT in float64. A wrong scale, row or adapter is off by 1e-2 and more.
+    """
+    true = reference(base, folder, ids, device, torch.float64)
+    ours, theirs = (found - true).abs(), (reference(base, folder, ids, device) - true).abs()
+    assert ours.mean() <= 2 * theirs.mean() + 1e-6, (ours.mean(), theirs.mean())
+    assert ours.max() <= 1e-3, (ours.max(), theirs.max())
+
+
 def packed(model, adapters, runs, sequences, **options):
     """Logits per sequence from one forward over all of them, each seeing itself alone."""
     ids = torch.cat(sequences)[None]
@@ -130,8 +142,7 @@ def test_every_run_equals_peft_with_its_adapter(base, kinds, all_kinds, lengths,
     runs = [(name, lengths[i % len(lengths)]) for i, name in enumerate(names)]
     sequences = [tokens(count, seed) for seed, (_, count) in enumerate(runs)]
     for (name, _), ids, found in zip(runs, sequences, packed(model, adapters, runs, sequences), strict=True):
-        expected = reference(base, kinds[name] if name else None, ids, device)
-        torch.testing.assert_close(found, expected, **CLOSE[device], msg=lambda m, n=name: f"{n}: {m}")
+        check(found, base, kinds[name] if name else None, ids, device)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -139,7 +150,7 @@ def test_one_adapter_alone_equals_peft(base, kinds, all_kinds, name, device):
     model, adapters = all_kinds
     ids = tokens(9, 1)
     [found] = packed(model, adapters, [(name, 9)], [ids])
-    torch.testing.assert_close(found, reference(base, kinds[name], ids, device), **CLOSE[device])
+    check(found, base, kinds[name], ids, device)
 
 
 def test_the_base_among_adapters_is_the_base(base, all_kinds, device):
@@ -188,7 +199,7 @@ def test_coming_and_going(base, kinds, device):
         torch.testing.assert_close(found, expected, **CLOSE[device])
     adapters.load("four", kinds["sixteen"])
     [found] = packed(model, adapters, [("four", 4)], sequences[:1])
-    torch.testing.assert_close(found, reference(base, kinds["sixteen"], sequences[0], device), **CLOSE[device])
+    check(found, base, kinds["sixteen"], sequences[0], device)
     for found, expected in zip(packed(model, adapters, runs, sequences), before, strict=True):
         torch.testing.assert_close(found, expected, **CLOSE[device])
 
@@ -272,7 +283,7 @@ def test_an_adapter_on_the_output_head_with_fewer_rows(base, tmp_path, device):
     runs, sequences = [("head", 3), ("body", 2), ("head", 1)], [tokens(3, 1), tokens(2, 2), tokens(1, 3)]
     found = packed(model, adapters, runs, sequences)
     for (name, _), ids, logits in zip(runs, sequences, found, strict=True):
-        torch.testing.assert_close(logits, reference(base, folders[name], ids, device), **CLOSE[device])
+        check(logits, base, folders[name], ids, device)
     adapters.use(runs, head=[("head", 1), ("body", 1), ("head", 1)])
     output = model.get_output_embeddings()
     rows = output(torch.ones(1, 3, 32, device=device))[0]

@@ -98,9 +98,18 @@ def take(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
 
 
-def _greedy(logits: Tensor, _best: Tensor, _draws: Sequence[Draw]) -> Tensor:
+def _greedy(logits: Tensor, best: Tensor, _draws: Sequence[Draw]) -> Tensor:
     """The best token, the first of equals."""
+    if logits.device.type != "cpu":
+        return _first(logits, best)  # which of equals ``max`` finds is left open elsewhere
     return logits.max(-1).indices  # twice as fast as argmax
+
+
+def _first(logits: Tensor, best: Tensor) -> Tensor:
+    """The first place (rows,) of the row's best logit; in rows that are no numbers the last one."""
+    last = logits.shape[-1] - 1
+    places = torch.arange(last + 1, device=logits.device)
+    return torch.where(logits == best, places, last).amin(-1)
 
 
 def _draw(logits: Tensor, best: Tensor, draws: Sequence[Draw]) -> Tensor:
