@@ -10,6 +10,7 @@ from loopmux.results import Timing, Usage
 from loopmux.wire import Header, Kind, Message, pack_tokens
 from loopmux_broker.broker import Broker
 from loopmux_broker.config import BrokerConfig
+from loopmux_broker.dispatch import session_of
 from loopmux_broker.events import (
     Action,
     ClientSent,
@@ -153,6 +154,8 @@ def stopped(request: bytes, total: int = 0, *, attempt: int = 1) -> Message:
 
 
 def run(request: bytes, peer: bytes = WORKER, *, attempt: int = 1, timeout: float = 600.0, **route: Any) -> Send:
+    if "session" in route:
+        route["session"] = session_of(instance(CLIENT), route["session"])
     body = Run(route.pop("model", "m"), timeout=timeout, **route)
     return Send(peer, Message(Header(Kind.RUN, request, attempt=attempt), codec.pack(body), BODY))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loopmux import codec, wire
 from loopmux.errors import BadRequestError, ConnectionLostError, ProtocolError
 from loopmux.messages import Hello, SessionHint, Submit, Welcome
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.clients import Client
+from loopmux_broker.dispatch import session_of
 from loopmux_broker.events import Peer, Send, say
 from loopmux_broker.life import Life, protocol_failure
 from loopmux_broker.report import report
@@ -142,6 +145,12 @@ class ClientSide:
             self._life.refuse(client, request_id, error, model="")
 
     def _session(self, client: Client, hint: SessionHint) -> None:
+        """Pass a hint on to the workers that may hold the session's state."""
+        named = replace(hint, session=session_of(client.instance, hint.session))
+        holders = self._t.affinity.workers(client.instance, hint.session)
+        for worker in self._t.pool.workers.values():
+            if worker.name in holders:
+                self._t.out.append(Send(worker.peer, Message(Header(Kind.SESSION), codec.pack(named))))
         if hint.state == "done":
             self._t.affinity.forget(client.instance, hint.session)
 

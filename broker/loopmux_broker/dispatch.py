@@ -8,6 +8,7 @@ start comes second.
 from __future__ import annotations
 
 import bisect
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -89,6 +90,11 @@ def _rank(entry: tuple[float, int, Request]) -> tuple[float, int]:
     return entry[0], entry[1]
 
 
+def session_of(instance: bytes, session: str) -> str:
+    """A client's session as workers know it: sessions that two clients call the same are two, and names stay here."""
+    return hashlib.blake2b(session.encode(), key=instance, digest_size=12).hexdigest()
+
+
 class Affinity:
     """Which worker ran a session last, and so may still hold its attention state."""
 
@@ -112,6 +118,10 @@ class Affinity:
         if session is None:
             return None
         return self._last.get((request.client.instance, session), {}).get(request.submit.model)
+
+    def workers(self, instance: bytes, session: str) -> set[str]:
+        """The workers that ran a session last, one for each of its models."""
+        return set(self._last.get((instance, session), {}).values())
 
     def forget(self, instance: bytes, session: str) -> None:
         """A session is done."""

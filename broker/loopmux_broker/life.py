@@ -15,7 +15,7 @@ from loopmux.messages import Failure, Phase, Run, Submit
 from loopmux.results import Usage
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.clients import Client
-from loopmux_broker.dispatch import choose
+from loopmux_broker.dispatch import choose, session_of
 from loopmux_broker.events import Peer, Send, say
 from loopmux_broker.intake import exhausted, failed_to_start, objection, unknown_adapter, unknown_model
 from loopmux_broker.output import Output
@@ -105,7 +105,7 @@ class Life:
         run = Run(
             submit.model,
             submit.adapter,
-            submit.session,
+            None if submit.session is None else session_of(request.client.instance, submit.session),
             max(request.deadline - now, 0.0),
             submit.deterministic,
             submit.trace,

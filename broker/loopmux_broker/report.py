@@ -57,4 +57,6 @@ def _worker(tables: Tables, worker: Worker, now: float) -> WorkerStatus:
         tokens_per_second=worker.load.tokens_per_second,
         uptime=round(now - worker.since, 3),
         report=worker.report,
+        cached_tokens=worker.load.cached_tokens,
+        computed_tokens=worker.load.computed_tokens,
     )

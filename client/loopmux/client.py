@@ -229,7 +229,7 @@ class Client:
     def hint(self, session: str, state: Literal["waiting_on_tool", "done"], expected: float | None = None) -> None:
         """Tell the broker whether a session comes back, and after how many seconds if that is known; never waits.
 
-        ``done`` lets the broker forget which worker had it; ``waiting_on_tool`` is carried and changes nothing yet.
+        The worker that ran it keeps its attention state for as long, or gives that up first when it is ``done``.
         """
         self._channel.pump().post(Hinted(hint_of(session, state, expected)))
 

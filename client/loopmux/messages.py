@@ -89,7 +89,10 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """ROUTE of RUN: a submitted request on its way to a worker; the TOKENS frame holds the prefix to resume from."""
+    """ROUTE of RUN: a submitted request on its way to a worker; the TOKENS frame holds the prefix to resume from.
+
+    ``session`` is the broker's name for a session of one client: other clients' sessions never have it.
+    """
 
     model: str
     adapter: str | None = None
@@ -198,7 +201,10 @@ def _in_range(name: str, value: float, low: float, high: float, *, above_low: bo
 
 @dataclass(frozen=True, slots=True)
 class SessionHint:
-    """ROUTE of SESSION: between turns, whether the session comes back, and when if the client knows."""
+    """ROUTE of SESSION: between turns, whether the session comes back, and in how many seconds if the client knows.
+
+    The broker passes it on to the workers that ran the session, under the name of the session that RUN has.
+    """
 
     session: str
     state: Literal["waiting_on_tool", "done"]
@@ -303,11 +309,18 @@ class Register:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """ROUTE of HB. The header's ``seq`` is the progress counter: it moves whenever the engine does."""
+    """ROUTE of HB. The header's ``seq`` is the progress counter: it moves whenever the engine does.
+
+    Attributes:
+        cached_tokens: prompt tokens since the start whose attention state was reused.
+        computed_tokens: prompt tokens since the start that were computed; one that was computed again counts again.
+    """
 
     running: int = 0
     queued: int = 0
     tokens_per_second: float = 0.0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
 
 
 ModelPhase = Literal["idle", "queued", "building", "loading", "warming", "ready", "failed"]
@@ -348,7 +361,11 @@ class ModelStatus:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """One worker as the broker sees it. ``report`` is what the worker said about itself at REGISTER."""
+    """One worker as the broker sees it.
+
+    ``report`` is what the worker said about itself at REGISTER; ``tokens_per_second``, ``cached_tokens`` and
+    ``computed_tokens`` are of its last heartbeat.
+    """
 
     name: str
     models: tuple[str, ...]
@@ -363,6 +380,8 @@ class WorkerStatus:
     tokens_per_second: float = 0.0
     uptime: float = 0.0
     report: dict[str, Any] = field(default_factory=dict)
+    cached_tokens: int = 0
+    computed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

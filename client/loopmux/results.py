@@ -35,7 +35,7 @@ class ToolCall:
 class Usage:
     """Token counts of one request, or their sum over a loop.
 
-    ``cached_tokens`` are those of ``prompt_tokens`` whose attention state was reused instead of computed.
+    ``cached_tokens`` are those of ``prompt_tokens`` whose attention state was reused, ``computed_tokens`` the others.
     """
 
     prompt_tokens: int = 0
@@ -47,6 +47,11 @@ class Usage:
         """Prompt and completion together."""
         return self.prompt_tokens + self.completion_tokens
 
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt tokens that were not found in the cache."""
+        return self.prompt_tokens - self.cached_tokens
+
     def __add__(self, other: Usage) -> Usage:
         return Usage(
             self.prompt_tokens + other.prompt_tokens,
@@ -57,17 +62,21 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Where a request's time went inside the worker, seconds.
+    """Where a request's time went inside the worker, seconds. Tokens are those of the attempt that ended.
 
     Attributes:
         queued: from arrival at the worker to the start of its prefill.
-        first_token: from arrival at the worker to its first token (TTFT there).
+        first_token: from arrival at the worker to its first token (TTFT there): ``queued`` and ``prefill`` together.
         total: from arrival at the worker to its end.
+        prefill: from the start of its prefill to its first token.
+        per_token: mean time from one token to the next (TPOT); 0 where there was one or none.
     """
 
     queued: float = 0.0
     first_token: float = 0.0
     total: float = 0.0
+    prefill: float = 0.0
+    per_token: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

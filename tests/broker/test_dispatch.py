@@ -23,7 +23,7 @@ from brokerkit import (
     run,
 )
 from loopmux import codec
-from loopmux.messages import SessionHint, Submit
+from loopmux.messages import Run, SessionHint, Submit
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.admission import Limits
 from loopmux_broker.clients import Client
@@ -167,11 +167,35 @@ def test_a_session_that_is_done_goes_anywhere(core: Core) -> None:
     core.register(WORKER, slots=2)
     core.submit(ONE, session="s")
     core.register(SECOND, slots=2)
-    hint = Message(Header(Kind.SESSION), route=codec.pack(SessionHint("s", "waiting_on_tool", 2.0)))
-    assert core.client(hint) == []
+    assert [peer for peer, kind in kinds(core.client(hint("waiting_on_tool", 2.0)))] == [WORKER]
     assert receivers(core.submit(TWO, session="s")) == [WORKER]
-    core.client(Message(Header(Kind.SESSION), route=codec.pack(SessionHint("s", "done"))))
+    assert [peer for peer, kind in kinds(core.client(hint("done")))] == [WORKER]
+    assert core.client(hint("done")) == [], "nobody holds it any more"
     assert receivers(core.submit(THREE, session="s")) == [SECOND]
+
+
+def hint(state: str, expected: float | None = None) -> Message:
+    return Message(Header(Kind.SESSION), route=codec.pack(SessionHint("s", state, expected)))
+
+
+def test_a_worker_knows_a_session_by_one_name_that_no_other_client_s_has(core: Core) -> None:
+    core.hello(OTHER)
+    core.register(WORKER, slots=4)
+    named = []
+    for request, client in ((ONE, CLIENT), (TWO, CLIENT), (THREE, OTHER)):
+        [message] = [a.message for a in core.submit(request, client, session="s") if kinds([a]) == [(WORKER, Kind.RUN)]]
+        named.append(codec.unpack(Run, message.route).session)
+    assert named[0] == named[1] != named[2]
+    [sent] = core.client(hint("waiting_on_tool", 2.0), OTHER)
+    assert codec.unpack(SessionHint, sent.message.route) == SessionHint(named[2], "waiting_on_tool", 2.0)
+
+
+def test_a_hint_about_a_session_that_nobody_ran_or_whose_worker_is_gone_goes_nowhere(core: Core) -> None:
+    core.register(WORKER)
+    assert core.client(hint("waiting_on_tool")) == []
+    core.submit(ONE, session="s")
+    core.worker(say(Kind.BYE))
+    assert core.client(hint("waiting_on_tool")) == []
 
 
 def test_sessions_of_different_clients_have_nothing_to_do_with_each_other(core: Core) -> None:

@@ -377,7 +377,7 @@ def test_status(core: Core) -> None:
     core.worker(tok(ONE, 0, 3))
     core.submit(TWO)
     core.submit(THREE, model="what")
-    beat = Heartbeat(running=1, tokens_per_second=12.5)
+    beat = Heartbeat(running=1, tokens_per_second=12.5, cached_tokens=300, computed_tokens=50)
     core.worker(Message(Header(Kind.HB, seq=9), route=codec.pack(beat)))
     core.now += 1
     question = bytes(range(16))
@@ -393,6 +393,7 @@ def test_status(core: Core) -> None:
     [worker] = status.workers
     assert (worker.name, worker.models, worker.slots, worker.running, worker.state) == ("w1", ("m",), 1, 1, "ready")
     assert (worker.tokens, worker.tokens_per_second, worker.uptime) == (3, 12.5, 1.0)
+    assert (worker.cached_tokens, worker.computed_tokens) == (300, 50)
     assert status.launchers == ("host",)
     assert status.counters == {"submitted": 2, "refused": 1}
 

@@ -77,11 +77,11 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_status_shows_workers_and_models() -> None:
-    worker = WorkerStatus("w1", ("a", "b"), 4, 1, "plain", 77, "h", "ready", 9, 100, 12.4, 61)
+    worker = WorkerStatus("w1", ("a", "b"), 4, 1, "plain", 77, "h", "ready", 9, 100, 12.4, 61, {}, 800, 90)
     status = Status(b"e" * 8, 5, "0.1.0", 42, 1, 0, 1, (ModelStatus("a", "ready", 1),), (worker,))
     text = show.render_status(status)
     assert "pid 42" in text
-    assert "w1      ready  1/4      9       100     12     plain   77   1m01s  a b" in text
+    assert "w1      ready  1/4      9       100     12     800     90        plain   77   1m01s  a b" in text
     assert "a      ready  1" in text
 
 

@@ -115,7 +115,11 @@ def test_greedy_equals_decoding_by_hand_and_generate(engine, reference):
     assert ids(outputs) == theirs[0, len(PROMPT) :].tolist()
     assert outputs[-1].usage.prompt_tokens == len(PROMPT)
     assert outputs[-1].usage.completion_tokens == outputs[-1].total == len(ids(outputs))
-    assert 0 <= outputs[-1].timing.queued <= outputs[-1].timing.first_token <= outputs[-1].timing.total
+    timing = outputs[-1].timing
+    assert timing.queued >= 0
+    assert timing.prefill > 0
+    assert timing.queued + timing.prefill == pytest.approx(timing.first_token)
+    assert timing.first_token + timing.per_token * (len(ids(outputs)) - 1) == pytest.approx(timing.total, abs=0.1)
 
 
 def test_the_text_is_the_decode_of_the_tokens(engine, tiny_model):

@@ -1,6 +1,6 @@
 from loopmux.codec import BODY_LIMITS, pack, unpack
 from loopmux.errors import EngineError
-from loopmux.messages import End, Failure, Generate, Heartbeat, Register, Run, ServedModel, Tok, Welcome
+from loopmux.messages import End, Failure, Generate, Heartbeat, Register, Run, ServedModel, SessionHint, Tok, Welcome
 from loopmux.results import Timing, ToolCall, Usage
 from loopmux.wire import Header, Kind, Message, pack_tokens, unpack_tokens
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Load, Produced
@@ -10,6 +10,7 @@ from loopmux_worker.events import (
     Cancelled,
     Connected,
     Disconnected,
+    Hint,
     Leave,
     Received,
     Send,
@@ -23,7 +24,7 @@ from loopmux_worker.session import Session
 REQUEST, OTHER = b"r" * 16, b"o" * 16
 EPOCH, NEXT_EPOCH = b"e" * 8, b"f" * 8
 KEY = Key(REQUEST, 1)
-BUSY = Load(1, 0, 7)
+BUSY = Load(1, 0, 7, cached=300, computed=50)
 REGISTER = Register("worker", "w1", b"b" * 16, (1,), models=(ServedModel("m", "f"),), slots=4)
 
 
@@ -97,12 +98,17 @@ def test_a_fresh_connection_is_used_at_once():
     assert session.handle(Connected(), 0.03) == []
 
 
+def test_a_hint_about_a_session_is_the_engine_s():
+    hint = SessionHint("s", "waiting_on_tool", 2.5)
+    assert joined().handle(Received(message(Kind.SESSION, route=hint)), 0.1) == [Hint(hint)]
+
+
 def test_heartbeats_carry_load_progress_and_rate():
     session = running()
     session.handle(stepped(produced(0, 8)), 0.5)
     (beat,) = sent(session.handle(Woke(), 1.0))
     assert beat.header == Header(Kind.HB, seq=7)
-    assert unpack(Heartbeat, beat.route) == Heartbeat(running=1, queued=0, tokens_per_second=8.0)
+    assert unpack(Heartbeat, beat.route) == Heartbeat(1, 0, 8.0, cached_tokens=300, computed_tokens=50)
     session.handle(Received(message(Kind.PONG)), 1.1)
     (beat,) = [m for m in sent(session.handle(Woke(), 2.0)) if m.kind is Kind.HB]
     assert unpack(Heartbeat, beat.route).tokens_per_second == 0

@@ -167,14 +167,42 @@ def test_rows_are_taken_by_value():
     assert rows.take([9] * 5, "base", None, 501.0) is None
 
 
-def test_a_session_that_is_done_is_taken_first_and_one_that_waits_for_a_tool_last():
-    rows = Rows(2)
-    for index in range(2):
+def parked(count: int) -> Rows:
+    """Rows of 50 tokens, one for each of the sessions s0, s1, …, all parked at 0.0."""
+    rows = Rows(count)
+    for index in range(count):
         row, _ = rows.take([index] * 50, "base", f"s{index}", 0.0)
         row.tokens, row.filled = [index] * 50, 50
         rows.park(index, 0.0)
-    rows.hint("s1", 0.05)
-    assert rows.take([9] * 5, "base", None, 1.0)[0].index == 1
+    return rows
+
+
+def test_a_session_that_is_done_is_taken_first_and_one_that_waits_for_a_tool_last():
+    rows = parked(3)
+    rows.leave("s1")
+    rows.expect("s0", 5.0, 0.0)
+    assert [rows.take([9] * 5, "base", None, 1.0)[0].index for _ in range(3)] == [1, 2, 0]
+
+
+def test_a_session_that_waits_is_kept_until_it_is_expected_and_then_less_and_less():
+    rows = parked(2)
+    rows.expect("s0", 100.0, 0.0)
+    assert rows[0].value(100.0) == rows[0].value(1.0) == 2 * rows[1].value(0.0)
+    assert rows[0].value(160.0) == rows[0].value(100.0) / 2
+    rows.expect("s1", 1e9, 0.0)
+    assert rows[1].value(1e6) < 1e-9, "nobody is waited for for ever"
+    rows.expect("s1", float("nan"), 0.0)
+    assert rows[1].left == 3600.0
+
+
+def test_what_a_session_that_is_done_leaves_can_still_be_found_and_its_next_request_begins_anew():
+    rows = parked(2)
+    rows.leave("s0")
+    row, _ = rows.take([0] * 50, "base", "s0", 1.0)
+    assert (row.index, row.filled) == (0, 49)
+    rows.leave("s0")  # it comes late: the row runs again
+    rows.park(0, 1.0)
+    assert rows[0].worth == rows[1].worth
 
 
 def test_an_adapter_that_is_gone_takes_its_rows_with_it():

@@ -151,13 +151,18 @@ def test_every_shape_gives_the_tokens_of_generate_alone_mixed_and_late(folder, d
 
 def test_every_shape_goes_on_from_its_own_rows(folder, device, answers):
     engine = opened(folder, device)
+    before, ends = engine.load(), []
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         half = WANTED // 2
         ((tokens, end),) = collect(engine, [job(prompt, session="s", max_new_tokens=half)])
         assert tokens == answer[:half]
+        ends.append(end)
         ((tokens, end),) = collect(engine, [job([*prompt, *answer[:half]], session="s", max_new_tokens=half)])
         assert tokens == answer[half:]
         assert end.usage.cached_tokens >= len(prompt) + half - 1 or len(prompt) + half - 1 < 16
+        ends.append(end)
+    assert engine.load().cached - before.cached == sum(end.usage.cached_tokens for end in ends) > 0
+    assert engine.load().computed - before.computed == sum(end.usage.computed_tokens for end in ends) > 0
 
 
 def test_every_shape_is_the_same_in_chunks_of_any_size(folder, device, answers, monkeypatch):

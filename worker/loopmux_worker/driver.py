@@ -11,9 +11,12 @@ import structlog
 from loopmux.errors import EngineError, LoopmuxError
 from loopmux.results import Usage
 from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Load, Output
-from loopmux_worker.events import Cancel, Cancelled, Event, Stepped, Submit
+from loopmux_worker.events import Cancel, Cancelled, Event, Hint, Stepped, Submit
 
 _log = structlog.get_logger(__name__)
+
+Command = Submit | Cancel | Hint
+"""What the engine's thread is told."""
 
 _BACKLOG = 256
 """Steps whose outputs may wait for the I/O thread; an engine that is faster than the wire is made to wait."""
@@ -29,7 +32,7 @@ class Driver:
 
     def __init__(self, engine: Engine, wake: Callable[[], None]) -> None:
         self._engine, self._wake = engine, wake
-        self._commands: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._events: queue.Queue[Event] = queue.Queue(_BACKLOG)
         self._stopping = threading.Event()
         self._keys: dict[Key, int] = {}  # running requests and how many tokens each has
@@ -42,7 +45,7 @@ class Driver:
         """Begin."""
         self._thread.start()
 
-    def put(self, command: Submit | Cancel) -> None:
+    def put(self, command: Command) -> None:
         """Hand a command to the engine; never blocks."""
         self._commands.put(command)
 
@@ -79,15 +82,18 @@ class Driver:
         """Carry out the commands at hand, then one step."""
         due = self._engine.due()
         for command in self._take(due):
-            if isinstance(command, Submit):
-                self._submit(command.job)
-            else:
-                self._post(Cancelled(command.key, self._cancel(command.key)))
+            match command:
+                case Submit(job):
+                    self._submit(job)
+                case Cancel(key):
+                    self._post(Cancelled(key, self._cancel(key)))
+                case Hint(hint):
+                    self._engine.hint(hint)
         self._report([] if self._engine.due() is None else self._step())
 
-    def _take(self, due: float | None) -> list[Submit | Cancel]:
+    def _take(self, due: float | None) -> list[Command]:
         """The commands at hand; waits for the first one while the engine has nothing to do."""
-        taken: list[Submit | Cancel] = []
+        taken: list[Command] = []
         try:
             command = self._commands.get_nowait() if due == 0 else self._commands.get(timeout=due)
             while command is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loopmux.errors import LoopmuxError
+from loopmux.messages import SessionHint
 from loopmux.results import Usage
 from loopmux.wire import Message
 from loopmux_worker.engine.base import Job, Key, Load, Output
@@ -88,10 +89,17 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Hint:
+    """Tell the engine whether a session comes back."""
+
+    hint: SessionHint
+
+
+@dataclass(frozen=True, slots=True)
 class Leave:
     """End this process. With ``error`` set, the broker refused it for that reason."""
 
     error: LoopmuxError | None = None
 
 
-Action = Send | Unsend | Submit | Cancel | Leave
+Action = Send | Unsend | Submit | Cancel | Hint | Leave

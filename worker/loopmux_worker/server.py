@@ -30,6 +30,7 @@ from loopmux_worker.events import (
     Connected,
     Disconnected,
     Event,
+    Hint,
     Leave,
     Received,
     Send,
@@ -198,7 +199,7 @@ class Worker:
                 self._send(to_frames(message), lasting=lasting)
             case Unsend():
                 self._unsent.clear()
-            case Submit() | Cancel():
+            case Submit() | Cancel() | Hint():
                 self._driver.put(action)
             case Leave():
                 self._left = action

@@ -13,7 +13,7 @@ from typing import Any
 
 from loopmux.codec import BODY_LIMITS, pack, unpack
 from loopmux.errors import BadRequestError, EngineError, LoopmuxError, ProtocolError
-from loopmux.messages import End, Failure, Generate, Heartbeat, Register, Run, Welcome
+from loopmux.messages import End, Failure, Generate, Heartbeat, Register, Run, SessionHint, Welcome
 from loopmux.results import Usage
 from loopmux.wire import NO_ID, VERSIONS, Header, Kind, Message, unpack_tokens
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Load, Output, Produced
@@ -25,6 +25,7 @@ from loopmux_worker.events import (
     Connected,
     Disconnected,
     Event,
+    Hint,
     Leave,
     Received,
     Send,
@@ -159,6 +160,8 @@ class Session:
                 for request in self._meant(header):
                     if request.stream.terminal is not None:
                         del self._requests[request.stream.key]
+            case Kind.SESSION:
+                return [Hint(unpack(SessionHint, message.route))]
             case Kind.DIE:
                 return [Leave()]
             case _:
@@ -325,7 +328,9 @@ class Session:
 
     def _beat(self, now: float) -> Action:
         elapsed = max(now - self._beat_at + self._heartbeat, 1e-3)
-        beat = Heartbeat(self._load.running, self._load.queued, round(self._tokens / elapsed, 1))
+        load = self._load
+        rate = round(self._tokens / elapsed, 1)
+        beat = Heartbeat(load.running, load.queued, rate, load.cached, load.computed)
         self._tokens, self._beat_at = 0, now + self._heartbeat
-        header = Header(Kind.HB, seq=self._load.progress % 2**32)
+        header = Header(Kind.HB, seq=load.progress % 2**32)
         return Send(Message(header, route=pack(beat)), lasting=False)

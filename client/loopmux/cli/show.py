@@ -76,6 +76,8 @@ def _workers(workers: Sequence[WorkerStatus]) -> str:
             str(w.served),
             str(w.tokens),
             f"{w.tokens_per_second:.0f}",
+            str(w.cached_tokens),
+            str(w.computed_tokens),
             w.engine,
             str(w.pid),
             duration(w.uptime),
@@ -83,7 +85,20 @@ def _workers(workers: Sequence[WorkerStatus]) -> str:
         )
         for w in workers
     ]
-    head = ("WORKER", "STATE", "RUNNING", "SERVED", "TOKENS", "TOK/S", "ENGINE", "PID", "UP", "MODELS")
+    head = (
+        "WORKER",
+        "STATE",
+        "RUNNING",
+        "SERVED",
+        "TOKENS",
+        "TOK/S",
+        "CACHED",
+        "COMPUTED",
+        "ENGINE",
+        "PID",
+        "UP",
+        "MODELS",
+    )
     return table(head, rows) if rows else ""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from loopmux.errors import EngineError, LoopmuxError
-from loopmux.messages import Generate, LeftOut, Run, ServedModel
+from loopmux.messages import Generate, LeftOut, Run, ServedModel, SessionHint
 from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
 
 
@@ -90,11 +90,17 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the engine is, for heartbeats. ``progress`` moves whenever the engine does."""
+    """How busy the engine is, for heartbeats. ``progress`` moves whenever the engine does.
+
+    ``cached`` and ``computed`` are prompt tokens since the start whose attention state was reused, and that were
+    computed.
+    """
 
     running: int
     queued: int
     progress: int
+    cached: int = 0
+    computed: int = 0
 
 
 class Engine(Protocol):
@@ -114,6 +120,10 @@ class Engine(Protocol):
 
     def cancel(self, key: Key) -> Usage | None:
         """Forget a request before the next token; None if it is not here (any more)."""
+        ...
+
+    def hint(self, hint: SessionHint) -> None:
+        """Take note of whether a session comes back; an engine that keeps nothing of sessions ignores it."""
         ...
 
     def step(self) -> list[Output]:
@@ -150,6 +160,14 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release threads and memory."""
         ...
+
+
+def timing_of(arrived: float, started: float | None, first: float | None, now: float, tokens: int) -> Timing:
+    """Where the time of a request went that ends now, after ``tokens`` of its own; None for what never happened."""
+    started = now if started is None else started
+    first = now if first is None else first
+    per_token = (now - first) / (tokens - 1) if tokens > 1 else 0.0
+    return Timing(started - arrived, first - arrived, now - arrived, first - started, per_token)
 
 
 def engine_error(what: str, error: Exception) -> LoopmuxError:

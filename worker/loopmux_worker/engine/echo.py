@@ -13,11 +13,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from loopmux.errors import AdapterNotFoundError, ConfigError, EngineError
-from loopmux.messages import Generate, ModelSpec, ServedModel, WorkerSpec
-from loopmux.results import FinishReason, Timing, ToolCall, Usage
+from loopmux.messages import Generate, ModelSpec, ServedModel, SessionHint, WorkerSpec
+from loopmux.results import FinishReason, ToolCall, Usage
 from loopmux.wire import unpack_tokens
 from loopmux_worker.engine import admission
-from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced
+from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced, timing_of
 from loopmux_worker.engine.script import pieces_of, script_of
 from loopmux_worker.engine.text import StopStrings
 from loopmux_worker.engine.toolparse import CallParser
@@ -106,7 +106,7 @@ class EchoEngine:
         self._clock = clock
         self._running: dict[Key, _Running] = {}
         self._waiting: list[Finished] = []
-        self._progress = 0
+        self._progress = self._computed = 0
 
     def describe(self) -> Description:
         """The models as configured; the fingerprint is the same for all echo engines, since their output is."""
@@ -139,6 +139,7 @@ class EchoEngine:
             stops=StopStrings(generate.stop),
             calls=CallParser(job.key.request) if admission.parses_calls(generate) else None,
         )
+        self._computed += prompt
         for _ in job.prefix:
             self._produce(running)
         if running.position >= running.total:
@@ -150,6 +151,9 @@ class EchoEngine:
         """Forget a request."""
         running = self._running.pop(key, None)
         return None if running is None else Usage(running.prompt, running.position)
+
+    def hint(self, hint: SessionHint) -> None:
+        """Nothing is kept of sessions."""
 
     def step(self) -> list[Output]:
         """Every token that is due."""
@@ -172,7 +176,7 @@ class EchoEngine:
     def load(self) -> Load:
         """Load and progress."""
         running = min(len(self._running), self._slots)
-        return Load(running, len(self._running) - running, self._progress)
+        return Load(running, len(self._running) - running, self._progress, 0, self._computed)
 
     def load_adapter(self, name: str, directory: str) -> ServedModel:
         """Serve one more model id."""
@@ -245,11 +249,10 @@ class EchoEngine:
 
     def _finished(self, running: _Running) -> Finished:
         now = self._clock()
-        first = (running.first or now) - running.arrived
         usage = Usage(running.prompt, running.position)
-        return Finished(
-            running.job.key, running.position, running.reason, usage, Timing(0.0, first, now - running.arrived)
-        )
+        own = running.position - len(running.job.prefix)
+        timing = timing_of(running.arrived, running.arrived, running.first, now, own)
+        return Finished(running.job.key, running.position, running.reason, usage, timing)
 
 
 def _prompt_tokens(generate: Generate, model: ModelSpec) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from loopmux.results import Timing, Usage
-from loopmux_worker.engine.base import Job, Output, Produced
+from loopmux_worker.engine.base import Job, Output, Produced, timing_of
 from loopmux_worker.engine.models import Request
 from loopmux_worker.engine.sampling import Pick
 
@@ -40,8 +40,8 @@ class Task:
 
     def timing(self, now: float) -> Timing:
         """Where the time went, seconds."""
-        started = self.started or now
-        return Timing(started - self.arrived, (self.first or now) - self.arrived, now - self.arrived)
+        tokens = self.request.reader.total - len(self.job.prefix)
+        return timing_of(self.arrived, self.started, self.first, now, tokens)
 
 
 class Choose(LogitsProcessor):  # type: ignore[misc]

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from loopmux.errors import EngineError
-from loopmux.messages import ServedModel
+from loopmux.messages import ServedModel, SessionHint
 from loopmux.results import Usage
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced, engine_error
@@ -40,7 +40,7 @@ class PlainEngine:
         self._model_lock = threading.Lock()
         self._tasks: dict[Key, Task] = {}
         self._ready: list[Output] = []
-        self._progress = 0
+        self._progress = self._computed = 0
         self._todo: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Output] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="generate", daemon=True)
@@ -70,6 +70,9 @@ class PlainEngine:
         task.cancelled.set()
         return task.usage(task.reported)
 
+    def hint(self, hint: SessionHint) -> None:
+        """Nothing is kept of sessions."""
+
     def step(self) -> list[Output]:
         """What the helper thread has made since the last call; waits a moment for something."""
         outputs, self._ready = self._ready, []
@@ -89,7 +92,7 @@ class PlainEngine:
     def load(self) -> Load:
         """Load and progress."""
         running = min(1, len(self._tasks))
-        return Load(running, len(self._tasks) - running, self._progress)
+        return Load(running, len(self._tasks) - running, self._progress, 0, self._computed)
 
     def load_adapter(self, name: str, directory: str) -> ServedModel:
         """Load an adapter; waits for the request that runs."""
@@ -118,6 +121,7 @@ class PlainEngine:
             if task.cancelled.is_set():
                 continue
             task.started = time.monotonic()
+            self._computed += len(task.request.prompt)
             try:
                 self._generate(task)
                 if not task.cancelled.is_set():

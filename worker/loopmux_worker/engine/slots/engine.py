@@ -14,16 +14,27 @@ import structlog
 import torch
 
 from loopmux.errors import EngineError, LoopmuxError
-from loopmux.messages import ServedModel
+from loopmux.messages import ServedModel, SessionHint
 from loopmux.results import Timing, Usage
 from loopmux_worker.engine import memory as system_memory
-from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced, engine_error
+from loopmux_worker.engine.base import (
+    Description,
+    Failed,
+    Finished,
+    Job,
+    Key,
+    Load,
+    Output,
+    Produced,
+    engine_error,
+    timing_of,
+)
 from loopmux_worker.engine.models import Models, Request
 from loopmux_worker.engine.sampling import Pick, choose_rows
 from loopmux_worker.engine.slots.forward import Forward
 from loopmux_worker.engine.slots.pace import Pace
 from loopmux_worker.engine.slots.rows import Rows
-from loopmux_worker.engine.slots.schedule import Plan, Scheduler, Sequence
+from loopmux_worker.engine.slots.schedule import Plan, Scheduler, Segment, Sequence
 
 _log = structlog.get_logger(__name__)
 
@@ -46,8 +57,8 @@ class Task:
 
     def timing(self, now: float) -> Timing:
         """Where the time went, seconds."""
-        started = self.started or now
-        return Timing(started - self.arrived, (self.first or now) - self.arrived, now - self.arrived)
+        tokens = self.request.reader.total - len(self.job.prefix)
+        return timing_of(self.arrived, self.started, self.first, now, tokens)
 
 
 class SlotsEngine:
@@ -68,7 +79,7 @@ class SlotsEngine:
         self._pace = Pace()
         self._tasks: dict[Key, Task] = {}
         self._ready: list[Output] = []
-        self._progress = 0
+        self._progress = self._cached = self._computed = 0
 
     # --- the interface; see ``Engine`` --------------------------------------------------------------------------------
 
@@ -103,6 +114,14 @@ class SlotsEngine:
         self._scheduler.remove(key, time.monotonic())
         return task.usage()
 
+    def hint(self, hint: SessionHint) -> None:
+        """A session's parked rows are kept until it is expected back, or are the first to go."""
+        rows, now = self._scheduler.rows, time.monotonic()
+        if hint.state == "done":
+            rows.leave(hint.session)
+        else:
+            rows.expect(hint.session, now + (hint.expected or 0.0), now)
+
     def step(self) -> list[Output]:
         """One forward for everything that runs, and what came of it."""
         outputs, self._ready = self._ready, []
@@ -114,7 +133,8 @@ class SlotsEngine:
 
     def load(self) -> Load:
         """Load and progress."""
-        return Load(self._scheduler.running, self._scheduler.waiting, self._progress)
+        core = self._scheduler
+        return Load(core.running, core.waiting, self._progress, self._cached, self._computed)
 
     def load_adapter(self, name: str, directory: str) -> ServedModel:
         """Load an adapter between two steps."""
@@ -154,11 +174,18 @@ class SlotsEngine:
         self._pace.note(decoding, plan.tokens - decoding, now - began)
         self._scheduler.done(plan)
         for segment in plan.segments:
-            task = self._tasks[segment.key]
-            task.started = task.started or began
+            self._note(self._tasks[segment.key], segment, began)
         self._progress += plan.tokens
         sampled = [segment.key for segment in plan.segments if segment.samples]
         return [out for key, pick in zip(sampled, picks, strict=True) for out in self._take(key, pick, now)]
+
+    def _note(self, task: Task, segment: Segment, began: float) -> None:
+        """Keep the books on a computed segment."""
+        prompt = len(task.request.prompt)
+        if task.started is None:
+            task.started = began
+            self._cached += task.usage().cached_tokens
+        self._computed += max(0, min(segment.start + segment.count, prompt) - segment.start)
 
     def _compute(self, plan: Plan) -> list[Pick | EngineError]:
         """Forward and sample: the next token of every segment that reaches the end of its sequence."""

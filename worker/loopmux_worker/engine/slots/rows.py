@@ -13,7 +13,11 @@ from typing import NamedTuple
 SHORTEST = 16
 """Tokens; a shorter common beginning is computed faster than found and copied."""
 _HALF_LIFE = 60.0
-"""Seconds after which a parked row without a hint is worth half."""
+"""Seconds without its session after which a parked row is worth half."""
+_LONGEST = 3600.0
+"""Seconds in the future beyond which nobody is expected back: a row must not be kept for ever on one word."""
+_UNHEARD, _EXPECTED, _LEFT = 0.5, 1.0, 0.01
+"""Chances that a session comes back: nobody said, it waits for a tool, it is done. Not 0: others may begin alike."""
 
 
 class Copy(NamedTuple):
@@ -34,8 +38,8 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     filled: int = 0
     running: bool = False
-    left: float = 0.0
-    worth: float = 1.0  # chance that its session comes back, from hints
+    left: float = 0.0  # when its request ended, or its session is expected back
+    worth: float = _UNHEARD  # chance that its session comes back
 
     @property
     def parked(self) -> bool:
@@ -44,7 +48,7 @@ class Row:
 
     def value(self, now: float) -> float:
         """Tokens that have to be computed again if this row is taken, times the chance that somebody asks for them."""
-        return self.filled * self.worth * float(0.5 ** ((now - self.left) / _HALF_LIFE))
+        return self.filled * self.worth * float(0.5 ** (max(0.0, now - self.left) / _HALF_LIFE))
 
 
 class Rows:
@@ -94,7 +98,7 @@ class Rows:
         row = self._place(open_rows, source, length, session, now)
         copy = Copy(source.index, row.index, length) if source is not None and source is not row else None
         row.identity, row.session, row.tokens, row.filled = identity, session, tokens[:length], length
-        row.running, row.left, row.worth = True, now, 1.0
+        row.running, row.left, row.worth = True, now, _UNHEARD
         return row, copy
 
     def _place(self, open_rows: list[Row], source: Row | None, length: int, session: str | None, now: float) -> Row:
@@ -123,11 +127,18 @@ class Rows:
             if row.parked and row.identity == identity:
                 self.drop(row.index)
 
-    def hint(self, session: str, worth: float) -> None:
-        """How likely a session comes back, 0 to 1."""
-        for row in self._rows:
-            if row.session == session:
-                row.worth = worth
+    def expect(self, session: str, when: float, now: float) -> None:
+        """A session waits for a tool and comes back about then."""
+        for row in self._parked(session):
+            row.worth, row.left = _EXPECTED, max(row.left, min(when, now + _LONGEST))
+
+    def leave(self, session: str) -> None:
+        """A session is done."""
+        for row in self._parked(session):
+            row.worth = _LEFT
+
+    def _parked(self, session: str) -> list[Row]:
+        return [row for row in self._rows if row.parked and row.session == session]
 
 
 def common(row: Row, tokens: list[int], identity: str) -> int:
