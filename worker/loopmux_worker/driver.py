@@ -11,6 +11,7 @@ import structlog
 from loopmux.errors import EngineError, LoopmuxError
 from loopmux.results import Usage
 from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Load, Output
+from loopmux_worker.engine.lost import device_lost
 from loopmux_worker.events import Cancel, Cancelled, Event, Hint, Stepped, Submit
 
 _log = structlog.get_logger(__name__)
@@ -107,7 +108,7 @@ class Driver:
         try:
             self._engine.submit(job)
         except Exception as error:  # noqa: BLE001 - whatever a request does to the engine, it is that request's failure
-            self._report([Failed(job.key, len(job.prefix), _as_ours(error))])
+            self._report([Failed(job.key, len(job.prefix), _survived(error))])
         else:
             self._keys[job.key] = len(job.prefix)
 
@@ -121,7 +122,7 @@ class Driver:
             outputs = self._engine.step()
         except Exception as error:  # noqa: BLE001 - one bad batch must not end the worker
             _log.exception("engine step failed", requests=len(self._keys))
-            return self._fail_all(_as_ours(error))
+            return self._fail_all(_survived(error))
         for output in outputs:
             if isinstance(output, (Finished, Failed)):
                 self._keys.pop(output.key, None)
@@ -154,7 +155,15 @@ class Driver:
         self._wake()
 
 
-def _as_ours(error: Exception) -> LoopmuxError:
+def _survived(error: Exception) -> LoopmuxError:
+    """What the requests that met an exception fail with.
+
+    Raises:
+        DeviceLostError: there is nothing to go on with; it ends the thread, and with it the worker, for the launcher to
+            start another one.
+    """
+    if (lost := device_lost(error)) is not None:
+        raise lost from error
     if isinstance(error, LoopmuxError):
         return error
     return EngineError(f"the engine failed: {type(error).__name__}: {error}")

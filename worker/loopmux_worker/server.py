@@ -173,6 +173,8 @@ class Worker:
             if message is None:
                 break
             self._handle(Received(message))
+        if isinstance(self._driver.died, LoopmuxError):
+            raise self._driver.died
         if self._driver.died is not None:
             raise EngineError(f"the engine's thread died: {self._driver.died!r}") from self._driver.died
         for event in self._driver.drain():

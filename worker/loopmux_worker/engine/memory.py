@@ -15,6 +15,7 @@ from loopmux_worker.engine import files
 _MIB = 2**20
 _WORDS = (
     "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",  # its workspace, which it takes by itself
     "allocate memory",  # torch's allocators, and the system's own words
     "start new thread",  # a thread's stack is memory too
     "failed to map segment",  # of a shared library, while it is imported

@@ -20,6 +20,7 @@ from loopmux.results import Usage
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced, engine_error
 from loopmux_worker.engine.generating import Choose, Read, Task
+from loopmux_worker.engine.lost import DeviceLostError, device_lost
 from loopmux_worker.engine.models import Models
 
 _WAIT = 0.01
@@ -41,6 +42,7 @@ class PlainEngine:
         self._tasks: dict[Key, Task] = {}
         self._ready: list[Output] = []
         self._progress = self._computed = 0
+        self._lost: DeviceLostError | None = None
         self._todo: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Output] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="generate", daemon=True)
@@ -83,6 +85,8 @@ class PlainEngine:
                 outputs.append(self._done.get_nowait())
         except queue.Empty:
             pass  # that is all for now
+        if self._lost is not None:
+            raise self._lost
         return [output for output in outputs if self._note(output)]
 
     def due(self) -> float | None:
@@ -127,6 +131,7 @@ class PlainEngine:
                 if not task.cancelled.is_set():
                     self._done.put(self._finished(task))
             except Exception as error:  # noqa: BLE001 - it ends this request; the next one may well run
+                self._lost = self._lost or device_lost(error)
                 total = task.request.reader.total
                 self._done.put(Failed(task.job.key, total, engine_error("generate()", error), task.usage(total)))
 

@@ -29,6 +29,7 @@ from loopmux_worker.engine.base import (
     engine_error,
     timing_of,
 )
+from loopmux_worker.engine.lost import device_lost
 from loopmux_worker.engine.models import Models, Request
 from loopmux_worker.engine.sampling import Pick, choose_rows
 from loopmux_worker.engine.slots.forward import Forward
@@ -242,7 +243,13 @@ class SlotsEngine:
         return Failed(task.job.key, task.request.reader.total, error, task.usage())
 
     def _failed(self, plan: Plan, error: Exception) -> list[Output]:
-        """The step raised: short memory costs the youngest its row, anything else is put down to who was alone."""
+        """The step raised: short memory costs the youngest its row, anything else is put down to who was alone.
+
+        Raises:
+            DeviceLostError: no step will ever succeed.
+        """
+        if (lost := device_lost(error)) is not None:
+            raise lost from error
         if system_memory.ran_out(error):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -1,0 +1,279 @@
+"""Faults put into the slots engine, on a real model: who fails, who goes on, with the tokens of undisturbed runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from loopmux.codec import FieldError, build
+from loopmux.errors import BadRequestError, ContextLengthError, EngineError
+from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
+from loopmux.wire import Kind, new_id, pack_tokens
+from loopmux_worker.driver import Driver
+from loopmux_worker.engine import open_engine
+from loopmux_worker.engine.base import Failed, Finished, Job, Key, Produced
+from loopmux_worker.engine.lost import DeviceLostError, device_lost
+from loopmux_worker.events import Submit
+from tinymodel import CONTEXT
+from workerpeer import PATIENCE, FakeBroker
+
+WANTED = 12
+PROMPTS = [[(7 * i * i + 3 * i + 11 * n) % 250 for i in range(20 + 9 * n)] for n in range(4)]
+NO_MEMORY = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB"
+NO_WORKSPACE = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+ASSERTED = "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
+
+
+def job(prompt, **more):
+    given = {"max_new_tokens": WANTED, "ignore_eos": True, "sampling": Sampling(temperature=0)} | more
+    return Job(Key(new_id(), 1), Run("base"), Generate(prompt_token_ids=pack_tokens(prompt), **given))
+
+
+def drain(engine, steps=1000):
+    outputs = []
+    while engine.due() is not None:
+        outputs += engine.step()
+        steps -= 1
+        assert steps, "it goes on for ever"
+    return outputs
+
+
+def run(engine, jobs):
+    """Tokens and end of each job, all submitted at once."""
+    for one in jobs:
+        engine.submit(one)
+    outputs = drain(engine)
+    tokens = [[i for o in outputs if o.key == one.key and isinstance(o, Produced) for i in o.ids] for one in jobs]
+    ends = [[o for o in outputs if o.key == one.key and not isinstance(o, Produced)] for one in jobs]
+    assert all(len(end) == 1 for end in ends), "each ends once"
+    return tokens, [end for (end,) in ends]
+
+
+def opened(tiny_model, **settings):
+    given = {"engine": "slots", "slots": 4, "dtype": "float32", "torch_threads": 1, "device": "cpu"} | settings
+    return open_engine(WorkerSpec("w", "", (ModelSpec("base"),), str(tiny_model.base), **given), lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def answers(tiny_model):
+    """What an engine that nothing happens to makes of PROMPTS."""
+    return run(opened(tiny_model), [job(prompt) for prompt in PROMPTS])[0]
+
+
+@pytest.fixture
+def engine(tiny_model):
+    return opened(tiny_model)
+
+
+class Faulty:
+    """A forward that raises where ``when`` says so: before anything was computed, or after it all was."""
+
+    def __init__(self, engine, when, error, late=False):
+        self._forward, self._when, self._error, self._late = engine._forward, when, error, late
+        self.raised = 0
+        engine._forward = self
+
+    def __call__(self, segments, *rest):
+        bad = self._when(segments)
+        if bad and not self._late:
+            self._raise()
+        logits = self._forward(segments, *rest)
+        if bad:
+            self._raise()
+        return logits
+
+    def _raise(self):
+        self.raised += 1
+        raise self._error
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("guilty", range(4))
+def test_a_forward_that_one_request_breaks_costs_that_one_alone(engine, answers, guilty, late):
+    jobs = [job(prompt) for prompt in PROMPTS]
+    Faulty(engine, lambda segments: any(s.key == jobs[guilty].key for s in segments), ValueError("boom"), late)
+    tokens, ends = run(engine, jobs)
+    assert [isinstance(end, Failed) for end in ends] == [i == guilty for i in range(4)]
+    assert "ValueError: boom" in ends[guilty].error.message
+    assert isinstance(ends[guilty].error, EngineError)
+    assert [t for i, t in enumerate(tokens) if i != guilty] == [a for i, a in enumerate(answers) if i != guilty]
+    assert run(engine, [job(PROMPTS[guilty])])[0] == [answers[guilty]], "a new one of the same tokens is none the worse"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("at", [1, 2, 7])
+def test_a_forward_that_raises_once_costs_nobody_anything(engine, answers, at, late):
+    calls = iter(range(1, 1000))
+    faulty = Faulty(engine, lambda segments: next(calls) == at and len(segments) > 1, ValueError("boom"), late)
+    tokens, ends = run(engine, [job(prompt) for prompt in PROMPTS])
+    assert faulty.raised == 1
+    assert all(isinstance(end, Finished) for end in ends)
+    assert tokens == answers
+
+
+def test_a_forward_that_always_raises_fails_all_and_the_engine_goes_on(engine, answers):
+    sound = engine._forward
+    Faulty(engine, lambda _: True, ValueError("boom"))
+    tokens, ends = run(engine, [job(prompt) for prompt in PROMPTS])
+    assert tokens == [[]] * 4
+    assert all(isinstance(end.error, EngineError) for end in ends)
+    engine._forward = sound
+    assert run(engine, [job(prompt) for prompt in PROMPTS])[0] == answers
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(NO_MEMORY), torch.AcceleratorError(NO_WORKSPACE)], ids=["memory", "workspace"]
+)
+def test_short_memory_costs_the_youngest_its_row_and_nobody_the_answer(engine, answers, error, late):
+    seen = set()
+
+    def more_than_two(segments):
+        seen.update(s.key for s in segments)
+        return len(segments) > 2
+
+    faulty = Faulty(engine, more_than_two, error, late)
+    jobs = [job(prompt) for prompt in PROMPTS]
+    tokens, ends = run(engine, jobs)
+    assert faulty.raised >= 2
+    assert seen == {one.key for one in jobs}
+    assert all(isinstance(end, Finished) for end in ends)
+    assert tokens == answers
+
+
+def test_a_request_that_is_too_large_by_itself_fails_with_the_reason(engine, answers):
+    large = job(PROMPTS[3])
+    Faulty(engine, lambda segments: any(s.key == large.key for s in segments), torch.OutOfMemoryError(NO_MEMORY))
+    tokens, ends = run(engine, [job(PROMPTS[0]), large])
+    assert (tokens[0], isinstance(ends[1], Failed)) == (answers[0], True)
+    assert "out of memory" in ends[1].error.message
+
+
+def test_weights_that_are_no_numbers_fail_their_requests_with_the_reason_and_the_engine_goes_on(tiny_model, answers):
+    engine = opened(tiny_model)
+    adapters = engine._models._adapters
+    engine.load_adapter("red", str(tiny_model.adapters["red"]))
+    pair = next(iter(adapters._layers.values())).pairs["red"]
+    pair.down.fill_(float("nan"))
+    jobs = [job(PROMPTS[0]), job(PROMPTS[1]), job(PROMPTS[2])]
+    jobs[1] = Job(jobs[1].key, Run("red"), jobs[1].generate)
+    tokens, ends = run(engine, jobs)
+    assert isinstance(ends[1].error, EngineError)
+    assert "its weights are damaged" in ends[1].error.message
+    assert [tokens[0], tokens[2]] == [answers[0], answers[2]]
+    engine.unload_adapter("red")
+    assert run(engine, [job(PROMPTS[1])])[0] == [answers[1]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "error", "field"),
+    [
+        ([1, 2, 9999], {}, BadRequestError, "prompt_token_ids: found 9999"),
+        ([], {}, BadRequestError, "prompt_token_ids: expected at least one"),
+        ([1] * CONTEXT, {}, ContextLengthError, f"the prompt has {CONTEXT} tokens"),
+        ([1], {"max_new_tokens": 0}, BadRequestError, "max_new_tokens: found 0"),
+        ([1], {"max_new_tokens": 2**31}, BadRequestError, "max_new_tokens: found 2147483648"),
+        ([1], {"sampling": Sampling(temperature=-1)}, BadRequestError, "temperature: found -1"),
+        ([1], {"sampling": Sampling(min_p=float("nan"))}, BadRequestError, "min_p: found nan"),
+        ([1], {"sampling": Sampling(logit_bias={"x": 1.0})}, BadRequestError, "logit_bias: found the key 'x'"),
+        ([1], {"stop": ("",)}, BadRequestError, "stop: found an empty text"),
+        ([1], {"logprobs": 99}, BadRequestError, "logprobs: found 99"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_run_is_refused_at_admission_and_nobody_notices(engine, answers, prompt, settings, error, field):
+    running = job(PROMPTS[0])
+    engine.submit(running)
+    outputs = engine.step()
+    with pytest.raises(error, match=field):
+        engine.submit(job(prompt, **settings))
+    outputs += drain(engine)
+    assert [i for o in outputs if isinstance(o, Produced) for i in o.ids] == answers[0]
+
+
+def test_an_unknown_dtype_is_refused_with_what_there_is():
+    with pytest.raises(FieldError, match=r"dtype: found 'float8' .*expected one of auto, float32, bfloat16, float16"):
+        build(WorkerSpec, {"name": "w", "endpoint": "", "models": [], "dtype": "float8"})
+
+
+# --- a device that is gone --------------------------------------------------------------------------------------------
+
+
+def test_what_counts_as_a_lost_device():
+    lost = device_lost(torch.AcceleratorError(ASSERTED))
+    assert lost.message == (
+        "the device is lost to this process, which ends: AcceleratorError: CUDA error: device-side assert triggered"
+    )
+    outer = RuntimeError("the step failed")
+    outer.__cause__ = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    assert device_lost(outer) is not None
+    for other in (NO_MEMORY, NO_WORKSPACE, "CUDA error: invalid configuration argument", "boom"):
+        assert device_lost(RuntimeError(other)) is None
+
+
+@pytest.mark.parametrize("kind", ["slots", "plain"])
+def test_a_lost_device_ends_the_engine_s_thread(tiny_model, kind, monkeypatch):
+    engine = opened(tiny_model, engine=kind)
+
+    def lose(*_, **__):
+        raise torch.AcceleratorError(ASSERTED)
+
+    monkeypatch.setattr(engine._models.loaded.model, "forward", lose)
+    woken = []
+    driver = Driver(engine, lambda: woken.append(driver.died))
+    driver.put(Submit(job(PROMPTS[0])))
+    driver.start()
+    driver._thread.join(PATIENCE)
+    assert isinstance(driver.died, DeviceLostError)
+    assert woken[-1] is driver.died
+
+
+PROGRAM = """
+    import sys
+    import torch
+    from loopmux_worker.__main__ import main
+    from loopmux_worker.engine.slots.forward import Forward
+
+    whole = Forward.__call__
+
+    def broken(self, segments, ids, *rest):
+        if 77 in ids:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        return whole(self, segments, ids, *rest)
+
+    Forward.__call__ = broken
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_worker_that_lost_its_device_ends_with_a_line_that_says_so(tiny_model, tmp_path):
+    broker = FakeBroker(f"ipc://{tmp_path}/b")
+    spec = tmp_path / "spec.json"
+    given = {"engine": "slots", "torch_threads": 1, "dtype": "float32"}
+    spec.write_text(
+        json.dumps(asdict(WorkerSpec("w1", broker.endpoint, (ModelSpec("base"),), str(tiny_model.base), **given)))
+    )
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), "--spec", str(spec)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            broker.welcome()
+            sound = Generate(prompt_token_ids=pack_tokens([1, 2, 3]), max_new_tokens=2, ignore_eos=True)
+            broker.run(b"a" * 16, sound, model="base")
+            assert broker.output(b"a" * 16)[1].kind is Kind.END
+            broker.run(b"b" * 16, Generate(prompt_token_ids=pack_tokens([77])), model="base")
+            out, err = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+            broker.close()
+    assert process.returncode == 1
+    reason = (
+        "the device is lost to this process, which ends: AcceleratorError: CUDA error: device-side assert triggered"
+    )
+    assert json.loads(out.splitlines()[-1]) == {"phase": "failed", "detail": reason}
+    assert err.splitlines()[-1] == f"loopmux-worker: error: {reason}"
