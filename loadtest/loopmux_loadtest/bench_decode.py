@@ -4,7 +4,9 @@ MODEL is a folder as ``make_model`` writes it. Prints JSON lines: the device's o
 engine took; then for each batch, with random prompts, greedy and without an end,
 
 - ``prefill_tok_s``: prompt tokens per second until the last request has its first token,
-- ``step_ms``: median of the steps in which every request decodes, ``whole_ms`` with handing out the tokens,
+- ``step_ms``: median of the steps in which every request decodes, with handing out the tokens,
+- ``outside``: share of such a step that is spent outside the model's forward, ``outside_ms`` the time (a mean; on a GPU
+  the model is waited for, which it is not otherwise),
 - ``bytes``: what such a step has to read, weights once (of the embedding only rows are looked up) and every request's
   keys and values; ``gb_s`` is that by the step's time, ``of_copy`` its share of the copy bandwidth, which counts bytes
   read and written,
@@ -33,6 +35,7 @@ from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
 from loopmux.wire import new_id, pack_tokens
 from loopmux_worker.engine import files, open_engine
 from loopmux_worker.engine.base import Engine, Failed, Job, Key, Produced
+from loopmux_worker.engine.slots.engine import SlotsEngine
 
 _COPIED = {"cuda": 2**32, "cpu": 2**28}
 """Bytes of the tensor whose copying is timed: more than any cache holds."""
@@ -95,7 +98,7 @@ class Bench:
     most: int
     adapters: int
 
-    def engine(self) -> Engine:
+    def engine(self) -> SlotsEngine:
         """Ours, warm."""
         models = [ModelSpec("base", model_type="base")]
         models += [
@@ -106,7 +109,9 @@ class Bench:
             "bench", "", tuple(models), str(self.model), dtype="bfloat16", device=self.device, engine="slots",
             slots=self.most, context=context,
         )  # fmt: skip
-        return open_engine(spec, lambda *_: None)
+        engine = open_engine(spec, lambda *_: None)
+        assert isinstance(engine, SlotsEngine)
+        return engine
 
     def prompts(self, batch: int) -> list[list[int]]:
         """Random prompts, other ones in every call, so that no state is found."""
@@ -137,7 +142,28 @@ class Bench:
         length = self.prompt + statistics.mean(made.values()) - self.new / 2
         for job in jobs:
             engine.cancel(job.key)
-        return {"prefill": batch * self.prompt / prefilled, "step": statistics.median(seconds), "length": length}
+        rate = batch * self.prompt / prefilled
+        return {"prefill": rate, "step": statistics.median(seconds), "steps": sum(seconds), "length": length}
+
+    def outside(self, engine: SlotsEngine, batch: int) -> tuple[float, float]:
+        """Share of the decoding steps that is spent outside the model's forward, and its mean seconds in a step."""
+        model = engine._models.loaded.model
+        began, inside = 0.0, [0.0]
+
+        def enter(*_: Any) -> None:
+            nonlocal began
+            began = time.perf_counter()
+
+        def leave(*_: Any) -> None:
+            _wait(self.device)
+            inside.append(time.perf_counter() - began)
+
+        hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave)]
+        found = self.ours(engine, batch)
+        for hook in hooks:
+            hook.remove()
+        model_s, all_s = sum(inside[-self.new :]), found["steps"]
+        return 1 - model_s / all_s, (all_s - model_s) / self.new
 
     def generate(self, model: Any, batch: int) -> float:
         """Seconds of a decoding step of transformers' ``generate()``."""
@@ -189,6 +215,8 @@ def measure(bench: Bench, batches: Sequence[int], *, beside: bool) -> Iterator[d
             "gb_s": round(size / found["step"] / 1e9, 1),
             "of_copy": round(size / found["step"] / copied, 3),
         }
+        share, seconds = bench.outside(engine, batch)
+        line |= {"outside": round(share, 3), "outside_ms": round(seconds * 1e3, 3)}
         if bench.adapters:
             bench.ours(engine, batch, bench.adapters)
             line["adapters_ms"] = round(bench.ours(engine, batch, bench.adapters)["step"] * 1e3, 3)

