@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loopmux_worker.engine.slots import linears
-from loopmux_worker.engine.slots.linears import PackedLinear, can_pack, pack
+from loopmux_worker.engine.slots.linears import JoinedLinear, PackedLinear, alike, can_pack, pack
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 needs = {
@@ -72,15 +72,52 @@ def test_logits_of_a_packed_model(settings, dtype):
     torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("settings", [{}, {"attention_bias": True, "mlp_bias": True}], ids=str)
+def test_layers_that_get_the_same_input_are_one_product(settings, dtype):
+    model = llama(dtype, **settings)
+    packed = copy.deepcopy(model)
+    names = {module: name for name, module in packed.named_modules()}
+    found = alike(packed, torch.tensor([[0, 1]]))
+    assert [[names[layer].rpartition(".")[2] for layer in group] for group in found] == 2 * [
+        ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"],
+    ]  # fmt: skip
+    assert not any(module._forward_pre_hooks for module in packed.modules())
+    assert pack(packed, found) == 2 * 7 + 1
+    assert sum(type(module) is JoinedLinear for module in packed.modules()) == 2 * 5
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.inference_mode():
+        for _ in range(2):
+            got, expected = packed(ids).logits, model(ids).logits
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(got / scale, expected / scale, rtol=0, atol=TOLERANCE[dtype])
+
+
+@needs[torch.float32]
+def test_a_part_is_of_the_input_that_it_is_called_with_in_any_order():
+    torch.manual_seed(0)
+    plain = [nn.Linear(8, size) for size in (3, 5, 2)]
+    model = nn.ModuleList(copy.deepcopy(plain))
+    pack(model, [tuple(model)])
+    one, other = torch.randn(2, 4, 8)
+    with torch.inference_mode():
+        for places in ((0, 1, 2), (2, 0), (1, 1, 1), (0,), (2, 1, 0)):
+            for x in (one, other, one.clone()):
+                for place in places:
+                    torch.testing.assert_close(model[place](x), plain[place](x))
+
+
 @needs[torch.float32]
 def test_plain_weights_go_and_a_tied_embedding_keeps_its_own():
     model = llama(tie_word_embeddings=True)
-    gone = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    gone = [
+        weakref.ref(layer.weight) for layer in (model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.down_proj)
+    ]
     embedding = model.get_input_embeddings().weight
     before = embedding.clone()
-    pack(model)
+    pack(model, alike(model, torch.tensor([[0, 1]])))
     gc.collect()
-    assert gone() is None
+    assert [one() for one in gone] == [None, None]
     assert torch.equal(model.get_input_embeddings().weight, before)
 
 

@@ -376,28 +376,44 @@ def test_without_running_streams_a_step_is_as_large_as_it_may_be():
     assert Pace().budget(0, 1) == LARGEST
 
 
-def test_a_chunk_takes_about_as_long_as_the_streams_beside_it():
+def seconds(decoding: int, prompt: int, speed: float = 1.0) -> float:
+    """What a step costs on a pretend machine: something fixed, per stream, per prompt token."""
+    return (0.018 + 0.0012 * decoding + 0.0005 * prompt) / speed
+
+
+def paced(pace: Pace, speed: float = 1.0, rounds: int = 6, stalls: int = 0) -> Pace:
+    """After bursts of sixteen prompts that end in decoding, on a machine of some speed that stands still at times."""
+    steps = 0
+    for _ in range(rounds):
+        for decoding in [*range(16), *[16] * 40, *[1] * 40]:
+            prompt = pace.budget(decoding, 16 - decoding) if decoding < 16 and steps % 96 < 16 else 0
+            steps += 1
+            took = seconds(decoding, prompt, speed)
+            pace.note(decoding, prompt, 100 * took if stalls and steps % stalls == 0 else took)
+    return pace
+
+
+@pytest.mark.parametrize("stalls", [0, 50])
+def test_a_chunk_takes_about_as_long_as_the_streams_beside_it(stalls):
     pace = Pace()
-    pace.note(0, 512, 1.0)
-    for _ in range(20):
-        pace.note(8, 0, 0.05)
-    assert 20 <= pace.budget(8, 1) <= 26
-    for _ in range(40):
-        pace.note(0, 512, 0.5)  # the machine got faster
-    assert 45 <= pace.budget(8, 1) <= 52
-    for _ in range(40):
-        pace.note(8, 25, 0.05 + 0.02 + 25 / 1024)  # a chunk of any size adds something
-    assert 27 <= pace.budget(8, 1) <= 32
-    for _ in range(40):
-        pace.note(8, 25, 0.5)
-    assert pace.budget(8, 1) == 16  # however bad it gets, prompts go on
+    for speed in (1.0, 4.0, 0.25):  # the machine gets faster, then slower
+        paced(pace, speed, stalls=stalls)
+        for decoding in (13, 14, 15):
+            chunk = pace.budget(decoding, 1)
+            assert 1.5 <= seconds(decoding, chunk) / seconds(decoding, 0) <= 2.4, (speed, decoding, chunk)
+
+
+def test_prompts_go_on_however_long_steps_take():
+    pace = paced(Pace())
+    for _ in range(200):
+        pace.note(8, 16, 5.0)
+        pace.note(8, 0, 0.01)
+    assert pace.budget(8, 1) == 16
 
 
 def test_many_that_wait_for_a_first_token_outweigh_the_pause_of_a_few():
-    pace = Pace()
-    pace.note(0, 512, 1.0)
-    pace.note(4, 0, 0.05)
-    alone = pace.budget(4, 1)
-    assert pace.budget(15, 1) == alone
-    assert pace.budget(4, 3) == pytest.approx(3 * alone, abs=3)
-    assert pace.budget(1, 100) == LARGEST
+    pace = paced(Pace())
+    alone = pace.budget(15, 1)
+    assert pace.budget(12, 1) <= alone
+    assert pace.budget(12, 2) == pytest.approx(2 * pace.budget(12, 1), abs=3)
+    assert pace.budget(8, 8) == LARGEST

@@ -206,12 +206,14 @@ def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
     from loopmux_worker.engine import memory, open_engine
 
     _quiet_libraries()
+    memory.keep_freed()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     progress("loading", f"engine {spec.engine}")
     with memory.explained(spec):
         from loopmux_worker.server import Worker
 
         engine = open_engine(spec, progress)
+    memory.give_back_freed()
     worker = Worker(spec, engine)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())

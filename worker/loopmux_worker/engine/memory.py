@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import resource
 from collections.abc import Iterator
@@ -22,6 +23,34 @@ _WORDS = (
     "bad_alloc",
 )
 """What libraries say, as errors of many types, when memory ran out."""
+
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
+_LARGEST_THRESHOLD = 32 * _MIB  # that glibc takes
+_PAD = 64 * _MIB
+
+
+def keep_freed() -> None:
+    """Keep the memory that steps free for the next step; does nothing where the C library is not glibc.
+
+    Otherwise every temporary of some size comes fresh from the system, and each of its pages costs a fault: computing
+    512 prompt tokens of a 110 M model took 1.2 times as long. Call it before threads are started.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    mallopt(_M_ARENA_MAX, 1)  # an arena per thread is at most 64 MiB, and keeps nothing that is larger
+    mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_TOP_PAD, _PAD)
+
+
+def give_back_freed() -> None:
+    """Return what is free by now, after loading, say; does nothing where the C library is not glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def needed(weights: list[Path], bytes_per_number: int | None) -> int:

@@ -17,7 +17,7 @@ from loopmux_worker.engine.plain import PlainEngine
 from loopmux_worker.engine.slots.attention import Memory
 from loopmux_worker.engine.slots.engine import SlotsEngine
 from loopmux_worker.engine.slots.forward import Forward, Trial, try_rows
-from loopmux_worker.engine.slots.linears import pack
+from loopmux_worker.engine.slots.linears import alike, pack
 from loopmux_worker.engine.slots.lora import MixedAdapters
 from loopmux_worker.engine.slots.pairs import CannotMix, pairs_of
 from loopmux_worker.engine.slots.sizing import Size, size
@@ -31,7 +31,7 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
     """
     loaded = load(spec, progress)
     trial = Trial("configured", 0) if spec.engine == "plain" else _try(spec, loaded)
-    packed = trial.why_not is None and loaded.device.type == "cpu" and bool(pack(loaded.model))
+    packed = trial.why_not is None and loaded.device.type == "cpu" and _pack(loaded)
     if packed:
         trial = _try_rows(loaded)
     if spec.engine == "slots" and trial.why_not is not None:
@@ -80,6 +80,10 @@ def _try(spec: WorkerSpec, loaded: Loaded) -> Trial:
 
 def _try_rows(loaded: Loaded) -> Trial:
     return try_rows(loaded.model, MixedAdapters(loaded.model), loaded.device, loaded.vocabulary)
+
+
+def _pack(loaded: Loaded) -> bool:
+    return bool(pack(loaded.model, alike(loaded.model, torch.tensor([[0, 1]], device=loaded.device))))
 
 
 def _sized(spec: WorkerSpec, loaded: Loaded, token_bytes: int) -> Size:

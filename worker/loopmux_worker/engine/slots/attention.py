@@ -9,7 +9,7 @@ Grouped-query heads are folded into the query axis, so that all heads that share
 with bf16 that took 1.7 ms where ``enable_gqa`` took 8.6 (16 rows of 576 tokens, 12 heads on 4). Only a sequence's first
 chunk is not folded: it needs no mask, and took 2.4 ms where a folded and masked one took 3.4 (512 tokens).
 
-Masks are numbers to add, in the type of the queries, made once a step: a mask of bool is turned into one by every layer.
+Masks are numbers to add, in the type of the queries, made once a step: every layer would make them of a mask of bool.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from loopmux_worker.engine.slots.rows import Copy
 from loopmux_worker.engine.slots.schedule import Segment
 
 _NAMES = itertools.count()
+_NEAR = 64
+"""Tokens that computing in vain costs about as much as another call."""
 # What some models pass to their attention that this one does not compute; None or absent is fine.
 _FOREIGN = ("softcap", "s_aux", "head_mask", "cache_position_bias", "position_bias")
 
@@ -38,13 +40,13 @@ class Unsupported(Exception):
 
 @dataclass(slots=True)
 class Group:
-    """Segments that are computed in one call: neighbours in rows ``first`` to ``last`` with ``count`` tokens each.
+    """Segments that are computed in one call, with ``count`` tokens each.
 
-    ``tokens`` are their places in the packed step, ``length`` the longest state among them, new tokens included.
+    ``rows`` are theirs: neighbours, which can be viewed, or any, which have to be gathered. ``tokens`` are their places
+    in the packed step, ``length`` the longest state among them, new tokens included.
     """
 
-    first: int
-    last: int
+    rows: slice | Tensor
     count: int
     length: int
     tokens: slice
@@ -87,11 +89,14 @@ class Layout:
 class Memory:
     """The KV memory of one model: keys and values of shape (rows, kv heads, context, head size) per layer.
 
-    So the keys of one head, which are read together, lie together. A layer's tensors are made when its first keys come, for only then their shape is certain.
+    So the keys of one head, which are read together, lie together. A layer's tensors are made when its first keys come,
+    for only then their shape is certain.
     """
 
     def __init__(self, rows: int, context: int, device: torch.device) -> None:
         self.rows, self.context, self.device = rows, context, device
+        self.gathers = device.type == "cuda"  # whether rows anywhere share a call; see ``_together``
+        self.gathered = 0  # steps that had to
         self.layout: Layout | None = None
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.name = f"loopmux_rows_{next(_NAMES)}"
@@ -114,16 +119,18 @@ class Memory:
         rows: list[int] = []
         positions: list[int] = []
         groups: list[Group] = []
-        for members in _neighbours(segments):
+        for members in _together(segments, anywhere=self.gathers):
             start, count = len(rows), members[0].count
             for segment in members:
                 rows += [segment.row] * count
                 positions += range(segment.start, segment.start + count)
             starts = tuple(segment.start for segment in members)
             tokens = slice(start, len(rows))
-            groups.append(
-                Group(members[0].row, members[-1].row + 1, count, max(starts) + count, tokens, starts, self.device)
-            )
+            first, last = members[0].row, members[-1].row
+            viewed = last - first == len(members) - 1
+            self.gathered += not viewed
+            picked = slice(first, last + 1) if viewed else torch.tensor([s.row for s in members], device=self.device)
+            groups.append(Group(picked, count, max(starts) + count, tokens, starts, self.device))
         where = torch.tensor((rows, positions), device=self.device)
         self.layout = Layout(where[0], where[1], tuple(groups))
 
@@ -162,10 +169,7 @@ class Memory:
             raise Unsupported(f"it has {heads} heads on {kv_heads} key heads")
         parts = []
         for group in layout.groups:
-            seen = (
-                keys[group.first : group.last, :, : group.length],
-                values[group.first : group.last, :, : group.length],
-            )
+            seen = keys[group.rows, :, : group.length], values[group.rows, :, : group.length]
             asked = query[:, :, group.tokens]
             if group.causal(sliding_window):
                 got = scaled_dot_product_attention(asked, *seen, is_causal=True, scale=scaling, enable_gqa=True)
@@ -196,13 +200,26 @@ def _folded(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sc
     return got.view(rows, kv_heads, folded, count, -1).permute(0, 3, 1, 2, 4).reshape(tokens, heads, -1)
 
 
-def _neighbours(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Runs of segments that one call can compute: single tokens in rows that follow each other, else one by one."""
+def _together(segments: Sequence[Segment], *, anywhere: bool) -> list[list[Segment]]:
+    """Runs of segments that one call can compute: single tokens in rows that follow each other, else one by one.
+
+    Rows of a call are computed as long as the longest is, so on a CPU only those of like length share one: 16 rows of
+    which one has 900 tokens and the others 100 took 7.1 ms together, 2.4 one by one; where all have 160, 1.1 and 1.4.
+
+    With ``anywhere`` single tokens in any rows: on a GPU a call costs more than gathering what it needs (16 rows
+    computed one by one made a step take 57 ms on an H200, as one 10).
+    """
     runs: list[list[Segment]] = []
     for segment in segments:
-        last = runs[-1][-1] if runs else None
-        if last is not None and last.count == segment.count == 1 and segment.row == last.row + 1:
-            runs[-1].append(segment)
+        run = runs[-1] if runs else []
+        single = bool(run) and run[0].count == segment.count == 1
+        if single and (anywhere or (segment.row == run[-1].row + 1 and _like(segment.start, run[0].start))):
+            run.append(segment)
         else:
             runs.append([segment])
     return runs
+
+
+def _like(one: int, other: int) -> bool:
+    """Whether two states are of like length: a quarter apart at most, or so short that it does not matter."""
+    return abs(one - other) <= max(_NEAR, min(one, other) // 4)

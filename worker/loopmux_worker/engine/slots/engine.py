@@ -158,7 +158,7 @@ class SlotsEngine:
             torch.set_num_threads(self._threads)  # which holds for the thread that says it
         began = time.monotonic()
         decoding = self._scheduler.decoding
-        budget = self._pace.budget(decoding, len(self._scheduler) - decoding)
+        budget = self._pace.budget(decoding, self._scheduler.beginning)
         plan = Plan()
         copies = self._scheduler.admit(budget, began)
         try:

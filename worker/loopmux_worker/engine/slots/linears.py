@@ -12,10 +12,14 @@ Weights read, in GB/s, plain → packed, on 2 cores that read memory at 31 (AVX-
 
 With 128 and 512 rows, where computing takes longer than reading, packed took 0.75 to 1.0 times as long as plain, for
 fp32 0.45 to 0.93. There was no shape and no number of rows for which plain was faster, so everything is packed.
+
+Layers that get the same input (query, key and value; gate and up) are one product: fewer calls, each of which has to
+bring the threads together, and larger matrices, which are read faster (see the table).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -52,6 +56,65 @@ class PackedLinear(Replacement):
         return product(x, self._packed, self.bias)
 
 
+class JoinedLinear(Replacement):
+    """One of several linear layers that get the same input; all are computed when the first of them is called."""
+
+    def __init__(self, plain: nn.Linear, product_of_all: _Joined, place: int) -> None:
+        super().__init__(plain)
+        self._all, self._place = product_of_all, place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, in) to (…, out), a view into what was computed for all of them."""
+        return self._all.part(self._place, x)
+
+
+class _Joined:
+    """The product of several layers, kept until each of them was asked for its part."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._sizes = [layer.out_features for layer in layers]
+        self._weight = packed(torch.cat([layer.weight.detach() for layer in layers]))
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self._bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+        self._input: torch.Tensor | None = None
+        self._parts: dict[int, torch.Tensor] = {}
+
+    def part(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        # The very same tensor, not an equal one; it is kept alive, so no other can take its place in memory.
+        if x is not self._input or place not in self._parts:
+            self._input = x
+            self._parts = dict(enumerate(torch.split(product(x, self._weight, self._bias), self._sizes, -1)))
+        found = self._parts.pop(place)
+        if not self._parts:
+            self._input = None
+        return found
+
+
+def alike(model: nn.Module, ids: torch.Tensor) -> list[tuple[nn.Linear, ...]]:
+    """Linear layers of one parent that get the same input, as a forward of ``ids`` (1, tokens) shows."""
+    calls: list[tuple[nn.Module, nn.Linear, torch.Tensor]] = []
+    handles = []
+    for parent in list(model.modules()):
+        for child in parent.children():
+            if _is_plain(child):
+
+                def note(module: Any, inputs: tuple[torch.Tensor, ...], parent: nn.Module = parent) -> None:
+                    calls.append((parent, module, inputs[0]))
+
+                handles.append(child.register_forward_pre_hook(note))
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[tuple[int, int, torch.dtype, bool], list[nn.Linear]] = {}
+    for parent, layer, x in calls:
+        key = (id(parent), id(x), layer.weight.dtype, layer.bias is not None)
+        groups.setdefault(key, []).append(layer)
+    return [tuple(group) for group in groups.values() if 1 < len(group) == len(set(group))]
+
+
 def packed(weight: torch.Tensor) -> torch.Tensor:
     """(out, in) in the order of oneDNN's kernels; for ``product`` alone."""
     opaque: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -70,19 +133,36 @@ def product(
     return y
 
 
-def pack(model: nn.Module) -> int:
+def pack(model: nn.Module, together: Iterable[tuple[nn.Linear, ...]] = ()) -> int:
     """Replace the linear layers of a model by packed ones, where this machine and this torch can; how many they are.
 
-    The plain weight goes at once, unless something else has it: an embedding that is tied to the output head keeps it.
-    Left as they are: layers elsewhere than on the CPU, quantised ones, and those that carry hooks.
+    Those of ``together`` get the same input, and become one product. The plain weight goes at once, unless something
+    else has it: an embedding that is tied to the output head keeps it. Left as they are: layers elsewhere than on the
+    CPU, quantised ones, and those that carry hooks.
     """
-    made: dict[nn.Linear, PackedLinear] = {}  # a layer that the model has twice is packed once
+    made: dict[nn.Linear, Replacement] = {}  # a layer that the model has twice is packed once
     can = {dtype: can_pack(dtype) for dtype in {parameter.dtype for parameter in model.parameters()}}
+    joined = {layer: group for group in together for layer in group}
+
+    def replacement(layer: nn.Linear) -> Replacement:
+        if layer in joined and layer not in made:
+            group = joined[layer]
+            whole = _Joined(group)
+            made.update({each: JoinedLinear(each, whole, place) for place, each in enumerate(group)})
+            forget(group)
+        elif layer not in made:
+            made[layer] = PackedLinear(layer)
+            forget([layer])
+        return made[layer]
+
+    def forget(layers: Iterable[nn.Linear]) -> None:
+        for layer in layers:
+            layer.register_parameter("weight", None)
+
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if _is_plain(child) and can[child.weight.dtype]:
-                made[child] = made.get(child) or PackedLinear(child)
-                setattr(parent, name, made[child])
+            if isinstance(child, nn.Linear) and (child in made or (_is_plain(child) and can[child.weight.dtype])):
+                setattr(parent, name, replacement(child))
     return len(made)
 
 

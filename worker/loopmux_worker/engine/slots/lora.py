@@ -176,6 +176,7 @@ class MixedLinear(Replacement):
         y: torch.Tensor = self.base(x)
         if not self._work:
             return y
+        y = y.contiguous()  # it may be a view into what was computed for several layers
         if x.numel() != self._tokens * self.in_features:
             raise EngineError(f"a layer got {tuple(x.shape)}, the runs given before have {self._tokens} tokens")
         flat_x, flat_y = x.reshape(-1, self.in_features), y.view(-1, self.out_features)

@@ -5,13 +5,17 @@ from __future__ import annotations
 LARGEST = 512
 """Tokens of a step without running streams: enough to be computed at full speed, short enough to stay answerable."""
 _SMALLEST = 16
-_WEIGHT = 4
-"""How much worse it is to wait for a first token than to wait between two: small chunks make many steps of few streams,
-and all of them end later."""
-_TELLING = 64
-"""Tokens from which a chunk says what a token costs."""
-_MEMORY = 0.8
-"""Share of the old estimate that a new measurement leaves."""
+_UNKNOWN = 64
+"""Tokens beside running streams before anything was measured."""
+_WEIGHT = 12
+"""How much worse it is to wait for a first token than to wait between two: many small chunks make many steps of few
+streams, and all of them end later. Up to 12 streams beside one newcomer are made to wait longer than one step more."""
+_TRUST = 0.2
+"""Share of the difference between a step's time and what was expected that goes into the costs."""
+_OUTLIER = 3.0
+"""A step counts as at most so many times what was expected of it: a machine that stood still says nothing of costs."""
+_FIXED = 0.3
+"""Share of the very first step that is taken for its fixed cost, until more is known."""
 
 
 class Pace:
@@ -21,33 +25,37 @@ class Pace:
     more than a few wait for their first token, a step may take longer in proportion to how many they are for each
     stream that would pause.
 
-    A step with a chunk is taken to last as long as one without, plus something fixed, plus so much for each token.
+    A step is taken to cost something fixed (reading the weights), so much for each stream, and so much for each prompt
+    token. A step that took longer or shorter than expected changes each of the three by its share of what was expected,
+    so what a step had nothing of keeps its cost, and no cost ever falls to zero.
     """
 
     def __init__(self) -> None:
-        self._step: float | None = None  # seconds of a step that only decodes
-        self._token: float | None = None  # seconds of one prompt token in a step of many
-        self._fixed = 0.0  # seconds that a chunk of any size adds to a step
+        self._costs: tuple[float, float, float] | None = None  # seconds: fixed, per stream, per prompt token
 
     def budget(self, decoding: int, waiting: int) -> int:
         """Prompt tokens for the next step, with so many streams decoding and requests without a first token."""
         if not decoding:
             return LARGEST
-        if self._step is None or self._token is None:
-            return _SMALLEST * 4
-        spare = max(1.0, _WEIGHT * waiting / decoding) * self._step - self._fixed
-        return max(_SMALLEST, min(LARGEST, int(spare / self._token)))
+        if self._costs is None:
+            return _UNKNOWN
+        fixed, stream, token = self._costs
+        spare = max(1.0, _WEIGHT * waiting / decoding) * (fixed + stream * decoding)
+        return max(_SMALLEST, min(LARGEST, int(spare / token)))
 
     def note(self, decoding: int, prompt: int, seconds: float) -> None:
         """A step took so many seconds for ``decoding`` streams and ``prompt`` tokens."""
-        if not prompt:
-            self._step = _mixed(self._step, seconds)
-        elif not decoding:
-            if prompt >= _TELLING:
-                self._token = _mixed(self._token, seconds / prompt)
-        elif self._step is not None and self._token is not None:
-            self._fixed = _mixed(self._fixed, max(0.0, seconds - self._step - self._token * prompt))
-
-
-def _mixed(old: float | None, new: float) -> float:
-    return new if old is None else _MEMORY * old + (1 - _MEMORY) * new
+        counts = (1, decoding, prompt)
+        if self._costs is None:
+            each = (1 - _FIXED) * seconds / max(1, decoding + prompt)  # a stream's token is a token, too
+            self._costs = (_FIXED * seconds, each, each)
+            return
+        parts = [cost * count for cost, count in zip(self._costs, counts, strict=True)]
+        expected = sum(parts)
+        off = _TRUST * (min(seconds, _OUTLIER * expected) - expected) / expected
+        # A part's share twice: of what was expected, and of what is to be corrected.
+        weight = sum(part * part for part in parts)
+        fixed, stream, token = (
+            cost * max(0.5, 1 + off * part * expected / weight) for cost, part in zip(self._costs, parts, strict=True)
+        )
+        self._costs = fixed, stream, token

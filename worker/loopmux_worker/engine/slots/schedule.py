@@ -99,6 +99,12 @@ class Scheduler:
         """Sequences that take part in the next step with one token."""
         return sum(sequence.lacks == 1 for sequence in self._members())
 
+    @property
+    def beginning(self) -> int:
+        """Sequences whose prompts the next steps can compute: those that have a row, and those that can get one."""
+        open_places = max(0, self._allowed - len(self._running))
+        return sum(s.lacks > 1 for s in self._running.values()) + min(len(self._waiting), open_places)
+
     def add(self, sequence: Sequence) -> None:
         """Take a sequence in, behind those that wait."""
         self._waiting.append(sequence)
