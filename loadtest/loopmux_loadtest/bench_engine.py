@@ -162,7 +162,7 @@ class Bench:
     def overhead(self) -> dict[str, Any]:
         """What ``bench_decode`` says about a step of 16 streams."""
         command = [sys.executable, "-m", "loopmux_loadtest.bench_decode", str(self.model), "--device", "cpu"]
-        command += ["--batch", str(ROWS), "--no-generate"]
+        command += ["--batch", str(ROWS), "--prompt", "128", "--no-generate"]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         line = next(one for one in map(json.loads, done.stdout.splitlines()) if one["case"] == "decode")
         return {key: line[key] for key in ("step_ms", "outside_ms", "outside")}
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "start" in wanted:
         tell("start", bench.start())
     if "overhead" in wanted:
-        tell("overhead 16 x (512, 64)", bench.overhead())
+        tell("overhead 16 x (128, 64)", bench.overhead())
     return 0
 
 
