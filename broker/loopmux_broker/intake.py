@@ -39,8 +39,12 @@ def objection(pool: Pool, request: Request, *, settled: bool) -> LoopmuxError | 
     if declared is not None and declared.entry.phase == "failed":
         return failed_to_start(declared.entry)
     if not submit.wait:
-        phase = pool.phase(submit.model)
-        text = f"model {submit.model!r} has no ready worker (it is {phase}) and the request does not wait"
+        how = pool.standing(submit.model, request.arrived)
+        why = f"{how.phase}: {how.detail}" if how.detail else how.phase
+        text = (
+            f"model {submit.model!r} has no worker now (it is {why}) and the request does not wait: submit it again "
+            "later, or with wait=True"
+        )
         return OverloadedError(text, retry_after=_COLD_RETRY)
     return None
 

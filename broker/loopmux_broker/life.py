@@ -220,10 +220,8 @@ class Life:
         pool, model, peer = self._t.pool, request.submit.model, request.client.peer
         if peer is None:
             return
-        declared = pool.declared(model)
-        elapsed = declared.entry.elapsed + now - declared.since if declared else 0.0
-        detail = declared.entry.detail if declared else ""
-        phase = Phase(pool.phase(model), self._t.queues.position(request), round(elapsed, 3), detail)
+        how = pool.standing(model, now)
+        phase = Phase(how.phase, self._t.queues.position(request), round(how.elapsed, 3), how.detail)
         self._t.out.append(Send(peer, Message(Header(Kind.PHASE, request.id), route=codec.pack(phase))))
 
     # --- the end

@@ -170,6 +170,7 @@ class Models:
         """
         generate, loaded = job.generate, self.loaded
         admission.check(generate)
+        admission.check_stop_tokens(generate, loaded.head)
         model = admission.model_of(job.run, self._models)
         adapter = admission.adapter_of(job.run, self._models)
         if (generate.deterministic or job.run.deterministic) and loaded.dtype != torch.float32:
