@@ -10,6 +10,7 @@ from loopmux.errors import (
     ModelNotFoundError,
     OverloadedError,
     WorkerLostError,
+    unknown_model,
 )
 from loopmux.messages import Failure, Phase, Run, Submit
 from loopmux.results import Usage
@@ -17,7 +18,7 @@ from loopmux.wire import Header, Kind, Message
 from loopmux_broker.clients import Client
 from loopmux_broker.dispatch import choose
 from loopmux_broker.events import Peer, Send, say
-from loopmux_broker.intake import exhausted, failed_to_start, objection, unknown_adapter, unknown_model
+from loopmux_broker.intake import exhausted, failed_to_start, objection, unknown_adapter
 from loopmux_broker.output import Output
 from loopmux_broker.pool import Lease, Worker
 from loopmux_broker.requests import Request, State, Step
@@ -205,7 +206,7 @@ class Life:
         for model in self._t.queues.models():
             if not self._t.pool.knows(model):
                 for request in self._t.queues.of_model(model):
-                    self._end(request, Kind.ERROR, unknown_model(self._t.pool, model), now)
+                    self._end(request, Kind.ERROR, unknown_model(model, self._t.pool.known()), now)
 
     def model_withdrawn(self, model: str, now: float) -> None:
         """A launcher no longer answers for a model."""

@@ -144,9 +144,9 @@ def _build_for_launcher(configuration: Configuration, name: str, options: argpar
 def _prepare(configuration: Configuration, name: str, report: Callable[[str], None]) -> environments.Built:
     environment = _environment(configuration, name)
     torch = any(m.environment == name and m.entry.engine != "echo" for m in configuration.models.values())
-    code = workercode.install(places.data() / "code")
-    log = places.logs() / f"env-{name}.log"
-    return environments.prepare(environment, places.data() / "envs", code, log, report, torch=torch)
+    data, log = places.usable_data(), places.usable_logs() / f"env-{name}.log"
+    code = workercode.install(data / "code")
+    return environments.prepare(environment, data / "envs", code, log, report, torch=torch)
 
 
 def _tell(phase: str, detail: str, **more: str) -> None:

@@ -75,10 +75,11 @@ class Launcher:
         required = [model.id for model in models if model.required]
         self._plan = Plan(groups, required=required, with_broker=with_broker)
         self._link = Link(_register())
-        self._logs = places.logs(endpoint)
-        self._code = workercode.install(places.data() / "code")
+        self._logs = places.usable_logs(endpoint)
+        self._code = workercode.install(places.usable_data() / "code")
         self._children: dict[str, Child] = {}
         self._builds: dict[str, EnvironmentReady | EnvironmentFailed | None] = {}
+        self._log_troubles: dict[str, str] = {}  # by process, as they were announced
         self._exit: int | None = None
 
     def run(self, parent: int | None = None) -> int:
@@ -110,6 +111,7 @@ class Launcher:
                 child.write()
             for descriptor in [d for d in child.descriptors() if d in readable]:
                 self._told(child, child.read(descriptor))
+            self._look_at_log(child)
             self._look_whether_ended(child)
         self._receive()
         self._send(self._link.due(time.monotonic()))
@@ -216,6 +218,14 @@ class Launcher:
                 self._builds[name] = EnvironmentFailed(name, said.detail)
             case _:
                 self._handle(EnvironmentProgressed(name, said.detail))
+
+    def _look_at_log(self, child: Child) -> None:
+        """Say once that a log cannot be written; what it is about goes on."""
+        trouble = child.log_trouble
+        if trouble and trouble != self._log_troubles.get(child.name):
+            text = f"its log {self._log(child.name)} cannot be written: {trouble}; it goes on, what it says is lost"
+            self._console.announce(Announce(child.name, text, "warning"))
+        self._log_troubles[child.name] = trouble
 
     def _look_whether_ended(self, child: Child) -> None:
         ended = child.finished()

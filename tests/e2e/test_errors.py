@@ -67,6 +67,15 @@ def test_wrong_requests(echo_stack: stacks.Stack) -> None:
             assert client.generate("and the next one?", model="echo").text, "something else stopped working"
 
 
+def test_chat_with_an_unknown_model_says_so_before_the_first_question(echo_stack: stacks.Stack) -> None:
+    command = [sys.executable, "-m", "loopmux", "chat", "ecko", "--endpoint", echo_stack.endpoint]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "loopmux: model 'ecko' is not known, expected one of echo, slow; did you mean 'echo'?\n"
+    known = subprocess.run([*command[:4], "echo", *command[5:]], input="hi\n", capture_output=True, text=True, timeout=60)
+    assert (known.returncode, bool(known.stdout.strip())) == (0, True)
+
+
 def test_a_cancelled_stream(echo_stack: stacks.Stack) -> None:
     with loopmux.Client(echo_stack.endpoint) as client, client.stream("x", model="slow") as stream:
         next(iter(stream))

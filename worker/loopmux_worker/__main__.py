@@ -126,6 +126,8 @@ def _close(out: TextIO) -> None:
 def _probe(options: argparse.Namespace, out: TextIO) -> int:
     from loopmux_worker.probe import probe
 
+    if options.engine != "echo":
+        _prepare_libraries()
     report = probe(models=options.engine != "echo")
     print(json.dumps(report), file=out)
     return 0 if report["ok"] else FAILURE
@@ -137,7 +139,7 @@ def _run_adapter(options: argparse.Namespace, out: TextIO) -> int:
 
     _check_text("the prompt", options.prompt)
     _check_text("the system prompt", options.system_prompt)
-    _quiet_libraries()
+    _prepare_libraries()
     spec = spec_for(
         options.base_model, options.adapter_dir, options.model_type, options.system_prompt, options.torch_threads
     )
@@ -205,7 +207,8 @@ def _from_input() -> str:
 def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
     from loopmux_worker.engine import memory, open_engine
 
-    _quiet_libraries()
+    if spec.engine != "echo":
+        _prepare_libraries()
     memory.keep_freed()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     progress("loading", f"engine {spec.engine}")
@@ -231,13 +234,24 @@ def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
     return 0
 
 
-def _quiet_libraries() -> None:
-    """Progress bars and advice of libraries are not for the readers of our output."""
+def _prepare_libraries() -> None:
+    """Progress bars and advice of libraries are not for the readers of our output, nor their folders for /tmp."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (cache := _cache_folder()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)  # torch makes this folder as soon as it is imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and peft, for their authors
+
+
+def _cache_folder() -> Path | None:
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loopmux" / "torch"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None  # a user without a home: torch's own choice has to do
+    return folder
 
 
 if __name__ == "__main__":
