@@ -195,7 +195,15 @@ class Launcher:
         try:
             self._children[name] = Child(name, command, variables, self._log(name), handover=handover, said=said)
         except OSError as error:
-            self._ended(name, _COULD_NOT_START, (f"{command[0]}: {error.strerror}",))
+            self._never_began(name, f"{command[0]} could not be started: {error.strerror}")
+
+    def _never_began(self, name: str, why: str) -> None:
+        environment = name.removeprefix(_builder(""))
+        if name == environment:
+            self._handle(ProcessReported(name, "failed", why))
+        else:
+            self._builds[environment] = EnvironmentFailed(environment, why)
+        self._ended(name, _COULD_NOT_START, ())
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name.replace(' ', '-')}.log"

@@ -72,7 +72,9 @@ def test_chat_with_an_unknown_model_says_so_before_the_first_question(echo_stack
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr == "loopmux: model 'ecko' is not known, expected one of echo, slow; did you mean 'echo'?\n"
-    known = subprocess.run([*command[:4], "echo", *command[5:]], input="hi\n", capture_output=True, text=True, timeout=60)
+    known = subprocess.run(
+        [*command[:4], "echo", *command[5:]], input="hi\n", capture_output=True, text=True, timeout=60
+    )
     assert (known.returncode, bool(known.stdout.strip())) == (0, True)
 
 

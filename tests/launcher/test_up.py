@@ -250,7 +250,7 @@ def test_a_crash_loop_is_parked_and_ends_up_when_nothing_else_is_left(config: Pa
     done = launch("up", "--config", str(config), "--endpoint", endpoint)
     assert done.returncode == 1
     assert done.stderr.count("starts again in") == CRASHES - 1
-    assert f"a-1 failed {CRASHES} times in 60 s" in done.stderr
+    assert f"a-1: failed {CRASHES} times in 60 s" in done.stderr
     assert "exit code 9" in done.stderr
     assert "last words" in done.stderr
     assert "no model is left" in done.stderr

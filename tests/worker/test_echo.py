@@ -76,7 +76,9 @@ def test_a_stop_token_ends_and_one_beyond_the_vocabulary_is_refused():
     some = engine(tokens=20)
     some.submit(job(stop_token_ids=(echo_token(KEY.request, 4),)))
     assert (drain(some)[-1].reason, some.load().progress) == ("stop", 5)
-    with pytest.raises(BadRequestError, match=r"stop_token_ids\[0\]: found 4096, this model produces ids from 0 to 4095"):
+    with pytest.raises(
+        BadRequestError, match=r"stop_token_ids\[0\]: found 4096, this model produces ids from 0 to 4095"
+    ):
         some.submit(job(stop_token_ids=(4096,)))
 
 

@@ -277,6 +277,14 @@ def test_probe_reports_versions_and_devices_and_leaves_no_files(temporary):
     assert report["executable"] == sys.executable
 
 
+def test_probe_without_memory_names_no_package_to_install():
+    limited = f"ulimit -v 400000; exec {sys.executable} -m loopmux_worker probe"
+    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, timeout=60)
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"], report["missing"]) == (1, False, [])
+    assert report["out_of_memory"]
+
+
 def test_probe_names_what_is_missing_and_the_remedy(tmp_path):
     """An interpreter without any of our packages but the code itself."""
     root = Path(__file__).parents[2]

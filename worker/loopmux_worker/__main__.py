@@ -212,12 +212,12 @@ def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
     memory.keep_freed()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     progress("loading", f"engine {spec.engine}")
-    with memory.explained(spec):
+    with memory.explained("the worker started", "its threads and messages"):
         from loopmux_worker.server import Worker
 
         engine = open_engine(spec, progress)
-    memory.give_back_freed()
-    worker = Worker(spec, engine)
+        memory.give_back_freed()
+        worker = Worker(spec, engine)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     # The kernel may hand a signal to a computing thread: only this wakes the main one, whose the handlers are

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import structlog
 
-from loopmux.errors import EngineError, LoopmuxError
+from loopmux.errors import LoopmuxError
 from loopmux.results import Usage
-from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Load, Output
+from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Load, Output, engine_error
 from loopmux_worker.events import Cancel, Cancelled, Event, Stepped, Submit
 
 _log = structlog.get_logger(__name__)
@@ -101,7 +101,7 @@ class Driver:
         try:
             self._engine.submit(job)
         except Exception as error:  # noqa: BLE001 - whatever a request does to the engine, it is that request's failure
-            self._report([Failed(job.key, len(job.prefix), _as_ours(error))])
+            self._report([Failed(job.key, len(job.prefix), engine_error("the engine", error))])
         else:
             self._keys[job.key] = len(job.prefix)
 
@@ -115,7 +115,7 @@ class Driver:
             outputs = self._engine.step()
         except Exception as error:  # noqa: BLE001 - one bad batch must not end the worker
             _log.exception("engine step failed", requests=len(self._keys))
-            return self._fail_all(_as_ours(error))
+            return self._fail_all(engine_error("the engine", error))
         for output in outputs:
             if isinstance(output, (Finished, Failed)):
                 self._keys.pop(output.key, None)
@@ -146,9 +146,3 @@ class Driver:
                 continue
             break
         self._wake()
-
-
-def _as_ours(error: Exception) -> LoopmuxError:
-    if isinstance(error, LoopmuxError):
-        return error
-    return EngineError(f"the engine failed: {type(error).__name__}: {error}")

@@ -16,7 +16,7 @@ def one_shot(spec: WorkerSpec, generate: Generate, write: Callable[[str], None])
     Raises:
         LoopmuxError: the model cannot be loaded, or the request not be run.
     """
-    with memory.explained(spec):
+    with memory.explained("the model was made ready", "it and its threads"):
         engine = open_engine(spec, lambda phase, detail: None)  # noqa: ARG005
     try:
         key = Key(new_id(), 1)

@@ -21,6 +21,7 @@ from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, tok
 from loopmux_worker.engine.output import Piece, Reader, Reading
 from loopmux_worker.engine.sampling import Sampler, seed_of
 from loopmux_worker.engine.toolparse import CLOSE, OPEN
+from loopmux_worker.shortage import ran_out
 
 _log = structlog.get_logger(__name__)
 
@@ -101,7 +102,7 @@ class Models:
             try:
                 self._add(self._without_merged(model))
             except Exception as error:
-                if model.adapter_dir is None or memory.ran_out(error):
+                if model.adapter_dir is None or ran_out(error):
                     raise  # that is not this adapter's own fault
                 if not isinstance(error, LoopmuxError):
                     _log.exception("loading an adapter failed", model=model.id)
@@ -115,7 +116,8 @@ class Models:
         """Take in one model: its tokenizer, and its adapter if it has one."""
         tokenizer, notes = tokenizer_of(model, self.loaded, self._spec)
         if model.adapter_dir:
-            adapter = self._adapters.load(model.id, model.adapter_dir)
+            with memory.loading_adapter(model.id, model.adapter_dir):
+                adapter = self._adapters.load(model.id, model.adapter_dir)
             base = self._spec.base_model or str(self.loaded.folder)
             if note := other_base(adapter.made_for, base, adapter.folder):
                 _log.warning("adapter of another base", model=model.id, note=note)

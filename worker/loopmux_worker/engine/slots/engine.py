@@ -16,7 +16,6 @@ import torch
 from loopmux.errors import EngineError, LoopmuxError
 from loopmux.messages import ServedModel
 from loopmux.results import Timing, Usage
-from loopmux_worker.engine import memory as system_memory
 from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced, engine_error
 from loopmux_worker.engine.models import Models, Request
 from loopmux_worker.engine.sampling import Pick, choose_rows
@@ -24,6 +23,7 @@ from loopmux_worker.engine.slots.forward import Forward
 from loopmux_worker.engine.slots.pace import Pace
 from loopmux_worker.engine.slots.rows import Rows
 from loopmux_worker.engine.slots.schedule import Plan, Scheduler, Sequence
+from loopmux_worker.shortage import ran_out
 
 _log = structlog.get_logger(__name__)
 
@@ -216,7 +216,7 @@ class SlotsEngine:
 
     def _failed(self, plan: Plan, error: Exception) -> list[Output]:
         """The step raised: short memory costs the youngest its row, anything else is put down to who was alone."""
-        if system_memory.ran_out(error):
+        if ran_out(error):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             preempted = self._scheduler.preempt()
