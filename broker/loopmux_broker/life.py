@@ -14,7 +14,7 @@ from loopmux.errors import (
 )
 from loopmux.messages import Failure, Phase, Run, Submit
 from loopmux.results import Usage
-from loopmux.wire import Header, Kind, Message
+from loopmux.wire import Header, Kind, Message, StopReason
 from loopmux_broker.clients import Client
 from loopmux_broker.dispatch import choose
 from loopmux_broker.events import Peer, Send, say
@@ -24,9 +24,6 @@ from loopmux_broker.pool import Lease, Worker
 from loopmux_broker.requests import Request, State, Step
 from loopmux_broker.streams import Streams
 from loopmux_broker.tables import Alarm, Tables
-
-STOP_CANCELLED, STOP_DEADLINE, STOP_SUPERSEDED = 1, 2, 3
-"""Reasons in STOP."""
 
 _COUNTED = {Kind.END: "finished", Kind.ERROR: "failed", Kind.CANCELLED: "cancelled", Kind.EXPIRED: "expired"}
 
@@ -129,10 +126,10 @@ class Life:
         if now - lease.since < self._t.config.run_timeout:
             self._run(lease, now)
             return
-        self.stop(lease, STOP_SUPERSEDED, now)
+        self.stop(lease, StopReason.SUPERSEDED, now)
         self._attempt_lost(lease, f"did not answer within {self._t.config.run_timeout:g} s", now)
 
-    def stop(self, lease: Lease, reason: int, now: float) -> None:
+    def stop(self, lease: Lease, reason: StopReason, now: float) -> None:
         """Tell a worker to stop; its slot stays taken until it says that it has."""
         lease.stopping = reason
         self._t.timers.cancel((Alarm.RUN, *lease.key))
@@ -160,7 +157,7 @@ class Life:
 
     def output_broken(self, lease: Lease, why: str, now: float) -> None:
         """A worker's output for a request has a hole: nothing after it can be used."""
-        self.stop(lease, STOP_SUPERSEDED, now)
+        self.stop(lease, StopReason.SUPERSEDED, now)
         self._attempt_lost(lease, why, now)
 
     def _attempt_lost(self, lease: Lease, why: str, now: float) -> None:
@@ -244,7 +241,7 @@ class Life:
         if request.state is State.DONE:
             self._streams.repeat_terminal(request, now)
             return
-        self._halt(request, Kind.CANCELLED, CancelledError(why), STOP_CANCELLED, now)
+        self._halt(request, Kind.CANCELLED, CancelledError(why), StopReason.CANCELLED, now)
 
     def slow_client(self, request: Request, now: float) -> None:
         """End a request whose client does not read."""
@@ -260,9 +257,9 @@ class Life:
             self._end(request, Kind.EXPIRED, error, now)
             return
         error = DeadlineExceededError(f"the deadline passed while the request ran, after {after}")
-        self._halt(request, Kind.ERROR, error, STOP_DEADLINE, now)
+        self._halt(request, Kind.ERROR, error, StopReason.DEADLINE, now)
 
-    def _halt(self, request: Request, kind: Kind, error: LoopmuxError, reason: int, now: float) -> None:
+    def _halt(self, request: Request, kind: Kind, error: LoopmuxError, reason: StopReason, now: float) -> None:
         """End a request at once, with what the client may already have of it."""
         held, worker = request.output.held, request.lease.worker.name if request.lease else None
         request.output.truncate()

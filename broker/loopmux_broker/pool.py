@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from loopmux.messages import Catalogue, Heartbeat, ModelPhase, Register
+from loopmux.wire import StopReason
 from loopmux_broker.events import Peer
 from loopmux_broker.requests import Request
 
@@ -28,7 +29,7 @@ class Lease:
     worker: Worker
     since: float
     acknowledged: bool = False
-    stopping: int = 0
+    stopping: StopReason | None = None
 
     @property
     def key(self) -> LeaseKey:

@@ -6,7 +6,7 @@
                         │ ▲               │ exit
          exit, failed,  │ └──── PAUSING ◀─┤
          start time-out ▼   wake          │
-                     ENDING ─exit─▶ PAUSING or PARKED (crash loop, or exit code 78: it would fail again)
+                     ENDING ─exit─▶ PAUSING or PARKED (crash loop, or a bad configuration: it would fail again)
 
     stop: any of them ─▶ STOPPING ─exit─▶ GONE
 """
@@ -17,12 +17,11 @@ import signal
 from dataclasses import dataclass, field
 from enum import Enum
 
+from loopmux import exitcodes
 from loopmux_launcher.backoff import WINDOW, Backoff
 
 STOP_GRACE = 5.0
 """Seconds between asking a process to end and killing it."""
-BAD_CONFIGURATION = 78
-"""Exit code (EX_CONFIG) of a program that would fail in the same way if it were started again."""
 
 
 class State(Enum):
@@ -101,7 +100,7 @@ class Process:
         was_ready = self.state is State.READY
         self.reason, self.last_lines = self.reason or spell_exit(code), () if self.explained else last_lines
         delay = self.backoff.crashed(now, was_ready=was_ready, ran=now - self.started, draw=draw)
-        if code == BAD_CONFIGURATION or delay is None:
+        if code == exitcodes.CONFIG or delay is None:
             self.state, self.wake = State.PARKED, None
             return None
         self.state, self.wake = State.PAUSING, now + delay

@@ -18,6 +18,7 @@ from loopmux import endpoints
 from loopmux.codec import plain
 from loopmux.errors import LoopmuxError, ProtocolError
 from loopmux.messages import Register
+from loopmux.sockets import FAREWELL, dealer
 from loopmux.wire import VERSIONS, WORKER_MESSAGE_LIMIT, Message, from_frames, new_id, to_frames
 from loopmux_launcher import places, workercode
 from loopmux_launcher.config import Configuration
@@ -57,8 +58,6 @@ _LONGEST_POLL = 1.0
 """Seconds between two looks at things that do not wake the poller (a parent on systems without process descriptors)."""
 _PER_TURN = 64
 """Messages taken from the socket in one turn, so that a flood does not keep the children's output waiting."""
-_FAREWELL = 200
-"""Milliseconds for BYE to leave before the socket closes."""
 _COULD_NOT_START = 127
 """The shell's exit code for a program that cannot be run."""
 _PHASES = ("loading", "warming", "ready", "failed")
@@ -87,7 +86,7 @@ class Launcher:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             with Signals(parent) as signals:
-                self._socket = _dealer(context)
+                self._socket = dealer(context, WORKER_MESSAGE_LIMIT)
                 self._socket.connect(self._endpoint)
                 self._handle(Began())
                 while self._exit is None:
@@ -96,7 +95,7 @@ class Launcher:
         finally:
             self._abandon()
             self._send(self._link.bye())
-            self._socket.close(_FAREWELL)
+            self._socket.close(FAREWELL)
             context.term()
 
     # --- one turn
@@ -297,21 +296,3 @@ def _register() -> Register:
     host = platform.node()
     name, software = f"launcher@{host}", f"loopmux {loopmux.__version__}"
     return Register("launcher", name, new_id(), VERSIONS, host=host, pid=os.getpid(), software=software)
-
-
-def _dealer(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-    socket = context.socket(zmq.DEALER)
-    options = {
-        zmq.IMMEDIATE: 1,
-        zmq.SNDTIMEO: 0,
-        zmq.LINGER: 0,
-        zmq.RECONNECT_IVL: 50,
-        zmq.RECONNECT_IVL_MAX: 2000,
-        zmq.HEARTBEAT_IVL: 1000,
-        zmq.HEARTBEAT_TIMEOUT: 3000,
-        zmq.HANDSHAKE_IVL: 2000,
-        zmq.MAXMSGSIZE: WORKER_MESSAGE_LIMIT,
-    }
-    for option, value in options.items():
-        socket.setsockopt(option, value)
-    return socket

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import json
 import shutil
-import struct
 import subprocess
 import sys
 import threading
@@ -87,9 +86,9 @@ def test_a_cancelled_stream(echo_stack: stacks.Stack) -> None:
 
 
 def test_a_failing_engine_and_a_model_that_does_not_start(home: Path, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "model" / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    shutil.copytree(DEMO / "base", tmp_path / "model", dirs_exist_ok=True)
+    described = tmp_path / "model" / "config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"num_hidden_layers": 5}))  # weights hold four
     config = tmp_path / "llm_backends.yaml"
     config.write_text(BROKEN % sys.prefix)
     stack = stacks.start(config, home, folder=home / "broken")

@@ -250,8 +250,8 @@ def test_run_adapter_prints_clean_text_only_and_leaves_no_files(tiny_model, temp
 @pytest.mark.parametrize(
     ("changed", "code", "reason"),
     [
-        ({"--base-model": "/no/where"}, 78, "'/no/where': no such folder"),
-        ({"--adapter-dir": "/no/where"}, 78, "'/no/where': no such folder"),
+        ({"--base-model": "/no/where"}, 78, "found no directory /no/where, expected an existing directory or a hub id"),
+        ({"--adapter-dir": "/no/where"}, 78, "found no directory /no/where, expected an adapter's directory"),
         ({"--temperature": -1}, 2, "temperature: found -1.0, expected a value from 0 to 100"),
     ],
 )

@@ -1,8 +1,7 @@
 """``loopmux-worker``: the model process.
 
 ``loopmux-worker --spec FILE|-`` serves a broker. ``… run-adapter`` answers one prompt in this process, ``… probe`` says
-what this interpreter offers. Exit codes: 0 good, 1 failure, 2 usage, 78 bad configuration,
-130 interrupted.
+what this interpreter offers. It ends with ``loopmux.exitcodes``.
 
 Standard output belongs to the reader of this process (the launcher's progress lines, an answer's text); whatever a
 library prints goes to standard error.
@@ -19,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from loopmux import exitcodes
 from loopmux.errors import BadRequestError, ConfigError, LoopmuxError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from loopmux.messages import WorkerSpec
 
-FAILURE, USAGE, BAD_CONFIGURATION, INTERRUPTED = 1, 2, 78, 130
 _SWITCH_INTERVAL = 0.001
 """Seconds after which a computing thread hands the interpreter over: the default 5 ms would delay every message."""
 _LONGEST_DETAIL = 2_000
@@ -43,24 +42,18 @@ def main(arguments: list[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"loopmux-worker: error: {error.message}", file=sys.stderr)
-        return _exit_code(error)
+        return exitcodes.of(error)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return exitcodes.INTERRUPTED
     except BrokenPipeError:
-        return FAILURE  # the reader of our output left early (`… | head`): there is nobody to tell
+        return exitcodes.FAILURE  # the reader of our output left early (`… | head`): there is nobody to tell
     except Exception as error:
         if options.debug:
             raise
         print(f"loopmux-worker: error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
-        return FAILURE
+        return exitcodes.FAILURE
     finally:
         _close(out)
-
-
-def _exit_code(error: LoopmuxError) -> int:
-    if isinstance(error, BadRequestError):
-        return USAGE
-    return BAD_CONFIGURATION if isinstance(error, ConfigError) else FAILURE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,7 +123,7 @@ def _probe(options: argparse.Namespace, out: TextIO) -> int:
         _prepare_libraries()
     report = probe(models=options.engine != "echo")
     print(json.dumps(report), file=out)
-    return 0 if report["ok"] else FAILURE
+    return 0 if report["ok"] else exitcodes.FAILURE
 
 
 def _run_adapter(options: argparse.Namespace, out: TextIO) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loopmux.errors import ConfigError
 from loopmux.messages import WorkerSpec
-from loopmux_worker.engine import files
+from loopmux.weightfiles import tensors
 from loopmux_worker.shortage import in_words, ran_out
 
 MIB = 2**20
@@ -50,7 +50,7 @@ def needed(weights: list[Path], bytes_per_number: int | None) -> int:
     """Bytes that the weights take in memory; ``bytes_per_number`` None leaves every tensor in its own dtype."""
     if bytes_per_number is None or any(path.suffix != ".safetensors" for path in weights):
         return sum(path.stat().st_size for path in weights)
-    return sum(tensor.elements * bytes_per_number for path in weights for tensor in files.tensors(path).values())
+    return sum(tensor.elements * bytes_per_number for path in weights for tensor in tensors(path).values())
 
 
 def available() -> int | None:

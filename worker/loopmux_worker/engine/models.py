@@ -14,6 +14,7 @@ import transformers
 from loopmux.errors import BadRequestError, EngineError, LoopmuxError
 from loopmux.madefor import other_base
 from loopmux.messages import Generate, LeftOut, ModelSpec, ServedModel, WorkerSpec
+from loopmux.modelfolders import adapter_folder
 from loopmux_worker.engine import admission, files, folders, memory, templates
 from loopmux_worker.engine.adapterfiles import Adapter
 from loopmux_worker.engine.base import Description, Job
@@ -127,7 +128,7 @@ class Models:
 
     def _without_merged(self, model: ModelSpec) -> ModelSpec:
         """A merged model in ``adapter_dir`` was loaded as the base: there is no adapter to put on it."""
-        merged = model.adapter_dir and files.adapter_folder(model.adapter_dir) == self.loaded.folder
+        merged = model.adapter_dir and adapter_folder(model.adapter_dir) == self.loaded.folder
         return replace(model, adapter_dir=None) if merged else model
 
     def load_adapter(self, name: str, directory: str) -> ServedModel:
