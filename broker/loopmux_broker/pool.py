@@ -123,7 +123,7 @@ class Standing:
     detail: str = ""
 
 
-_UNANSWERED = "its launcher calls it ready, but none of its workers answers the broker"
+_UNANSWERED = "its launcher calls it ready, but the broker has no word from its workers"
 _PHASES: tuple[ModelPhase, ...] = ("ready", "warming", "loading", "building", "queued", "idle", "failed")
 """The phase of a model that several launchers declare is the most hopeful one."""
 

@@ -150,9 +150,9 @@ def _has_adapter(folder: Path) -> bool:
 
 
 def _no_directory(folder: Path, expected: str) -> Unusable:
-    beside = _folders(folder.parent)
-    there = f"{folder.parent} holds {', '.join(beside[:8])}" if beside else ""
-    return Unusable(f"no directory {folder}", expected, there)
+    beside, near = _folders(folder.parent), _near(folder)
+    hint = f"{folder.parent} holds {', '.join(beside[:8])}" if beside else f"did you mean {near}?" if near else ""
+    return Unusable(f"no directory {folder}", expected, hint)
 
 
 def _near(folder: Path) -> Path | None:

@@ -179,7 +179,7 @@ def test_a_request_that_does_not_wait(core: Core) -> None:
 
 
 def test_a_model_whose_worker_does_not_answer_is_not_ready(core: Core) -> None:
-    why = "its launcher calls it ready, but none of its workers answers the broker"
+    why = "its launcher calls it ready, but the broker has no word from its workers"
     core.launcher()
     core.declare("m", "ready", workers=1)
     core.register()

@@ -77,6 +77,11 @@ def test_a_slip_in_the_first_folder_is_no_hub_id_unless_it_is_one(models: Path, 
     assert base_model(text, models, variables) == HubModel(text)
 
 
+def test_a_slip_in_a_longer_path_gets_a_hint(models: Path) -> None:
+    write_model(models / "demo" / "base")
+    assert refused(lambda: base_model("./dmo/base", models)).hint == f"did you mean {models}/demo/base?"
+
+
 def test_what_is_found_out_about_a_base_model_is_said_with_its_line(models: Path, write: Callable[[str], Path]) -> None:
     file = write("models:\n  a:\n    base_model: org/name\n")
     found = load(file)

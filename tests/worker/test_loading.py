@@ -220,7 +220,9 @@ def test_missing_folders(tmp_path, tiny_model):
 
 def test_a_hub_name_that_cannot_be_fetched(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "the hub does not give it" in refusal(spec("nobody/no-such-model"))
+    message = refusal(spec("nobody/no-such-model"))
+    assert "the hub does not give it" in message
+    assert message.endswith("download it where there is a network: hf download nobody/no-such-model")
 
 
 def test_missing_and_cut_weights(base):

@@ -8,6 +8,7 @@ from pathlib import Path
 from loopmux import modelfolders
 from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.messages import ModelSpec, WorkerSpec
+from loopmux_worker.shortage import in_words
 
 
 def check_folders(spec: WorkerSpec) -> None:
@@ -79,5 +80,6 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
         raise ConfigError(
-            f"base_model {name!r}: no such folder, and the hub does not give it ({type(error).__name__}: {error})"
+            f"base_model {name!r}: found no such folder, and the hub does not give it ({in_words(error)}); correct the "
+            f"path, or download it where there is a network: hf download {name}"
         ) from error
