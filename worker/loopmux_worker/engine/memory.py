@@ -18,6 +18,8 @@ STOP_OTHERS = "stop other programs, or raise the limit"
 """What helps where nothing in the configuration does."""
 
 
+_LIBRARY = ctypes.CDLL(None)
+"""The C library: opened here, since opening it takes memory."""
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 _LARGEST_THRESHOLD = 32 * MIB  # that glibc takes
@@ -30,7 +32,7 @@ def keep_freed() -> None:
     Otherwise every temporary of some size comes fresh from the system, and each of its pages costs a fault: computing
     512 prompt tokens of a 110 M model took 1.2 times as long. Call it before threads are started.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(_LIBRARY, "mallopt", None)
     if mallopt is None:
         return
     mallopt(_M_ARENA_MAX, 1)  # an arena per thread is at most 64 MiB, and keeps nothing that is larger
@@ -41,9 +43,17 @@ def keep_freed() -> None:
 
 def give_back_freed() -> None:
     """Return what is free by now, after loading, say; does nothing where the C library is not glibc."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(_LIBRARY, "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def _make_room() -> None:
+    """End what ``keep_freed`` began: where little is left, the pad would be asked for with the smallest piece."""
+    mallopt = getattr(_LIBRARY, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TOP_PAD, 0)
+        give_back_freed()
 
 
 def needed(weights: list[Path], bytes_per_number: int | None) -> int:
@@ -102,6 +112,7 @@ def explained(doing: str, expected: str, instead: str = "") -> Iterator[None]:
         cause = ran_out(error)
         if cause is None:
             raise
+        _make_room()
         remedy = f"stop other programs, raise the limit, or {instead}" if instead else STOP_OTHERS
         raise OutOfMemory(
             f"out of memory while {doing} ({in_words(cause)}): found {_found()}, expected room for {expected}; {remedy}"
