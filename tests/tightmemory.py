@@ -1,7 +1,8 @@
 """A worker in a process that may hardly take more memory: ``python tightmemory.py STAGE ARGUMENTS…``.
 
 At the stage ``imported`` torch and all else is there already, and what is left is less than the demo model's weights;
-at ``bare`` nothing is, and what is left is less than torch's libraries.
+at ``roomy`` less than the attention state of many requests; at ``bare`` nothing is there, and what is left is less than
+torch's libraries.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-LEFT = {"imported": 4 * 2**20, "bare": 200 * 2**20}
+LEFT = {"imported": 4 * 2**20, "roomy": 512 * 2**20, "bare": 200 * 2**20}
 """Bytes; the demo model's weights are 3.6 MB beside a thread's stack, torch's largest library is over 250 MB."""
 
 
@@ -25,9 +26,9 @@ def tighten(left: int) -> None:
 
 def main(stage: str, arguments: list[str]) -> int:
     program = importlib.import_module("loopmux_worker.__main__")
-    if stage == "imported":
-        program._quiet_libraries()
-        for module in ("loopmux_worker.server", "loopmux_worker.engine.plain", "transformers.models.llama"):
+    if stage != "bare":
+        program._prepare_libraries()
+        for module in ("loopmux_worker.server", "loopmux_worker.engine.opening", "transformers.models.llama"):
             importlib.import_module(module)
         threading.stack_size(2**20)  # the default, often 8 MiB, would be all that is left
     tighten(LEFT[stage])

@@ -147,7 +147,7 @@ class Broker:
             return
         if alarm is Alarm.RUN:
             self._life.run_unanswered(lease, now)
-        else:
+        elif lease.stopping is not None:
             self._life.stop(lease, lease.stopping, now)
 
     def _request_rings(self, alarm: Alarm, request_id: bytes, now: float) -> None:

@@ -12,8 +12,9 @@ import socket
 import stat
 from pathlib import Path
 
-from loopmux.endpoints import private_folder
+from loopmux.endpoints import CHOOSE_ANOTHER, private_folder
 from loopmux.errors import ConfigError, LoopmuxError
+from loopmux.folders import unusable
 
 
 class BusyError(LoopmuxError):
@@ -23,25 +24,29 @@ class BusyError(LoopmuxError):
 
 
 class Claim:
-    """This process's hold on the path of an ipc socket. Removes its files, and a folder that it made, when released."""
+    """This process's hold on the path of an ipc socket. Removes its files, and folders that it made, when released."""
 
     def __init__(self, path: Path) -> None:
         """Take the path.
 
         Raises:
             BusyError: a living process holds it.
-            ConfigError: the folder is somebody else's, or the path is taken by something that is no socket.
+            ConfigError: the folder is somebody else's or cannot be used, or the path is taken by something that is no
+                socket.
         """
         self.path = path
         self.lock = path.with_name(f"{path.name}.lock")
-        self._made_folder = not path.parent.exists()
+        self._made = [folder for folder in path.parents if not folder.exists()]
         private_folder(path.parent)
         self._descriptor = self._take()
         self._clear_stale()
 
     def _take(self) -> int:
         while True:
-            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise unusable(self.path.parent, "sockets", CHOOSE_ANOTHER, error) from error
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -86,9 +91,9 @@ class Claim:
                 self.path.unlink()
         self.lock.unlink(missing_ok=True)
         os.close(self._descriptor)
-        if self._made_folder:
-            with contextlib.suppress(OSError):  # not empty: somebody else uses it too
-                self.path.parent.rmdir()
+        with contextlib.suppress(OSError):  # not empty: somebody else uses it too
+            for folder in self._made:
+                folder.rmdir()
 
 
 def _answers(path: Path) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from loopmux import codec, wire
 from loopmux.errors import BadRequestError, ConnectionLostError, ProtocolError
 from loopmux.messages import Hello, SessionHint, Submit, Welcome
-from loopmux.wire import Header, Kind, Message
+from loopmux.wire import ID_SIZE, Header, Kind, Message
 from loopmux_broker.clients import Client
 from loopmux_broker.dispatch import session_of
 from loopmux_broker.events import Peer, Send, say
@@ -16,9 +16,6 @@ from loopmux_broker.report import report
 from loopmux_broker.requests import Request, State
 from loopmux_broker.streams import Streams
 from loopmux_broker.tables import Alarm, Tables
-
-ID_SIZE = 16
-"""Bytes of a client's instance and of a worker's boot id."""
 
 
 class ClientSide:

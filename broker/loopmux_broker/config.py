@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from loopmux import endpoints
+from loopmux.cadence import HEARTBEAT, KEPT, RESEND
 from loopmux.codec import FieldError, build
 from loopmux.errors import ConfigError
 from loopmux_broker.admission import MIB, Limits
@@ -42,14 +43,14 @@ class BrokerConfig:
 
     endpoints: tuple[str, ...] = ()
     worker_endpoints: tuple[str, ...] = ()
-    heartbeat: float = 1.0
+    heartbeat: float = HEARTBEAT
     window: int = 1024
     settle: float = 3.0
     grace: float = 2.0
     max_attempts: int = 3
-    resend: float = 1.0
+    resend: float = RESEND
     run_timeout: float = 2.0
-    tombstone: float = 60.0
+    tombstone: float = KEPT
     retry: float = 0.01
     request_output: int = MIB
     limits: Limits = field(default_factory=Limits)

@@ -10,6 +10,7 @@ import zmq
 
 from loopmux import endpoints
 from loopmux.errors import ConfigError
+from loopmux.sockets import COMMON
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, HEADER_SIZE, WORKER_MESSAGE_LIMIT, Kind
 from loopmux_broker.claims import BusyError
 from loopmux_broker.events import Peer
@@ -50,17 +51,12 @@ class Door:
         self._lost: list[Peer] = []
         self.socket = context.socket(zmq.ROUTER)
         limit = CLIENT_MESSAGE_LIMIT if side is Side.CLIENTS else WORKER_MESSAGE_LIMIT
-        options = {
+        options = COMMON | {
             zmq.ROUTER_MANDATORY: 1,  # without it a full or lost peer's messages vanish while every send succeeds
             zmq.ROUTER_HANDOVER: 0,
-            zmq.LINGER: 0,
-            zmq.SNDTIMEO: 0,
             zmq.MAXMSGSIZE: limit,
             zmq.SNDHWM: 2 * window,
             zmq.RCVHWM: _RECEIVE_HWM,
-            zmq.HEARTBEAT_IVL: 1000,
-            zmq.HEARTBEAT_TIMEOUT: 3000,
-            zmq.HANDSHAKE_IVL: 2000,
             zmq.IPV6: 1,
         }
         for option, value in options.items():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-
 from loopmux.errors import (
     AdapterNotFoundError,
     BadRequestError,
     EngineError,
     LoopmuxError,
-    ModelNotFoundError,
     OverloadedError,
+    unknown_model,
 )
 from loopmux.messages import Catalogue
 from loopmux_broker.admission import Admission
@@ -35,24 +33,18 @@ def objection(pool: Pool, request: Request, *, settled: bool) -> LoopmuxError | 
         return unknown_adapter(pool, request)
     declared = pool.declared(submit.model)
     if declared is None and settled:
-        return unknown_model(pool, submit.model)
+        return unknown_model(submit.model, pool.known())
     if declared is not None and declared.entry.phase == "failed":
         return failed_to_start(declared.entry)
     if not submit.wait:
-        phase = pool.phase(submit.model)
-        text = f"model {submit.model!r} has no ready worker (it is {phase}) and the request does not wait"
+        how = pool.standing(submit.model, request.arrived)
+        why = f"{how.phase}: {how.detail}" if how.detail else how.phase
+        text = (
+            f"model {submit.model!r} has no worker now (it is {why}) and the request does not wait: submit it again "
+            "later, or with wait=True"
+        )
         return OverloadedError(text, retry_after=_COLD_RETRY)
     return None
-
-
-def unknown_model(pool: Pool, model: str) -> LoopmuxError:
-    """Nobody serves or declares the model."""
-    known = pool.known()
-    if not known:
-        return ModelNotFoundError(f"model {model!r} is not known: no launcher and no worker has joined the broker")
-    near = difflib.get_close_matches(model, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ModelNotFoundError(f"model {model!r} is not known, expected one of {', '.join(known)}{hint}")
 
 
 def unknown_adapter(pool: Pool, request: Request) -> LoopmuxError | None:

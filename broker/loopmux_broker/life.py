@@ -10,22 +10,20 @@ from loopmux.errors import (
     ModelNotFoundError,
     OverloadedError,
     WorkerLostError,
+    unknown_model,
 )
 from loopmux.messages import Failure, Phase, Run, Submit
 from loopmux.results import Usage
-from loopmux.wire import Header, Kind, Message
+from loopmux.wire import Header, Kind, Message, StopReason
 from loopmux_broker.clients import Client
 from loopmux_broker.dispatch import choose, session_of
 from loopmux_broker.events import Peer, Send, say
-from loopmux_broker.intake import exhausted, failed_to_start, objection, unknown_adapter, unknown_model
+from loopmux_broker.intake import exhausted, failed_to_start, objection, unknown_adapter
 from loopmux_broker.output import Output
 from loopmux_broker.pool import Lease, Worker
 from loopmux_broker.requests import Request, State, Step
 from loopmux_broker.streams import Streams
 from loopmux_broker.tables import Alarm, Tables
-
-STOP_CANCELLED, STOP_DEADLINE, STOP_SUPERSEDED = 1, 2, 3
-"""Reasons in STOP."""
 
 _COUNTED = {Kind.END: "finished", Kind.ERROR: "failed", Kind.CANCELLED: "cancelled", Kind.EXPIRED: "expired"}
 
@@ -128,10 +126,10 @@ class Life:
         if now - lease.since < self._t.config.run_timeout:
             self._run(lease, now)
             return
-        self.stop(lease, STOP_SUPERSEDED, now)
+        self.stop(lease, StopReason.SUPERSEDED, now)
         self._attempt_lost(lease, f"did not answer within {self._t.config.run_timeout:g} s", now)
 
-    def stop(self, lease: Lease, reason: int, now: float) -> None:
+    def stop(self, lease: Lease, reason: StopReason, now: float) -> None:
         """Tell a worker to stop; its slot stays taken until it says that it has."""
         lease.stopping = reason
         self._t.timers.cancel((Alarm.RUN, *lease.key))
@@ -159,7 +157,7 @@ class Life:
 
     def output_broken(self, lease: Lease, why: str, now: float) -> None:
         """A worker's output for a request has a hole: nothing after it can be used."""
-        self.stop(lease, STOP_SUPERSEDED, now)
+        self.stop(lease, StopReason.SUPERSEDED, now)
         self._attempt_lost(lease, why, now)
 
     def _attempt_lost(self, lease: Lease, why: str, now: float) -> None:
@@ -205,7 +203,7 @@ class Life:
         for model in self._t.queues.models():
             if not self._t.pool.knows(model):
                 for request in self._t.queues.of_model(model):
-                    self._end(request, Kind.ERROR, unknown_model(self._t.pool, model), now)
+                    self._end(request, Kind.ERROR, unknown_model(model, self._t.pool.known()), now)
 
     def model_withdrawn(self, model: str, now: float) -> None:
         """A launcher no longer answers for a model."""
@@ -220,10 +218,8 @@ class Life:
         pool, model, peer = self._t.pool, request.submit.model, request.client.peer
         if peer is None:
             return
-        declared = pool.declared(model)
-        elapsed = declared.entry.elapsed + now - declared.since if declared else 0.0
-        detail = declared.entry.detail if declared else ""
-        phase = Phase(pool.phase(model), self._t.queues.position(request), round(elapsed, 3), detail)
+        how = pool.standing(model, now)
+        phase = Phase(how.phase, self._t.queues.position(request), round(how.elapsed, 3), how.detail)
         self._t.out.append(Send(peer, Message(Header(Kind.PHASE, request.id), route=codec.pack(phase))))
 
     # --- the end
@@ -245,7 +241,7 @@ class Life:
         if request.state is State.DONE:
             self._streams.repeat_terminal(request, now)
             return
-        self._halt(request, Kind.CANCELLED, CancelledError(why), STOP_CANCELLED, now)
+        self._halt(request, Kind.CANCELLED, CancelledError(why), StopReason.CANCELLED, now)
 
     def slow_client(self, request: Request, now: float) -> None:
         """End a request whose client does not read."""
@@ -261,9 +257,9 @@ class Life:
             self._end(request, Kind.EXPIRED, error, now)
             return
         error = DeadlineExceededError(f"the deadline passed while the request ran, after {after}")
-        self._halt(request, Kind.ERROR, error, STOP_DEADLINE, now)
+        self._halt(request, Kind.ERROR, error, StopReason.DEADLINE, now)
 
-    def _halt(self, request: Request, kind: Kind, error: LoopmuxError, reason: int, now: float) -> None:
+    def _halt(self, request: Request, kind: Kind, error: LoopmuxError, reason: StopReason, now: float) -> None:
         """End a request at once, with what the client may already have of it."""
         held, worker = request.output.held, request.lease.worker.name if request.lease else None
         request.output.truncate()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from loopmux.messages import Catalogue, Heartbeat, ModelPhase, Register
+from loopmux.wire import StopReason
 from loopmux_broker.events import Peer
 from loopmux_broker.requests import Request
 
@@ -28,7 +29,7 @@ class Lease:
     worker: Worker
     since: float
     acknowledged: bool = False
-    stopping: int = 0
+    stopping: StopReason | None = None
 
     @property
     def key(self) -> LeaseKey:
@@ -113,6 +114,16 @@ class Declared:
     since: float
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a model's users have or wait for: its phase, the seconds it has been in it, a line for people."""
+
+    phase: ModelPhase
+    elapsed: float = 0.0
+    detail: str = ""
+
+
+_UNANSWERED = "its launcher calls it ready, but the broker has no word from its workers"
 _PHASES: tuple[ModelPhase, ...] = ("ready", "warming", "loading", "building", "queued", "idle", "failed")
 """The phase of a model that several launchers declare is the most hopeful one."""
 
@@ -204,12 +215,15 @@ class Pool:
         words = [*self._declared.get(model, {}).values(), *self._left_out.get(model, {}).values()]
         return min(words, key=lambda d: _PHASES.index(d.entry.phase), default=None)
 
-    def phase(self, model: str) -> ModelPhase:
-        """What a model's users wait for."""
-        if model in self._serving:
-            return "ready"
-        declared = self.declared(model)
-        return declared.entry.phase if declared else "queued"
+    def standing(self, model: str, now: float) -> Standing:
+        """How a model is. Ready is what has a worker here: a launcher does not see that one hangs."""
+        declared, served = self.declared(model), model in self._serving
+        if declared is None:
+            return Standing("ready" if served else "queued")
+        entry = declared.entry
+        if entry.phase == "ready" and not served:
+            return Standing("queued", detail=_UNANSWERED)
+        return Standing("ready" if served else entry.phase, entry.elapsed + now - declared.since, entry.detail)
 
     def known(self) -> list[str]:
         """All model ids that anybody serves, declares or left out, sorted."""

@@ -1,7 +1,4 @@
-"""The broker's command line.
-
-Exit codes: 0 ended on purpose, 1 an endpoint is taken or something failed, 2 usage, 78 bad configuration.
-"""
+"""The broker's command line. It ends with ``loopmux.exitcodes``: 1 also where an endpoint is taken."""
 
 from __future__ import annotations
 
@@ -11,13 +8,13 @@ import sys
 from pathlib import Path
 
 import loopmux
-from loopmux.errors import ConfigError, LoopmuxError
+from loopmux import exitcodes
+from loopmux.errors import LoopmuxError
 from loopmux_broker.config import BrokerConfig, load
 from loopmux_broker.lifeline import Lifeline
 from loopmux_broker.logs import logger
 from loopmux_broker.server import Server
 
-_BAD_CONFIGURATION = 78  # EX_CONFIG of sysexits.h
 _GARBAGE = 20_000
 """New objects between two collections: a few hundred requests' worth, against Python's default of some ten."""
 
@@ -31,12 +28,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"loopmux-broker: {error}", file=sys.stderr)
-        return _BAD_CONFIGURATION if isinstance(error, ConfigError) else 1
+        return exitcodes.of(error)
     except OSError as error:  # a folder that cannot be written, a full disk
         if options.debug:
             raise
         print(f"loopmux-broker: {error}: choose another --endpoint, or mend the folder", file=sys.stderr)
-        return 1
+        return exitcodes.FAILURE
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -52,7 +49,7 @@ def _serve(options: argparse.Namespace) -> int:
             server.run()
         finally:
             server.close()
-    return 0
+    return exitcodes.OK
 
 
 def _parser() -> argparse.ArgumentParser:

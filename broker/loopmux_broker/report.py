@@ -30,15 +30,14 @@ def report(tables: Tables, now: float) -> Status:
         workers=tuple(_worker(tables, w, now) for w in sorted(pool.workers.values(), key=lambda w: w.name)),
         launchers=tuple(sorted(x.name for x in pool.launchers.values())),
         counters=dict(sorted(tables.counters.items())),
+        settled=tables.settled,
     )
 
 
 def _model(tables: Tables, model: str, queued: int, running: int, now: float) -> ModelStatus:
     pool = tables.pool
-    declared, workers = pool.declared(model), len(pool.serving(model))
-    elapsed = declared.entry.elapsed + now - declared.since if declared else 0.0
-    detail = declared.entry.detail if declared else ""
-    return ModelStatus(model, pool.phase(model), workers, queued, running, detail, round(elapsed, 3))
+    how, workers = pool.standing(model, now), len(pool.serving(model))
+    return ModelStatus(model, how.phase, workers, queued, running, how.detail, round(how.elapsed, 3))
 
 
 def _worker(tables: Tables, worker: Worker, now: float) -> WorkerStatus:

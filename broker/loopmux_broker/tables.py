@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from loopmux.cadence import SILENT_HEARTBEATS
 from loopmux_broker.admission import Admission
 from loopmux_broker.clients import Clients
 from loopmux_broker.config import BrokerConfig
@@ -79,4 +80,4 @@ class Tables:
     @property
     def patience(self) -> float:
         """Seconds of silence after which a peer is lost."""
-        return 3 * self.config.heartbeat
+        return SILENT_HEARTBEATS * self.config.heartbeat

@@ -7,8 +7,8 @@ from typing import Any
 from loopmux import codec, wire
 from loopmux.errors import BadRequestError, ProtocolError
 from loopmux.messages import Catalogue, Heartbeat, Register
-from loopmux.wire import Kind, Message
-from loopmux_broker.client_side import ID_SIZE, agree, no_common_version, welcome
+from loopmux.wire import ID_SIZE, Kind, Message
+from loopmux_broker.client_side import agree, no_common_version, welcome
 from loopmux_broker.events import Log, Peer, Send, say
 from loopmux_broker.life import Life, protocol_failure
 from loopmux_broker.pool import Launcher, Lease, Worker

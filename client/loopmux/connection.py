@@ -19,6 +19,7 @@ from enum import Enum, auto
 from typing import assert_never
 
 from loopmux import codec, wire
+from loopmux.cadence import INTRODUCE_AGAIN, RESEND, SILENT_HEARTBEATS
 from loopmux.errors import CancelledError, ConnectionLostError, LoopmuxError, ProtocolError, from_code
 from loopmux.events import (
     Action,
@@ -44,13 +45,9 @@ from loopmux.events import (
     TimePassed,
 )
 from loopmux.messages import Failure, Hello, Status, Welcome
-from loopmux.stream import RESEND, Exchange, Stage
+from loopmux.stream import Exchange, Stage
 from loopmux.wire import Header, Kind, Message
 
-HELLO_AGAIN = 0.5
-"""Seconds until HELLO is repeated (docs/protocol.md)."""
-SILENT_HEARTBEATS = 3
-"""After so many heartbeats without a word the broker counts as away."""
 _STALE_TIMERS = 64
 """Timers of ended requests that may lie in the heap before it is swept."""
 
@@ -262,7 +259,7 @@ class Connection:
     def _greet(self, now: float) -> list[Action]:
         self.state = State.GREETING
         self._ping_at = math.inf
-        self._hello_at = now + HELLO_AGAIN
+        self._hello_at = now + INTRODUCE_AGAIN
         return [Introduce(Message(Header(Kind.HELLO), self._hello))]
 
     def _lose(self, now: float) -> list[Action]:

@@ -7,8 +7,11 @@ import tempfile
 from pathlib import Path
 
 from loopmux.errors import ConfigError
+from loopmux.folders import unusable
 
 ENDPOINT_VARIABLE = "LOOPMUX_ENDPOINT"
+CHOOSE_ANOTHER = f"choose another --endpoint (${ENDPOINT_VARIABLE})"
+"""What to do where sockets cannot be made."""
 _LAST_PORT = 65535
 _LONGEST_IPC_PATH = 100
 """A Unix socket path holds 107 bytes; the worker socket and the lock file add a suffix of at most 7."""
@@ -69,10 +72,14 @@ def private_folder(folder: Path) -> Path:
     """Create a folder that only this user can enter, or check that an existing one is ours.
 
     Raises:
-        ConfigError: it belongs to another user (somebody else made it first in a shared temporary folder).
+        ConfigError: it cannot be made, or belongs to another user (somebody else made it first in a shared temporary
+            folder).
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    owner = folder.stat().st_uid
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = folder.stat().st_uid
+    except OSError as error:
+        raise unusable(folder, "sockets", CHOOSE_ANOTHER, error) from error
     if owner not in (os.getuid(), 0):
         raise ConfigError(
             f"{folder} belongs to user {owner}, expected {os.getuid()}: set $LOOPMUX_ENDPOINT to a folder of yours"

@@ -27,6 +27,7 @@ Every error carries the text so far where there is any (``partial_text``), and `
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 
@@ -84,6 +85,20 @@ class ModelNotFoundError(LoopmuxError, LookupError):
     """No launcher and no worker knows the model."""
 
     code = "model_not_found"
+
+
+def unknown_model(model: str, known: Iterable[str]) -> ModelNotFoundError:
+    """The error for a model id that nobody serves, with those that there are."""
+    import difflib  # for people who mistyped only
+
+    there = sorted(known)
+    if not there:
+        text = f"model {model!r} is not known: no launcher and no worker has joined the broker"
+    else:
+        near = difflib.get_close_matches(model, there, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        text = f"model {model!r} is not known, expected one of {', '.join(there)}{hint}"
+    return ModelNotFoundError(text, model=model)
 
 
 class AdapterNotFoundError(LoopmuxError, LookupError):

@@ -1,4 +1,4 @@
-"""A socket to the broker with the options the design asks for, and what could not be sent yet."""
+"""A client's socket to the broker, and what could not be sent yet."""
 
 from __future__ import annotations
 
@@ -8,22 +8,8 @@ import zmq
 
 from loopmux.endpoints import ipc_path
 from loopmux.errors import ConfigError
+from loopmux.sockets import FAREWELL, dealer
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, Message, to_frames
-
-_FAREWELL = 200
-"""Milliseconds that a closing socket may take to hand CANCEL and BYE to the kernel; it takes well under one."""
-
-_OPTIONS = {
-    zmq.IMMEDIATE: 1,  # without a connection a send fails instead of queueing for nobody
-    zmq.SNDTIMEO: 0,
-    zmq.RECONNECT_IVL: 50,
-    zmq.RECONNECT_IVL_MAX: 2000,
-    zmq.LINGER: 0,
-    zmq.HEARTBEAT_IVL: 1000,
-    zmq.HEARTBEAT_TIMEOUT: 3000,
-    zmq.HANDSHAKE_IVL: 2000,
-    zmq.MAXMSGSIZE: CLIENT_MESSAGE_LIMIT,
-}
 
 
 class Link:
@@ -38,11 +24,9 @@ class Link:
     def __init__(self, endpoint: str) -> None:
         ipc_path(endpoint)
         self._context = zmq.Context()
-        self.socket = self._context.socket(zmq.DEALER)
+        self.socket = dealer(self._context, CLIENT_MESSAGE_LIMIT)
         self._unsent: deque[list[bytes]] = deque()
         try:
-            for option, value in _OPTIONS.items():
-                self.socket.setsockopt(option, value)
             self.socket.connect(endpoint)
         except zmq.ZMQError as error:
             self.close()
@@ -94,5 +78,5 @@ class Link:
 
     def close(self) -> None:
         """Close the socket, letting what it has taken leave first."""
-        self.socket.close(linger=_FAREWELL)
+        self.socket.close(linger=FAREWELL)
         self._context.term()

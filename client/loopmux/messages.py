@@ -17,6 +17,8 @@ from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
 DEFAULT_TIMEOUT = 600.0
 """Total deadline of a request that names none, seconds."""
 DEFAULT_MAX_NEW_TOKENS = 256
+TOKEN_LIMIT = 2**32
+"""Token ids are below: they travel as unsigned 32-bit numbers. Each model's own limit is its vocabulary."""
 PRIORITY_LIMIT = 100
 """Priorities go from -100 to 100: at the broker's 30 s a step, more than an hour's head start is never meant."""
 
@@ -189,6 +191,8 @@ class Generate:
             raise BadRequestError("stop: found an empty text, expected texts of at least one character")
         if self.logprobs is not None:
             _in_range("logprobs", self.logprobs, 0, 20)
+        for i, token in enumerate(self.stop_token_ids):
+            _in_range(f"stop_token_ids[{i}]", token, 0, TOKEN_LIMIT - 1)
         self.sampling.check()
 
 
@@ -386,7 +390,10 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """BODY of REPORT: the broker's answer to STATUS. ``counters`` holds running totals by name."""
+    """BODY of REPORT: the broker's answer to STATUS. ``counters`` holds running totals by name.
+
+    ``settled`` is false for a moment after the broker's start, in which models may still join.
+    """
 
     epoch: bytes
     uptime: float
@@ -399,6 +406,7 @@ class Status:
     workers: tuple[WorkerStatus, ...] = ()
     launchers: tuple[str, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)
+    settled: bool = True
 
 
 # --- launcher to worker -----------------------------------------------------------------------------------------------

@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from loopmux import exitcodes
 from loopmux.endpoints import ipc_path, private_folder, runtime_folder
 from loopmux.errors import ConfigError, ConnectionLostError, LoopmuxError
 
-EXIT_CONFIG = 78
-"""What a program of ours ends with when its configuration is wrong."""
 _LAST_LINES = 20
 """Lines of a stack that did not start which its error carries."""
 _KEPT_LINES = 1000
@@ -92,7 +91,7 @@ def _build(command: Sequence[str], log: Callable[[str], None] | None) -> None:
 def _refused(what: str, code: int, lines: Iterable[str]) -> LoopmuxError:
     """The error for a program that ended with an exit code and these last lines."""
     said = "\n".join(list(lines)[-_LAST_LINES:]) or "(it printed nothing)"
-    if code == EXIT_CONFIG:
+    if code == exitcodes.CONFIG:
         return ConfigError(f"{what}:\n{said}")
     return ConnectionLostError(f"{what} (exit code {code}):\n{said}", retryable=False)
 

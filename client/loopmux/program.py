@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from loopmux import exitcodes
+
 
 def run(name: str, module: str) -> int:
     """Call ``main()`` of a module; says what to install where only the client is.
@@ -20,7 +22,7 @@ def run(name: str, module: str) -> int:
             "install Loopmux with its extra [server], in its source folder  pip install '.[server]'",
             file=sys.stderr,
         )
-        return 1
+        return exitcodes.FAILURE
     except KeyboardInterrupt:
-        return 130
+        return exitcodes.INTERRUPTED
     return int(main())

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from loopmux import modelfolders
 from loopmux.endpoints import default_endpoint, ipc_path
 from loopmux.errors import BadRequestError
 from loopmux.privatestack import PrivateStack, default_environment, launcher_command
+from loopmux.weightfiles import Unusable
 
 LogCallback = Callable[[str], None]
 
@@ -106,9 +108,8 @@ def ensure_model(
         BadRequestError: a folder that is not there.
         ConfigError, ConnectionLostError: as ``ensure_running``.
     """
-    base, adapter = _folder("base_model", base_model), None
-    if adapter_dir is not None:
-        adapter = _folder("adapter_dir", adapter_dir)
+    base = _base(base_model, log_callback)
+    adapter = None if adapter_dir is None else _adapter(adapter_dir)
     stack = _stacks.running((base, adapter), "default")
     if stack is None:
         model = {"base_model": base} | ({"adapter_dir": adapter} if adapter else {})
@@ -163,14 +164,24 @@ def _ready(stack: PrivateStack, log: LogCallback | None) -> str:
     return stack.endpoint
 
 
-def _folder(name: str, given: str | Path) -> str:
-    """A model's folder, absolute: the configuration lies elsewhere. What is no folder is a hub id, ``org/name``."""
-    text = str(given)
-    if Path(text).expanduser().is_dir():
-        return str(Path(text).expanduser().resolve())
-    if name == "base_model" and text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        return text
-    raise BadRequestError(f"{name}: found no folder {text!r}, expected the directory of a model or adapter")
+def _base(given: str, log: LogCallback | None) -> str:
+    """A base model's folder, absolute because the configuration will lie elsewhere, or its hub id."""
+    try:
+        found = modelfolders.base_model(given, Path())
+    except Unusable as error:
+        raise BadRequestError(f"base_model: {error.message}") from error
+    if isinstance(found, Path):
+        return str(found)
+    if log is not None and found.note:
+        log(found.note)
+    return found.name
+
+
+def _adapter(given: str | Path) -> str:
+    try:
+        return str(modelfolders.adapter_folder(str(given)))
+    except Unusable as error:
+        raise BadRequestError(f"adapter_dir: {error.message}") from error
 
 
 def _forget_parent() -> None:

@@ -21,6 +21,7 @@ from enum import Enum, auto
 from typing import assert_never
 
 from loopmux import codec, wire
+from loopmux.cadence import KEPT, RESEND
 from loopmux.errors import (
     CancelledError,
     ConnectionLostError,
@@ -51,14 +52,10 @@ from loopmux.messages import End, Failure, Phase, Tok
 from loopmux.results import Result, StreamEvent, TextDelta, TokenLogprob, ToolCall, Waiting
 from loopmux.wire import Header, Kind, Message
 
-RESEND = 1.0
-"""Seconds after which SUBMIT and CANCEL are sent again (docs/protocol.md)."""
 GRACE = 1.0
 """Seconds after the deadline that a reachable broker gets to say so itself, with usage; half of the promised two."""
 PATIENCE = 2.0
 """Seconds that a cancelled request waits for the broker's word before its caller is told."""
-KEPT = 60.0
-"""Seconds that the other side keeps a terminal; after that nothing more can come."""
 GAP_PAUSE = 0.25
 """Seconds between two requests to resend from the same position: the chunks behind a lost one all show the gap."""
 

@@ -34,7 +34,9 @@ WORKER_MESSAGE_LIMIT: Final = 1024 * 1024
 
 _HEADER = struct.Struct(">2sBBH16sIIHH")
 HEADER_SIZE: Final = _HEADER.size
-NO_ID: Final = bytes(16)
+ID_SIZE: Final = 16
+"""Bytes of a request, instance or boot id."""
+NO_ID: Final = bytes(ID_SIZE)
 """Request id of messages that are about no request."""
 
 
@@ -86,6 +88,14 @@ class Kind(IntEnum):
     # questions anyone may ask
     STATUS = 112
     REPORT = 113
+
+
+class StopReason(IntEnum):
+    """``arg`` of STOP."""
+
+    CANCELLED = 1
+    DEADLINE = 2
+    SUPERSEDED = 3
 
 
 class Frame(IntFlag):
@@ -280,5 +290,5 @@ def unpack_tokens(frame: bytes) -> list[int]:
 
 
 def new_id() -> bytes:
-    """A fresh random request, instance or boot id (16 bytes)."""
-    return os.urandom(16)
+    """A fresh random request, instance or boot id (``ID_SIZE`` bytes)."""
+    return os.urandom(ID_SIZE)

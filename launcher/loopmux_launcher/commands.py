@@ -1,7 +1,4 @@
-"""The launcher's command line.
-
-Exit codes: 0 good, 1 failure, 2 usage, 78 bad configuration, 130 interrupted.
-"""
+"""The launcher's command line. It ends with ``loopmux.exitcodes``."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
-from loopmux import endpoints
+from loopmux import endpoints, exitcodes
 from loopmux.errors import ConfigError, LoopmuxError
 from loopmux_launcher import config, environments, interpreters, jsonschema, places, showlogs, tether, workercode
 from loopmux_launcher.arguments import Command, parser
@@ -24,7 +21,6 @@ from loopmux_launcher.holder import Held, Holder, Watch
 from loopmux_launcher.reader import load
 from loopmux_launcher.server import Launcher
 
-EXIT_FAILURE, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 78, 130
 _DOWN_LIMIT = 30.0
 """Seconds that `down` waits: workers get 5 s to stop, the broker as many, the rest is for a slow machine."""
 
@@ -39,19 +35,19 @@ def main(arguments: list[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         print(f"loopmux-launcher: {error}", file=sys.stderr)
-        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILURE
+        return exitcodes.of(error)
     except OSError as error:  # a full disk, a folder that cannot be written
         if options.debug:
             traceback.print_exc()
         print(f"loopmux-launcher: {error}", file=sys.stderr)
-        return EXIT_FAILURE
+        return exitcodes.FAILURE
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return exitcodes.INTERRUPTED
     except Exception as error:
         if options.debug:
             raise
         print(f"loopmux-launcher: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
-        return EXIT_FAILURE
+        return exitcodes.FAILURE
     return code
 
 
@@ -136,7 +132,7 @@ def _build_for_launcher(configuration: Configuration, name: str, options: argpar
         built = _prepare(configuration, name, lambda text: _tell("building", text))
     except (LoopmuxError, OSError) as error:
         _tell("failed", str(error))
-        return EXIT_FAILURE
+        return exitcodes.FAILURE
     _tell("ready", built.summary, python=str(built.python))
     return 0
 
@@ -144,9 +140,9 @@ def _build_for_launcher(configuration: Configuration, name: str, options: argpar
 def _prepare(configuration: Configuration, name: str, report: Callable[[str], None]) -> environments.Built:
     environment = _environment(configuration, name)
     torch = any(m.environment == name and m.entry.engine != "echo" for m in configuration.models.values())
-    code = workercode.install(places.data() / "code")
-    log = places.logs() / f"env-{name}.log"
-    return environments.prepare(environment, places.data() / "envs", code, log, report, torch=torch)
+    data, log = places.usable_data(), places.usable_logs() / f"env-{name}.log"
+    code = workercode.install(data / "code")
+    return environments.prepare(environment, data / "envs", code, log, report, torch=torch)
 
 
 def _tell(phase: str, detail: str, **more: str) -> None:

@@ -14,6 +14,8 @@ from loopmux.errors import ConfigError
 
 Where = tuple[str | int, ...]
 """A place in the file: keys and list indices from the top."""
+_LARGEST = 4 * 1024 * 1024
+"""Bytes; a thousand models take less than one MiB, and what is longer (weights, a device) is no configuration."""
 _TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
@@ -75,9 +77,12 @@ def read(file: Path) -> Document:
         InvalidConfiguration: unreadable, or not YAML.
     """
     try:
-        data = file.read_bytes()
+        with file.open("rb") as stream:
+            data = stream.read(_LARGEST + 1)
     except OSError as error:
         raise InvalidConfiguration([Problem(file, 0, "", str(error.strerror), "a readable YAML file")]) from error
+    if len(data) > _LARGEST:
+        raise InvalidConfiguration([Problem(file, 0, "", "more than 4 MiB", "a configuration file")])
     loader: yaml.SafeLoader | None = None
     try:
         loader = yaml.SafeLoader(data)

@@ -14,6 +14,7 @@ from typing import IO
 from loopmux_launcher import interpreters, tether, workercode
 from loopmux_launcher.config import Environment
 from loopmux_launcher.interpreters import EnvironmentUnusable, Interpreter
+from loopmux_launcher.lifecycle import spell_exit
 
 Report = Callable[[str], None]
 _GRACE = 3.0
@@ -55,7 +56,7 @@ def create(interpreter: Interpreter, target: Path, log: Log) -> None:
     variables = {**interpreters.clean_variables(), "TMPDIR": str(_scratch(target))}
     code, lines = _run(command, variables, target.parent, log, lambda _: None)
     if code:
-        reason = " ".join(lines[-6:]) or f"exit code {code}"
+        reason = " ".join(lines[-6:]) or spell_exit(code)
         raise EnvironmentUnusable(
             f"{interpreter.executable} could not make a virtual environment: {reason[:600]}\nfull log: {log.path}"
         )
@@ -109,7 +110,9 @@ def _progress(line: str, report: Report) -> None:
 def _reason(lines: list[str], code: int) -> str:
     """What pip says went wrong: its ERROR lines, the ones that name packages first."""
     errors = [line.removeprefix("ERROR: ").strip() for line in lines if line.startswith("ERROR: ")]
-    return "; ".join(dict.fromkeys(e[:400] for e in errors[:3])) or (lines[-1] if lines else f"exit code {code}")
+    if code < 0:
+        return spell_exit(code)
+    return "; ".join(dict.fromkeys(e[:400] for e in errors[:3])) or (lines[-1] if lines else spell_exit(code))
 
 
 def _run(

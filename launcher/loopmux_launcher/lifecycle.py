@@ -6,7 +6,7 @@
                         │ ▲               │ exit
          exit, failed,  │ └──── PAUSING ◀─┤
          start time-out ▼   wake          │
-                     ENDING ─exit─▶ PAUSING or PARKED (crash loop, or exit code 78: it would fail again)
+                     ENDING ─exit─▶ PAUSING or PARKED (crash loop, or a bad configuration: it would fail again)
 
     stop: any of them ─▶ STOPPING ─exit─▶ GONE
 """
@@ -17,12 +17,11 @@ import signal
 from dataclasses import dataclass, field
 from enum import Enum
 
+from loopmux import exitcodes
 from loopmux_launcher.backoff import WINDOW, Backoff
 
 STOP_GRACE = 5.0
 """Seconds between asking a process to end and killing it."""
-BAD_CONFIGURATION = 78
-"""Exit code (EX_CONFIG) of a program that would fail in the same way if it were started again."""
 
 
 class State(Enum):
@@ -45,7 +44,8 @@ class Process:
     Attributes:
         phase: what it said it is doing while it starts (loading, warming).
         reason: why it last failed, for people.
-        last_lines: the end of its output at its last exit.
+        explained: the reason is its own word, which the end of its output would only repeat.
+        last_lines: the end of its output at its last exit, where that has something to add.
         left_out: models that it could not load, with the reason; it serves the others of its group.
         wake: when ``TimerFired`` should look at it again.
     """
@@ -56,6 +56,7 @@ class Process:
     phase: str = "loading"
     detail: str = ""
     reason: str = ""
+    explained: bool = False
     last_lines: tuple[str, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     started: float = 0.0
@@ -74,16 +75,17 @@ class Process:
     def start(self, now: float) -> None:
         """It is being started."""
         self.state, self.phase, self.detail, self.reason = State.STARTING, "loading", "", ""
-        self.started, self.wake, self.left_out = now, now + self.start_timeout, {}
+        self.started, self.wake, self.left_out, self.explained = now, now + self.start_timeout, {}, False
 
     def got_ready(self) -> None:
         """It said that it is ready."""
         self.state, self.detail, self.wake = State.READY, "", None
         self.backoff.got_ready()
 
-    def end(self, reason: str, now: float) -> None:
+    def end(self, reason: str, now: float, *, explained: bool = False) -> None:
         """It failed, or took too long; it is asked to end and counts as crashed when it has."""
         self.state, self.reason, self.wake = State.ENDING, reason, now + STOP_GRACE
+        self.explained = explained
 
     def stop(self, now: float) -> None:
         """It is no longer wanted."""
@@ -96,21 +98,29 @@ class Process:
             self.state, self.wake = State.GONE, None
             return None
         was_ready = self.state is State.READY
-        self.reason, self.last_lines = self.reason or spell_exit(code), last_lines
+        self.reason, self.last_lines = self.reason or spell_exit(code), () if self.explained else last_lines
         delay = self.backoff.crashed(now, was_ready=was_ready, ran=now - self.started, draw=draw)
-        if code == BAD_CONFIGURATION or delay is None:
+        if code == exitcodes.CONFIG or delay is None:
             self.state, self.wake = State.PARKED, None
             return None
         self.state, self.wake = State.PAUSING, now + delay
         return delay
 
-    def parked_because(self) -> str:
+    def why_parked(self) -> str:
         """Why it will not be started again, in one sentence."""
         crashes = len(self.backoff.recent)
         if crashes > 1:
             times = f"{crashes} times in {WINDOW:.0f} s" if crashes >= self.backoff.failed_starts else "at every start"
-            return f"{self.name} failed {times}, the last time: {self.reason}"
-        return f"{self.name}: {self.reason}"
+            return f"failed {times}, the last time: {self.reason}"
+        return self.reason
+
+    def failed_like(self, other: Process) -> bool:
+        """Whether it is parked for the reason that another gives too, in its own words."""
+        return self.state is State.PARKED and other.explained and self.why_parked() == other.why_parked()
+
+    def parked_because(self) -> str:
+        """The same with its name."""
+        return f"{self.name}: {self.why_parked()}"
 
     def last_words(self) -> str:
         """Why it will not be started again, and the end of its output."""

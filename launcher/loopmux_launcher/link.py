@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loopmux.cadence import INTRODUCE_AGAIN, SILENT_HEARTBEATS
 from loopmux.codec import BODY_LIMITS, pack, unpack
 from loopmux.errors import ProtocolError
 from loopmux.messages import Catalogue, Failure, Heartbeat, Register, Welcome
 from loopmux.wire import Header, Kind, Message
-
-_REGISTER_AGAIN = 0.5
-"""Seconds; docs/protocol.md."""
-_MISSED = 3
-"""Heartbeats without a word after which the broker counts as lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +70,12 @@ class Link:
 
     def due(self, now: float) -> list[Message]:
         """What it is time to send."""
-        if self._heartbeat is not None and now - self._heard > _MISSED * self._heartbeat:
+        if self._heartbeat is not None and now - self._heard > SILENT_HEARTBEATS * self._heartbeat:
             self.lost()
         if now < self._next:
             return []
         if self._heartbeat is None:
-            self._next = now + _REGISTER_AGAIN
+            self._next = now + INTRODUCE_AGAIN
             return [Message(Header(Kind.REGISTER), pack(self._register), pack({}))]
         self._next = now + self._heartbeat
         return [Message(Header(Kind.HB), pack(Heartbeat()))]

@@ -8,11 +8,30 @@ import re
 from pathlib import Path
 
 from loopmux import endpoints
+from loopmux.folders import usable
 
 
 def data() -> Path:
     """``$XDG_DATA_HOME/loopmux``: built environments, code for the workers."""
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share").absolute() / "loopmux"
+
+
+def usable_data() -> Path:
+    """``data``, made and seen to be usable.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    return usable(data(), "environments and the workers' code", "set $XDG_DATA_HOME to another")
+
+
+def usable_logs(endpoint: str | None = None) -> Path:
+    """``logs``, made and seen to be usable.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    return usable(logs(endpoint), "log files", "set $XDG_STATE_HOME to another")
 
 
 def logs(endpoint: str | None = None) -> Path:

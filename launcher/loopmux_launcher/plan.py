@@ -180,7 +180,7 @@ class Plan:
                 yield from self._start_environments(now)
         elif phase == "failed":
             # It leaves by itself: its exit code says whether another try makes sense. If it stays, ``wake`` ends it.
-            process.end(detail or "it failed to start", now)
+            process.end(detail or "it failed to start", now, explained=bool(detail))
         else:
             process.phase, process.detail = phase, detail
             yield Announce(process.name, f"{phase} {detail}".rstrip(), "progress")
@@ -204,7 +204,9 @@ class Plan:
         if delay is not None and not first_broker_failure:
             yield Announce(process.name, f"{process.reason}; starts again in {delay:.1f} s{said}", "warning")
             return
-        yield Announce(process.name, f"{process.parked_because()}{said}", "error")
+        before = next((p.name for p in self._processes() if p is not process and p.failed_like(process)), None)
+        text = f"failed for the same reason as {before}" if before else f"{process.why_parked()}{said}"
+        yield Announce(process.name, text, "error")
         if process is self.broker:
             process.state, process.wake = State.PARKED, None
             self.exit_code = event.code if event.code > 0 else 1

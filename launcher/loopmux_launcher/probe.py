@@ -11,6 +11,7 @@ from typing import Any
 
 from loopmux_launcher import interpreters, tether
 from loopmux_launcher.interpreters import EnvironmentUnusable
+from loopmux_launcher.lifecycle import spell_exit
 
 _LIMIT = 300.0
 """Seconds: a first import of torch from a cold disk can take a minute, one of a network disk more."""
@@ -51,8 +52,13 @@ def probe(python: Path, code: Path, extra: Mapping[str, str], *, torch: bool, ou
     report = _last_json(done.stdout)
     if report is None:
         said = done.stderr.decode(errors="replace").splitlines()
-        reason = "\n".join(said[-8:]) or f"its probe ended with exit code {done.returncode}"
+        reason = "\n".join((f"its probe failed: {spell_exit(done.returncode)}", *said[-8:]))
         raise EnvironmentUnusable(f"{python} cannot run workers: {reason}")
+    if report.get("out_of_memory"):
+        raise EnvironmentUnusable(
+            f"{python} could not be probed: out of memory while its packages were imported "
+            f"({report['out_of_memory']}); stop other programs, or raise the limit"
+        )
     if not report.get("ok"):
         raise EnvironmentUnusable(f"{python} cannot run workers: {_missing(report, ours=ours)}")
     return _summary(report)

@@ -73,14 +73,10 @@ class Child:
     ) -> None:
         self.name = name
         self._log = RotatingLog(log)
-        try:
-            self.process: subprocess.Popen[bytes] = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(variables),
-                start_new_session=True, bufsize=0,
-            )  # fmt: skip
-        except OSError:
-            self._log.close()
-            raise
+        self.process: subprocess.Popen[bytes] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(variables),
+            start_new_session=True, bufsize=0,
+        )  # fmt: skip
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         assert self.process.stderr is not None
@@ -104,6 +100,11 @@ class Child:
     def last_lines(self) -> tuple[str, ...]:
         """The end of its output."""
         return tuple(self._last)
+
+    @property
+    def log_trouble(self) -> str:
+        """Why its log cannot be written at present, or nothing."""
+        return self._log.trouble
 
     def descriptors(self) -> list[int]:
         """What to poll for reading."""

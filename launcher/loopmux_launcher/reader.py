@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from loopmux import modelfolders
 from loopmux.codec import FieldError, build, show
 from loopmux.madefor import other_base
-from loopmux_launcher import interpreters, modelfolders
+from loopmux.weightfiles import Unusable
+from loopmux_launcher import interpreters
 from loopmux_launcher.config import DEFAULT, DEFAULT_REQUIREMENTS, Configuration, Environment, Model
 from loopmux_launcher.document import Document, InvalidConfiguration, Problem, Where, did_you_mean, read
 from loopmux_launcher.schema import EnvironmentEntry, FileEntry, ModelEntry
@@ -202,13 +204,14 @@ class _Reader:
 
     def _model(self, name: str, entry: ModelEntry, environments: dict[str, Environment]) -> Model:
         where = ("models", name)
-        base, adapter = self._folders(where, entry)
+        environment = self._environment_of(where, entry, environments)
+        own = environments[environment].variables if environment in environments else {}
+        base, adapter = self._folders(where, entry, os.environ | dict(own))
         processes = self._processes(where, entry)
         if entry.use_4bit and entry.use_8bit:
             self._refuse((*where, "use_8bit"), "use_4bit and use_8bit", "one of them")
         if entry.port is not None:
             self._note((*where, "port"), "not used: the broker has one endpoint for all models")
-        environment = self._environment_of(where, entry, environments)
         return Model(name, entry, environment, base, adapter, processes, required=entry.min != 0)
 
     def _environment_of(self, where: Where, entry: ModelEntry, known: dict[str, Environment]) -> str | None:
@@ -226,7 +229,7 @@ class _Reader:
             self._refuse((*where, "environment"), f"no environment {name!r}", expected, did_you_mean(name, names))
         return name
 
-    def _folders(self, where: Where, entry: ModelEntry) -> tuple[str | None, str | None]:
+    def _folders(self, where: Where, entry: ModelEntry, variables: Mapping[str, str]) -> tuple[str | None, str | None]:
         if entry.engine == "echo":
             for unused in ("base_model", "adapter_dir"):
                 if getattr(entry, unused):
@@ -241,20 +244,30 @@ class _Reader:
         if not entry.base_model:
             self._refuse((*where, "base_model"), "nothing", "a model directory or a hub id", "or engine: echo")
         else:
-            try:
-                base = modelfolders.base_model(entry.base_model, self.root, pickle=entry.allow_pickle_weights)
-            except modelfolders.Unusable as error:
-                self._refuse((*where, "base_model"), error.found, error.expected, error.hint)
+            base = self._base((*where, "base_model"), entry.base_model, variables, pickle=entry.allow_pickle_weights)
         if base and adapter and (note := other_base(adapter.base, base, adapter.folder)):
             self._note((*where, "adapter_dir"), note)
         return base, str(adapter.folder) if adapter else None
+
+    def _base(self, where: Where, text: str, variables: Mapping[str, str], *, pickle: bool) -> str | None:
+        try:
+            found = modelfolders.base_model(text, self.root, variables)
+            if isinstance(found, Path):
+                modelfolders.check_model(found, pickle=pickle)
+                return str(found)
+        except Unusable as error:
+            self._refuse(where, error.found, error.expected, error.hint)
+            return None
+        if found.note:
+            self._note(where, found.note)
+        return found.name
 
     def _adapter(self, where: Where, entry: ModelEntry) -> modelfolders.Adapter | None:
         if not entry.adapter_dir:
             return None
         try:
             return modelfolders.adapter(entry.adapter_dir, self.root, pickle=entry.allow_pickle_weights)
-        except modelfolders.Unusable as error:
+        except Unusable as error:
             self._refuse((*where, "adapter_dir"), error.found, error.expected, error.hint)
             return None
 

@@ -18,6 +18,7 @@ from loopmux import endpoints
 from loopmux.codec import plain
 from loopmux.errors import LoopmuxError, ProtocolError
 from loopmux.messages import Register
+from loopmux.sockets import FAREWELL, dealer
 from loopmux.wire import VERSIONS, WORKER_MESSAGE_LIMIT, Message, from_frames, new_id, to_frames
 from loopmux_launcher import places, workercode
 from loopmux_launcher.config import Configuration
@@ -57,8 +58,6 @@ _LONGEST_POLL = 1.0
 """Seconds between two looks at things that do not wake the poller (a parent on systems without process descriptors)."""
 _PER_TURN = 64
 """Messages taken from the socket in one turn, so that a flood does not keep the children's output waiting."""
-_FAREWELL = 200
-"""Milliseconds for BYE to leave before the socket closes."""
 _COULD_NOT_START = 127
 """The shell's exit code for a program that cannot be run."""
 _PHASES = ("loading", "warming", "ready", "failed")
@@ -75,10 +74,11 @@ class Launcher:
         required = [model.id for model in models if model.required]
         self._plan = Plan(groups, required=required, with_broker=with_broker)
         self._link = Link(_register())
-        self._logs = places.logs(endpoint)
-        self._code = workercode.install(places.data() / "code")
+        self._logs = places.usable_logs(endpoint)
+        self._code = workercode.install(places.usable_data() / "code")
         self._children: dict[str, Child] = {}
         self._builds: dict[str, EnvironmentReady | EnvironmentFailed | None] = {}
+        self._log_troubles: dict[str, str] = {}  # by process, as they were announced
         self._exit: int | None = None
 
     def run(self, parent: int | None = None) -> int:
@@ -86,7 +86,7 @@ class Launcher:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             with Signals(parent) as signals:
-                self._socket = _dealer(context)
+                self._socket = dealer(context, WORKER_MESSAGE_LIMIT)
                 self._socket.connect(self._endpoint)
                 self._handle(Began())
                 while self._exit is None:
@@ -95,7 +95,7 @@ class Launcher:
         finally:
             self._abandon()
             self._send(self._link.bye())
-            self._socket.close(_FAREWELL)
+            self._socket.close(FAREWELL)
             context.term()
 
     # --- one turn
@@ -110,6 +110,7 @@ class Launcher:
                 child.write()
             for descriptor in [d for d in child.descriptors() if d in readable]:
                 self._told(child, child.read(descriptor))
+            self._look_at_log(child)
             self._look_whether_ended(child)
         self._receive()
         self._send(self._link.due(time.monotonic()))
@@ -193,7 +194,15 @@ class Launcher:
         try:
             self._children[name] = Child(name, command, variables, self._log(name), handover=handover, said=said)
         except OSError as error:
-            self._ended(name, _COULD_NOT_START, (f"{command[0]}: {error.strerror}",))
+            self._never_began(name, f"{command[0]} could not be started: {error.strerror}")
+
+    def _never_began(self, name: str, why: str) -> None:
+        environment = name.removeprefix(_builder(""))
+        if name == environment:
+            self._handle(ProcessReported(name, "failed", why))
+        else:
+            self._builds[environment] = EnvironmentFailed(environment, why)
+        self._ended(name, _COULD_NOT_START, ())
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name.replace(' ', '-')}.log"
@@ -216,6 +225,14 @@ class Launcher:
                 self._builds[name] = EnvironmentFailed(name, said.detail)
             case _:
                 self._handle(EnvironmentProgressed(name, said.detail))
+
+    def _look_at_log(self, child: Child) -> None:
+        """Say once that a log cannot be written; what it is about goes on."""
+        trouble = child.log_trouble
+        if trouble and trouble != self._log_troubles.get(child.name):
+            text = f"its log {self._log(child.name)} cannot be written: {trouble}; it goes on, what it says is lost"
+            self._console.announce(Announce(child.name, text, "warning"))
+        self._log_troubles[child.name] = trouble
 
     def _look_whether_ended(self, child: Child) -> None:
         ended = child.finished()
@@ -279,21 +296,3 @@ def _register() -> Register:
     host = platform.node()
     name, software = f"launcher@{host}", f"loopmux {loopmux.__version__}"
     return Register("launcher", name, new_id(), VERSIONS, host=host, pid=os.getpid(), software=software)
-
-
-def _dealer(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-    socket = context.socket(zmq.DEALER)
-    options = {
-        zmq.IMMEDIATE: 1,
-        zmq.SNDTIMEO: 0,
-        zmq.LINGER: 0,
-        zmq.RECONNECT_IVL: 50,
-        zmq.RECONNECT_IVL_MAX: 2000,
-        zmq.HEARTBEAT_IVL: 1000,
-        zmq.HEARTBEAT_TIMEOUT: 3000,
-        zmq.HANDSHAKE_IVL: 2000,
-        zmq.MAXMSGSIZE: WORKER_MESSAGE_LIMIT,
-    }
-    for option, value in options.items():
-        socket.setsockopt(option, value)
-    return socket

@@ -31,9 +31,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from loopmux import weightfiles
 from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
 from loopmux.wire import new_id, pack_tokens
-from loopmux_worker.engine import files, open_engine
+from loopmux_worker.engine import open_engine
 from loopmux_worker.engine.base import Engine, Failed, Job, Key, Produced
 from loopmux_worker.engine.slots.engine import SlotsEngine
 
@@ -58,8 +59,8 @@ def traffic(model: Path) -> Traffic:
     config = json.loads((model / "config.json").read_text())
     tensors = {
         name: found
-        for path in files.weight_files(model, allow_pickle=False)
-        for name, found in files.tensors(path).items()
+        for path in weightfiles.model_weights(model, pickle=False)
+        for name, found in weightfiles.tensors(path).items()
     }
     looked_up = 0 if config.get("tie_word_embeddings") else config["vocab_size"] * config["hidden_size"]
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

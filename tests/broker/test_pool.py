@@ -7,6 +7,7 @@ import pytest
 from brokerkit import (
     CLIENT,
     EPOCH,
+    FOUR,
     LAUNCHER,
     ONE,
     SECOND,
@@ -40,6 +41,12 @@ def phases(actions: list[Action]) -> list[Phase]:
     return [
         codec.unpack(Phase, a.message.route) for a in actions if isinstance(a, Send) and a.message.kind is Kind.PHASE
     ]
+
+
+def status_of(core: Core) -> Status:
+    [answer] = core.client(say(Kind.STATUS, FOUR))
+    assert isinstance(answer, Send)
+    return codec.unpack(Status, answer.message.body, codec.BODY_LIMITS)
 
 
 # --- joining
@@ -169,6 +176,24 @@ def test_a_request_that_does_not_wait(core: Core) -> None:
     core.register()
     assert core.submit(ONE, wait=False)[0] == run(ONE)
     assert core.submit(TWO, wait=False) == [accepted(TWO, 1)]  # it waits for a slot, not for loading
+
+
+def test_a_model_whose_worker_does_not_answer_is_not_ready(core: Core) -> None:
+    why = "its launcher calls it ready, but the broker has no word from its workers"
+    core.launcher()
+    core.declare("m", "ready", workers=1)
+    core.register()
+    core.submit(ONE)
+    core.wait(2)
+    actions = core.wait(4, silent=(WORKER,))
+    assert phases(actions) == [Phase("queued", 1, 0.0, why)]
+    assert status_of(core).models == (ModelStatus("m", "queued", 0, 1, 0, why),)
+    [answer] = core.submit(TWO, wait=False)
+    body = failure(answer)[3]
+    assert (body.code, body.retryable) == ("overloaded", True)
+    assert f"has no worker now (it is queued: {why}) and the request does not wait" in body.message
+    core.register()
+    assert [(m.phase, m.workers) for m in status_of(core).models] == [("ready", 1)]
 
 
 def test_a_model_that_failed_to_start(core: Core) -> None:
@@ -403,9 +428,7 @@ def test_status_shows_silence_and_what_was_served(core: Core) -> None:
     core.running(ONE)
     core.worker(end(ONE, 0))
     core.wait(2, silent=(WORKER,))
-    [answer] = core.client(say(Kind.STATUS, TWO))
-    assert isinstance(answer, Send)
-    [worker] = codec.unpack(Status, answer.message.body, codec.BODY_LIMITS).workers
+    [worker] = status_of(core).workers
     assert (worker.state, worker.served, worker.running) == ("silent", 1, 0)
 
 
@@ -416,6 +439,7 @@ def test_a_broker_that_has_just_started_waits_for_who_belongs_to_it() -> None:
     core = Core(settle=3.0)
     core.hello()
     assert kinds(core.submit(ONE)) == [(CLIENT, Kind.ACCEPTED), (CLIENT, Kind.PHASE)]
+    assert not status_of(core).settled
     core.wait(1.0)
     assert (WORKER, Kind.RUN) in kinds(core.register())
 
@@ -426,4 +450,5 @@ def test_a_model_that_is_still_unknown_when_the_broker_has_settled_is_refused() 
     core.submit(ONE, model="tols")
     (refusal,) = [failure(a) for a in core.wait(3.25) if kinds([a]) == [(CLIENT, Kind.ERROR)]]
     assert (refusal[1], refusal[3].code) == (Kind.ERROR, "model_not_found")
+    assert status_of(core).settled
     assert failure(core.submit(TWO, model="tols")[0])[3].code == "model_not_found"

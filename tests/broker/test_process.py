@@ -26,6 +26,22 @@ def endpoint(tmp_path: Path) -> str:
     return f"ipc://{tmp_path}/sockets/b.ipc"
 
 
+def test_a_file_in_the_place_of_its_folder_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, written = fails("--endpoint", f"ipc://{tmp_path}/file/sockets/b.ipc")
+    assert code == 78
+    assert f"found the file {tmp_path}/file in its place, expected a folder that this user can write to" in written
+    assert "choose another --endpoint" in written
+    assert len(written.splitlines()) == 1
+
+
+def test_folders_that_it_made_go_with_it(tmp_path: Path) -> None:
+    with broker("--endpoint", f"ipc://{tmp_path}/a/b/c.ipc") as running:
+        assert (tmp_path / "a" / "b").is_dir()
+        running.stop()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_folder_and_sockets_are_this_users_alone(endpoint: str, tmp_path: Path) -> None:
     with broker("--endpoint", endpoint) as running:
         folder = tmp_path / "sockets"
@@ -98,8 +114,8 @@ def test_a_file_that_is_no_socket_is_not_touched(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line() -> None:
     code, written = fails("--endpoint", "ipc:///proc/b.ipc")
-    assert code == 1
-    assert "/proc/b.ipc" in written
+    assert code == 78
+    assert "the folder for sockets, /proc, cannot be used: found No such file or directory" in written
     assert "choose another --endpoint" in written
     assert "Traceback" not in written
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from brokerwire import broker
-from loopmux import cli
+from loopmux import cli, exitcodes
 from loopmux.cli import delegate, show, talk
 from loopmux.errors import BadRequestError
 from loopmux.messages import ModelStatus, Status, WorkerStatus
@@ -32,7 +32,7 @@ def test_no_broker_is_one_clear_line_and_exit_code_1(tmp_path: Path) -> None:
 
 
 def test_a_wrong_endpoint_is_a_configuration_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", "--endpoint", "http://nowhere"]) == cli.EXIT_CONFIG
+    assert cli.main(["status", "--endpoint", "http://nowhere"]) == exitcodes.CONFIG
     assert "tcp://host:port" in capsys.readouterr().err
 
 
@@ -41,21 +41,21 @@ def test_a_value_out_of_range_is_a_usage_error(
     option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["generate", "x", "--endpoint", f"ipc://{tmp_path}/none.ipc", *option]
-    assert cli.main(words) == cli.EXIT_USAGE
+    assert cli.main(words) == exitcodes.USAGE
     assert "expected a value" in capsys.readouterr().err
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["fly"])
-    assert ended.value.code == cli.EXIT_USAGE
+    assert ended.value.code == exitcodes.USAGE
 
 
 def test_a_missing_extra_prints_the_install_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["up"]) == cli.EXIT_FAILURE
+    assert cli.main(["up"]) == exitcodes.FAILURE
     assert "pip install '.[server]'" in capsys.readouterr().err
 
 

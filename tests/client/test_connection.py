@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from loopmux import codec, errors, wire
-from loopmux.connection import HELLO_AGAIN, Connection, State
+from loopmux.cadence import INTRODUCE_AGAIN
+from loopmux.connection import Connection, State
 from loopmux.events import (
     Action,
     Answer,
@@ -101,7 +102,7 @@ def test_the_first_request_greets_and_goes_out_with_the_welcome() -> None:
     (hello,) = story.do(Submitted(request))
     said = codec.unpack(Hello, hello.route)
     assert (hello.kind, said.versions, said.instance) == (Kind.HELLO, wire.VERSIONS, b"i" * 16)
-    assert story.wait(2 * HELLO_AGAIN) == [Kind.HELLO, Kind.HELLO]
+    assert story.wait(2 * INTRODUCE_AGAIN) == [Kind.HELLO, Kind.HELLO]
     assert story.welcome() == [Kind.SUBMIT]
     assert story.connection.state is State.READY
 

@@ -101,6 +101,7 @@ def test_sampling_out_of_range(field: str, value: Any, says: str) -> None:
         ({"prompt_token_ids": b"abc"}, "at least one token id"),
         ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens: found 0"),
         ({"prompt": "x", "stop": ("",)}, "stop: found an empty text"),
+        ({"prompt": "x", "stop_token_ids": (3, -1)}, "stop_token_ids[1]: found -1"),
         ({"prompt": "x", "logprobs": 21}, "logprobs: found 21, expected a value from 0 to 20"),
     ],
 )

@@ -150,6 +150,12 @@ def test_later_layers_win_and_none_is_not_said() -> None:
         ({"prompt": "x", "idle_timeout": "1"}, "idle_timeout: found '1' (str)"),
         ({"prompt": "x", "stop": [""]}, "stop: found an empty text"),
         ({"prompt": "x", "stop": b"end"}, "stop: found b'end' (bytes)"),
+        (
+            {"prompt": "x", "stop_token_ids": [5, -1]},
+            "stop_token_ids[1]: found -1, expected a value from 0 to 4294967295",
+        ),
+        ({"prompt": "x", "stop_token_ids": [2**32]}, "stop_token_ids[0]: found 4294967296"),
+        ({"prompt": "x", "stop_token_ids": ["a"]}, "stop_token_ids[0]: found 'a' (str), expected a whole number"),
         ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias: found the key 'a', expected a token id"),
         ({"prompt": "x", "logit_bias": 3}, "logit_bias: found 3 (int), expected a mapping"),
         ({"prompt": "x", "model": ""}, "model: found an empty text, expected a model id"),

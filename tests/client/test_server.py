@@ -209,13 +209,21 @@ def test_a_missing_extra_names_the_install_line(home: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("given", ["/no/such/folder", "./nothing", "plain", "a/b/c"])
 def test_a_model_folder_that_is_not_there(home: Path, given: str):
-    with pytest.raises(BadRequestError, match="base_model: found no folder"):
+    with pytest.raises(BadRequestError, match=r"base_model: found no directory .*, expected an existing directory or"):
         server.ensure_model(given)
 
 
 def test_an_adapter_folder_that_is_not_there(home: Path):
-    with pytest.raises(BadRequestError, match="adapter_dir: found no folder"):
+    with pytest.raises(BadRequestError, match="adapter_dir: found no directory"):
         server.ensure_model("org/name", "org/adapter")
+
+
+def test_a_slip_in_a_model_folder_is_no_hub_model(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "demo" / "base").mkdir(parents=True)
+    (tmp_path / "demo" / "base" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadRequestError, match=f"did you mean {tmp_path}/demo/base?"):
+        server.ensure_model("demoo/base")
 
 
 def test_the_default_environment_of_the_configuration(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -239,7 +247,7 @@ def test_a_default_environment_that_cannot_be_built(home: Path, tmp_path: Path, 
     monkeypatch.setenv("LOOPMUX_CONFIG", str(tmp_path / "c.yaml"))
     monkeypatch.setenv("XDG_DATA_HOME", "/dev/null/data")  # nothing can be written there
     lines: list[str] = []
-    with pytest.raises(ConnectionLostError, match="default environment cannot be built"):
+    with pytest.raises(ConfigError, match=r"cannot be built:\n.*set \$XDG_DATA_HOME to another"):
         privatestack.default_environment(privatestack.launcher_command(), lines.append)
     assert lines
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from loopmux import codec, errors
+from loopmux.cadence import KEPT, RESEND
 from loopmux.events import (
     Action,
     Arrived,
@@ -27,7 +28,7 @@ from loopmux.events import (
 )
 from loopmux.messages import End, Failure, Phase, Submit, Tok
 from loopmux.results import TextDelta, Timing, ToolCall, Usage, Waiting
-from loopmux.stream import GRACE, KEPT, PATIENCE, RESEND, Exchange, Stage
+from loopmux.stream import GRACE, PATIENCE, Exchange, Stage
 from loopmux.wire import Header, Kind, Message, pack_tokens
 
 ID = bytes(range(16))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import json
 import shutil
-import struct
 import subprocess
 import sys
 import threading
@@ -67,6 +66,17 @@ def test_wrong_requests(echo_stack: stacks.Stack) -> None:
             assert client.generate("and the next one?", model="echo").text, "something else stopped working"
 
 
+def test_chat_with_an_unknown_model_says_so_before_the_first_question(echo_stack: stacks.Stack) -> None:
+    command = [sys.executable, "-m", "loopmux", "chat", "ecko", "--endpoint", echo_stack.endpoint]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "loopmux: model 'ecko' is not known, expected one of echo, slow; did you mean 'echo'?\n"
+    known = subprocess.run(
+        [*command[:4], "echo", *command[5:]], input="hi\n", capture_output=True, text=True, timeout=60
+    )
+    assert (known.returncode, bool(known.stdout.strip())) == (0, True)
+
+
 def test_a_cancelled_stream(echo_stack: stacks.Stack) -> None:
     with loopmux.Client(echo_stack.endpoint) as client, client.stream("x", model="slow") as stream:
         next(iter(stream))
@@ -76,9 +86,9 @@ def test_a_cancelled_stream(echo_stack: stacks.Stack) -> None:
 
 
 def test_a_failing_engine_and_a_model_that_does_not_start(home: Path, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "model" / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    shutil.copytree(DEMO / "base", tmp_path / "model", dirs_exist_ok=True)
+    described = tmp_path / "model" / "config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"num_hidden_layers": 5}))  # weights hold four
     config = tmp_path / "llm_backends.yaml"
     config.write_text(BROKEN % sys.prefix)
     stack = stacks.start(config, home, folder=home / "broken")

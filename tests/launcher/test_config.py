@@ -230,6 +230,7 @@ def test_what_is_no_configuration_is_refused(models: Path, content: bytes, line:
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "No such file" in only(tmp_path / "gone.yaml").found
+    assert only(Path("/dev/zero")).found == "more than 4 MiB"
 
 
 def test_scaling_keys_are_accepted_and_said_to_have_no_effect_yet(write: Write) -> None:

@@ -255,6 +255,24 @@ def test_a_probe_names_what_is_missing_and_the_command_that_adds_it(
     assert str(python) in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ('echo \'{"ok": false, "missing": [], "out_of_memory": "ImportError: failed to map segment"}\'',
+         "out of memory while its packages were imported (ImportError: failed to map segment); stop other programs"),
+        ("kill -9 $$", "its probe failed: it was ended by SIGKILL (out of memory, or killed by hand)"),
+    ],
+)  # fmt: skip
+def test_a_probe_that_ran_out_of_memory_names_no_package(tmp_path: Path, script: str, says: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *probe*) {script};; *) exec {sys.executable} "$@";; esac\n')
+    python.chmod(0o755)
+    with pytest.raises(EnvironmentUnusable) as caught:
+        probe(python, workercode.install(tmp_path / "code"), {}, torch=True, ours=False)
+    assert says in caught.value.message
+    assert "pip install" not in caught.value.message
+
+
 @pytest.fixture
 def make_venv(tmp_path: Path) -> Callable[[], Path]:
     """Makes an empty virtual environment without pip, which takes a moment."""

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from launcher.conftest import write_adapter, write_model, write_safetensors
-from loopmux_launcher.modelfolders import Adapter, Unusable, adapter, base_model
+from loopmux.modelfolders import Adapter, HubModel, adapter, base_model, check_model
+from loopmux.weightfiles import Unusable
+from loopmux_launcher.document import InvalidConfiguration
 from loopmux_launcher.reader import load
 
 
@@ -17,13 +19,80 @@ def refused(check: Callable[[], object]) -> Unusable:
     return caught.value
 
 
+def checked(text: str, root: Path, *, pickle: bool = False) -> Path:
+    """The folder of a base model, looked into."""
+    folder = base_model(text, root, {})
+    assert isinstance(folder, Path)
+    check_model(folder, pickle=pickle)
+    return folder
+
+
 def test_a_directory_is_taken_relative_to_the_file(models: Path) -> None:
-    assert base_model("./base", models) == str(models / "base")
-    assert base_model(str(models / "base"), Path("/")) == str(models / "base")
+    assert base_model("./base", models) == models / "base"
+    assert base_model(str(models / "base"), Path("/")) == models / "base"
 
 
-def test_a_hub_id_is_taken_as_it_is(models: Path) -> None:
-    assert base_model("org/name-7B.v1", models) == "org/name-7B.v1"
+def test_a_hub_id_is_taken_with_a_note_unless_it_is_in_the_cache(models: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    found = base_model("org/name-7B.v1", models, {"HF_HUB_CACHE": str(cache)})
+    assert isinstance(found, HubModel)
+    assert found.name == "org/name-7B.v1"
+    assert found.note == (
+        f"no directory {models}/org/name-7B.v1, and no org/name-7B.v1 in the hub's cache {cache}: it is taken for a "
+        "hub model, and downloaded when its worker starts"
+    )
+    (cache / "models--org--name-7B.v1").mkdir(parents=True)
+    assert base_model("org/name-7B.v1", models, {"HF_HUB_CACHE": str(cache)}) == HubModel("org/name-7B.v1")
+
+
+@pytest.mark.parametrize(
+    ("variables", "where"),
+    [
+        ({"HF_HUB_CACHE": "/a"}, "/a"),
+        ({"HF_HOME": "/b"}, "/b/hub"),
+        ({"XDG_CACHE_HOME": "/c"}, "/c/huggingface/hub"),
+        ({}, f"{Path.home()}/.cache/huggingface/hub"),
+    ],
+)
+def test_where_the_hubs_cache_is(models: Path, variables: dict[str, str], where: str) -> None:
+    found = base_model("org/name", models, variables)
+    assert isinstance(found, HubModel)
+    assert f"in the hub's cache {where}:" in found.note
+
+
+def test_a_hub_id_that_cannot_be_downloaded_is_refused(models: Path) -> None:
+    error = refused(lambda: base_model("org/name", models, {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": "/none"}))
+    assert "no org/name in the hub's cache /none" in error.found
+    assert "HF_HUB_OFFLINE" in error.expected
+
+
+@pytest.mark.parametrize("text", ["demoo/base", "dmeo/base", "Demo/base", "demoo/bsae"])
+def test_a_slip_in_the_first_folder_is_no_hub_id_unless_it_is_one(models: Path, tmp_path: Path, text: str) -> None:
+    write_model(models / "demo" / "base")
+    variables = {"HF_HUB_CACHE": str(tmp_path / "cache")}
+    error = refused(lambda: base_model(text, models, variables))
+    assert f"no directory {models}/{text}, and no {text} in the hub's cache" in error.found
+    assert error.hint.startswith(f"did you mean {models}/demo/base?")
+    (tmp_path / "cache" / f"models--{text.replace('/', '--')}").mkdir(parents=True)
+    assert base_model(text, models, variables) == HubModel(text)
+
+
+def test_a_slip_in_a_longer_path_gets_a_hint(models: Path) -> None:
+    write_model(models / "demo" / "base")
+    assert refused(lambda: base_model("./dmo/base", models)).hint == f"did you mean {models}/demo/base?"
+
+
+def test_what_is_found_out_about_a_base_model_is_said_with_its_line(models: Path, write: Callable[[str], Path]) -> None:
+    file = write("models:\n  a:\n    base_model: org/name\n")
+    found = load(file)
+    assert found.models["a"].base_model == "org/name"
+    [note] = found.notes
+    assert note.startswith(f"{file}:3: models.a.base_model: no directory {models}/org/name")
+    write_model(models / "demo" / "base")
+    with pytest.raises(InvalidConfiguration) as caught:
+        load(write("models:\n  a:\n    base_model: demoo/base\n"))
+    assert f"{file}:3: models.a.base_model: found no directory {models}/demoo/base" in str(caught.value)
+    assert f"did you mean {models}/demo/base?" in str(caught.value)
 
 
 def test_an_adapter_that_names_another_base_gets_a_note(models: Path, write: Callable[[str], Path]) -> None:
@@ -47,35 +116,36 @@ def test_what_is_neither_directory_nor_hub_id_is_refused(models: Path, text: str
 def test_a_slip_in_an_existing_folder_is_no_hub_id(models: Path) -> None:
     write_model(models / "demo" / "base")
     error = refused(lambda: base_model("demo/bsae", models))
-    assert "holds base" in error.hint
+    assert error.hint.startswith(f"did you mean {models}/demo/base?")
+    assert "holds base" in refused(lambda: base_model("demo/something", models)).hint
 
 
 def test_a_model_without_config_is_refused(models: Path) -> None:
     (models / "base" / "config.json").unlink()
-    assert "no config.json" in refused(lambda: base_model("base", models)).found
-    assert "adapter_dir" in refused(lambda: base_model("lora", models)).hint
+    assert "no config.json" in refused(lambda: checked("base", models)).found
+    assert "adapter_dir" in refused(lambda: checked("lora", models)).hint
 
 
 def test_a_file_is_no_model(models: Path) -> None:
-    assert "is a file" in refused(lambda: base_model("base/config.json", models)).found
+    assert "is a file" in refused(lambda: checked("base/config.json", models)).found
 
 
 def test_a_model_without_weights_is_refused(models: Path) -> None:
     (models / "base" / "model.safetensors").unlink()
-    assert "no weights" in refused(lambda: base_model("base", models)).found
+    assert "no model.safetensors in" in refused(lambda: checked("base", models)).found
 
 
 def test_pickle_weights_need_permission(models: Path) -> None:
     (models / "base" / "model.safetensors").rename(models / "base" / "pytorch_model.bin")
-    assert "allow_pickle_weights" in refused(lambda: base_model("base", models)).hint
-    assert base_model("base", models, pickle=True) == str(models / "base")
+    assert "allow_pickle_weights" in refused(lambda: checked("base", models)).hint
+    assert checked("base", models, pickle=True) == models / "base"
 
 
 @pytest.mark.parametrize("cut", [3, 40, -1])
 def test_half_written_weights_are_refused(models: Path, cut: int) -> None:
     for file, check in (
-        (models / "base" / "model.safetensors", lambda: base_model("base", models)),
-        (models / "lora" / "adapter_model.safetensors", lambda: adapter("lora", models)),
+        (models / "base" / "model.safetensors", lambda: checked("base", models)),
+        (models / "lora" / "adapter_model.safetensors", lambda: adapter("lora", models, pickle=False)),
     ):
         file.write_bytes(file.read_bytes()[:cut])
         assert str(file) in refused(check).found
@@ -86,37 +156,37 @@ def test_a_missing_shard_is_found(models: Path) -> None:
     (base / "model.safetensors").rename(base / "model-1.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model-2.safetensors" in refused(lambda: base_model("base", models)).found
+    assert "model-2.safetensors" in refused(lambda: checked("base", models)).expected
     write_safetensors(base / "model-2.safetensors")
-    assert base_model("base", models) == str(base)
+    assert checked("base", models) == base
 
 
 @pytest.mark.parametrize("gone", ["adapter_config.json", "adapter_model.safetensors"])
 def test_an_incomplete_adapter_is_refused(models: Path, gone: str) -> None:
     (models / "lora" / gone).unlink()
-    assert gone in refused(lambda: adapter("lora", models)).found
+    assert gone in refused(lambda: adapter("lora", models, pickle=False)).found
 
 
 def test_a_cut_adapter_config_is_refused(models: Path) -> None:
     (models / "lora" / "adapter_config.json").write_text('{"peft')
-    assert "cannot be read" in refused(lambda: adapter("lora", models)).found
+    assert "cannot be read" in refused(lambda: adapter("lora", models, pickle=False)).found
 
 
 def test_a_missing_adapter_is_refused_with_what_is_there(models: Path) -> None:
-    error = refused(lambda: adapter("lroa", models))
+    error = refused(lambda: adapter("lroa", models, pickle=False))
     assert str(models / "lroa") in error.found
     assert "lora" in error.hint
 
 
 def test_an_empty_checkpoint_stands_for_its_parent(models: Path) -> None:
     (models / "lora" / "checkpoint-40").mkdir()
-    assert adapter("lora/checkpoint-40", models) == Adapter(models / "lora")
+    assert adapter("lora/checkpoint-40", models, pickle=False) == Adapter(models / "lora")
     write_adapter(models / "lora" / "checkpoint-80")
-    assert adapter("lora/checkpoint-80", models) == Adapter(models / "lora" / "checkpoint-80")
+    assert adapter("lora/checkpoint-80", models, pickle=False) == Adapter(models / "lora" / "checkpoint-80")
 
 
 def test_a_merged_model_is_loaded_as_a_model(models: Path, write: Callable[[str], Path]) -> None:
-    assert adapter("base", models) == Adapter(models / "base", merged=True)
+    assert adapter("base", models, pickle=False) == Adapter(models / "base", merged=True)
     found = load(write("models: {a: {adapter_dir: base}, b: {base_model: org/name, adapter_dir: base}}"))
     assert {(m.base_model, m.adapter_dir) for m in found.models.values()} == {(str(models / "base"), None)}
     assert any("merged" in note for note in found.notes)
@@ -124,5 +194,22 @@ def test_a_merged_model_is_loaded_as_a_model(models: Path, write: Callable[[str]
 
 @pytest.mark.parametrize("text", ["~nobody-of-this-name/base", "a\0b"])
 def test_a_path_that_means_nothing_is_refused(models: Path, text: str) -> None:
-    for check in (base_model, adapter):
-        assert refused(lambda c=check: c(text, models)).found == repr(text)
+    for check in (lambda: base_model(text, models), lambda: adapter(text, models, pickle=False)):
+        assert refused(check).found == repr(text)
+
+
+def test_a_checkpoint_with_a_whole_model_stands_for_itself(models: Path) -> None:
+    folder = write_model(models / "lora" / "checkpoint-9")
+    assert adapter("lora/checkpoint-9", models, pickle=False) == Adapter(folder, merged=True)
+
+
+def test_weights_that_transformers_would_not_look_at_are_none(models: Path) -> None:
+    (models / "base" / "model.safetensors").rename(models / "base" / "consolidated.safetensors")
+    error = refused(lambda: checked("base", models))
+    assert "it holds config.json, consolidated.safetensors" in error.found
+
+
+def test_a_file_longer_than_its_header_says_is_refused(models: Path) -> None:
+    with (models / "base" / "model.safetensors").open("ab") as stream:
+        stream.write(b"more")
+    assert "as its header says" in refused(lambda: checked("base", models)).expected

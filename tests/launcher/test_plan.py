@@ -185,6 +185,26 @@ def test_bad_configuration_is_not_tried_again() -> None:
     assert core.workers["m-1"][0].state.value == "parked"
 
 
+def test_why_a_process_failed_is_said_once() -> None:
+    core = plan(make("m", processes=2))
+    core.handle(Began(), 0.0)
+    reason, repeated = "out of memory", ("loopmux-worker: error: out of memory",)
+    said = []
+    for name in ("m-1", "m-2"):
+        core.handle(ProcessReported(name, "failed", reason), 1.0)
+        said.append(core.handle(ProcessExited(name, 78, repeated), 1.1))
+    assert lines(said[0], "error") == [reason]
+    assert lines(said[1], "error")[0] == "failed for the same reason as m-1"
+    assert told(said[1])["m"].detail == "m-1: out of memory"
+
+
+def test_the_end_of_the_output_is_told_where_the_process_gave_no_reason() -> None:
+    core = plan(make("m"))
+    core.handle(Began(), 0.0)
+    [said] = lines(core.handle(ProcessExited("m-1", 78, ("last words",)), 1.1), "error")[:1]
+    assert said == "it ended with exit code 78\n    last words"
+
+
 def left_out(core: Plan, name: str, model: str, reason: str = "wrong shapes") -> list[Action]:
     return core.handle(ModelLeftOut(name, model, reason), 0.5)
 

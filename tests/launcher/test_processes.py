@@ -211,3 +211,15 @@ def test_json_that_is_no_object_is_a_line_like_others(tmp_path: Path) -> None:
         told, _ = run(one)
     assert told == []
     assert one.last_lines == ("{", "[1]", '{"phase": 3}')
+
+
+def test_a_log_that_cannot_be_written_says_why_until_it_can(tmp_path: Path) -> None:
+    place = tmp_path / "logs"
+    place.write_text("a file in the way")
+    with RotatingLog(place / "l") as log:
+        log.write(b"lost\n")
+        assert log.trouble
+        place.unlink()
+        log.write(b"kept\n")
+        assert log.trouble == ""
+    assert (place / "l").read_bytes() == b"kept\n"

@@ -46,10 +46,9 @@ def up(config: Path, endpoint: str) -> Iterator[Program]:
 
 
 def gone(up: Program, family: list[psutil.Process], home: Path) -> None:
-    """Nothing is left: no process, no file beside the socket, and nothing new in the temporary folder."""
+    """Nothing is left: no process, no socket file, no folder made for it."""
     wait_for(lambda: not alive(family), "all processes to end")
-    folder = home / "s"
-    wait_for(lambda: not folder.exists() or not list(folder.iterdir()), "the socket's folder to be empty")
+    wait_for(lambda: not (home / "s").exists(), "the socket's folder to go")
     up.wait()
 
 
@@ -206,6 +205,34 @@ def test_bad_configuration_starts_nothing(config: Path, endpoint: str, home: Pat
     assert (checked.returncode, "models.a.engin" in checked.stderr) == (78, True)
 
 
+@pytest.mark.parametrize(("variable", "purpose"), [("XDG_STATE_HOME", "log files"), ("XDG_DATA_HOME", "environments")])
+def test_an_unusable_folder_is_named_before_anything_starts(
+    config: Path, endpoint: str, home: Path, variable: str, purpose: str
+) -> None:
+    (home / "file").write_text("mine")
+    config.write_text("environments: {here: {}}\nmodels: {echo: {engine: echo, environment: here}}\n")
+    done = launch("up", "--config", str(config), "--endpoint", endpoint, **{variable: str(home / "file" / "x")})
+    assert done.returncode == 78
+    assert f"the folder for {purpose}" in done.stderr
+    assert f"found the file {home}/file in its place, expected a folder that this user can write to" in done.stderr
+    assert f"set ${variable} to another" in done.stderr
+    assert "starting" not in done.stdout
+    assert not (home / "s").exists()
+    built = launch("env", "build", "here", "--config", str(config), **{variable: str(home / "file" / "x")})
+    assert (built.returncode, f"the folder for {purpose}" in built.stderr) == (78, True)
+
+
+def test_a_disk_that_is_full_later_is_said_and_ends_nothing(config: Path, endpoint: str) -> None:
+    log = places.logs(endpoint) / "echo-1.log"
+    log.parent.mkdir(parents=True)
+    log.symlink_to("/dev/full")
+    with program("up", "--config", str(config), "--endpoint", endpoint) as up:
+        up.line("ready after")
+        assert up.text.count(f"echo-1: its log {log} cannot be written: No space left on device") == 1
+        up.process.terminate()
+        assert up.wait() == 0
+
+
 def test_a_crash_loop_is_parked_and_ends_up_when_nothing_else_is_left(config: Path, endpoint: str, home: Path) -> None:
     venv = home / "broken"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
@@ -223,7 +250,7 @@ def test_a_crash_loop_is_parked_and_ends_up_when_nothing_else_is_left(config: Pa
     done = launch("up", "--config", str(config), "--endpoint", endpoint)
     assert done.returncode == 1
     assert done.stderr.count("starts again in") == CRASHES - 1
-    assert f"a-1 failed {CRASHES} times in 60 s" in done.stderr
+    assert f"a-1: failed {CRASHES} times in 60 s" in done.stderr
     assert "exit code 9" in done.stderr
     assert "last words" in done.stderr
     assert "no model is left" in done.stderr

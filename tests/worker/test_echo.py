@@ -72,6 +72,16 @@ def test_max_new_tokens_ends_with_length_and_ignore_eos_goes_on():
     assert drain(some)[-1].total == 30
 
 
+def test_a_stop_token_ends_and_one_beyond_the_vocabulary_is_refused():
+    some = engine(tokens=20)
+    some.submit(job(stop_token_ids=(echo_token(KEY.request, 4),)))
+    assert (drain(some)[-1].reason, some.load().progress) == ("stop", 5)
+    with pytest.raises(
+        BadRequestError, match=r"stop_token_ids\[0\]: found 4096, this model produces ids from 0 to 4095"
+    ):
+        some.submit(job(stop_token_ids=(4096,)))
+
+
 def test_a_prefix_is_not_produced_again():
     some = engine(tokens=10)
     prefix = tuple(echo_token(KEY.request, i) for i in range(4))

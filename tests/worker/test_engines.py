@@ -182,6 +182,14 @@ def test_stop_token_ids(engine):
     assert outputs[-1].reason == "stop"
 
 
+def test_a_stop_token_that_the_model_does_not_have_is_refused(engine, reference):
+    head = reference.get_output_embeddings().out_features
+    with pytest.raises(BadRequestError) as caught:
+        engine.submit(job(stop_token_ids=(3, head)))
+    assert f"stop_token_ids[1]: found {head}, this model produces ids from 0 to {head - 1}" in str(caught.value)
+    assert engine.due() is None
+
+
 def test_stop_strings_across_token_borders(engine, tiny_model):
     sampling = Sampling(temperature=0, logit_bias={str(i): 1000.0 for i in tiny_model.tokenizer.encode("ab")})
     whole = text(answer(engine, job(sampling=sampling, max_new_tokens=20)))

@@ -55,9 +55,9 @@ BREAKS = {
     "a saved module that is missing": (configure(modules_to_save=["norm"]), "norm.weight is missing"),
     "another kind": (configure(peft_type="PREFIX_TUNING"), "served are LORA ones"),
     "torn weights": (tear_header, "copy or save it again"),
-    "no weights": (remove_weights, "has no adapter_model.safetensors"),
+    "no weights": (remove_weights, "no adapter_model.safetensors in"),
     "a torn tokenizer": (tear_tokenizer, "cannot load its tokenizer"),
-    "nothing at all": (shutil.rmtree, "no such folder"),
+    "nothing at all": (shutil.rmtree, "no directory"),
 }
 
 

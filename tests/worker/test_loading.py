@@ -11,8 +11,10 @@ from structlog.testing import capture_logs
 
 from loopmux.errors import AdapterNotFoundError, ConfigError
 from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
+from loopmux.modelfolders import adapter_folder
+from loopmux.weightfiles import model_weights, tensors
 from loopmux.wire import new_id
-from loopmux_worker.engine import files, loading, memory, open_engine
+from loopmux_worker.engine import loading, memory, open_engine
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Job, Key, Produced
 from tinymodel import write_adapter, write_base, write_tokenizer
@@ -70,14 +72,14 @@ def change(path, **entries):
 def test_a_checkpoint_folder_without_an_adapter_stands_for_its_parent(tiny_model, red):
     (red / "checkpoint-30").mkdir()
     (red / "checkpoint-30" / "trainer_state.json").write_text("{}")
-    assert files.adapter_folder(str(red / "checkpoint-30")) == red
+    assert adapter_folder(str(red / "checkpoint-30")) == red
     found = answers(spec(tiny_model.base, ModelSpec("m", adapter_dir=str(red / "checkpoint-30"))))
     assert found == answers(spec(tiny_model.base, ModelSpec("m", adapter_dir=str(red))))
 
 
 def test_a_checkpoint_folder_with_an_adapter_is_used_itself(red, tmp_path):
     inner = shutil.copytree(red, red / "checkpoint-7")
-    assert files.adapter_folder(str(inner)) == inner
+    assert adapter_folder(str(inner)) == inner
 
 
 def test_a_merged_model_is_loaded_as_a_model(tiny_model, tmp_path):
@@ -205,38 +207,42 @@ def test_the_last_adapter_can_go_and_another_come(tiny_model):
 
 
 def test_missing_folders(tmp_path, tiny_model):
-    assert "no such folder" in refusal(spec(tmp_path / "nowhere"))
+    assert "found no such folder, expected one, or a hub id" in refusal(spec(tmp_path / "nowhere"))
     assert "base_model is missing" in refusal(WorkerSpec("w", "", (ModelSpec("m"),)))
     (tmp_path / "empty").mkdir()
-    assert "has no config.json; it is empty" in refusal(spec(tmp_path / "empty"))
-    assert "no such folder" in refusal(spec(tiny_model.base, ModelSpec("m", adapter_dir=str(tmp_path / "no"))))
+    assert f"found no config.json in {tmp_path}/empty (it is empty)" in refusal(spec(tmp_path / "empty"))
+    assert f"no directory {tmp_path}/no" in refusal(
+        spec(tiny_model.base, ModelSpec("m", adapter_dir=str(tmp_path / "no")))
+    )
     message = refusal(spec(tiny_model.base, ModelSpec("m", adapter_dir=str(tmp_path / "empty"))))
-    assert "neither adapter_config.json" in message
+    assert f"no adapter_config.json in {tmp_path}/empty" in message
 
 
 def test_a_hub_name_that_cannot_be_fetched(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "the hub does not give it" in refusal(spec("nobody/no-such-model"))
+    message = refusal(spec("nobody/no-such-model"))
+    assert "the hub does not give it" in message
+    assert message.endswith("download it where there is a network: hf download nobody/no-such-model")
 
 
 def test_missing_and_cut_weights(base):
     weights = base / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1000])
-    assert f"has {len(whole) - 1000} bytes, its header promises {len(whole)}" in refusal(spec(base))
+    assert f"of {len(whole) - 1000} bytes, expected {len(whole)} bytes, as its header says" in refusal(spec(base))
     weights.write_bytes(whole[:5])
     assert "cut off in its header" in refusal(spec(base))
     weights.write_bytes(b"\x10" + bytes(7) + b"not json........")
     assert "no safetensors file" in refusal(spec(base))
     weights.unlink()
-    assert "has no model.safetensors; it holds" in refusal(spec(base))
+    assert f"no model.safetensors in {base} (it holds" in refusal(spec(base))
 
 
 def test_missing_shards(base):
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (base / "model.safetensors").rename(base / "model-1.safetensors")
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "lacks 1 of 2 weight files: model-2.safetensors" in refusal(spec(base))
+    assert f"1 of 2 weight files missing in {base}, expected model-2.safetensors there" in refusal(spec(base))
 
 
 def test_weights_of_another_configuration(base):
@@ -270,9 +276,9 @@ def test_half_written_adapters(tiny_model, red):
     weights.write_bytes(whole[: len(whole) // 2])
     assert "copy or save it again" in refusal(spec(tiny_model.base, model))
     weights.unlink()
-    assert "has no adapter_model.safetensors" in refusal(spec(tiny_model.base, model))
+    assert "no adapter_model.safetensors in" in refusal(spec(tiny_model.base, model))
     (red / "adapter_config.json").write_text('{"peft_type": "LORA", ')
-    assert "adapter_config.json cannot be read" in refusal(spec(tiny_model.base, model))
+    assert "adapter_config.json, which cannot be read" in refusal(spec(tiny_model.base, model))
 
 
 def test_an_adapter_with_missing_or_extra_tensors(tiny_model, red):
@@ -336,8 +342,8 @@ def test_more_weights_than_memory(tiny_model, monkeypatch):
 
 
 def test_memory_is_counted_in_the_dtype_that_is_asked_for(tiny_model):
-    (path,) = files.weight_files(tiny_model.base, allow_pickle=False)
-    elements = sum(tensor.elements for tensor in files.tensors(path).values())
+    (path,) = model_weights(tiny_model.base, pickle=False)
+    elements = sum(tensor.elements for tensor in tensors(path).values())
     assert memory.needed([path], 2) == 2 * elements
     assert memory.needed([path], None) == path.stat().st_size
     assert memory.available() > 2**20
@@ -388,5 +394,5 @@ def test_a_chat_template_that_is_no_template(base):
 def test_a_weight_file_without_tensors_is_refused_before_anything_is_made_up(base, tmp_path):
     shutil.copytree(base, tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    with pytest.raises(ConfigError, match=r"model.safetensors holds no tensors: copy or save it again"):
+    with pytest.raises(ConfigError, match=r"model.safetensors, which holds no tensors, .*copy or save it again"):
         opened(spec(tmp_path / "m"))

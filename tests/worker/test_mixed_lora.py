@@ -352,7 +352,7 @@ def test_damaged_adapters(base, kinds, red, tmp_path):
     with pytest.raises(ConfigError, match="does not fit the base model"):
         unharmed(base, kinds, red)
     shutil.rmtree(tmp_path / "red")
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(ConfigError, match="no directory"):
         unharmed(base, kinds, red)
 
 

@@ -46,9 +46,19 @@ def start(*arguments, **options):
             process.kill()
 
 
-def run(*arguments):
+def run(*arguments, **variables):
     command = [*PROGRAM, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
+    environment = os.environ | {name: str(value) for name, value in variables.items()}
+    return subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE, env=environment)
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """A folder for temporary files, of this test's own, and variables that lead there."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch, imported by other tests, may have set it
+    return folder, {"TMPDIR": folder, "XDG_CACHE_HOME": tmp_path / "cache"}
 
 
 def wait(condition):
@@ -222,24 +232,26 @@ def test_usage():
     assert "run-adapter" in run("--help").stderr + run("--help").stdout
 
 
-def test_run_adapter_prints_clean_text_only(tiny_model):
+def test_run_adapter_prints_clean_text_only_and_leaves_no_files(tiny_model, temporary):
+    folder, variables = temporary
     adapter = str(tiny_model.adapters["red"])
     options = {"--prompt": "hello", "--base-model": tiny_model.base, "--adapter-dir": adapter, "--temperature": 0,
                "--max-new-tokens": 12, "--torch-threads": 1}  # fmt: skip
-    shown = run("run-adapter", *(part for option in options.items() for part in option))
+    shown = run("run-adapter", *(part for option in options.items() for part in option), **variables)
     texts = []
     spec = WorkerSpec("w", "", (ModelSpec("m", adapter_dir=adapter),), str(tiny_model.base), torch_threads=1)
     one_shot(spec, Generate(prompt="hello", max_new_tokens=12, sampling=Sampling(temperature=0)), texts.append)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout == "".join(texts) + "\n"
     assert "".join(texts).strip()
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("changed", "code", "reason"),
     [
-        ({"--base-model": "/no/where"}, 78, "'/no/where': no such folder"),
-        ({"--adapter-dir": "/no/where"}, 78, "'/no/where': no such folder"),
+        ({"--base-model": "/no/where"}, 78, "found no directory /no/where, expected an existing directory or a hub id"),
+        ({"--adapter-dir": "/no/where"}, 78, "found no directory /no/where, expected an adapter's directory"),
         ({"--temperature": -1}, 2, "temperature: found -1.0, expected a value from 0 to 100"),
     ],
 )
@@ -252,8 +264,10 @@ def test_run_adapter_refuses_with_one_line(tiny_model, changed, code, reason):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_probe_reports_versions_and_devices():
-    done = run("probe")
+def test_probe_reports_versions_and_devices_and_leaves_no_files(temporary):
+    folder, variables = temporary
+    done = run("probe", **variables)
+    assert list(folder.iterdir()) == []
     report = json.loads(done.stdout)
     assert (done.returncode, report["ok"], report["missing"]) == (0, True, [])
     assert {"torch", "transformers", "peft", "tokenizers", "pyzmq", "msgpack", "structlog", "loopmux"} <= set(
@@ -261,6 +275,14 @@ def test_probe_reports_versions_and_devices():
     )
     assert report["devices"][0].startswith("cpu")
     assert report["executable"] == sys.executable
+
+
+def test_probe_without_memory_names_no_package_to_install():
+    limited = f"ulimit -v 400000; exec {sys.executable} -m loopmux_worker probe"
+    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, timeout=60)
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"], report["missing"]) == (1, False, [])
+    assert report["out_of_memory"]
 
 
 def test_probe_names_what_is_missing_and_the_remedy(tmp_path):

@@ -1,8 +1,7 @@
 """``loopmux-worker``: the model process.
 
 ``loopmux-worker --spec FILE|-`` serves a broker. ``… run-adapter`` answers one prompt in this process, ``… probe`` says
-what this interpreter offers. Exit codes: 0 good, 1 failure, 2 usage, 78 bad configuration,
-130 interrupted.
+what this interpreter offers. It ends with ``loopmux.exitcodes``.
 
 Standard output belongs to the reader of this process (the launcher's progress lines, an answer's text); whatever a
 library prints goes to standard error.
@@ -19,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from loopmux import exitcodes
 from loopmux.errors import BadRequestError, ConfigError, LoopmuxError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from loopmux.messages import WorkerSpec
 
-FAILURE, USAGE, BAD_CONFIGURATION, INTERRUPTED = 1, 2, 78, 130
 _SWITCH_INTERVAL = 0.001
 """Seconds after which a computing thread hands the interpreter over: the default 5 ms would delay every message."""
 _LONGEST_DETAIL = 2_000
@@ -43,24 +42,18 @@ def main(arguments: list[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"loopmux-worker: error: {error.message}", file=sys.stderr)
-        return _exit_code(error)
+        return exitcodes.of(error)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return exitcodes.INTERRUPTED
     except BrokenPipeError:
-        return FAILURE  # the reader of our output left early (`… | head`): there is nobody to tell
+        return exitcodes.FAILURE  # the reader of our output left early (`… | head`): there is nobody to tell
     except Exception as error:
         if options.debug:
             raise
         print(f"loopmux-worker: error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
-        return FAILURE
+        return exitcodes.FAILURE
     finally:
         _close(out)
-
-
-def _exit_code(error: LoopmuxError) -> int:
-    if isinstance(error, BadRequestError):
-        return USAGE
-    return BAD_CONFIGURATION if isinstance(error, ConfigError) else FAILURE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,9 +119,11 @@ def _close(out: TextIO) -> None:
 def _probe(options: argparse.Namespace, out: TextIO) -> int:
     from loopmux_worker.probe import probe
 
+    if options.engine != "echo":
+        _prepare_libraries()
     report = probe(models=options.engine != "echo")
     print(json.dumps(report), file=out)
-    return 0 if report["ok"] else FAILURE
+    return 0 if report["ok"] else exitcodes.FAILURE
 
 
 def _run_adapter(options: argparse.Namespace, out: TextIO) -> int:
@@ -137,7 +132,7 @@ def _run_adapter(options: argparse.Namespace, out: TextIO) -> int:
 
     _check_text("the prompt", options.prompt)
     _check_text("the system prompt", options.system_prompt)
-    _quiet_libraries()
+    _prepare_libraries()
     spec = spec_for(
         options.base_model, options.adapter_dir, options.model_type, options.system_prompt, options.torch_threads
     )
@@ -205,16 +200,17 @@ def _from_input() -> str:
 def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
     from loopmux_worker.engine import memory, open_engine
 
-    _quiet_libraries()
+    if spec.engine != "echo":
+        _prepare_libraries()
     memory.keep_freed()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     progress("loading", f"engine {spec.engine}")
-    with memory.explained(spec):
+    with memory.explained("the worker started", "its threads and messages"):
         from loopmux_worker.server import Worker
 
         engine = open_engine(spec, progress)
-    memory.give_back_freed()
-    worker = Worker(spec, engine)
+        memory.give_back_freed()
+        worker = Worker(spec, engine)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     # The kernel may hand a signal to a computing thread: only this wakes the main one, whose the handlers are
@@ -231,13 +227,24 @@ def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
     return 0
 
 
-def _quiet_libraries() -> None:
-    """Progress bars and advice of libraries are not for the readers of our output."""
+def _prepare_libraries() -> None:
+    """Progress bars and advice of libraries are not for the readers of our output, nor their folders for /tmp."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (cache := _cache_folder()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)  # torch makes this folder as soon as it is imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and peft, for their authors
+
+
+def _cache_folder() -> Path | None:
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loopmux" / "torch"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None  # a user without a home: torch's own choice has to do
+    return folder
 
 
 if __name__ == "__main__":

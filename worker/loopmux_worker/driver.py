@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import structlog
 
-from loopmux.errors import EngineError, LoopmuxError
+from loopmux.errors import LoopmuxError
 from loopmux.results import Usage
-from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Load, Output
+from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Load, Output, engine_error
 from loopmux_worker.engine.lost import device_lost
 from loopmux_worker.events import Cancel, Cancelled, Event, Hint, Stepped, Submit
 
@@ -164,6 +164,4 @@ def _survived(error: Exception) -> LoopmuxError:
     """
     if (lost := device_lost(error)) is not None:
         raise lost from error
-    if isinstance(error, LoopmuxError):
-        return error
-    return EngineError(f"the engine failed: {type(error).__name__}: {error}")
+    return engine_error("the engine", error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from loopmux.cadence import KEPT, RESEND
 from loopmux.codec import pack
 from loopmux.errors import EngineError
 from loopmux.messages import Tok
@@ -16,10 +17,6 @@ SOONEST = 0.02
 """Seconds between two TOK of a stream, unless ``FULL`` tokens are there: readers see no difference, the broker does."""
 FULL = 8
 """Tokens that are sent without waiting."""
-KEPT = 60.0
-"""Seconds for which output and terminal wait for their acknowledgement."""
-TERMINAL_AGAIN = 1.0
-"""Seconds after which an unacknowledged terminal is repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +105,7 @@ class OutputStream:
         messages = self.flush(now)
         header = Header(kind, self.key.request, seq=self.end, attempt=self.key.attempt)
         self.terminal = Message(header, body=body)
-        self._again_at, self._forget_at = now + TERMINAL_AGAIN, now + KEPT
+        self._again_at, self._forget_at = now + RESEND, now + KEPT
         return [*messages, self.terminal]
 
     def acknowledge(self, received: int) -> None:
@@ -146,5 +143,5 @@ class OutputStream:
         """The terminal as it first was; nothing before there is one."""
         if self.terminal is None:
             return []
-        self._again_at = now + TERMINAL_AGAIN
+        self._again_at = now + RESEND
         return [self.terminal]

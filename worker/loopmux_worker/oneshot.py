@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+from loopmux import modelfolders
 from loopmux.messages import Generate, ModelSpec, Run, WorkerSpec
+from loopmux.modelfolders import HubModel
 from loopmux.wire import new_id
 from loopmux_worker.engine import memory, open_engine
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Produced
@@ -16,7 +19,7 @@ def one_shot(spec: WorkerSpec, generate: Generate, write: Callable[[str], None])
     Raises:
         LoopmuxError: the model cannot be loaded, or the request not be run.
     """
-    with memory.explained(spec):
+    with memory.explained("the model was made ready", "it and its threads"):
         engine = open_engine(spec, lambda phase, detail: None)  # noqa: ARG005
     try:
         key = Key(new_id(), 1)
@@ -37,7 +40,13 @@ def one_shot(spec: WorkerSpec, generate: Generate, write: Callable[[str], None])
 def spec_for(
     base_model: str, adapter_dir: str | None, model_type: str, system_prompt: str | None, threads: int | None
 ) -> WorkerSpec:
-    """The specification of a worker with this one model."""
+    """The specification of a worker with this one model.
+
+    Raises:
+        ConfigError: the base model is neither a folder nor a hub id.
+    """
+    found = modelfolders.base_model(base_model, Path())
+    base = found.name if isinstance(found, HubModel) else str(found)
     model = ModelSpec("model", adapter_dir, "base" if model_type == "base" else "instruct", system_prompt)
     # one request gains nothing from an engine that runs many
-    return WorkerSpec("one-shot", "", (model,), base_model, torch_threads=threads, engine="plain")
+    return WorkerSpec("one-shot", "", (model,), base, torch_threads=threads, engine="plain")

@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from loopmux_worker.shortage import in_words, ran_out
+
 _ALWAYS = {"msgpack": "msgpack>=1.2.1,<2", "zmq": "pyzmq>=27,<28", "structlog": "structlog>=25,<27"}
 _FOR_MODELS = {
     "torch": "torch==2.13.0",
@@ -24,17 +26,19 @@ _OLDEST = {"transformers": (4, 57), "peft": (0, 18)}
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A package as it was found; ``error`` says why it cannot be used."""
+    """A package as it was found; ``error`` says why it cannot be used, ``short`` that memory ran out."""
 
     name: str
     version: str | None
     error: str | None
+    short: bool = False
 
 
 def probe(*, models: bool = True) -> dict[str, Any]:
     """A report for the launcher, fit for JSON.
 
-    ``ok`` says whether a worker can run here; ``missing`` lists what is wrong with the command that helps.
+    ``ok`` says whether a worker can run here; ``missing`` lists what is wrong with the command that helps;
+    ``out_of_memory`` is what was said if memory ran out, which no command helps against.
 
     Args:
         models: whether weights are to be served; the echo engine needs no torch.
@@ -42,16 +46,18 @@ def probe(*, models: bool = True) -> dict[str, Any]:
     wanted = _ALWAYS | (_FOR_MODELS if models else {})
     packages = [_look_at(name) for name in wanted]
     packages.append(_look_at("loopmux"))
-    missing = [_remedy(package, wanted) for package in packages if package.error]
+    short = next((package.error for package in packages if package.short), None)
+    missing = [_remedy(package, wanted) for package in packages if package.error and not short]
     return {
-        "ok": not missing,
+        "ok": not missing and not short,
         "python": platform.python_version(),
         "executable": sys.executable,
         "prefix": sys.prefix,
         "platform": platform.platform(),
         "packages": {_distribution(p.name): p.version for p in packages},
-        "devices": _devices() if models and not missing else [],
+        "devices": _devices() if models and not missing and not short else [],
         "missing": missing,
+        "out_of_memory": short,
     }
 
 
@@ -63,7 +69,7 @@ def _look_at(name: str) -> Package:
     try:
         module = importlib.import_module(name)
     except Exception as error:  # noqa: BLE001 - a broken package raises anything, and the report is to say so
-        return Package(name, None, f"{type(error).__name__}: {error}")
+        return Package(name, None, in_words(error), ran_out(error) is not None)
     version = str(getattr(module, "__version__", "unknown"))
     oldest = _OLDEST.get(name)
     if oldest and _numbers(version) < oldest:

@@ -20,6 +20,7 @@ import loopmux
 from loopmux.codec import pack, shorten
 from loopmux.errors import ConfigError, EngineError, LoopmuxError, ProtocolError
 from loopmux.messages import LeftOut, Register, WorkerSpec
+from loopmux.sockets import FAREWELL, dealer
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, ROUTE_LIMIT, VERSIONS, Message, from_frames, new_id, to_frames
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Description, Engine
@@ -44,8 +45,6 @@ _log = structlog.get_logger(__name__)
 
 _PER_TURN = 64
 """Messages read per turn of the loop, so that a flood cannot keep output from going out."""
-_FAREWELL = 200
-"""Milliseconds for BYE to leave before the socket closes."""
 _ENGINE_STOP = 1.0
 """Seconds that the engine has to end its step; with the farewell this stays within the 2 s that a stop may take."""
 _MOST_MODELS = 64
@@ -103,7 +102,8 @@ class Worker:
         self._ear.setblocking(False)
         self._driver = Driver(engine, self._wake)
         self._context = zmq.Context()
-        self._dealer = _dealer(self._context)
+        # a prompt travels on with a few bytes of header and route
+        self._dealer = dealer(self._context, CLIENT_MESSAGE_LIMIT + ROUTE_LIMIT)
         self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._endpoint = spec.endpoint
         self._unsent: deque[list[bytes]] = deque()
@@ -155,7 +155,7 @@ class Worker:
         ended = self._driver.stop(_ENGINE_STOP)
         self._dealer.disable_monitor()
         self._monitor.close(linger=0)
-        self._dealer.close(linger=_FAREWELL)
+        self._dealer.close(linger=FAREWELL)
         self._context.term()
         if ended:  # else its thread may still ring
             self._bell.close()
@@ -258,22 +258,3 @@ def _sent(dealer: zmq.Socket[bytes], frames: list[bytes]) -> bool:
     except zmq.Again:
         return False
     return True
-
-
-def _dealer(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-    dealer = context.socket(zmq.DEALER)
-    options = {
-        zmq.IMMEDIATE: 1,  # nothing is queued for a broker that is not there
-        zmq.SNDTIMEO: 0,
-        zmq.RECONNECT_IVL: 50,
-        zmq.RECONNECT_IVL_MAX: 2000,
-        zmq.LINGER: 0,
-        zmq.HEARTBEAT_IVL: 1000,
-        zmq.HEARTBEAT_TIMEOUT: 3000,
-        zmq.HANDSHAKE_IVL: 2000,
-        # a prompt travels on with a few bytes of header and route
-        zmq.MAXMSGSIZE: CLIENT_MESSAGE_LIMIT + ROUTE_LIMIT,
-    }
-    for option, value in options.items():
-        dealer.setsockopt(option, value)
-    return dealer

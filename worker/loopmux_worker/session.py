@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from loopmux.cadence import HEARTBEAT, INTRODUCE_AGAIN, KEPT, SILENT_HEARTBEATS
 from loopmux.codec import BODY_LIMITS, pack, unpack
 from loopmux.errors import BadRequestError, EngineError, LoopmuxError, ProtocolError
 from loopmux.messages import End, Failure, Generate, Heartbeat, Register, Run, SessionHint, Welcome
 from loopmux.results import Usage
-from loopmux.wire import NO_ID, VERSIONS, Header, Kind, Message, unpack_tokens
+from loopmux.wire import NO_ID, VERSIONS, Header, Kind, Message, StopReason, unpack_tokens
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Load, Output, Produced
 from loopmux_worker.events import (
     Action,
@@ -34,12 +35,8 @@ from loopmux_worker.events import (
     Unsend,
     Woke,
 )
-from loopmux_worker.keeping import KEPT, OutputStream
+from loopmux_worker.keeping import OutputStream
 
-REGISTER_AGAIN = 0.5
-"""Seconds between two REGISTER until one is answered."""
-SILENT_HEARTBEATS = 3
-"""Heartbeats without a word from the broker after which it counts as lost."""
 DEADLINE_GRACE = 1.0
 """Seconds that the broker is given to stop a request at its deadline before the worker does."""
 _FASTEST_HEARTBEAT = 0.05
@@ -77,7 +74,7 @@ class Session:
         self._tokens = 0  # since the last heartbeat
         self._epoch: bytes | None = None
         self._welcomed = False
-        self._heartbeat = 1.0
+        self._heartbeat = HEARTBEAT
         self._now = now
         self._heard = now
         self._register_at = now
@@ -176,7 +173,7 @@ class Session:
         return [request for key, request in self._requests.items() if key.request == header.request]
 
     def _introduce(self, now: float) -> list[Action]:
-        self._register_at = now + REGISTER_AGAIN
+        self._register_at = now + INTRODUCE_AGAIN
         return [Send(self._registration, lasting=False)]
 
     def _lost(self, now: float) -> list[Action]:
@@ -228,7 +225,7 @@ class Session:
     def _stop(self, header: Header, now: float) -> list[Action]:
         key = Key(header.request, header.attempt)
         request = self._requests.get(key)
-        code = "deadline" if header.arg == 2 else "cancelled"
+        code = "deadline" if header.arg == StopReason.DEADLINE else "cancelled"
         if request is None:
             # Forgotten, or never here: the broker asks until it hears an end for this attempt
             unknown = Failure(code, "this worker does not run the request", worker=self._name)

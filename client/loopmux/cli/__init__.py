@@ -12,14 +12,13 @@ import sys
 import traceback
 
 import loopmux
+from loopmux import exitcodes
 from loopmux.cli import delegate, show, talk
-from loopmux.errors import BadRequestError, ConfigError, LoopmuxError
-
-EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_CONFIG, EXIT_INTERRUPTED = 0, 1, 2, 78, 130
+from loopmux.errors import LoopmuxError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 good, 1 failure, 2 usage, 78 bad configuration, 130 interrupted."""
+    """Run one command and return its exit code (``exitcodes``)."""
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments
     try:
@@ -32,28 +31,21 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"loopmux: {error}", file=sys.stderr)
-        return _exit_code(error)
+        return exitcodes.of(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return exitcodes.INTERRUPTED
     except BrokenPipeError:
         # The reader of our output left (`loopmux generate … | head`). Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
+        return exitcodes.FAILURE
     except OSError as error:
         if debug:
             traceback.print_exc()
         print(f"loopmux: {error}", file=sys.stderr)  # a full disk behind our output, most of the time
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
+        return exitcodes.FAILURE
     return code
-
-
-def _exit_code(error: LoopmuxError) -> int:
-    """A request that is wrong as it was asked for is wrong usage, whoever found it out."""
-    if isinstance(error, BadRequestError):
-        return EXIT_USAGE
-    return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILURE
 
 
 def _parser() -> argparse.ArgumentParser:

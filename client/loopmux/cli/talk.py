@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from typing import Any
 
 import loopmux
 from loopmux.codec import plain
-from loopmux.errors import BadRequestError, LoopmuxError
+from loopmux.errors import BadRequestError, EngineError, LoopmuxError, unknown_model
 from loopmux.results import TextDelta, Waiting
+
+_LOOK_AGAIN = 0.2
+"""Seconds between two looks at a broker that has just started, whose models may still join."""
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -93,7 +97,7 @@ def _print_stream(stream: Any) -> str:
 def _chat(options: argparse.Namespace) -> int:
     messages: list[dict[str, Any]] = [{"role": "system", "content": options.system}] if options.system else []
     with loopmux.Client(options.endpoint) as client:
-        client.status()  # no broker: say so before the first question is typed
+        _expect(client, options.model)
         if sys.stdin.isatty():
             print(f"{options.model}: an empty line or Ctrl-D leaves, Ctrl-C stops an answer")
         while question := _ask():
@@ -104,6 +108,20 @@ def _chat(options: argparse.Namespace) -> int:
             else:
                 messages.append({"role": "assistant", "content": answer})
     return 0
+
+
+def _expect(client: loopmux.Client, model: str) -> None:
+    """See that there is a broker and that it has the model, before the first question is typed."""
+    while True:
+        status = client.status()
+        there = {known.id: known for known in status.models}
+        if model in there:
+            break
+        if status.settled:
+            raise unknown_model(model, there)
+        time.sleep(_LOOK_AGAIN)
+    if there[model].phase == "failed":
+        raise EngineError(f"model {model!r} failed to start: {there[model].detail}", model=model)
 
 
 def _ask() -> str:

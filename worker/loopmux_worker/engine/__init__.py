@@ -32,10 +32,12 @@ def open_engine(spec: WorkerSpec, progress: Callable[[str, str], None]) -> Engin
 
             return EchoEngine(spec)
         case "auto" | "plain" | "slots":
+            from loopmux_worker.engine import memory
             from loopmux_worker.engine.folders import check_folders
 
             check_folders(spec)
-            from loopmux_worker.engine.opening import open_on_model
+            with memory.explained("torch and transformers were imported", "these libraries, some hundred MiB"):
+                from loopmux_worker.engine.opening import open_on_model
 
             return _in_passing(lambda: open_on_model(spec, progress))
 

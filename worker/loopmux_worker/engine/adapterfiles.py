@@ -12,6 +12,8 @@ from peft.utils import PeftType
 from safetensors.torch import load_file
 
 from loopmux.errors import ConfigError
+from loopmux.modelfolders import adapter_folder
+from loopmux.weightfiles import adapter_weights, read_json
 from loopmux_worker.engine import files
 from loopmux_worker.engine.loading import is_finite
 
@@ -80,13 +82,13 @@ def read(directory: str, *, allow_pickle: bool) -> AdapterFiles:
     Raises:
         ConfigError: it is incomplete, damaged, or of a kind that is not served.
     """
-    folder = files.adapter_folder(directory)
-    path = files.adapter_weights(folder, allow_pickle=allow_pickle)
+    folder = adapter_folder(directory)
+    path = adapter_weights(folder, pickle=allow_pickle)
     return AdapterFiles(folder, _read_config(folder), _read_weights(path))
 
 
 def _read_config(folder: Path) -> PeftConfig:
-    described = files.read_json(folder / "adapter_config.json")
+    described = read_json(folder / "adapter_config.json")
     kind = described.get("peft_type")
     if kind != PeftType.LORA.value:
         raise ConfigError(f"{folder}: found an adapter of type {kind!r}, served are LORA ones (DoRA and rsLoRA too)")
@@ -101,12 +103,9 @@ def _read_config(folder: Path) -> PeftConfig:
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
-            files.tensors(path)
             weights = load_file(str(path))
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except ConfigError:
-        raise
     except Exception as error:
         raise ConfigError(f"{path} cannot be read ({error}): copy or save it again") from error
     for name, tensor in weights.items():

@@ -27,6 +27,20 @@ def check(generate: Generate) -> None:
         )
 
 
+def check_stop_tokens(generate: Generate, vocabulary: int) -> None:
+    """Refuse to wait for a token that can never come.
+
+    Raises:
+        BadRequestError: ``stop_token_ids`` holds an id that the model's head, ``vocabulary`` wide, does not produce.
+    """
+    for i, token in enumerate(generate.stop_token_ids):
+        if token >= vocabulary:
+            raise BadRequestError(
+                f"stop_token_ids[{i}]: found {token}, this model produces ids from 0 to {vocabulary - 1}: give ids of "
+                "its own tokenizer, or end at a text with stop"
+            )
+
+
 def parses_calls(generate: Generate) -> bool:
     """Whether the output is searched for tool calls."""
     return bool(generate.tools) and generate.tool_choice != "none"

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from loopmux.errors import EngineError, LoopmuxError
 from loopmux.messages import Generate, LeftOut, Run, ServedModel, SessionHint
 from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
+from loopmux_worker.shortage import in_words, ran_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,5 +172,17 @@ def timing_of(arrived: float, started: float | None, first: float | None, now: f
 
 
 def engine_error(what: str, error: Exception) -> LoopmuxError:
-    """An exception that a request met in `what`, as that request's error; one of ours stays as it is."""
-    return error if isinstance(error, LoopmuxError) else EngineError(f"{what} failed: {type(error).__name__}: {error}")
+    """An exception that requests met in `what`, as their error; one of ours stays as it is."""
+    if isinstance(error, LoopmuxError):
+        return error
+    cause = ran_out(error)
+    if cause is None:
+        made = EngineError(f"{what} failed: {in_words(error)}")
+    else:
+        made = EngineError(
+            f"{what} ran out of memory ({in_words(cause)}): send fewer or shorter requests at once, or give its model "
+            "a smaller kv_cache_gib, slots or context",
+            retryable=True,
+        )
+    made.__cause__ = error
+    return made

@@ -119,6 +119,7 @@ class EchoEngine:
         """Take a request in; see ``Engine``."""
         generate = job.generate
         admission.check(generate)
+        admission.check_stop_tokens(generate, VOCABULARY)
         model = admission.model_of(job.run, self._models)
         admission.adapter_of(job.run, self._models)
         prompt = _prompt_tokens(generate, model)
@@ -232,7 +233,7 @@ class EchoEngine:
         running.position += 1
         text = echo_text(token) if running.words is None else running.words[position]
         text, stopped = running.stops.push(text)
-        if stopped:
+        if stopped or token in running.job.generate.stop_token_ids:
             running.total, running.reason = running.position, "stop"
         last = running.position >= running.total
         if last and not stopped:

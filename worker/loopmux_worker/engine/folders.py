@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from loopmux import modelfolders
 from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.messages import ModelSpec, WorkerSpec
-from loopmux_worker.engine import files
+from loopmux_worker.shortage import in_words
 
 
 def check_folders(spec: WorkerSpec) -> None:
@@ -19,9 +20,7 @@ def check_folders(spec: WorkerSpec) -> None:
         ConfigError: the base's folder, or every adapter's, is missing, incomplete, cut off, or holds pickles that are
             not allowed.
     """
-    folder = base_folder(spec)
-    files.read_json(folder / "config.json")
-    files.weight_files(folder, allow_pickle=spec.allow_pickle_weights)
+    modelfolders.check_model(base_folder(spec), pickle=spec.allow_pickle_weights)
     wrong = {model.id: error for model in spec.models if (error := _wrong_adapter(model, spec)) is not None}
     if len(wrong) == len(spec.models):
         raise nothing_left(wrong)
@@ -38,7 +37,7 @@ def nothing_left(reasons: Mapping[str, LoopmuxError]) -> LoopmuxError:
 def _wrong_adapter(model: ModelSpec, spec: WorkerSpec) -> ConfigError | None:
     try:
         if model.adapter_dir:
-            files.check_adapter(files.adapter_folder(model.adapter_dir), allow_pickle=spec.allow_pickle_weights)
+            modelfolders.adapter(model.adapter_dir, pickle=spec.allow_pickle_weights)
     except ConfigError as error:
         return error
     return None
@@ -57,7 +56,7 @@ def base_folder(spec: WorkerSpec) -> Path:
                 f"model {merged[0].id!r}: adapter_dir {merged[0].adapter_dir!r} holds a merged model, which cannot "
                 "share a worker with other models: give it as base_model"
             )
-        return files.adapter_folder(str(merged[0].adapter_dir))
+        return modelfolders.adapter_folder(str(merged[0].adapter_dir))
     if spec.base_model is None:
         raise ConfigError(f"worker {spec.name!r}: base_model is missing; only the echo engine does without")
     folder = Path(spec.base_model)
@@ -66,14 +65,14 @@ def base_folder(spec: WorkerSpec) -> Path:
 
 def _is_merged(directory: str) -> bool:
     try:
-        return files.is_merged_model(files.adapter_folder(directory))
+        return modelfolders.is_merged(modelfolders.adapter_folder(directory))
     except ConfigError:
-        return False  # a folder with neither; whoever loads it says so
+        return False  # no folder; whoever loads it says so
 
 
 def _from_hub(name: str) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ConfigError(f"base_model {name!r}: no such folder, and not of the form owner/name of a hub model")
+    if not modelfolders.is_hub_id(name):
+        raise ConfigError(f"base_model {name!r}: found no such folder, expected one, or a hub id such as org/name")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "*.py"]
@@ -81,5 +80,6 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
         raise ConfigError(
-            f"base_model {name!r}: no such folder, and the hub does not give it ({type(error).__name__}: {error})"
+            f"base_model {name!r}: found no such folder, and the hub does not give it ({in_words(error)}); correct the "
+            f"path, or download it where there is a network: hf download {name}"
         ) from error

@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.messages import ModelSpec, WorkerSpec
+from loopmux.modelfolders import adapter_folder
+from loopmux.weightfiles import model_weights, read_json
 from loopmux_worker.engine import files, folders, memory
 from loopmux_worker.engine.templates import check_template, has_template
 
@@ -74,7 +76,7 @@ def load(spec: WorkerSpec, progress: Progress) -> Loaded:
     folder = folders.base_folder(spec)
     check_environment(spec, folder)
     device = choose_device(spec.device)
-    weights = files.weight_files(folder, allow_pickle=spec.allow_pickle_weights)
+    weights = model_weights(folder, pickle=spec.allow_pickle_weights)
     _check_memory(spec, weights, device)
     progress("loading", f"weights of {folder.name} ({sum(p.stat().st_size for p in weights) / 2**20:.0f} MiB)")
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fingerprint") as pool:
@@ -109,7 +111,7 @@ def check_environment(spec: WorkerSpec, folder: Path) -> None:
         ConfigError: quantisation without bitsandbytes, remote code without permission, a configuration file that this
             transformers would misread.
     """
-    config = files.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if spec.use_4bit and spec.use_8bit:
         raise ConfigError("use_4bit and use_8bit are both set, expected at most one")
     if (spec.use_4bit or spec.use_8bit) and importlib.util.find_spec("bitsandbytes") is None:
@@ -243,7 +245,7 @@ def tokenizer_of(model: ModelSpec, loaded: Loaded, spec: WorkerSpec) -> tuple[An
         ConfigError: there is none that can be loaded, or it is of another model.
     """
     base, notes = loaded.folder, []
-    own = files.adapter_folder(model.adapter_dir) if model.adapter_dir else base
+    own = adapter_folder(model.adapter_dir) if model.adapter_dir else base
     tokenizer = read_tokenizer(own if files.has_tokenizer(own) else base, spec)
     if len(tokenizer) > loaded.vocabulary:
         raise ConfigError(

@@ -14,6 +14,7 @@ import transformers
 from loopmux.errors import BadRequestError, EngineError, LoopmuxError
 from loopmux.madefor import other_base
 from loopmux.messages import Generate, LeftOut, ModelSpec, ServedModel, WorkerSpec
+from loopmux.modelfolders import adapter_folder
 from loopmux_worker.engine import admission, files, folders, memory, templates
 from loopmux_worker.engine.adapterfiles import Adapter
 from loopmux_worker.engine.base import Description, Job
@@ -21,6 +22,7 @@ from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, tok
 from loopmux_worker.engine.output import Piece, Reader, Reading
 from loopmux_worker.engine.sampling import Sampler, seed_of
 from loopmux_worker.engine.toolparse import CLOSE, OPEN
+from loopmux_worker.shortage import ran_out
 
 _log = structlog.get_logger(__name__)
 
@@ -101,7 +103,7 @@ class Models:
             try:
                 self._add(self._without_merged(model))
             except Exception as error:
-                if model.adapter_dir is None or memory.ran_out(error):
+                if model.adapter_dir is None or ran_out(error):
                     raise  # that is not this adapter's own fault
                 if not isinstance(error, LoopmuxError):
                     _log.exception("loading an adapter failed", model=model.id)
@@ -115,7 +117,8 @@ class Models:
         """Take in one model: its tokenizer, and its adapter if it has one."""
         tokenizer, notes = tokenizer_of(model, self.loaded, self._spec)
         if model.adapter_dir:
-            adapter = self._adapters.load(model.id, model.adapter_dir)
+            with memory.loading_adapter(model.id, model.adapter_dir):
+                adapter = self._adapters.load(model.id, model.adapter_dir)
             base = self._spec.base_model or str(self.loaded.folder)
             if note := other_base(adapter.made_for, base, adapter.folder):
                 _log.warning("adapter of another base", model=model.id, note=note)
@@ -125,7 +128,7 @@ class Models:
 
     def _without_merged(self, model: ModelSpec) -> ModelSpec:
         """A merged model in ``adapter_dir`` was loaded as the base: there is no adapter to put on it."""
-        merged = model.adapter_dir and files.adapter_folder(model.adapter_dir) == self.loaded.folder
+        merged = model.adapter_dir and adapter_folder(model.adapter_dir) == self.loaded.folder
         return replace(model, adapter_dir=None) if merged else model
 
     def load_adapter(self, name: str, directory: str) -> ServedModel:
@@ -170,6 +173,7 @@ class Models:
         """
         generate, loaded = job.generate, self.loaded
         admission.check(generate)
+        admission.check_stop_tokens(generate, loaded.head)
         model = admission.model_of(job.run, self._models)
         adapter = admission.adapter_of(job.run, self._models)
         if (generate.deterministic or job.run.deterministic) and loaded.dtype != torch.float32:

@@ -29,18 +29,20 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
     Raises:
         LoopmuxError: something in it cannot be served; it says what was found, what was expected and what to do.
     """
-    loaded = load(spec, progress)
-    trial = Trial("configured", 0) if spec.engine == "plain" else _try(spec, loaded)
-    packed = trial.why_not is None and loaded.device.type == "cpu" and _pack(loaded)
-    if packed:
-        trial = _try_rows(loaded)
+    with memory.loading(spec):
+        loaded = load(spec, progress)
+        trial = Trial("configured", 0) if spec.engine == "plain" else _try(spec, loaded)
+        packed = trial.why_not is None and loaded.device.type == "cpu" and _pack(loaded)
+        if packed:
+            trial = _try_rows(loaded)
     if spec.engine == "slots" and trial.why_not is not None:
         raise ConfigError(
             f"engine: found slots, but {trial.why_not}; use auto or plain, which takes one request at a time"
         )
     if packed and trial.why_not is not None:
         del loaded  # packing cannot be undone, and both would need twice the memory
-        loaded = load(spec, progress)
+        with memory.loading(spec):
+            loaded = load(spec, progress)
     if trial.why_not is None:
         adapters = MixedAdapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
         why = "configured" if spec.engine == "slots" else "the model and every adapter can share a forward"
@@ -48,12 +50,16 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
         models = Models(spec, loaded, adapters, progress, why)
         forward = Forward(loaded.model, Memory(room.rows, room.context, loaded.device), adapters)
         engine: Engine = SlotsEngine(models, forward, room.most, torch.get_num_threads())
+        size = room.rows * room.context * trial.token_bytes / memory.MIB
+        expected = f"{size:.0f} MiB of attention state ({room.rows} rows of {room.context} tokens) and one step"
     else:
         one = Adapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
         models = Models(spec, loaded, one, progress, trial.why_not)
         engine = PlainEngine(models, one, spec.torch_threads)
+        expected = "what one step computes"
     progress("warming", "one token")
-    warm_up(engine, models.first)
+    with memory.explained("a first token was computed", expected, "set a smaller kv_cache_gib, slots or context"):
+        warm_up(engine, models.first)
     return engine
 
 
@@ -69,10 +75,13 @@ def _try(spec: WorkerSpec, loaded: Loaded) -> Trial:
         if model.adapter_dir is None:
             continue
         try:
-            found = adapterfiles.read(model.adapter_dir, allow_pickle=spec.allow_pickle_weights)
-            pairs_of(loaded.model, found)
+            with memory.loading_adapter(model.id, model.adapter_dir):
+                found = adapterfiles.read(model.adapter_dir, allow_pickle=spec.allow_pickle_weights)
+                pairs_of(loaded.model, found)
         except CannotMix as error:
             return Trial(f"adapter {model.id}: {error.message}", 0)
+        except memory.OutOfMemory:
+            raise
         except ConfigError:
             continue  # it is left out with this reason, by whichever engine
     return _try_rows(loaded)

@@ -16,7 +16,6 @@ import torch
 from loopmux.errors import EngineError, LoopmuxError
 from loopmux.messages import ServedModel, SessionHint
 from loopmux.results import Timing, Usage
-from loopmux_worker.engine import memory as system_memory
 from loopmux_worker.engine.base import (
     Description,
     Failed,
@@ -36,6 +35,7 @@ from loopmux_worker.engine.slots.forward import Forward
 from loopmux_worker.engine.slots.pace import Pace
 from loopmux_worker.engine.slots.rows import Rows
 from loopmux_worker.engine.slots.schedule import Plan, Scheduler, Segment, Sequence
+from loopmux_worker.shortage import ran_out
 
 _log = structlog.get_logger(__name__)
 
@@ -250,7 +250,7 @@ class SlotsEngine:
         """
         if (lost := device_lost(error)) is not None:
             raise lost from error
-        if system_memory.ran_out(error):
+        if ran_out(error):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             preempted = self._scheduler.preempt()
