@@ -9,9 +9,11 @@ _UNKNOWN = 64
 """Tokens beside running streams before anything was measured."""
 _WEIGHT = 12
 """How much worse it is to wait for a first token than to wait between two: many small chunks make many steps of few
-streams, and all of them end later. Up to 12 streams beside one newcomer are made to wait longer than one step more."""
+streams, and all of them end later. Beside 12 streams and more, one newcomer costs each at most one more step."""
 _TRUST = 0.2
 """Share of the difference between a step's time and what was expected that goes into the costs."""
+_SLOWEST = 0.5
+"""What a cost shrinks to at most in one step, so that none falls to zero or below."""
 _OUTLIER = 3.0
 """A step counts as at most so many times what was expected of it: a machine that stood still says nothing of costs."""
 _FIXED = 0.3
@@ -19,15 +21,14 @@ _FIXED = 0.3
 
 
 class Pace:
-    """Keeps a step with a chunk of a prompt within about twice the time of one without.
+    """Keeps what a chunk of a prompt adds to a step within ``max(1, 12 · waiting / decoding)`` steps' time.
 
-    So nobody's stream pauses for longer than one more token takes, whatever is sent to the engine meanwhile. Where
-    more than a few wait for their first token, a step may take longer in proportion to how many they are for each
-    stream that would pause.
+    So many running streams pause for no longer than one more token takes when one more request comes, and where many
+    wait for their first token for each stream that would pause, they are served in large chunks.
 
     A step is taken to cost something fixed (reading the weights), so much for each stream, and so much for each prompt
     token. A step that took longer or shorter than expected changes each of the three by its share of what was expected,
-    so what a step had nothing of keeps its cost, and no cost ever falls to zero.
+    so what a step had nothing of keeps its cost.
     """
 
     def __init__(self) -> None:
@@ -56,6 +57,7 @@ class Pace:
         # A part's share twice: of what was expected, and of what is to be corrected.
         weight = sum(part * part for part in parts)
         fixed, stream, token = (
-            cost * max(0.5, 1 + off * part * expected / weight) for cost, part in zip(self._costs, parts, strict=True)
+            cost * max(_SLOWEST, 1 + off * part * expected / weight)
+            for cost, part in zip(self._costs, parts, strict=True)
         )
         self._costs = fixed, stream, token
