@@ -411,6 +411,20 @@ def test_prompts_go_on_however_long_steps_take():
     assert pace.budget(8, 1) == 16
 
 
+@pytest.mark.parametrize("bad", [(0, 1, 3.0), (0, 512, 20.0), (0, 512, 0.001)], ids=str)
+def test_a_bad_start_is_made_good_while_prompts_come_without_end(bad):
+    pace, chunks = Pace(), []
+    pace.note(*bad)
+    for _ in range(120):
+        chunk = pace.budget(15, 1)
+        chunks.append(chunk)
+        pace.note(15, chunk, seconds(15, chunk))
+    ideal = seconds(15, 0) / 0.0005
+    assert chunks[0] == 0, "what a step without prompts costs is seen first"
+    assert all(0.75 * ideal <= chunk <= 1.25 * ideal for chunk in chunks[60:] if chunk)
+    assert sum(chunk == 0 for chunk in chunks) <= 3
+
+
 def test_many_that_wait_for_a_first_token_outweigh_the_pause_of_a_few():
     pace = paced(Pace())
     alone = pace.budget(15, 1)

@@ -172,7 +172,8 @@ class SlotsEngine:
                 raise  # no request's fault
             return self._failed(plan, error)
         now = time.monotonic()
-        self._pace.note(decoding, plan.tokens - decoding, now - began)
+        if self._progress:  # the very first step warms everything, and says nothing of those to come
+            self._pace.note(decoding, plan.tokens - decoding, now - began)
         self._scheduler.done(plan)
         for segment in plan.segments:
             self._note(self._tasks[segment.key], segment, began)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from loopmux_worker.engine.base import Key
+from loopmux_worker.engine.lost import device_lost
 from loopmux_worker.engine.slots.attention import Memory, Unsupported
 from loopmux_worker.engine.slots.schedule import Segment
+from loopmux_worker.shortage import ran_out
 
 _TRIED = 24
 """Tokens of the trial."""
@@ -85,6 +87,8 @@ def try_rows(model: Any, adapters: Runs, device: torch.device, vocabulary: int) 
     try:
         found = _tried(Forward(model, memory, adapters), one, other)
     except (Unsupported, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        if ran_out(error) or device_lost(error):
+            raise  # that says nothing about the model
         return Trial(f"{type(model).__name__} cannot be run over rows ({error})", 0)
     finally:
         model.set_attn_implementation(own)

@@ -99,7 +99,8 @@ def alike(model: nn.Module, ids: torch.Tensor) -> list[tuple[nn.Linear, ...]]:
             if _is_plain(child):
 
                 def note(module: Any, inputs: tuple[torch.Tensor, ...], parent: nn.Module = parent) -> None:
-                    calls.append((parent, module, inputs[0]))
+                    if inputs:  # else it was given by name, and stays by itself
+                        calls.append((parent, module, inputs[0]))
 
                 handles.append(child.register_forward_pre_hook(note))
     try:

@@ -56,7 +56,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: decoding segments by row first, so that neighbours can be computed together, then chunks."""
+    """One step: decoding segments first, by length and row so that like ones can be computed together, then chunks."""
 
     segments: tuple[Segment, ...] = ()
 
@@ -156,7 +156,7 @@ class Scheduler:
     def plan(self, budget: int) -> Plan:
         """The next step: every decoding sequence, and chunks of ``budget`` tokens together. Changes nothing."""
         members = self._members()
-        decoding = sorted((s for s in members if s.lacks == 1), key=lambda s: s.row or 0)
+        decoding = sorted((s for s in members if s.lacks == 1), key=lambda s: (s.computed.bit_length(), s.row or 0))
         segments = [_segment(sequence, 1) for sequence in decoding]
         for sequence in members:
             if sequence.lacks > 1 and budget > 0:
