@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -15,6 +14,7 @@ from loopmux import endpoints
 from loopmux.cadence import HEARTBEAT, KEPT, RESEND
 from loopmux.codec import FieldError, build
 from loopmux.errors import ConfigError
+from loopmux.nearest import did_you_mean
 from loopmux_broker.admission import MIB, Limits
 from loopmux_broker.dispatch import HeadStart
 
@@ -115,8 +115,8 @@ def _nearest(error: FieldError) -> str:
     if not error.unknown:
         return ""
     known = error.expected.removeprefix("one of ").split(", ")
-    near = difflib.get_close_matches(error.path.rsplit(".", 1)[-1], known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    hint = did_you_mean(error.path.rsplit(".", 1)[-1], known)
+    return f" ({hint})" if hint else ""
 
 
 def _line(node: yaml.Node | None, path: list[str]) -> int:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from loopmux.errors import (
     AdapterNotFoundError,
     BadRequestError,
-    EngineError,
     LoopmuxError,
     OverloadedError,
+    failed_to_start,
     unknown_model,
 )
-from loopmux.messages import Catalogue
 from loopmux_broker.admission import Admission
 from loopmux_broker.pool import Pool, Worker
 from loopmux_broker.requests import Request
@@ -35,7 +34,7 @@ def objection(pool: Pool, request: Request, *, settled: bool) -> LoopmuxError | 
     if declared is None and settled:
         return unknown_model(submit.model, pool.known())
     if declared is not None and declared.entry.phase == "failed":
-        return failed_to_start(declared.entry)
+        return failed_to_start(submit.model, declared.entry.detail)
     if not submit.wait:
         how = pool.standing(submit.model, request.arrived)
         why = f"{how.phase}: {how.detail}" if how.detail else how.phase
@@ -56,11 +55,6 @@ def unknown_adapter(pool: Pool, request: Request) -> LoopmuxError | None:
     declared = pool.declared(adapter)  # an adapter that was configured is a model id of its own too
     reason = f"; {adapter!r} failed: {declared.entry.detail}" if declared and declared.entry.phase == "failed" else ""
     return AdapterNotFoundError(f"model {model!r} has no adapter {adapter!r}, loaded are: {known}{reason}")
-
-
-def failed_to_start(entry: Catalogue) -> LoopmuxError:
-    """The model's launcher has given up on it."""
-    return EngineError(f"model {entry.model!r} failed to start: {entry.detail or 'its launcher gave no reason'}")
 
 
 def exhausted(admission: Admission, request: Request, worker: Worker | None) -> LoopmuxError | None:

@@ -10,6 +10,7 @@ from loopmux.errors import (
     ModelNotFoundError,
     OverloadedError,
     WorkerLostError,
+    failed_to_start,
     unknown_model,
 )
 from loopmux.messages import Failure, Phase, Run, Submit
@@ -18,7 +19,7 @@ from loopmux.wire import Header, Kind, Message, StopReason
 from loopmux_broker.clients import Client
 from loopmux_broker.dispatch import choose, session_of
 from loopmux_broker.events import Peer, Send, say
-from loopmux_broker.intake import exhausted, failed_to_start, objection, unknown_adapter
+from loopmux_broker.intake import exhausted, objection, unknown_adapter
 from loopmux_broker.output import Output
 from loopmux_broker.pool import Lease, Worker
 from loopmux_broker.requests import Request, State, Step
@@ -193,7 +194,7 @@ class Life:
             if (error := unknown_adapter(pool, request)) is not None:
                 self._end(request, Kind.ERROR, error, now)
         elif declared is not None and declared.entry.phase == "failed":
-            self._end(request, Kind.ERROR, failed_to_start(declared.entry), now)
+            self._end(request, Kind.ERROR, failed_to_start(model, declared.entry.detail), now)
         else:
             self._tell_phase(request, now)
 

@@ -49,7 +49,7 @@ def _serve(options: argparse.Namespace) -> int:
             server.run()
         finally:
             server.close()
-    return exitcodes.OK
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

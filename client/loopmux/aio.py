@@ -376,7 +376,11 @@ class AsyncClient:
     async def hint(
         self, session: str, state: Literal["waiting_on_tool", "done"], expected: float | None = None
     ) -> None:
-        """Tell the broker whether a session comes back, and after how many seconds if that is known; never waits."""
+        """Tell the broker whether a session comes back, and after how many seconds if that is known; never waits.
+
+        The worker that ran it may have to give its attention state up for others: for a session that waits it counts
+        double, and does not age until then (without ``expected`` from now on); for one that is ``done`` a fiftieth.
+        """
         self._channel.driver().post(Hinted(hint_of(session, state, expected)))
 
     async def status(self) -> Status:

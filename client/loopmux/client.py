@@ -229,7 +229,8 @@ class Client:
     def hint(self, session: str, state: Literal["waiting_on_tool", "done"], expected: float | None = None) -> None:
         """Tell the broker whether a session comes back, and after how many seconds if that is known; never waits.
 
-        The worker that ran it keeps its attention state for as long, or gives that up first when it is ``done``.
+        The worker that ran it may have to give its attention state up for others: for a session that waits it counts
+        double, and does not age until then (without ``expected`` from now on); for one that is ``done`` a fiftieth.
         """
         self._channel.pump().post(Hinted(hint_of(session, state, expected)))
 

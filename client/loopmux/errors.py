@@ -30,6 +30,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from loopmux.nearest import did_you_mean
+
 
 class LoopmuxError(Exception):
     """Root of everything Loopmux raises on purpose.
@@ -85,20 +87,6 @@ class ModelNotFoundError(LoopmuxError, LookupError):
     """No launcher and no worker knows the model."""
 
     code = "model_not_found"
-
-
-def unknown_model(model: str, known: Iterable[str]) -> ModelNotFoundError:
-    """The error for a model id that nobody serves, with those that there are."""
-    import difflib  # for people who mistyped only
-
-    there = sorted(known)
-    if not there:
-        text = f"model {model!r} is not known: no launcher and no worker has joined the broker"
-    else:
-        near = difflib.get_close_matches(model, there, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        text = f"model {model!r} is not known, expected one of {', '.join(there)}{hint}"
-    return ModelNotFoundError(text, model=model)
 
 
 class AdapterNotFoundError(LoopmuxError, LookupError):
@@ -210,3 +198,19 @@ BY_CODE: dict[str, type[LoopmuxError]] = _by_code(LoopmuxError)
 def from_code(code: str, message: str, **details: Any) -> LoopmuxError:
     """The error for a code that came over the wire; an unknown code (a newer peer) becomes a plain LoopmuxError."""
     return BY_CODE.get(code, LoopmuxError)(message, **details)
+
+
+def unknown_model(model: str, known: Iterable[str]) -> ModelNotFoundError:
+    """The error for a model id that nobody serves, with those that there are."""
+    there = sorted(known)
+    if not there:
+        text = f"model {model!r} is not known: no launcher and no worker has joined the broker"
+    else:
+        hint = did_you_mean(model, there)
+        text = f"model {model!r} is not known, expected one of {', '.join(there)}{hint and f'; {hint}'}"
+    return ModelNotFoundError(text, model=model)
+
+
+def failed_to_start(model: str, detail: str) -> EngineError:
+    """The error for a model that its launcher has given up on, with the launcher's reason."""
+    return EngineError(f"model {model!r} failed to start: {detail or 'its launcher gave no reason'}", model=model)

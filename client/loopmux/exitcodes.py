@@ -1,4 +1,4 @@
-"""What programs of ours end with; service managers, scripts and the launcher go by these numbers."""
+"""What programs of ours end with that end badly; service managers, scripts and the launcher go by these numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Final
 
 from loopmux.errors import BadRequestError, ConfigError, LoopmuxError
 
-OK: Final = 0
 FAILURE: Final = 1
 USAGE: Final = 2
 """The command line, or a request as it was asked for, is wrong."""

@@ -33,10 +33,15 @@ _TRUE = {"1", "on", "yes", "true"}
 
 
 @dataclass(frozen=True, slots=True)
-class HubModel:
-    """A model of the hub, by its id. ``note`` is for people where it has to be downloaded first."""
+class Base:
+    """What a ``base_model`` means. ``folder`` is None for a model of the hub.
+
+    ``name`` is what to load it by, an absolute folder or a hub id; ``note`` is for people where a model of the hub has
+    to be downloaded first.
+    """
 
     name: str
+    folder: Path | None = None
     note: str = ""
 
 
@@ -52,7 +57,7 @@ class Adapter:
     base: object = None
 
 
-def base_model(text: str, root: Path, variables: Mapping[str, str] = os.environ) -> Path | HubModel:
+def base_model(text: str, root: Path, variables: Mapping[str, str] = os.environ) -> Base:
     """What a ``base_model`` means; a folder is not looked into (``check_model``).
 
     Args:
@@ -64,14 +69,14 @@ def base_model(text: str, root: Path, variables: Mapping[str, str] = os.environ)
     """
     folder = _absolute(text, root)
     if folder.is_dir():
-        return folder
+        return Base(str(folder), folder)
     if folder.exists():
         raise Unusable(f"{folder}, which is a file", "a directory with config.json and weights")
     if not is_hub_id(text):
         raise _no_directory(folder, _EXPECTED)
     cache = _hub_cache(variables)
     if (cache / f"models--{text.replace('/', '--')}").is_dir():
-        return HubModel(text)
+        return Base(text)
     nowhere = f"no directory {folder}, and no {text} in the hub's cache {cache}"
     if near := _near(folder):
         hint = f"did you mean {near}? If it is a hub model, download it first: hf download {text}"
@@ -80,7 +85,7 @@ def base_model(text: str, root: Path, variables: Mapping[str, str] = os.environ)
         raise _no_directory(folder, _EXPECTED)
     if variables.get("HF_HUB_OFFLINE", "").casefold() in _TRUE:
         raise Unusable(nowhere, "one of them, since HF_HUB_OFFLINE is set", f"hf download {text}, or correct the path")
-    return HubModel(text, f"{nowhere}: it is taken for a hub model, and downloaded when its worker starts")
+    return Base(text, note=f"{nowhere}: it is taken for a hub model, and downloaded when its worker starts")
 
 
 def is_hub_id(text: str) -> bool:
@@ -88,8 +93,8 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None
 
 
-def check_model(folder: Path, *, pickle: bool) -> list[Path]:
-    """The weight files of a model's folder, after checking that it is complete.
+def check_model(folder: Path, *, pickle: bool) -> None:
+    """See that a model's folder is complete.
 
     Raises:
         Unusable: config.json or weights are missing, cut off, or pickles that are not allowed.
@@ -97,7 +102,7 @@ def check_model(folder: Path, *, pickle: bool) -> list[Path]:
     if not (folder / MODEL_CONFIG).is_file():
         raise missing(folder, MODEL_CONFIG, "an adapter belongs in adapter_dir" if _has_adapter(folder) else "")
     read_json(folder / MODEL_CONFIG)
-    return model_weights(folder, pickle=pickle)
+    model_weights(folder, pickle=pickle)
 
 
 def adapter_folder(text: str, root: Path = Path()) -> Path:

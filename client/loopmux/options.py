@@ -6,7 +6,6 @@ texts that are not text, requests that are too large.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +14,7 @@ from typing import Any, TypedDict
 from loopmux import codec, wire
 from loopmux.errors import BadRequestError, PayloadTooLargeError, ProtocolError
 from loopmux.messages import DEFAULT_TIMEOUT, Generate, Sampling, Submit
+from loopmux.nearest import did_you_mean
 
 _DEEPEST = 64
 """Nesting of messages and schemas; real ones stay under ten, and decoders recurse."""
@@ -127,8 +127,7 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, KNOWN, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(sorted(KNOWN))
+    hint = did_you_mean(name, KNOWN) or "known are " + ", ".join(sorted(KNOWN))
     return f"unknown option {name!r}: {hint}"
 
 

@@ -105,7 +105,7 @@ def ensure_model(
     configuration, in the launcher's own default.
 
     Raises:
-        BadRequestError: a folder that is not there.
+        BadRequestError: a folder that is not there, or a hub id that looks like a slip of the pen.
         ConfigError, ConnectionLostError: as ``ensure_running``.
     """
     base = _base(base_model, log_callback)
@@ -170,8 +170,6 @@ def _base(given: str, log: LogCallback | None) -> str:
         found = modelfolders.base_model(given, Path())
     except Unusable as error:
         raise BadRequestError(f"base_model: {error.message}") from error
-    if isinstance(found, Path):
-        return str(found)
     if log is not None and found.note:
         log(found.note)
     return found.name

@@ -15,10 +15,11 @@ from packaging.requirements import InvalidRequirement, Requirement
 from loopmux import modelfolders
 from loopmux.codec import FieldError, build, show
 from loopmux.madefor import other_base
+from loopmux.nearest import did_you_mean
 from loopmux.weightfiles import Unusable
 from loopmux_launcher import interpreters
 from loopmux_launcher.config import DEFAULT, DEFAULT_REQUIREMENTS, Configuration, Environment, Model
-from loopmux_launcher.document import Document, InvalidConfiguration, Problem, Where, did_you_mean, read
+from loopmux_launcher.document import Document, InvalidConfiguration, Problem, Where, read
 from loopmux_launcher.schema import EnvironmentEntry, FileEntry, ModelEntry
 
 T = TypeVar("T")
@@ -252,9 +253,8 @@ class _Reader:
     def _base(self, where: Where, text: str, variables: Mapping[str, str], *, pickle: bool) -> str | None:
         try:
             found = modelfolders.base_model(text, self.root, variables)
-            if isinstance(found, Path):
-                modelfolders.check_model(found, pickle=pickle)
-                return str(found)
+            if found.folder is not None:
+                modelfolders.check_model(found.folder, pickle=pickle)
         except Unusable as error:
             self._refuse(where, error.found, error.expected, error.hint)
             return None

@@ -60,6 +60,8 @@ _PER_TURN = 64
 """Messages taken from the socket in one turn, so that a flood does not keep the children's output waiting."""
 _COULD_NOT_START = 127
 """The shell's exit code for a program that cannot be run."""
+_BUILDER = "environment "
+"""What the names of processes that build begin with."""
 _PHASES = ("loading", "warming", "ready", "failed")
 
 
@@ -197,8 +199,8 @@ class Launcher:
             self._never_began(name, f"{command[0]} could not be started: {error.strerror}")
 
     def _never_began(self, name: str, why: str) -> None:
-        environment = name.removeprefix(_builder(""))
-        if name == environment:
+        environment = _built_by(name)
+        if environment is None:
             self._handle(ProcessReported(name, "failed", why))
         else:
             self._builds[environment] = EnvironmentFailed(environment, why)
@@ -209,8 +211,8 @@ class Launcher:
 
     def _told(self, child: Child, told: list[Said]) -> None:
         for said in told:
-            if child.name in map(_builder, self._builds):
-                self._builder_told(child.name.removeprefix(_builder("")), said)
+            if (environment := _built_by(child.name)) is not None:
+                self._builder_told(environment, said)
             elif said.phase == "left_out":
                 self._handle(ModelLeftOut(child.name, str(said.fields.get("model")), said.detail))
             elif said.phase in _PHASES:
@@ -242,8 +244,8 @@ class Launcher:
             self._ended(child.name, ended.code, child.last_lines)
 
     def _ended(self, name: str, code: int, last_lines: tuple[str, ...]) -> None:
-        environment = name.removeprefix(_builder(""))
-        if name != environment:
+        environment = _built_by(name)
+        if environment is not None:
             verdict = self._builds.pop(environment)
             reason = "\n".join((f"its builder ended with {code}", *last_lines))
             self._handle(verdict or EnvironmentFailed(environment, reason))
@@ -289,7 +291,13 @@ class Launcher:
 
 
 def _builder(environment: str) -> str:
-    return f"environment {environment}"
+    """The process that builds an environment, by name."""
+    return f"{_BUILDER}{environment}"
+
+
+def _built_by(name: str) -> str | None:
+    """The environment that a process builds; None where it is no builder."""
+    return name.removeprefix(_BUILDER) if name.startswith(_BUILDER) else None
 
 
 def _register() -> Register:

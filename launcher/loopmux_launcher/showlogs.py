@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loopmux.errors import LoopmuxError
+from loopmux.nearest import did_you_mean
 from loopmux_launcher import places
-from loopmux_launcher.document import did_you_mean
 
 _LOOK = 0.2
 """Seconds between two looks at a followed file."""

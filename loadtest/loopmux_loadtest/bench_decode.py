@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 from loopmux import weightfiles
 from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
 from loopmux.wire import new_id, pack_tokens
-from loopmux_worker.engine import open_engine
+from loopmux_worker.engine import freed, open_engine
 from loopmux_worker.engine.base import Engine, Failed, Job, Key, Produced
 from loopmux_worker.engine.slots.engine import SlotsEngine
 
@@ -56,7 +56,7 @@ class Traffic:
 
 def traffic(model: Path) -> Traffic:
     """Read off a model's files."""
-    config = json.loads((model / "config.json").read_text())
+    config = weightfiles.read_json(model / weightfiles.MODEL_CONFIG)
     tensors = {
         name: found
         for path in weightfiles.model_weights(model, pickle=False)
@@ -111,6 +111,7 @@ class Bench:
             slots=self.most, context=context,
         )  # fmt: skip
         engine = open_engine(spec, lambda *_: None)
+        freed.give_back()
         assert isinstance(engine, SlotsEngine)
         return engine
 
@@ -148,7 +149,7 @@ class Bench:
 
     def outside(self, engine: SlotsEngine, batch: int) -> tuple[float, float]:
         """Share of the decoding steps that is spent outside the model's forward, and its mean seconds in a step."""
-        model = engine._models.loaded.model
+        model = engine.model
         began, inside = 0.0, [0.0]
 
         def enter(*_: Any) -> None:
@@ -249,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-generate", action="store_true", help="ours alone")
     given = parser.parse_args(arguments)
     bench = Bench(given.model.resolve(), given.device, given.prompt, given.new, max(given.batch), given.adapters)
+    freed.keep()  # as every worker does
     for line in measure(bench, given.batch, beside=not given.no_generate):
         print(json.dumps(line), flush=True)
     return 0

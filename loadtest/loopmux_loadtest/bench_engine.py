@@ -73,22 +73,35 @@ class Bench:
 
     def whole(self, sides: list[Side], batch: int, length: int, new: int, adapters: int = 0) -> dict[str, float]:
         """A batch at once, tokens per second."""
-        chosen = [n % adapters for n in range(batch)] if adapters else []
-        found: dict[str, list[float]] = {side.name: [] for side in sides}
-        for _ in range(self.rounds):
-            prompts = self.prompts(batch, length)
-            for side in sides:
-                found[side.name].append(batch * new / side.run(prompts, new, chosen).seconds)
-        return _medians(found)
+
+        def measure(side: Side, prompts: Prompts, chosen: list[int]) -> float:
+            return batch * new / side.run(prompts, new, chosen).seconds
+
+        return self._medians_of(measure, sides, batch, length, adapters)
 
     def decode(self, sides: list[Side], batch: int, length: int, new: int, adapters: int = 0) -> dict[str, float]:
         """The decoding of a batch, tokens per second."""
+
+        def measure(side: Side, prompts: Prompts, chosen: list[int]) -> float:
+            return side.decode(prompts, new, chosen)
+
+        return self._medians_of(measure, sides, batch, length, adapters)
+
+    def _medians_of(
+        self,
+        measure: Callable[[Side, Prompts, list[int]], float],
+        sides: list[Side],
+        batch: int,
+        length: int,
+        adapters: int,
+    ) -> dict[str, float]:
+        """Medians of rounds in which every side gets the same prompts, spread over the adapters."""
         chosen = [n % adapters for n in range(batch)] if adapters else []
         found: dict[str, list[float]] = {side.name: [] for side in sides}
         for _ in range(self.rounds):
             prompts = self.prompts(batch, length)
             for side in sides:
-                found[side.name].append(side.decode(prompts, new, chosen))
+                found[side.name].append(measure(side, prompts, chosen))
         return _medians(found)
 
     def adapters(self, sides: list[Side]) -> dict[str, Any]:

@@ -37,6 +37,11 @@ class Burst:
     first: list[float] = field(default_factory=list)
 
 
+def _each(adapters: Sequence[int | None], prompts: Prompts) -> list[int | None]:
+    """The adapter of each prompt; where none are named, all go to the base."""
+    return list(adapters) or [None] * len(prompts)
+
+
 def rate(streams: list[Seen]) -> float:
     """Tokens per second between the moment when all streams run and the end of the first.
 
@@ -84,8 +89,7 @@ class Ours:
 
     def run(self, prompts: Prompts, new: int, adapters: Sequence[int | None] = ()) -> Burst:
         """A batch that arrives at once."""
-        chosen = [None] * len(prompts) if not adapters else list(adapters)
-        return self._runner.run(self._burst(prompts, new, chosen, [None] * len(prompts)))
+        return self._runner.run(self._burst(prompts, new, _each(adapters, prompts), [None] * len(prompts)))
 
     def turn(self, histories: Prompts, new: int) -> Burst:
         """A turn of conversations, each a session."""
@@ -93,7 +97,7 @@ class Ours:
 
     def decode(self, prompts: Prompts, new: int, adapters: Sequence[int | None] = ()) -> float:
         """Tokens per second of a batch while all of it decodes; see ``rate``."""
-        return rate(self._runner.run(self._watched(prompts, new, list(adapters) or [None] * len(prompts))))
+        return rate(self._runner.run(self._watched(prompts, new, _each(adapters, prompts))))
 
     async def _watched(self, prompts: Prompts, new: int, adapters: Sequence[int | None]) -> list[Seen]:
         async def one(ids: list[int], adapter: int | None) -> Seen:
@@ -186,7 +190,7 @@ class Peer:
 
     def _ask(self, prompts: Prompts, new: int, adapters: Sequence[int | None], *, watch: bool) -> dict[str, Any]:
         assert self._process.stdin is not None
-        work = {"prompts": prompts, "new": new, "adapters": list(adapters) or [None] * len(prompts), "watch": watch}
+        work = {"prompts": prompts, "new": new, "adapters": _each(adapters, prompts), "watch": watch}
         self._process.stdin.write(json.dumps(work) + "\n")
         self._process.stdin.flush()
         return self._read()

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-
-def write_safetensors(path: Path, size: int = 16) -> None:
-    """A safetensors file with one tensor of ``size`` bytes."""
-    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
-
-
-def write_model(folder: Path) -> Path:
-    write_safetensors(folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    return folder
-
-
-def write_adapter(folder: Path) -> Path:
-    write_safetensors(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    return folder
+from fakemodels import write_adapter, write_model
 
 
 @pytest.fixture

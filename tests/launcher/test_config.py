@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fakemodels import write_model
 from loopmux.errors import ConfigError
 from loopmux_launcher import config
 from loopmux_launcher.document import InvalidConfiguration, Problem
@@ -268,3 +269,33 @@ def test_the_file_is_found_in_the_promised_order(home: Path, tmp_path: Path, mon
     monkeypatch.setenv("LOOPMUX_CONFIG", str(tmp_path / "gone.yaml"))
     with pytest.raises(ConfigError, match="LOOPMUX_CONFIG"):
         config.find()
+
+
+def test_what_is_found_out_about_a_base_model_is_said_with_its_line(models: Path, write: Write) -> None:
+    file = write("models:\n  a:\n    base_model: org/name\n")
+    found = load(file)
+    assert found.models["a"].base_model == "org/name"
+    [note] = found.notes
+    assert note.startswith(f"{file}:3: models.a.base_model: no directory {models}/org/name")
+    write_model(models / "demo" / "base")
+    with pytest.raises(InvalidConfiguration) as caught:
+        load(write("models:\n  a:\n    base_model: demoo/base\n"))
+    assert f"{file}:3: models.a.base_model: found no directory {models}/demoo/base" in str(caught.value)
+    assert f"did you mean {models}/demo/base?" in str(caught.value)
+
+
+def test_an_adapter_that_names_another_base_gets_a_note(models: Path, write: Write) -> None:
+    file = write("models:\n  a:\n    base_model: base\n    adapter_dir: lora\n")
+    described = models / "lora" / "adapter_config.json"
+    described.write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    assert load(file).notes == ()
+    described.write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/other"}')
+    [note] = load(file).notes
+    assert note.startswith(f"{file}:4: models.a.adapter_dir: {described} names the base 'org/other'")
+    assert f"put on {models / 'base'}" in note
+
+
+def test_a_merged_model_is_loaded_as_a_model(models: Path, write: Write) -> None:
+    found = load(write("models: {a: {adapter_dir: base}, b: {base_model: org/name, adapter_dir: base}}"))
+    assert {(m.base_model, m.adapter_dir) for m in found.models.values()} == {(str(models / "base"), None)}
+    assert any("merged" in note for note in found.notes)

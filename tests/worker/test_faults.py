@@ -15,10 +15,10 @@ from loopmux.codec import FieldError, build
 from loopmux.errors import BadRequestError, ContextLengthError, EngineError
 from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
 from loopmux.wire import Kind, new_id, pack_tokens
+from loopmux_worker.causes import DeviceLostError, device_lost
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine import open_engine
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Produced
-from loopmux_worker.engine.lost import DeviceLostError, device_lost
 from loopmux_worker.events import Submit
 from tinymodel import CONTEXT
 from workerpeer import PATIENCE, FakeBroker

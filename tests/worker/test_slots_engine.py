@@ -149,10 +149,18 @@ def test_every_shape_gives_the_tokens_of_generate_alone_mixed_and_late(folder, d
     assert [tokens for tokens, _ in collect(engine, [job(p) for p in PROMPTS], every=3)] == answers
 
 
-def test_every_shape_gathers_rows_that_lie_apart(folder, device, answers):
+def test_every_shape_gathers_rows_that_lie_apart(folder, device, answers, monkeypatch):
     """What a GPU does for its streams; here on every device."""
     engine = opened(folder, device)
-    engine._forward.memory.gathers = True
+    memory = engine._forward.memory
+    memory.gathers = True
+    prepare, gathered = memory.prepare, []
+
+    def watched(segments):
+        prepare(segments)
+        gathered.extend(group for group in memory.layout.groups if isinstance(group.rows, torch.Tensor))
+
+    monkeypatch.setattr(memory, "prepare", watched)
     half = WANTED // 2
     places = range(len(PROMPTS))
     first = [job(prompt, session=str(i), max_new_tokens=half) for i, prompt in zip(places, PROMPTS, strict=True)]
@@ -160,7 +168,7 @@ def test_every_shape_gathers_rows_that_lie_apart(folder, device, answers):
     apart = [0, 2, 5]
     again = [job([*PROMPTS[i], *answers[i][:half]], session=str(i), max_new_tokens=half) for i in apart]
     assert [tokens for tokens, _ in collect(engine, again)] == [answers[i][half:] for i in apart]
-    assert engine._forward.memory.gathered > 0
+    assert gathered
 
 
 def test_every_shape_goes_on_from_its_own_rows(folder, device, answers):

@@ -198,18 +198,18 @@ def _from_input() -> str:
 
 
 def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
-    from loopmux_worker.engine import memory, open_engine
+    from loopmux_worker.engine import freed, memory, open_engine
 
     if spec.engine != "echo":
         _prepare_libraries()
-    memory.keep_freed()
+    freed.keep()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     progress("loading", f"engine {spec.engine}")
     with memory.explained("the worker started", "its threads and messages"):
         from loopmux_worker.server import Worker
 
         engine = open_engine(spec, progress)
-        memory.give_back_freed()
+        freed.give_back()
         worker = Worker(spec, engine)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())

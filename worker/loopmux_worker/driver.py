@@ -10,8 +10,8 @@ import structlog
 
 from loopmux.errors import LoopmuxError
 from loopmux.results import Usage
+from loopmux_worker.causes import device_lost
 from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Load, Output, engine_error
-from loopmux_worker.engine.lost import device_lost
 from loopmux_worker.events import Cancel, Cancelled, Event, Hint, Stepped, Submit
 
 _log = structlog.get_logger(__name__)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from loopmux import modelfolders
 from loopmux.messages import Generate, ModelSpec, Run, WorkerSpec
-from loopmux.modelfolders import HubModel
 from loopmux.wire import new_id
 from loopmux_worker.engine import memory, open_engine
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Produced
@@ -45,8 +44,7 @@ def spec_for(
     Raises:
         ConfigError: the base model is neither a folder nor a hub id.
     """
-    found = modelfolders.base_model(base_model, Path())
-    base = found.name if isinstance(found, HubModel) else str(found)
+    base = modelfolders.base_model(base_model, Path()).name
     model = ModelSpec("model", adapter_dir, "base" if model_type == "base" else "instruct", system_prompt)
     # one request gains nothing from an engine that runs many
     return WorkerSpec("one-shot", "", (model,), base, torch_threads=threads, engine="plain")

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from loopmux_worker.shortage import in_words, ran_out
+from loopmux_worker.causes import in_words, ran_out
 
 _ALWAYS = {"msgpack": "msgpack>=1.2.1,<2", "zmq": "pyzmq>=27,<28", "structlog": "structlog>=25,<27"}
 _FOR_MODELS = {

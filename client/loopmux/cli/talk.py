@@ -10,7 +10,7 @@ from typing import Any
 
 import loopmux
 from loopmux.codec import plain
-from loopmux.errors import BadRequestError, EngineError, LoopmuxError, unknown_model
+from loopmux.errors import BadRequestError, LoopmuxError, failed_to_start, unknown_model
 from loopmux.results import TextDelta, Waiting
 
 _LOOK_AGAIN = 0.2
@@ -121,7 +121,7 @@ def _expect(client: loopmux.Client, model: str) -> None:
             raise unknown_model(model, there)
         time.sleep(_LOOK_AGAIN)
     if there[model].phase == "failed":
-        raise EngineError(f"model {model!r} failed to start: {there[model].detail}", model=model)
+        raise failed_to_start(model, there[model].detail)
 
 
 def _ask() -> str:

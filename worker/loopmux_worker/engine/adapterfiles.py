@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from loopmux.errors import ConfigError
 from loopmux.modelfolders import adapter_folder
-from loopmux.weightfiles import adapter_weights, read_json
+from loopmux.weightfiles import ADAPTER_CONFIG, adapter_weights, read_json
 from loopmux_worker.engine import files
 from loopmux_worker.engine.loading import is_finite
 
@@ -88,14 +88,14 @@ def read(directory: str, *, allow_pickle: bool) -> AdapterFiles:
 
 
 def _read_config(folder: Path) -> PeftConfig:
-    described = read_json(folder / "adapter_config.json")
+    described = read_json(folder / ADAPTER_CONFIG)
     kind = described.get("peft_type")
     if kind != PeftType.LORA.value:
         raise ConfigError(f"{folder}: found an adapter of type {kind!r}, served are LORA ones (DoRA and rsLoRA too)")
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{folder}/adapter_config.json: this PEFT does not read it: {error}") from error
+        raise ConfigError(f"{folder / ADAPTER_CONFIG}: this PEFT does not read it: {error}") from error
     config.inference_mode = True
     return config
 

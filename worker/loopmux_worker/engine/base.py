@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from loopmux.errors import EngineError, LoopmuxError
 from loopmux.messages import Generate, LeftOut, Run, ServedModel, SessionHint
 from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
-from loopmux_worker.shortage import in_words, ran_out
+from loopmux_worker.causes import in_words, ran_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,13 @@ def timing_of(arrived: float, started: float | None, first: float | None, now: f
     started = now if started is None else started
     first = now if first is None else first
     per_token = (now - first) / (tokens - 1) if tokens > 1 else 0.0
-    return Timing(started - arrived, first - arrived, now - arrived, first - started, per_token)
+    return Timing(
+        queued=started - arrived,
+        first_token=first - arrived,
+        total=now - arrived,
+        prefill=first - started,
+        per_token=per_token,
+    )
 
 
 def engine_error(what: str, error: Exception) -> LoopmuxError:
@@ -184,5 +190,5 @@ def engine_error(what: str, error: Exception) -> LoopmuxError:
             "a smaller kv_cache_gib, slots or context",
             retryable=True,
         )
-    made.__cause__ = error
+    made.__cause__ = error  # where it is raised (by ``warm_up``, say), ``memory.explained`` looks for what ran out
     return made

@@ -177,7 +177,7 @@ class EchoEngine:
     def load(self) -> Load:
         """Load and progress."""
         running = min(len(self._running), self._slots)
-        return Load(running, len(self._running) - running, self._progress, 0, self._computed)
+        return Load(running, len(self._running) - running, self._progress, computed=self._computed)
 
     def load_adapter(self, name: str, directory: str) -> ServedModel:
         """Serve one more model id."""

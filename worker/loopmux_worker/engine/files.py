@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from loopmux.weightfiles import ADAPTER_CONFIG, MODEL_CONFIG
+
 _BLOCK = 1024 * 1024
 _CONTENT = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "config.json", "adapter_config.json", "tokenizer*",
+    "*.safetensors", "*.safetensors.index.json", "*.bin", MODEL_CONFIG, ADAPTER_CONFIG, "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "*.model",
 )  # fmt: skip
 """Files that decide what a model answers."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from loopmux import modelfolders
 from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.messages import ModelSpec, WorkerSpec
-from loopmux_worker.shortage import in_words
+from loopmux_worker.causes import in_words
 
 
 def check_folders(spec: WorkerSpec) -> None:

@@ -12,36 +12,26 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from loopmux.results import Timing, Usage
-from loopmux_worker.engine.base import Job, Output, Produced, timing_of
-from loopmux_worker.engine.models import Request
+from loopmux.results import Usage
+from loopmux_worker.engine.base import Output, Produced
+from loopmux_worker.engine.models import Running
 from loopmux_worker.engine.sampling import Pick
 
 
 @dataclass(slots=True)
-class Task:
+class Task(Running):
     """A request on its way through ``generate()``.
 
     ``cancelled`` is the one field that two threads use: the engine's sets it, the helper's looks at it between tokens.
     """
 
-    job: Job
-    request: Request
-    arrived: float
     cancelled: threading.Event = field(default_factory=threading.Event)
     pick: Pick | None = None
-    started: float | None = None
-    first: float | None = None
     reported: int = 0  # tokens that ``step`` has returned, prefix included
 
     def usage(self, total: int) -> Usage:
         """Token counts after ``total`` tokens of output."""
         return Usage(len(self.request.prompt), total)
-
-    def timing(self, now: float) -> Timing:
-        """Where the time went, seconds."""
-        tokens = self.request.reader.total - len(self.job.prefix)
-        return timing_of(self.arrived, self.started, self.first, now, tokens)
 
 
 class Choose(LogitsProcessor):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.messages import ModelSpec, WorkerSpec
 from loopmux.modelfolders import adapter_folder
-from loopmux.weightfiles import model_weights, read_json
+from loopmux.weightfiles import MODEL_CONFIG, model_weights, read_json
 from loopmux_worker.engine import files, folders, memory
 from loopmux_worker.engine.templates import check_template, has_template
 
@@ -111,7 +111,7 @@ def check_environment(spec: WorkerSpec, folder: Path) -> None:
         ConfigError: quantisation without bitsandbytes, remote code without permission, a configuration file that this
             transformers would misread.
     """
-    config = read_json(folder / "config.json")
+    config = read_json(folder / MODEL_CONFIG)
     if spec.use_4bit and spec.use_8bit:
         raise ConfigError("use_4bit and use_8bit are both set, expected at most one")
     if (spec.use_4bit or spec.use_8bit) and importlib.util.find_spec("bitsandbytes") is None:

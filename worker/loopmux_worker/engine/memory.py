@@ -3,57 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 from loopmux.errors import ConfigError
 from loopmux.messages import WorkerSpec
+from loopmux.modelfolders import adapter_folder
 from loopmux.weightfiles import tensors
-from loopmux_worker.shortage import in_words, ran_out
+from loopmux_worker.causes import in_words, ran_out
+from loopmux_worker.engine import freed
 
 MIB = 2**20
 STOP_OTHERS = "stop other programs, or raise the limit"
 """What helps where nothing in the configuration does."""
-
-
-_LIBRARY = ctypes.CDLL(None)
-"""The C library: opened here, since opening it takes memory."""
-# glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
-_LARGEST_THRESHOLD = 32 * MIB  # that glibc takes
-_PAD = 64 * MIB
-
-
-def keep_freed() -> None:
-    """Keep the memory that steps free for the next step; does nothing where the C library is not glibc.
-
-    Otherwise every temporary of some size comes fresh from the system, and each of its pages costs a fault: computing
-    512 prompt tokens of a 110 M model took 1.2 times as long. Call it before threads are started.
-    """
-    mallopt = getattr(_LIBRARY, "mallopt", None)
-    if mallopt is None:
-        return
-    mallopt(_M_ARENA_MAX, 1)  # an arena per thread is at most 64 MiB, and keeps nothing that is larger
-    mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_TOP_PAD, _PAD)
-
-
-def give_back_freed() -> None:
-    """Return what is free by now, after loading, say; does nothing where the C library is not glibc."""
-    trim = getattr(_LIBRARY, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _make_room() -> None:
-    """End what ``keep_freed`` began: where little is left, the pad would be asked for with the smallest piece."""
-    mallopt = getattr(_LIBRARY, "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TOP_PAD, 0)
-        give_back_freed()
 
 
 def needed(weights: list[Path], bytes_per_number: int | None) -> int:
@@ -112,7 +75,7 @@ def explained(doing: str, expected: str, instead: str = "") -> Iterator[None]:
         cause = ran_out(error)
         if cause is None:
             raise
-        _make_room()
+        freed.make_room()
         remedy = f"stop other programs, raise the limit, or {instead}" if instead else STOP_OTHERS
         raise OutOfMemory(
             f"out of memory while {doing} ({in_words(cause)}): found {_found()}, expected room for {expected}; {remedy}"
@@ -126,8 +89,12 @@ def loading(spec: WorkerSpec) -> contextlib.AbstractContextManager[None]:
 
 
 def loading_adapter(name: str, directory: str) -> contextlib.AbstractContextManager[None]:
-    """``explained`` for one adapter."""
-    size = _size_of(Path(directory))
+    """``explained`` for one adapter.
+
+    Raises:
+        Unusable: there is no such folder.
+    """
+    size = _size_of(adapter_folder(directory))
     instead = "serve fewer adapters beside each other"
     return explained(f"the adapter {name} was loaded", f"{size / MIB:.1f} MiB of it beside the model", instead)
 

@@ -15,14 +15,15 @@ from loopmux.errors import BadRequestError, EngineError, LoopmuxError
 from loopmux.madefor import other_base
 from loopmux.messages import Generate, LeftOut, ModelSpec, ServedModel, WorkerSpec
 from loopmux.modelfolders import adapter_folder
+from loopmux.results import Timing
+from loopmux_worker.causes import ran_out
 from loopmux_worker.engine import admission, files, folders, memory, templates
 from loopmux_worker.engine.adapterfiles import Adapter
-from loopmux_worker.engine.base import Description, Job
+from loopmux_worker.engine.base import Description, Job, timing_of
 from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, tokenizer_of
 from loopmux_worker.engine.output import Piece, Reader, Reading
 from loopmux_worker.engine.sampling import Sampler, seed_of
 from loopmux_worker.engine.toolparse import CLOSE, OPEN
-from loopmux_worker.shortage import ran_out
 
 _log = structlog.get_logger(__name__)
 
@@ -65,6 +66,22 @@ class Request:
         """Take in the next token."""
         self.sampler.note(token)
         return self.reader.push(token)
+
+
+@dataclass(slots=True)
+class Running:
+    """A request that an engine has taken in: when it came, when it was begun, when its first own token came."""
+
+    job: Job
+    request: Request
+    arrived: float
+    started: float | None = None
+    first: float | None = None
+
+    def timing(self, now: float) -> Timing:
+        """Where the time went, seconds."""
+        tokens = self.request.reader.total - len(self.job.prefix)
+        return timing_of(self.arrived, self.started, self.first, now, tokens)
 
 
 class Models:

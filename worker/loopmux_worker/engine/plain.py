@@ -17,10 +17,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from loopmux.errors import EngineError
 from loopmux.messages import ServedModel, SessionHint
 from loopmux.results import Usage
+from loopmux_worker.causes import DeviceLostError, device_lost
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced, engine_error
 from loopmux_worker.engine.generating import Choose, Read, Task
-from loopmux_worker.engine.lost import DeviceLostError, device_lost
 from loopmux_worker.engine.models import Models
 
 _WAIT = 0.01
@@ -96,7 +96,7 @@ class PlainEngine:
     def load(self) -> Load:
         """Load and progress."""
         running = min(1, len(self._tasks))
-        return Load(running, len(self._tasks) - running, self._progress, 0, self._computed)
+        return Load(running, len(self._tasks) - running, self._progress, computed=self._computed)
 
     def load_adapter(self, name: str, directory: str) -> ServedModel:
         """Load an adapter; waits for the request that runs."""

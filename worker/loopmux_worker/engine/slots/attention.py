@@ -96,7 +96,6 @@ class Memory:
     def __init__(self, rows: int, context: int, device: torch.device) -> None:
         self.rows, self.context, self.device = rows, context, device
         self.gathers = device.type == "cuda"  # whether rows anywhere share a call; see ``_together``
-        self.gathered = 0  # steps that had to
         self.layout: Layout | None = None
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.name = f"loopmux_rows_{next(_NAMES)}"
@@ -128,7 +127,6 @@ class Memory:
             tokens = slice(start, len(rows))
             first, last = members[0].row, members[-1].row
             viewed = last - first == len(members) - 1
-            self.gathered += not viewed
             picked = slice(first, last + 1) if viewed else torch.tensor([s.row for s in members], device=self.device)
             groups.append(Group(picked, count, max(starts) + count, tokens, starts, self.device))
         where = torch.tensor((rows, positions), device=self.device)

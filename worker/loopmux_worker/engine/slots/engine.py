@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 import torch
 
 from loopmux.errors import EngineError, LoopmuxError
 from loopmux.messages import ServedModel, SessionHint
-from loopmux.results import Timing, Usage
+from loopmux.results import Usage
+from loopmux_worker.causes import device_lost, ran_out
 from loopmux_worker.engine.base import (
     Description,
     Failed,
@@ -26,40 +28,27 @@ from loopmux_worker.engine.base import (
     Output,
     Produced,
     engine_error,
-    timing_of,
 )
-from loopmux_worker.engine.lost import device_lost
-from loopmux_worker.engine.models import Models, Request
+from loopmux_worker.engine.models import Models, Running
 from loopmux_worker.engine.sampling import Pick, choose_rows
 from loopmux_worker.engine.slots.forward import Forward
 from loopmux_worker.engine.slots.pace import Pace
 from loopmux_worker.engine.slots.rows import Rows
 from loopmux_worker.engine.slots.schedule import Plan, Scheduler, Segment, Sequence
-from loopmux_worker.shortage import ran_out
 
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
-class Task:
-    """A request on its way: when it came, when its first prompt token and its first own token were computed."""
+class Task(Running):
+    """A request on its way; it starts when its first prompt token is computed."""
 
-    job: Job
-    request: Request
-    sequence: Sequence
-    arrived: float
-    started: float | None = None
-    first: float | None = None
+    sequence: Sequence = field(kw_only=True)
 
     def usage(self) -> Usage:
         """Token counts so far."""
         prompt = len(self.request.prompt)
         return Usage(prompt, self.request.reader.total, min(self.sequence.cached, prompt))
-
-    def timing(self, now: float) -> Timing:
-        """Where the time went, seconds."""
-        tokens = self.request.reader.total - len(self.job.prefix)
-        return timing_of(self.arrived, self.started, self.first, now, tokens)
 
 
 class SlotsEngine:
@@ -82,6 +71,11 @@ class SlotsEngine:
         self._ready: list[Output] = []
         self._progress = self._cached = self._computed = 0
 
+    @property
+    def model(self) -> Any:
+        """What it computes with, for measurements."""
+        return self._models.loaded.model
+
     # --- the interface; see ``Engine`` --------------------------------------------------------------------------------
 
     def describe(self) -> Description:
@@ -101,7 +95,7 @@ class SlotsEngine:
             request.adapter,
             job.run.session,
         )
-        task = self._tasks[job.key] = Task(job, request, sequence, time.monotonic())
+        task = self._tasks[job.key] = Task(job, request, time.monotonic(), sequence=sequence)
         if request.reader.reason is None:
             self._scheduler.add(sequence)
         else:  # the lost attempt had produced the last token already
@@ -116,7 +110,7 @@ class SlotsEngine:
         return task.usage()
 
     def hint(self, hint: SessionHint) -> None:
-        """A session's parked rows are kept until it is expected back, or are the first to go."""
+        """A session's parked rows count more and do not age until it is expected back, or count next to nothing."""
         rows, now = self._scheduler.rows, time.monotonic()
         if hint.state == "done":
             rows.leave(hint.session)
@@ -135,7 +129,7 @@ class SlotsEngine:
     def load(self) -> Load:
         """Load and progress."""
         core = self._scheduler
-        return Load(core.running, core.waiting, self._progress, self._cached, self._computed)
+        return Load(core.running, core.waiting, self._progress, cached=self._cached, computed=self._computed)
 
     def load_adapter(self, name: str, directory: str) -> ServedModel:
         """Load an adapter between two steps."""

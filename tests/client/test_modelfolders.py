@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from launcher.conftest import write_adapter, write_model, write_safetensors
-from loopmux.modelfolders import Adapter, HubModel, adapter, base_model, check_model
+from fakemodels import write_adapter, write_model, write_safetensors
+from loopmux.modelfolders import Adapter, Base, adapter, base_model, check_model
 from loopmux.weightfiles import Unusable
-from loopmux_launcher.document import InvalidConfiguration
-from loopmux_launcher.reader import load
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder with a model ``base`` and an adapter ``lora``."""
+    write_model(tmp_path / "base")
+    write_adapter(tmp_path / "lora")
+    return tmp_path
 
 
 def refused(check: Callable[[], object]) -> Unusable:
@@ -21,28 +27,29 @@ def refused(check: Callable[[], object]) -> Unusable:
 
 def checked(text: str, root: Path, *, pickle: bool = False) -> Path:
     """The folder of a base model, looked into."""
-    folder = base_model(text, root, {})
-    assert isinstance(folder, Path)
+    folder = base_model(text, root, {}).folder
+    assert folder is not None
     check_model(folder, pickle=pickle)
     return folder
 
 
 def test_a_directory_is_taken_relative_to_the_file(models: Path) -> None:
-    assert base_model("./base", models) == models / "base"
-    assert base_model(str(models / "base"), Path("/")) == models / "base"
+    meant = Base(str(models / "base"), models / "base")
+    assert base_model("./base", models) == meant
+    assert base_model(str(models / "base"), Path("/")) == meant
 
 
 def test_a_hub_id_is_taken_with_a_note_unless_it_is_in_the_cache(models: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     found = base_model("org/name-7B.v1", models, {"HF_HUB_CACHE": str(cache)})
-    assert isinstance(found, HubModel)
+    assert found.folder is None
     assert found.name == "org/name-7B.v1"
     assert found.note == (
         f"no directory {models}/org/name-7B.v1, and no org/name-7B.v1 in the hub's cache {cache}: it is taken for a "
         "hub model, and downloaded when its worker starts"
     )
     (cache / "models--org--name-7B.v1").mkdir(parents=True)
-    assert base_model("org/name-7B.v1", models, {"HF_HUB_CACHE": str(cache)}) == HubModel("org/name-7B.v1")
+    assert base_model("org/name-7B.v1", models, {"HF_HUB_CACHE": str(cache)}) == Base("org/name-7B.v1")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +63,6 @@ def test_a_hub_id_is_taken_with_a_note_unless_it_is_in_the_cache(models: Path, t
 )
 def test_where_the_hubs_cache_is(models: Path, variables: dict[str, str], where: str) -> None:
     found = base_model("org/name", models, variables)
-    assert isinstance(found, HubModel)
     assert f"in the hub's cache {where}:" in found.note
 
 
@@ -74,36 +80,12 @@ def test_a_slip_in_the_first_folder_is_no_hub_id_unless_it_is_one(models: Path, 
     assert f"no directory {models}/{text}, and no {text} in the hub's cache" in error.found
     assert error.hint.startswith(f"did you mean {models}/demo/base?")
     (tmp_path / "cache" / f"models--{text.replace('/', '--')}").mkdir(parents=True)
-    assert base_model(text, models, variables) == HubModel(text)
+    assert base_model(text, models, variables) == Base(text)
 
 
 def test_a_slip_in_a_longer_path_gets_a_hint(models: Path) -> None:
     write_model(models / "demo" / "base")
     assert refused(lambda: base_model("./dmo/base", models)).hint == f"did you mean {models}/demo/base?"
-
-
-def test_what_is_found_out_about_a_base_model_is_said_with_its_line(models: Path, write: Callable[[str], Path]) -> None:
-    file = write("models:\n  a:\n    base_model: org/name\n")
-    found = load(file)
-    assert found.models["a"].base_model == "org/name"
-    [note] = found.notes
-    assert note.startswith(f"{file}:3: models.a.base_model: no directory {models}/org/name")
-    write_model(models / "demo" / "base")
-    with pytest.raises(InvalidConfiguration) as caught:
-        load(write("models:\n  a:\n    base_model: demoo/base\n"))
-    assert f"{file}:3: models.a.base_model: found no directory {models}/demoo/base" in str(caught.value)
-    assert f"did you mean {models}/demo/base?" in str(caught.value)
-
-
-def test_an_adapter_that_names_another_base_gets_a_note(models: Path, write: Callable[[str], Path]) -> None:
-    file = write("models:\n  a:\n    base_model: base\n    adapter_dir: lora\n")
-    described = models / "lora" / "adapter_config.json"
-    described.write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
-    assert load(file).notes == ()
-    described.write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/other"}')
-    [note] = load(file).notes
-    assert note.startswith(f"{file}:4: models.a.adapter_dir: {described} names the base 'org/other'")
-    assert f"put on {models / 'base'}" in note
 
 
 @pytest.mark.parametrize("text", ["gpt2", "a/b/c", "/abs/gone", "./org/name", "org/", "~/gone"])
@@ -185,11 +167,8 @@ def test_an_empty_checkpoint_stands_for_its_parent(models: Path) -> None:
     assert adapter("lora/checkpoint-80", models, pickle=False) == Adapter(models / "lora" / "checkpoint-80")
 
 
-def test_a_merged_model_is_loaded_as_a_model(models: Path, write: Callable[[str], Path]) -> None:
+def test_a_merged_model_is_told_from_an_adapter(models: Path) -> None:
     assert adapter("base", models, pickle=False) == Adapter(models / "base", merged=True)
-    found = load(write("models: {a: {adapter_dir: base}, b: {base_model: org/name, adapter_dir: base}}"))
-    assert {(m.base_model, m.adapter_dir) for m in found.models.values()} == {(str(models / "base"), None)}
-    assert any("merged" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("text", ["~nobody-of-this-name/base", "a\0b"])
