@@ -215,6 +215,7 @@ def test_what_counts_as_a_lost_device():
     assert device_lost(outer) is not None
     for other in (NO_MEMORY, NO_WORKSPACE, "CUDA error: invalid configuration argument", "boom"):
         assert device_lost(RuntimeError(other)) is None
+    assert device_lost(BadRequestError("tool_choice: found 'illegal memory access'")) is None, "a request's own words"
 
 
 @pytest.mark.parametrize("kind", ["slots", "plain"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
-from loopmux.errors import EngineError
+from loopmux.errors import EngineError, LoopmuxError
 
 _OUT_OF_MEMORY = (
     "out of memory",
@@ -56,11 +56,18 @@ def ran_out(error: BaseException | None) -> BaseException | None:
 
 
 def device_lost(error: BaseException | None) -> DeviceLostError | None:
-    """The error to end the process with, if one of an error's causes says that the device is lost."""
+    """The error to end the process with, if one of an error's causes says that the device is lost.
+
+    Errors of ours say nothing of a device, but may quote a request, whose words are anybody's.
+    """
     for cause in causes(error):
         if isinstance(cause, DeviceLostError):
             return cause
-        if any(words in str(cause) for words in _LOST):
+        if (
+            isinstance(cause, RuntimeError)
+            and not isinstance(cause, LoopmuxError)
+            and any(words in str(cause) for words in _LOST)
+        ):
             return DeviceLostError(f"the device is lost to this process, which ends: {in_words(cause)}")
     return None
 

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from loopmux_worker.causes import device_lost, ran_out
 from loopmux_worker.engine.base import Key
-from loopmux_worker.engine.lost import device_lost
 from loopmux_worker.engine.slots.attention import Memory, Unsupported
 from loopmux_worker.engine.slots.schedule import Segment
-from loopmux_worker.shortage import ran_out
 
 _TRIED = 24
 """Tokens of the trial."""
