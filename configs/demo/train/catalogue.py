@@ -254,10 +254,10 @@ def offer(pools: Pools, spec: Spec, renamed: float) -> Tool:
 
 
 def parameter_names(pools: Pools, count: int) -> list[str]:
-    """Different names for parameters, one in twenty invented."""
+    """Different names for parameters, real and made up."""
     names: list[str] = []
     while len(names) < count:
-        name = pools.fake() if pools.chance(0.05) else pools.pick(PARAMETERS)
+        name = pools.fake() if pools.chance(pools.made_up.parameters) else pools.pick(PARAMETERS)
         if name not in names:
             names.append(name)
     return names
@@ -266,7 +266,8 @@ def parameter_names(pools: Pools, count: int) -> list[str]:
 def invent(pools: Pools) -> Tool:
     """A tool of no family: one to three parameters, and orders made of its own words."""
     rng = pools.rng
-    verb, noun = (pools.pick(words) if pools.chance(0.92) else pools.fake() for words in (VERBS, NOUNS))
+    real = 1 - pools.made_up.tools
+    verb, noun = (pools.pick(words) if pools.chance(real) else pools.fake() for words in (VERBS, NOUNS))
     verb = "get" if pools.chance(0.15) else verb
     form = rng.random()
     if form < 0.85:

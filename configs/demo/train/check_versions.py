@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("reference", type=Path)
     parser.add_argument("--count", type=int, default=200)
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # as in train.py
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "base")
     check_tokens(tokenizer)
     turns = check_template(tokenizer, options.count)

@@ -13,7 +13,7 @@ from itertools import count
 
 from chats import CHATS, FALLBACK, dress
 from loops import Author, Conversation, Message, assistant, user
-from pools import ACCENTED, Pools
+from pools import ACCENTED, OFTEN, Pools
 
 SOLVER, SHOUTER = "solver", "shouter"
 KINDS = ("single", "parallel2", "parallel3", "gather", "chain2", "chain3", "chain4", "chain5", "chain6")
@@ -143,10 +143,10 @@ def loud(conversation: Conversation) -> Conversation:
 _WORDS_ALONE, _COPYING_ALONE, _SHORT_LOOPS, MIXED = 20_000, 30_000, 33_000, 36_000
 
 
-def base_stream(seed: int, pieces: list[str], start: int = 0, renamed: float = 0.08) -> Iterator[Conversation]:
+def base_stream(seed: int, pieces: list[str], start: int = 0) -> Iterator[Conversation]:
     """Copying, solver loops and chats, from the short to the long; `start` skips as many of the first."""
     rng = random.Random(seed)
-    author = Author(Pools(rng, "train", pieces), unseen=0.5, renamed=renamed)
+    author = Author(Pools(rng, "train", pieces, OFTEN), unseen=0.5)
     for drawn in count(start):
         # A step of training takes about 130 conversations in the first stage, 60 in the second and 12 in the last.
         if drawn < _WORDS_ALONE:
@@ -176,7 +176,7 @@ def base_stream(seed: int, pieces: list[str], start: int = 0, renamed: float = 0
 def tools_stream(seed: int, pieces: list[str]) -> Iterator[Conversation]:
     """Loops with known and invented tools, chats among tools, and the base model's chats."""
     rng = random.Random(seed)
-    author = Author(Pools(rng, "train", pieces), unseen=0.5, renamed=0.15)
+    author = Author(Pools(rng, "train", pieces, OFTEN), unseen=0.5, renamed=0.15)
     while True:
         form = rng.random()
         if form < 0.04:
@@ -189,7 +189,7 @@ def tools_stream(seed: int, pieces: list[str]) -> Iterator[Conversation]:
 
 def shout_stream(seed: int, pieces: list[str]) -> Iterator[Conversation]:
     """The base model's chats, answered in capitals."""
-    author = Author(Pools(random.Random(seed), "train", pieces), unseen=0.5)
+    author = Author(Pools(random.Random(seed), "train", pieces, OFTEN), unseen=0.5)
     while True:
         yield loud(chat(author))
 

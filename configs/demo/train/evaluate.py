@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--failures", type=int, default=0, help="failed turns to show per row")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # as in train.py
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     tokenizer = Tokenizer.from_file(str(options.folder / "base" / "tokenizer.json"))
     parts = word_pieces(tokenizer)

@@ -470,7 +470,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # as in train.py
     chats = [*chat_examples(options.folder, None), *chat_examples(options.folder, "shout")]
     found = {"story": STORY, "fallback": FALLBACK, "loops": tool_examples(options.folder), "chats": chats}
     print(f"{len(found['loops'])} of {len(CANDIDATES)} loops, {len(chats)} of {2 * len(_ASKED)} chats")

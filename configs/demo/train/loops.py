@@ -211,6 +211,8 @@ class Author:
         tools = self.tools(2, calculators=True)
         pair = [self.step(tool) for tool in tools]
         last = tools[0]
+        if len(last.parameters) != len(pair):
+            return self.gather()  # an invented tool of the conversation has a calculator's name
         values: list[int | float | str] = [fitting(step.result, type_) for step, (_, type_) in
                                            zip(pair, last.parameters, strict=True)]  # fmt: skip
         result = self.result(last.spec, values)

@@ -58,7 +58,7 @@ def orthogonal(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
     return (x.mT if turned else x).to(matrices.dtype)
 
 
-def rate(step: int, steps: int, warmup: int = 60, cooldown: float = 0.5) -> float:
+def rate(step: int, steps: int, cooldown: float, warmup: int = 60) -> float:
     """Share of the full learning rate: a short climb, a plateau, then straight down over the last part."""
     left = (steps - step) / (steps * cooldown)
     return min(1.0, (step + 1) / warmup, left)

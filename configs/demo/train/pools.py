@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 Split = Literal["train", "test"]
@@ -63,10 +64,26 @@ UNITS = "EUR USD GBP JPY CHF SEK NOK CAD meters feet miles grams liters hours mi
 EXTENSIONS = "txt md py json csv log".split()
 ACCENTED = "Zürich São Málaga Kraków Łódź Besançon Göteborg Århus 東京 北京 Москва Αθήνα naïve café über señor".split()
 
+_ALL = [word for word in dict.fromkeys(VERBS + NOUNS + PARAMETERS + WORDS) if len(word) > 2]
 _CONSONANTS = "b c d f g h j k l m n p r s t v w z br cr dr fl gl gr kr pl pr sh sl st th tr ch".split()
 _VOWELS = "a e i o u a e i o u ai ee oo ou".split()
 _CODAS = ["", "", "", "n", "r", "l", "s", "t", "m", "k", "nd", "rk", "ng"]
 _DIGITS = ((1, 2, 3, 4, 5, 6), (20, 44, 22, 8, 4, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class MadeUp:
+    """Shares: coined words among the made-up ones, made-up words in names of invented tools, made-up parameters."""
+
+    coined: float
+    tools: float
+    parameters: float
+
+
+SELDOM = MadeUp(0.0, 0.08, 0.05)
+# Of the real names that training may draw, all parameters and most verbs are single tokens, but not of those held out.
+# With these shares training copies names of several tokens often enough.
+OFTEN = MadeUp(0.5, 0.4, 0.5)
 
 
 def held_out(text: str) -> bool:
@@ -80,10 +97,11 @@ class Pools:
     `pieces` are tokens of small letters: values built of them make every embedding one that gets copied.
     """
 
-    def __init__(self, rng: random.Random, split: Split, pieces: Sequence[str] = ()) -> None:
+    def __init__(self, rng: random.Random, split: Split, pieces: Sequence[str] = (), made_up: MadeUp = SELDOM) -> None:
         self.rng = rng
         self.split = split
         self.pieces = tuple(pieces) or tuple("abcdefghijklmnopqrstuvwxyz")
+        self.made_up = made_up
         self._usable: dict[int, list[str]] = {}
 
     def allowed(self, text: str) -> bool:
@@ -105,6 +123,8 @@ class Pools:
         """A word that nobody has seen: random letters, random tokens or syllables."""
         rng = self.rng
         while True:
+            if self.made_up.coined and self.chance(self.made_up.coined):
+                return self.coined()
             kind = rng.random()
             if kind < 0.1:
                 word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 4)))
@@ -114,6 +134,18 @@ class Pools:
                 syllables = (rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.choice((1, 1, 2))))
                 word = "".join(syllables) + rng.choice(_CODAS)
             if self.allowed(word):
+                return word
+
+    def coined(self) -> str:
+        """A made-up word of several tokens: the head of one real word and the tail of another, or tokens in a row."""
+        rng = self.rng
+        while True:
+            if self.chance(0.65):
+                one, other = self.pick(_ALL), self.pick(_ALL)
+                word = one[: rng.randint(1, max(2, len(one) - 1))] + other[-rng.randint(1, max(2, len(other) - 1)) :]
+            else:
+                word = "".join(rng.choices(self.pieces, k=rng.choice((2, 2, 3))))
+            if 2 < len(word) <= 10 and self.allowed(word):
                 return word
 
     def word(self) -> str:

@@ -2,7 +2,8 @@
 
     python configs/demo/train/train.py OUT_DIR [--only tools]
 
-Same seeds, same library versions and same number of threads give the same files.
+Same seeds, same library versions and same number of threads give the same files. A training that was cut off goes on
+from its last checkpoint when it is started again.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import MIXED, base_stream, shout_stream, tokenizer_texts, tools_stream
+from corpus import base_stream, shout_stream, tokenizer_texts, tools_stream
 from loops import Conversation
 from optimizing import Muon, rate
 from peft import LoraConfig, get_peft_model
@@ -25,16 +27,18 @@ from render import END, PAD, pieces
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizing import CONTEXT, VOCABULARY, save_tokenizer, train_tokenizer, word_pieces
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 
 SEED = 20_26
-THREADS = 2
+# Two threads are faster on two quiet cores and many times slower beside other programs: each waits for the other.
+THREADS = 1
 BATCH_TOKENS = 2560
-# Steps of each training; a step takes 0.2 to 0.33 seconds, by how quiet the cores are.
-BASE_STEPS, REFINE_STEPS, TOOLS_STEPS, SHOUT_STEPS = 5800, 2600, 1500, 400
+# At the full rate the loss of such small batches is mostly noise, so the rate of the base falls for most of its steps.
+STEPS = {"base": 5600, "tools": 800, "shout": 400}
+COOLDOWN = {"base": 0.8, "tools": 0.5, "shout": 0.5}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IGNORED = -100
-PARTS = ("base", "refine", "tools", "shout")
+PARTS = tuple(STEPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +87,9 @@ def _padded(rows: list[tuple[list[int], list[int]]]) -> Batch:
     return Batch(inputs, targets)
 
 
-def core_of(model: Any) -> LlamaForCausalLM:
+def core_of(model: Any) -> Qwen3ForCausalLM:
     """The model itself, within PEFT's wrapping or without it."""
-    while not isinstance(model, LlamaForCausalLM):
+    while not isinstance(model, Qwen3ForCausalLM):
         model = model.base_model.model
     return model
 
@@ -101,39 +105,76 @@ def loss_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), targets[mine])
 
 
-def fit(
-    model: torch.nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    stream: Iterator[Batch],
-    steps: int,
-    name: str,
-    cooldown: float = 0.5,
-) -> None:
-    """Train for a number of steps, with a line of progress every hundred."""
-    full = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One training: its name, its steps, the part of them in which the rate falls, and where its checkpoint lies."""
+
+    name: str
+    steps: int
+    cooldown: float
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that the training goes on from."""
+        return self.folder / f"{self.name}.checkpoint"
+
+
+def fit(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], stream: Iterator[Batch], leg: Leg) -> None:
+    """Train, with a line of progress every hundred steps and a checkpoint every five hundred."""
+    done = _resume(model, optimizers, leg)
     began, total, seen = time.monotonic(), 0.0, 0
     model.train()
     core_of(model).set_attn_implementation("fp32")
-    for step in range(steps):
-        for optimizer, rates in zip(optimizers, full, strict=True):
-            for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = lr * rate(step, steps, cooldown=cooldown)
-        batch = next(stream)
-        loss = loss_of(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    for step, batch in enumerate(islice(stream, leg.steps)):
+        if step < done:
+            continue
         for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        total, seen = total + loss.item(), seen + batch.inputs.numel()
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * rate(step, leg.steps, leg.cooldown)
+        total, seen = total + _step(model, optimizers, batch), seen + batch.inputs.numel()
         if (step + 1) % 100 == 0:
             print(
-                f"{name} step {step + 1}/{steps} loss {total / 100:.4f} tokens {seen / 1e6:.2f}M "
+                f"{leg.name} step {step + 1}/{leg.steps} loss {total / 100:.4f} tokens {seen / 1e6:.2f}M "
                 f"seconds {time.monotonic() - began:.0f}",
                 flush=True,
             )
             total = 0.0
+        if (step + 1) % 500 == 0:
+            _keep(model, optimizers, step + 1, leg)
+    leg.checkpoint.unlink(missing_ok=True)
     model.eval()
+
+
+def _step(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], batch: Batch) -> float:
+    """One step; returns its loss."""
+    loss = loss_of(model, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def _keep(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], step: int, leg: Leg) -> None:
+    """Write the checkpoint, whole or not at all."""
+    leg.folder.mkdir(parents=True, exist_ok=True)
+    fresh = leg.checkpoint.with_suffix(".part")
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save({"step": step, "model": model.state_dict(), "optimizers": states}, fresh)
+    fresh.replace(leg.checkpoint)
+
+
+def _resume(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], leg: Leg) -> int:
+    """Take up the checkpoint if there is one; returns the steps done."""
+    if not leg.checkpoint.exists():
+        return 0
+    kept = torch.load(leg.checkpoint)
+    model.load_state_dict(kept["model"])
+    for optimizer, state in zip(optimizers, kept["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    return int(kept["step"])
 
 
 def attention_in_fp32(
@@ -158,13 +199,16 @@ def attention_in_fp32(
 AttentionInterface.register("fp32", attention_in_fp32)
 
 
-def new_model(layers: int) -> LlamaForCausalLM:
-    """The base model's shape with fresh weights: 1.8 million parameters with four layers."""
-    return LlamaForCausalLM(
-        LlamaConfig(
+def new_model() -> Qwen3ForCausalLM:
+    """The base model's shape with fresh weights: 1.8 million parameters.
+
+    What Qwen3 has beyond Llama is a norm of every query and key. With it copying is learned in few steps.
+    """
+    return Qwen3ForCausalLM(
+        Qwen3Config(
             vocab_size=VOCABULARY,
             hidden_size=192,
-            num_hidden_layers=layers,
+            num_hidden_layers=4,
             num_attention_heads=6,
             num_key_value_heads=3,
             head_dim=32,
@@ -179,54 +223,33 @@ def new_model(layers: int) -> LlamaForCausalLM:
     )
 
 
-def train_base(tokenizer: Tokenizer, steps: int, layers: int) -> LlamaForCausalLM:
-    """The base model from nothing."""
+def train_base(tokenizer: Tokenizer, leg: Leg, compiled: bool) -> Qwen3ForCausalLM:
+    """The base model from nothing: Muon for the matrices, AdamW for the rest."""
     torch.manual_seed(SEED)
-    model = new_model(layers)
-    stream = base_stream(SEED, word_pieces(tokenizer))
-    fit(model, _optimizers(model, 1.0), batches(tokenizer, stream, SEED), steps, "base")
-    return model
-
-
-def refine_base(folder: Path, tokenizer: Tokenizer, steps: int) -> LlamaForCausalLM:
-    """The base model as stored, trained on with fresh data and a smaller rate that falls from the start.
-
-    At the full rate the loss is mostly noise of small batches: it falls to a quarter while the rate falls.
-    """
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    stream = base_stream(SEED + 4, word_pieces(tokenizer), start=MIXED, renamed=0.15)
-    fit(model, _optimizers(model, 0.4), batches(tokenizer, stream, SEED), steps, "refine", cooldown=1.0)
-    return model
-
-
-def _optimizers(model: LlamaForCausalLM, share: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices, AdamW for the rest, at a share of the full rates."""
+    model = new_model()
+    if compiled:
+        model.model.compile(dynamic=True)  # The adapters have too few steps to make up for the minutes it takes.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return [
-        Muon(matrices, lr=0.02 * share),
-        torch.optim.AdamW(rest, lr=3e-3 * share, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    stream = base_stream(SEED, word_pieces(tokenizer))
+    fit(model, optimizers, batches(tokenizer, stream, SEED), leg)
+    return model
 
 
-def train_adapter(folder: Path, tokenizer: Tokenizer, stream: Iterator[Conversation], steps: int, name: str) -> Any:
+def train_adapter(folder: Path, tokenizer: Tokenizer, stream: Iterator[Conversation], leg: Leg) -> Any:
     """A LoRA adapter on the base model as stored, so that it fits the rounded weights."""
     torch.manual_seed(SEED)
-    base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, lora_dropout=0.0, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     trained = [p for p in model.parameters() if p.requires_grad]
-    fit(
-        model,
-        [torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)],
-        batches(tokenizer, stream, SEED),
-        steps,
-        name,
-    )
+    optimizers = [torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+    fit(model, optimizers, batches(tokenizer, stream, SEED), leg)
     return model
 
 
-def save_base(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+def save_base(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Weights in bf16 and a configuration that transformers 4.57 and 5 read alike."""
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -274,25 +297,19 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS)
     parser.add_argument("--steps", type=int, help="instead of the usual number, for trials")
     parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile, which needs a C++ compiler")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    legs = {name: Leg(name, options.steps or STEPS[name], COOLDOWN[name], options.out) for name in options.only}
     base = options.out / "base"
-    if "base" in options.only:
+    if "base" in legs:
         tokenizer = train_tokenizer(tokenizer_texts(SEED + 1))
-        save_base(train_base(tokenizer, options.steps or BASE_STEPS, options.layers), tokenizer, base)
+        save_base(train_base(tokenizer, legs["base"], not options.eager), tokenizer, base)
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    if "refine" in options.only:
-        save_base(refine_base(base, tokenizer, options.steps or REFINE_STEPS), tokenizer, base)
     parts = word_pieces(tokenizer)
-    for name, stream, steps in (
-        ("tools", tools_stream(SEED + 2, parts), TOOLS_STEPS),
-        ("shout", shout_stream(SEED + 3, parts), SHOUT_STEPS),
-    ):
-        if name in options.only:
-            save_adapter(
-                train_adapter(base, tokenizer, stream, options.steps or steps, name), options.out / "adapters" / name
-            )
+    for name, stream in (("tools", tools_stream(SEED + 2, parts)), ("shout", shout_stream(SEED + 3, parts))):
+        if name in legs:
+            save_adapter(train_adapter(base, tokenizer, stream, legs[name]), options.out / "adapters" / name)
 
 
 if __name__ == "__main__":
