@@ -75,6 +75,8 @@ def device_lost(error: BaseException | None) -> DeviceLostError | None:
 def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
+    if isinstance(error, SystemError):  # what CPython says where there is no memory even for the exception
+        return "without setting an exception" in str(error)
     return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
