@@ -26,7 +26,11 @@ import loopmux
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "What is a broker?"
-LOOP_PROMPT = "add 12 and 30, then multiply the result by 2"
+LONG_PROMPT = (
+    "Add 12 and 30, then multiply the result by 2, then subtract 14 from the result, then add the result and 25, then "
+    "multiply the result by 3, then subtract 60 from the result."
+)
+SHORT_PROMPTS = ("add 12 and 30, then multiply the result by 2", "add 7 and 8, then multiply the result by 3")
 START_LIMIT = 900.0
 """Seconds to wait for the stack: a first start downloads and installs torch."""
 CALLS = 5
@@ -36,6 +40,11 @@ CALLS = 5
 def add(a: int, b: int) -> int:
     """Add two whole numbers."""
     return a + b
+
+
+def subtract(a: int, b: int) -> int:
+    """Subtract b from a."""
+    return a - b
 
 
 def multiply(a: int, b: int) -> int:
@@ -101,17 +110,17 @@ def show_streams(client: loopmux.Client) -> None:
         print(f"\n{'':10}{len(result.token_ids)} tokens, first after {waited:.0f} ms, {took:.2f} s, on {result.worker}")
 
 
-def run_loop(client: loopmux.Client, prompt: str = LOOP_PROMPT) -> tuple[loopmux.ToolLoopResult, float]:
+def run_loop(client: loopmux.Client, prompt: str) -> tuple[loopmux.ToolLoopResult, float]:
     """One whole tool loop and the seconds it took."""
     started = time.perf_counter()
-    outcome = client.run_tools(prompt, model="tools", tools=[add, multiply], temperature=0)
+    outcome = client.run_tools(prompt, model="tools", tools=[add, multiply, subtract], temperature=0)
     return outcome, time.perf_counter() - started
 
 
 def show_loop(client: loopmux.Client) -> None:
     """One loop with its calls and results."""
-    outcome, took = run_loop(client)
-    print(f"  user:      {LOOP_PROMPT}")
+    outcome, took = run_loop(client, LONG_PROMPT)
+    print(f"  user:      {LONG_PROMPT}")
     for entry in outcome.tool_log:
         arguments = ", ".join(f"{k}={v}" for k, v in entry["args"].items())
         print(f"  call:      {entry['tool']}({arguments}) → {entry['result']}")
@@ -124,12 +133,11 @@ def show_loop(client: loopmux.Client) -> None:
 
 def show_two_loops(client: loopmux.Client) -> float:
     """Two loops at once; returns the seconds both took together."""
-    prompts = (LOOP_PROMPT, "add 7 and 8, then multiply the result by 3")
     started = time.perf_counter()
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        outcomes = list(pool.map(lambda p: run_loop(client, p), prompts))
+    with ThreadPoolExecutor(len(SHORT_PROMPTS)) as pool:
+        outcomes = list(pool.map(lambda prompt: run_loop(client, prompt), SHORT_PROMPTS))
     both = time.perf_counter() - started
-    for prompt, (outcome, took) in zip(prompts, outcomes, strict=True):
+    for prompt, (outcome, took) in zip(SHORT_PROMPTS, outcomes, strict=True):
         print(f"  {prompt!r}: {outcome.text}  ({outcome.turns} turns, {took:.2f} s)")
     for worker in client.status().workers:
         if "tools" in worker.models:
@@ -180,7 +188,7 @@ def main() -> int:
             with loopmux.Client(endpoint) as client:
                 title(f"2. One question, three models, one base: {QUESTION}")
                 show_streams(client)
-                title("3. One tool loop")
+                title("3. One tool loop of six calls")
                 show_loop(client)
                 title("4. Two tool loops at once, two workers")
                 both = show_two_loops(client)
