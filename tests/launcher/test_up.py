@@ -72,6 +72,7 @@ def test_it_says_what_starts_and_serves(up: Program, config: Path, endpoint: str
     with loopmux.Client(endpoint) as client:
         assert client.generate("hello", model="echo").text
         wait_for(lambda: client.status().launchers, "the launcher to have joined the broker")
+        wait_for(lambda: len(client.status().workers) == 2, "both workers to have joined it")
         status = client.status()
     assert {w.name for w in status.workers} == {"echo-1", "echo-2"}
     assert pid in {w.pid for w in status.workers}
