@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loopmux.errors import BadRequestError
+from loopmux.errors import BadRequestError, ConfigError, LoopmuxError
 from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
 
 DEFAULT_TIMEOUT = 600.0
@@ -21,6 +21,9 @@ TOKEN_LIMIT = 2**32
 """Token ids are below: they travel as unsigned 32-bit numbers. Each model's own limit is its vocabulary."""
 PRIORITY_LIMIT = 100
 """Priorities go from -100 to 100: at the broker's 30 s a step, more than an hour's head start is never meant."""
+
+FEWEST_TOKENS = 2
+"""Of a context: one of a prompt and one of an answer."""
 
 # --- the connection ---------------------------------------------------------------------------------------------------
 
@@ -196,11 +199,19 @@ class Generate:
         self.sampling.check()
 
 
-def _in_range(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
+def _in_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    *,
+    above_low: bool = False,
+    error: type[LoopmuxError] = BadRequestError,
+) -> None:
     fits = (low < value if above_low else low <= value) and value <= high  # false for NaN
     if not fits:
         bounds = f"above {low} and at most {high}" if above_low else f"from {low} to {high}"
-        raise BadRequestError(f"{name}: found {value}, expected a value {bounds}")
+        raise error(f"{name}: found {value}, expected a value {bounds}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,6 +442,7 @@ class WorkerSpec:
         base_model: directory or hub id; None only for the echo engine.
         slots: requests at once; None lets the engine choose.
         context: tokens of prompt and answer together; None takes the model's own.
+        kv_cache_gib: GiB for attention state; None takes a share of what is free.
         echo: settings of the echo engine: ``rate`` (tokens per second, 0 as fast as possible), ``tokens``.
     """
 
@@ -450,3 +462,22 @@ class WorkerSpec:
     trust_remote_code: bool = False
     allow_pickle_weights: bool = False
     echo: dict[str, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse what no worker could serve.
+
+        Raises:
+            ConfigError: naming the worker, the field, what was found and what was expected.
+        """
+        who = f"worker {self.name!r}: "
+        if not self.models:
+            raise ConfigError(f"{who}models: found none, expected at least one")
+        names = [model.id for model in self.models]
+        doubled = [name for i, name in enumerate(names) if name in names[:i]]
+        if doubled:
+            raise ConfigError(f"{who}models: found the id {doubled[0]!r} twice, expected different ones")
+        for key, low in (("slots", 1), ("context", FEWEST_TOKENS), ("torch_threads", 1)):
+            if (value := getattr(self, key)) is not None:
+                _in_range(who + key, value, low, 2**31 - 1, error=ConfigError)
+        if self.kv_cache_gib is not None:
+            _in_range(f"{who}kv_cache_gib", self.kv_cache_gib, 0, 2**20, above_low=True, error=ConfigError)

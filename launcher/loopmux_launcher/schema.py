@@ -12,6 +12,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from loopmux.messages import FEWEST_TOKENS
+
 
 def key(
     default: Any,
@@ -86,7 +88,7 @@ class ModelEntry:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "Number format of the weights.")
     device: str = key("auto", "auto, cpu, mps, cuda or cuda:N.", pattern=r"auto|cpu|mps|cuda(:\d+)?")
     slots: int | Literal["auto"] | None = key(None, "Requests that a process runs at once.", minimum=1)
-    context: int | Literal["auto"] | None = key(None, "Tokens of prompt and answer together.", minimum=1)
+    context: int | Literal["auto"] | None = key(None, "Tokens of prompt and answer together.", minimum=FEWEST_TOKENS)
     kv_cache_gib: float | Literal["auto"] | None = key(None, "Memory for attention state, GiB.", above=0)
     torch_threads: int | Literal["auto"] | None = key(
         None, "Threads of one process; auto shares the cores between the processes.", minimum=1

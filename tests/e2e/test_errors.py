@@ -20,6 +20,7 @@ from e2e import stacks
 from e2e.conftest import DEMO, ROOT
 from loopmux.toolserver import ToolServer
 from processes import running
+from tightmemory import write_heavy
 
 BROKEN = """
 models:
@@ -166,7 +167,7 @@ environments:
   tight: {{path: "{python}"}}
 models:
   echo: {{engine: echo}}
-  default: {{base_model: "{demo}/base", environment: tight, torch_threads: 1}}
+  default: {{base_model: "{base}", environment: tight, torch_threads: 1}}
 """
 
 
@@ -180,12 +181,13 @@ def test_a_worker_that_runs_out_of_memory_while_it_loads(home: Path, tmp_path: P
     )
     python.chmod(0o755)
     config = tmp_path / "llm_backends.yaml"
-    config.write_text(TIGHT.format(python=python, demo=DEMO))
+    config.write_text(TIGHT.format(python=python, base=tmp_path / "heavy"))
+    write_heavy(tmp_path / "heavy")
     stack = stacks.start(config, home, folder=home / "tight")
     try:
         assert "echo; without default, which failed" in stack.lines[-1]
-        [said] = [line for line in stack.lines if "default-1: out of memory" in line]
-        assert f"while {DEMO}/base was loaded" in said
+        said = "\n".join(stack.lines)
+        assert f"default-1: out of memory while {tmp_path}/heavy was loaded" in said
         with loopmux.Client(stack.endpoint) as client:
             with pytest.raises(loopmux.EngineError, match=r"out of memory while .* choose a smaller dtype"):
                 client.generate("x", model="default", timeout=20)

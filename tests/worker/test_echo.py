@@ -213,7 +213,7 @@ def test_the_engine_is_chosen_by_the_specification():
     assert isinstance(open_engine(WorkerSpec("w", "", MODELS, engine="echo"), lambda *_: None), EchoEngine)
     for spec, reason in [
         (WorkerSpec("w", "", MODELS, engine="slots"), "base_model is missing"),
-        (WorkerSpec("w", "", (), engine="echo"), "models is empty"),
+        (WorkerSpec("w", "", (), engine="echo"), "models: found none"),
         (WorkerSpec("w", "", (ModelSpec("a"), ModelSpec("a")), engine="echo"), "twice"),
     ]:
         with pytest.raises(ConfigError, match=reason):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from loopmux_worker.engine import adapterfiles, memory, open_engine
 from loopmux_worker.engine.base import engine_error
 from loopmux_worker.engine.echo import EchoEngine
 from loopmux_worker.server import Worker
+from tightmemory import write_heavy
 
 TESTS = Path(__file__).parents[1]
 DEMO = TESTS.parent / "configs" / "demo"
@@ -89,7 +91,7 @@ def test_a_worker_that_never_ran_can_be_closed(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "doing", "expected", "instead"),
     [
-        ("imported", f"{DEMO}/base was loaded", "3 MiB of weights beside torch",
+        ("imported", "/heavy was loaded", "73 MiB of weights beside torch",
          ", raise the limit, or choose a smaller dtype or a smaller model"),
         ("bare", "torch and transformers were imported", "these libraries", ", or raise the limit"),
         ("roomy", "a first token was computed", "1536 MiB of attention state (1024 rows of 1024 tokens)",
@@ -97,17 +99,19 @@ def test_a_worker_that_never_ran_can_be_closed(tmp_path):
     ],
 )  # fmt: skip
 def test_a_real_worker_that_runs_out_of_memory_says_so(stage, doing, expected, instead, tmp_path):
-    models = (ModelSpec("default"), ModelSpec("shout", str(DEMO / "adapters" / "shout")))
-    spec = {"name": "w", "endpoint": f"ipc://{tmp_path}/b", "base_model": str(DEMO / "base"), "torch_threads": 1}
-    spec |= {"slots": 256, "kv_cache_gib": 2.0}
-    spec["models"] = [{"id": m.id, "adapter_dir": m.adapter_dir} for m in models]
+    base, models = DEMO / "base", [{"id": "default"}, {"id": "shout", "adapter_dir": str(DEMO / "adapters" / "shout")}]
+    if stage == "imported":
+        base, models = tmp_path / "heavy", [{"id": "default"}]
+        write_heavy(base)
+    spec = {"name": "w", "endpoint": f"ipc://{tmp_path}/b", "base_model": str(base), "models": models}
+    spec |= {"slots": 256, "kv_cache_gib": 2.0, "torch_threads": 1}
     done = subprocess.run(
         [sys.executable, str(TESTS / "tightmemory.py"), stage, "--spec", "-"],
         input=json.dumps(spec), capture_output=True, text=True, timeout=110,
     )  # fmt: skip
     assert done.returncode == 78, done.stderr
     last = done.stderr.splitlines()[-1]  # before it, the engine's own log tells of the step that failed
-    assert last.startswith(f"loopmux-worker: error: out of memory while {doing} (")
+    assert re.match(rf"loopmux-worker: error: out of memory while \S*{doing} \(", last), last
     if stage != "roomy":
         assert done.stderr.splitlines() == [last]
     told = json.loads(done.stdout.splitlines()[-1])

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from loopmux.errors import ConfigError
 from loopmux.messages import WorkerSpec
 from loopmux_worker.engine.base import Engine
 
@@ -21,11 +20,7 @@ def open_engine(spec: WorkerSpec, progress: Callable[[str, str], None]) -> Engin
     Raises:
         ConfigError: something in it cannot be served; it says what was found, what was expected and what to do.
     """
-    if not spec.models:
-        raise ConfigError(f"worker {spec.name!r}: models is empty, expected at least one")
-    doubled = [m.id for i, m in enumerate(spec.models) if m.id in {other.id for other in spec.models[:i]}]
-    if doubled:
-        raise ConfigError(f"worker {spec.name!r}: the model id {doubled[0]!r} is given twice")
+    spec.check()
     match spec.engine:
         case "echo":
             from loopmux_worker.engine.echo import EchoEngine

@@ -8,7 +8,7 @@ import transformers
 from loopmux.errors import ConfigError
 from loopmux.messages import Generate, Run, Sampling, WorkerSpec
 from loopmux.wire import new_id, pack_tokens
-from loopmux_worker.engine import adapterfiles, memory
+from loopmux_worker.engine import adapterfiles, freed, memory
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Engine, Failed, Job, Key
 from loopmux_worker.engine.loading import Loaded, Progress, load
@@ -98,12 +98,13 @@ def _pack(loaded: Loaded) -> bool:
 def _sized(spec: WorkerSpec, loaded: Loaded, token_bytes: int) -> Size:
     """Rows for the memory that is there; a context that has to be shorter for it is noted."""
     on_gpu = loaded.device.type == "cuda"
+    freed.give_back()  # what loading left behind is free, too
     if on_gpu:
-        torch.cuda.empty_cache()  # what loading left behind is free, too
+        torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(loaded.device)[0] if on_gpu else memory.available()
     found = size(
         token_bytes,
-        2**30 if free is None else free,
+        free,
         model_context=loaded.context,
         context=spec.context,
         most=spec.slots,

@@ -15,6 +15,8 @@ _PARKED = 3
 _FEWEST = 4
 """Rows that are worth a shorter context where the context was not asked for."""
 _GIB = 2**30
+_UNKNOWN = 2**30
+"""Bytes that are taken to be free where the system does not tell."""
 _SHARE = 0.3
 """Of the memory that is free after loading, where no budget is given."""
 _SHARE_OF_GPU = 0.85
@@ -31,7 +33,7 @@ class Size(NamedTuple):
 
 def size(
     token: int,
-    free: int,
+    free: int | None,
     *,
     model_context: int,
     context: int | None,
@@ -43,7 +45,7 @@ def size(
 
     Args:
         token: bytes of one token's keys and values in all layers.
-        free: bytes that are free once the model is loaded.
+        free: bytes that are free once the model is loaded, None where nobody knows.
         model_context: tokens that the model was made for.
         context: tokens of a row, if somebody asked for a number.
         most: requests at once, if somebody asked for a number.
@@ -51,9 +53,12 @@ def size(
         on_gpu: whether it is the memory of a GPU.
 
     Raises:
-        ConfigError: not one row fits, or fewer than the requests at once that were asked for.
+        ConfigError: not one row fits, fewer than the requests at once that were asked for, or more than is free.
     """
-    budget = int(gib * _GIB) if gib is not None else int(free * (_SHARE_OF_GPU if on_gpu else _SHARE))
+    if gib is not None:
+        budget = int(gib * _GIB)
+    else:
+        budget = int((_UNKNOWN if free is None else free) * (_SHARE_OF_GPU if on_gpu else _SHARE))
     tokens = budget // token
     length = context or min(model_context, max(tokens // (most or _FEWEST), 1))
     rows = tokens // length
@@ -63,4 +68,12 @@ def size(
             f"expected room for {max(1, most or 1)}: raise kv_cache_gib, or lower context or slots"
         )
     wanted = most or (MOST_ON_GPU if on_gpu else MOST)
-    return Size(min(rows, wanted * (1 + _PARKED)), length, min(wanted, rows))
+    found = Size(min(rows, wanted * (1 + _PARKED)), length, min(wanted, rows))
+    taken = found.rows * length * token
+    if free is not None and taken > free:
+        raise ConfigError(
+            f"kv_cache_gib: {found.rows} rows of {length} tokens take {taken / _GIB:.2f} GiB; expected at most the "
+            f"{free / _GIB:.2f} GiB that are free once the model is loaded: lower kv_cache_gib, slots or context, or "
+            "stop other programs"
+        )
+    return found
