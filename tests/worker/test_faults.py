@@ -155,6 +155,49 @@ def test_a_request_that_is_too_large_by_itself_fails_with_the_reason(engine, ans
     assert "out of memory" in ends[1].error.message
 
 
+@pytest.mark.parametrize("error", [RuntimeError("boom"), torch.OutOfMemoryError(NO_MEMORY)], ids=["error", "memory"])
+@pytest.mark.parametrize("beside", [True, False], ids=["beside others", "alone"])
+def test_a_copy_that_always_fails_costs_computing_and_nobody_the_answer(engine, answers, monkeypatch, error, beside):
+    beginning = PROMPTS[3][:30]
+    copies = []
+
+    def fail(given):
+        copies.extend(given)
+        if given:
+            raise error
+
+    monkeypatch.setattr(engine._memory, "copy", fail)
+    prompts = [[*beginning, n] for n in range(3)]
+    expected = [run(engine, [job(prompt)])[0][0] for prompt in prompts]
+    assert len(copies) == 2, "they begin as the first, which was kept"
+    for row in range(len(engine._scheduler.rows)):
+        engine._scheduler.rows.drop(row)
+    run(engine, [job(prompts[0])])
+    running = job(PROMPTS[0])
+    if beside:
+        engine.submit(running)
+        outputs = engine.step()
+    tokens, ends = run(engine, [job(prompt) for prompt in prompts[1:]])
+    assert len(copies) == 4
+    assert tokens == expected[1:]
+    assert [end.usage.cached_tokens for end in ends] == [0, 0]
+    if beside:
+        assert outputs
+        assert running.key not in engine._tasks
+
+
+def test_a_copy_on_a_lost_device_ends_the_engine(engine, monkeypatch):
+    def lose(given):
+        if given:
+            raise torch.AcceleratorError(ASSERTED)
+
+    monkeypatch.setattr(engine._memory, "copy", lose)
+    run(engine, [job(PROMPTS[3])])
+    engine.submit(job([*PROMPTS[3][:30], 1]))
+    with pytest.raises(DeviceLostError):
+        drain(engine)
+
+
 def test_weights_that_are_no_numbers_fail_their_requests_with_the_reason_and_the_engine_goes_on(tiny_model, answers):
     engine = opened(tiny_model)
     adapters = engine._models._adapters

@@ -300,10 +300,37 @@ def test_copies_that_could_not_be_made_send_their_requests_back():
     core.add(sequence(3, [3] * 5))
     copies = core.admit(512, 0.0)
     assert copies == [Copy(0, 1, 100)]
-    core.undo(copies)
+    core.undo(copies, short=False)
     assert core.waiting == 1
     copies, segments = run(core)
-    assert [s[0] for s in segments] == [1, 2, 3] or [s[0] for s in segments] == [1, 3, 2]
+    assert copies == []
+    assert segments == [(1, 100, 1, True), (3, 0, 5, True), (2, 0, 101, True)]
+    assert core[key(2)].cached == 0
+
+
+def test_copies_that_memory_is_too_short_for_wait_until_somebody_ended():
+    core = scheduler()
+    core.add(sequence(1, LONG))
+    run(core)
+    core.add(sequence(2, [*LONG, 2]))
+    core.add(sequence(3, [3] * 5))
+    core.undo(core.admit(512, 0.0), short=True)
+    for _ in range(3):
+        assert {s[0] for s in run(core)[1]} == {1, 3}
+    core.remove(key(3), 1.0)
+    assert run(core) == ([], [(1, 103, 1, True), (2, 0, 101, True)])
+
+
+def test_copies_that_memory_is_too_short_for_are_not_waited_with_where_nobody_runs():
+    core = scheduler()
+    core.add(sequence(1, LONG, session="one"))
+    run(core)
+    core.remove(key(1), 1.0)
+    core.add(sequence(2, [*LONG[:50], 2], session="two"))
+    copies = core.admit(512, 2.0)
+    assert copies == [Copy(0, 1, 50)]
+    core.undo(copies, short=True)
+    assert run(core, now=2.0) == ([], [(2, 0, 51, True)])
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -330,7 +357,7 @@ def test_whatever_happens_every_token_is_computed_once_in_order_over_a_true_hist
         budget = rng.choice((8, 16, 64))
         copies = core.admit(budget, float(turn))
         if copies and rng.random() < 0.1:
-            core.undo(copies)
+            core.undo(copies, short=rng.random() < 0.5)
             continue
         for copy in copies:
             cells[copy.target][: copy.length] = cells[copy.source][: copy.length]

@@ -33,7 +33,7 @@ from loopmux_worker.engine.models import Models, Running
 from loopmux_worker.engine.sampling import Pick, choose_rows
 from loopmux_worker.engine.slots.forward import Forward
 from loopmux_worker.engine.slots.pace import Pace
-from loopmux_worker.engine.slots.rows import Rows
+from loopmux_worker.engine.slots.rows import Copy, Rows
 from loopmux_worker.engine.slots.schedule import Plan, Scheduler, Segment, Sequence
 
 _log = structlog.get_logger(__name__)
@@ -153,17 +153,16 @@ class SlotsEngine:
         began = time.monotonic()
         decoding = self._scheduler.decoding
         budget = self._pace.budget(decoding, self._scheduler.beginning)
-        plan = Plan()
         copies = self._scheduler.admit(budget, began)
         try:
             self._memory.copy(copies)
-            copies = []
-            plan = self._scheduler.plan(budget)
+        except Exception as error:  # noqa: BLE001 - what cannot be copied can be computed
+            self._not_copied(copies, error)
+            return []
+        plan = self._scheduler.plan(budget)
+        try:
             picks = self._compute(plan)
-        except Exception as error:
-            self._scheduler.undo(copies)
-            if not plan.segments:
-                raise  # no request's fault
+        except Exception as error:  # noqa: BLE001 - somebody's fault, or nobody's: see there
             return self._failed(plan, error)
         now = time.monotonic()
         if self._progress:  # the very first step warms everything, and says nothing of those to come
@@ -237,17 +236,19 @@ class SlotsEngine:
         del self._tasks[task.job.key]
         return Failed(task.job.key, task.request.reader.total, error, task.usage())
 
+    def _not_copied(self, copies: list[Copy], error: Exception) -> None:
+        """Rows could not be copied: who was to get them waits again, and computes its beginning itself."""
+        short = self._ran_out(error)
+        self._scheduler.undo(copies, short=short)
+        _log.warning("copying attention state failed, it is computed", copies=len(copies), exc_info=error)
+
     def _failed(self, plan: Plan, error: Exception) -> list[Output]:
         """The step raised: short memory costs the youngest its row, anything else is put down to who was alone.
 
         Raises:
             DeviceLostError: no step will ever succeed.
         """
-        if (lost := device_lost(error)) is not None:
-            raise lost from error
-        if ran_out(error):
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        if self._ran_out(error):
             preempted = self._scheduler.preempt()
             if preempted is not None:
                 _log.warning("out of memory, a request waits again", request=preempted.request.hex())
@@ -255,3 +256,16 @@ class SlotsEngine:
         guilty = self._scheduler.failed(plan)
         _log.exception("step failed", requests=len(plan.segments), tokens=plan.tokens, alone=guilty is not None)
         return [] if guilty is None else [self._fail(self._tasks[guilty], engine_error("the engine", error))]
+
+    def _ran_out(self, error: Exception) -> bool:
+        """Whether a step raised for want of memory; then what is kept for the next one is given back.
+
+        Raises:
+            DeviceLostError: no step will ever succeed.
+        """
+        if (lost := device_lost(error)) is not None:
+            raise lost from error
+        short = ran_out(error) is not None
+        if short and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return short

@@ -28,8 +28,9 @@ class Sequence:
     session: str | None = None
     row: int | None = None
     computed: int = 0
-    cached: int = 0  # of its tokens, found when it got its first row
-    admitted: bool = False  # ever
+    cached: int = 0  # of its tokens, found when it was first computed
+    begun: bool = False
+    afresh: bool = False  # whatever others know of its beginning is not copied
     strikes: int = 0
     alone: bool = False
 
@@ -123,17 +124,16 @@ class Scheduler:
         pending = sum(sequence.lacks for sequence in self._running.values() if sequence.lacks > 1)
         while self._waiting and len(self._running) < self._allowed and pending < budget:
             sequence = self._waiting[0]
-            if self._comes_soon(sequence):
+            if not sequence.afresh and self._comes_soon(sequence):
                 break
-            taken = self.rows.take(sequence.tokens, sequence.identity, sequence.session, now)
+            known = [] if sequence.afresh else sequence.tokens
+            taken = self.rows.take(known, sequence.identity, sequence.session, now)
             if taken is None:
                 break
             row, copy = taken
             self._waiting.pop(0)
             self._running[sequence.key] = sequence
             sequence.row, sequence.computed = row.index, row.filled
-            if not sequence.admitted:
-                sequence.admitted, sequence.cached = True, row.filled
             pending += sequence.lacks
             if copy is not None:
                 copies.append(copy)
@@ -180,6 +180,8 @@ class Scheduler:
         for segment in plan.segments:
             sequence = self._running.get(segment.key)
             if sequence is not None:
+                if not sequence.begun:
+                    sequence.begun, sequence.cached = True, segment.start
                 sequence.computed = segment.start + segment.count
                 self._note(sequence)
                 if sequence.alone and sequence.strikes < _TRUST:
@@ -223,16 +225,22 @@ class Scheduler:
         self._waiting.insert(0, sequence)
         return key
 
-    def undo(self, copies: Iterable[Copy]) -> None:
-        """Copies could not be made: their sequences wait again, in front, in their order."""
+    def undo(self, copies: Iterable[Copy], *, short: bool) -> None:
+        """Copies could not be made: their sequences wait again, in front, in their order, and will do without.
+
+        So no copy fails a sequence, and none is tried for ever. With ``short`` memory nobody takes the place of a
+        running sequence before one has ended.
+        """
         targets = {copy.target for copy in copies}
         back = [s for s in self._running.values() if s.row in targets]
         for sequence in reversed(back):
             assert sequence.row is not None
             self.rows.drop(sequence.row)
             del self._running[sequence.key]
-            sequence.row, sequence.computed = None, 0
+            sequence.row, sequence.computed, sequence.afresh = None, 0, True
             self._waiting.insert(0, sequence)
+        if short and self._running:
+            self._allowed = len(self._running)
 
     def remove(self, key: Key, now: float, *, park: bool = True) -> None:
         """A sequence ended or was cancelled; its row is kept for a return unless its state is no good."""
