@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from loopmux.messages import ModelSpec, WorkerSpec
+from loopmux_worker.engine import open_engine, opening
 from loopmux_worker.engine.slots import linears
 from loopmux_worker.engine.slots.linears import JoinedLinear, PackedLinear, alike, can_pack, pack
 
@@ -144,3 +146,29 @@ def test_a_torch_without_these_operators_packs_nothing(monkeypatch):
 
     monkeypatch.setattr(linears, "packed", missing)
     assert pack(llama()) == 0
+
+
+@needs[torch.float32]
+@pytest.mark.parametrize("damage", [False, True], ids=["right", "wrong"])
+def test_a_packed_model_has_to_give_the_logits_of_the_plain_one(tiny_model, monkeypatch, damage):
+    """Its own forward would prove nothing: it is packed just the same."""
+    whole = opening.pack
+
+    def damaged(model, together):
+        count = whole(model, together)
+        layer = next(module for module in model.modules() if isinstance(module, PackedLinear))
+        layer.bias = 3 * torch.ones(layer.out_features)
+        return count
+
+    if damage:
+        monkeypatch.setattr(opening, "pack", damaged)
+    spec = WorkerSpec("w", "", (ModelSpec("m"),), str(tiny_model.base), dtype="float32", torch_threads=1)
+    engine = open_engine(spec, lambda *_: None)
+    described = engine.describe()
+    kinds = {type(module) for module in engine.model.modules()}
+    engine.close()
+    assert described.engine == "slots"
+    assert (PackedLinear in kinds, nn.Linear in kinds) == (not damage, damage)
+    notes = [note for note in described.report["notes"] if "not packed" in note]
+    assert bool(notes) == damage
+    assert not damage or "gives other logits" in notes[0]

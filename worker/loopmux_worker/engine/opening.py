@@ -32,17 +32,17 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
     with memory.loading(spec):
         loaded = load(spec, progress)
         trial = Trial("configured", 0) if spec.engine == "plain" else _try(spec, loaded)
-        packed = trial.why_not is None and loaded.device.type == "cpu" and _pack(loaded)
-        if packed:
-            trial = _try_rows(loaded)
     if spec.engine == "slots" and trial.why_not is not None:
         raise ConfigError(
             f"engine: found slots, but {trial.why_not}; use auto or plain, which takes one request at a time"
         )
-    if packed and trial.why_not is not None:
-        del loaded  # packing cannot be undone, and both would need twice the memory
+    if trial.why_not is None and loaded.device.type == "cpu":
         with memory.loading(spec):
-            loaded = load(spec, progress)
+            packed = _try_rows(loaded, trial) if _pack(loaded) else trial
+            if packed.why_not is not None:
+                del loaded  # packing cannot be undone, and both would need twice the memory
+                loaded = load(spec, progress)
+                loaded.notes.append(f"its weights are not packed, which is slower: packed, {packed.why_not}")
     if trial.why_not is None:
         adapters = MixedAdapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
         why = "configured" if spec.engine == "slots" else "the model and every adapter can share a forward"
@@ -87,8 +87,10 @@ def _try(spec: WorkerSpec, loaded: Loaded) -> Trial:
     return _try_rows(loaded)
 
 
-def _try_rows(loaded: Loaded) -> Trial:
-    return try_rows(loaded.model, MixedAdapters(loaded.model), loaded.device, loaded.vocabulary)
+def _try_rows(loaded: Loaded, before: Trial | None = None) -> Trial:
+    """Try the model; if it was tried ``before`` it was changed, its logits have to be what they were then."""
+    plain = before.plain if before else ()
+    return try_rows(loaded.model, MixedAdapters(loaded.model), loaded.device, loaded.vocabulary, plain)
 
 
 def _pack(loaded: Loaded) -> bool:
