@@ -52,7 +52,7 @@ class Group:
     tokens: slice
     starts: tuple[int, ...]  # position of the first token of each segment
     device: torch.device
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)  # by all that layers may differ in
 
     def causal(self, window: int | None) -> bool:
         """Whether it is one sequence from its beginning, so that the order of the tokens says what each sees."""
@@ -60,9 +60,10 @@ class Group:
 
     def mask(self, window: int | None, folded: int, dtype: torch.dtype) -> Tensor | None:
         """0 for what each query sees, else -inf: (segments, 1, folded * count, length); None where it is everything."""
-        if window not in self.masks:
-            self.masks[window] = self._mask(window, folded, dtype)
-        return self.masks[window]
+        kind = window, folded, dtype
+        if kind not in self.masks:
+            self.masks[kind] = self._mask(*kind)
+        return self.masks[kind]
 
     def _mask(self, window: int | None, folded: int, dtype: torch.dtype) -> Tensor | None:
         if self.count == 1 and window is None and min(self.starts) == self.length - 1:

@@ -1,0 +1,61 @@
+"""Attention over rows, layer by layer."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from loopmux_worker.engine.base import Key
+from loopmux_worker.engine.slots.attention import Memory
+from loopmux_worker.engine.slots.schedule import Segment
+
+SIZE = 8
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, index):
+        super().__init__()
+        self.layer_idx = index
+
+
+def segment(row, start, count):
+    return Segment(Key(bytes([row]) * 16, 1), row, start, count, True, None)
+
+
+def plain(query, key, value, start, window):
+    """One sequence's queries from ``start`` on, without rows and without a mask that is shared."""
+    places = torch.arange(start, start + query.shape[1])[:, None]
+    seen = torch.arange(key.shape[1])
+    visible = seen <= places
+    if window is not None:
+        visible &= seen > places - window
+    return scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True).transpose(0, 1)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_layers_of_one_window_that_differ_otherwise_get_masks_of_their_own(window):
+    """Heads for each key head and the type of the numbers are a layer's own, in some models (NAS, mixed precision)."""
+    torch.manual_seed(0)
+    kinds = [(4, 2, torch.float32), (4, 1, torch.float32), (4, 4, torch.float32), (4, 2, torch.bfloat16)]
+    memory = Memory(3, 32, torch.device("cpu"))
+    lengths = {0: 12, 1: 10, 2: 9}
+    made = {}
+    for index, (heads, kv_heads, dtype) in enumerate(kinds):
+        for row, length in lengths.items():
+            made[index, row] = [torch.randn(n, length, SIZE).to(dtype) for n in (heads, kv_heads, kv_heads)]
+    steps = [
+        [segment(0, 0, 11), segment(1, 0, 9), segment(2, 0, 4)],
+        [segment(0, 11, 1), segment(1, 9, 1), segment(2, 4, 5)],
+    ]
+    for step in steps:
+        memory.prepare(step)
+        for index in range(len(kinds)):
+            parts = [[tensor[:, s.start : s.start + s.count] for tensor in made[index, s.row]] for s in step]
+            packed = [torch.cat(each, 1)[None] for each in zip(*parts, strict=True)]
+            found, _ = memory.attend(Layer(index), *packed, None, sliding_window=window)
+            expected = []
+            for s in step:
+                query, key, value = made[index, s.row]
+                stop = s.start + s.count
+                expected.append(plain(query[:, s.start : stop], key[:, :stop], value[:, :stop], s.start, window))
+            tolerance = 1e-5 if found.dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(found[0], torch.cat(expected), rtol=tolerance, atol=tolerance)
