@@ -45,11 +45,50 @@ def configure(**entries):
     return lambda folder: change(folder / "adapter_config.json", **entries)
 
 
+def weigh(change):
+    """Damage by changing one tensor, as a tool would that saves whatever it has."""
+
+    def damage(folder):
+        path = folder / "adapter_model.safetensors"
+        weights = load_file(path)
+        name = sorted(weights)[-1]
+        save_file(weights | {name: change(weights[name])}, path, metadata={"format": "pt"})
+
+    return damage
+
+
+NOT_SCALES = "expected a number between -65536 and 65536"
 BREAKS = {
     "another base": (cut_tensors, "has shape (4, 1), expected (4, 32)"),
     "another rank": (configure(r=3), "has shape (4, 32), expected (3, 32)"),
-    "no rank": (configure(r=0), "`r` should be a positive integer value but the value passed is 0"),
-    "a layer without rank": (configure(rank_pattern={"layers.1.self_attn.q_proj": 0}), "the value passed is 0"),
+    "no rank": (configure(r=0), "r: found 0, expected a whole number from 1: set what"),
+    "a negative rank": (configure(r=-4), "r: found -4, expected a whole number from 1"),
+    "a rank in words": (configure(r="4"), "r: found '4', expected a whole number from 1"),
+    "a layer without rank": (
+        configure(rank_pattern={"layers.1.self_attn.q_proj": 0}),
+        "rank_pattern['layers.1.self_attn.q_proj']: found 0, expected a whole number from 1",
+    ),
+    "ranks for no layers": (configure(rank_pattern=[4]), "rank_pattern: found [4], expected names of layers"),
+    "a scaling that is no number": (configure(lora_alpha=float("nan")), f"lora_alpha: found nan, {NOT_SCALES}"),
+    "an infinite scaling": (configure(lora_alpha=float("-inf")), f"lora_alpha: found -inf, {NOT_SCALES}"),
+    "an absurd scaling": (configure(lora_alpha=1e30), f"lora_alpha: found 1e+30, {NOT_SCALES}"),
+    "a scaling in words": (configure(lora_alpha="8"), f"lora_alpha: found '8', {NOT_SCALES}"),
+    "an absurd scaling of a layer": (
+        configure(alpha_pattern={"q_proj": float("nan")}),
+        f"alpha_pattern['q_proj']: found nan, {NOT_SCALES}",
+    ),
+    "whole numbers": (weigh(lambda t: t.to(torch.int8)), "holds int8, expected one of float32, bfloat16"),
+    "bits": (weigh(lambda t: t > 0), "holds bool, expected one of float32, bfloat16"),
+    "a type that means nothing by itself": (
+        weigh(lambda t: t.to(torch.float8_e4m3fn)),
+        "holds float8_e4m3fn, expected",
+    ),
+    "no numbers": (weigh(lambda t: t * float("nan")), "holds NaN or infinite values"),
+    "infinite numbers": (weigh(lambda t: t / 0), "holds NaN or infinite values"),
+    "numbers that the base has no room for": (
+        weigh(lambda t: t.double() * 1e300),
+        "is beyond what float32 holds, expected numbers within it",
+    ),
     "no such layers": (configure(target_modules=["nope"]), "not found in the base model"),
     "some layers of the wrong kind": (configure(target_modules=["q_proj", "norm"]), "is not supported"),
     "a saved module that is missing": (configure(modules_to_save=["norm"]), "norm.weight is missing"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -16,6 +18,12 @@ from loopmux.modelfolders import adapter_folder
 from loopmux.weightfiles import ADAPTER_CONFIG, adapter_weights, read_json
 from loopmux_worker.engine import files
 from loopmux_worker.engine.loading import is_finite
+
+_LARGEST_ALPHA = 2.0**16
+"""Those in use are 1 to some hundred: with one that is this much larger the base's part is lost in the adapter's."""
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Of numbers that are used as they are. Others (int8, float8) mean something together with scales, which PEFT does not
+save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,20 @@ class AdapterFiles:
                 "the base model: the adapter was made for another one; put it on its own base"
             )
 
+    def check_numbers(self, name: str, tensor: torch.Tensor) -> None:
+        """See that a tensor is still finite in the type, and with the scaling, that it is computed with.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if tensor.numel() and not is_finite(tensor):
+            largest = float(self.weights[name].abs().max())
+            raise ConfigError(
+                f"{self.folder}: the tensor {name} (up to {largest:.3g}, before scaling) is beyond what "
+                f"{str(tensor.dtype).removeprefix('torch.')} holds, expected numbers within it: the adapter is "
+                "damaged, or made for a model in a wider dtype, which dtype: bfloat16 or float32 gives it"
+            )
+
     def misfit(self, error: Exception) -> ConfigError:
         """What to say when PEFT cannot put it on the base."""
         return ConfigError(
@@ -92,12 +114,39 @@ def _read_config(folder: Path) -> PeftConfig:
     kind = described.get("peft_type")
     if kind != PeftType.LORA.value:
         raise ConfigError(f"{folder}: found an adapter of type {kind!r}, served are LORA ones (DoRA and rsLoRA too)")
+    _check_settings(folder / ADAPTER_CONFIG, described)
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{folder / ADAPTER_CONFIG}: this PEFT does not read it: {error}") from error
     config.inference_mode = True
     return config
+
+
+def _check_settings(file: Path, described: Mapping[str, Any]) -> None:
+    """Refuse ranks and scalings that no training has given: PEFT takes them as they are, and computes nonsense."""
+
+    def check(name: str, value: Any, expected: str, *, good: bool) -> None:
+        if not good:
+            raise ConfigError(
+                f"{file}: {name}: found {value!r}, expected {expected}: set what the adapter was trained with, or save "
+                "it again"
+            )
+
+    def ranks(name: str, value: Any) -> None:
+        check(name, value, "a whole number from 1", good=type(value) is int and value >= 1)
+
+    def alphas(name: str, value: Any) -> None:
+        number = type(value) in (int, float) and math.isfinite(value) and abs(value) <= _LARGEST_ALPHA
+        check(name, value, f"a number between -{_LARGEST_ALPHA:.0f} and {_LARGEST_ALPHA:.0f}", good=number)
+
+    for name, several, one in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
+        if name in described:
+            one(name, described[name])
+        pattern = described.get(several) or {}
+        check(several, pattern, "names of layers with a number for each", good=isinstance(pattern, dict))
+        for layer, value in pattern.items():
+            one(f"{several}[{layer!r}]", value)
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -108,7 +157,17 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ConfigError(f"{path} cannot be read ({error}): copy or save it again") from error
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise ConfigError(f"{path}: found something else than named tensors: save the adapter again")
     for name, tensor in weights.items():
+        if tensor.dtype not in _TYPES:
+            raise ConfigError(
+                f"{path}: the tensor {name} holds {str(tensor.dtype).removeprefix('torch.')}, expected one of "
+                f"{', '.join(str(kind).removeprefix('torch.') for kind in _TYPES)}: save the adapter without "
+                "quantising it"
+            )
         if tensor.numel() and not is_finite(tensor):
-            raise ConfigError(f"{path}: the tensor {name} holds NaN or infinite values: the adapter is damaged")
+            raise ConfigError(
+                f"{path}: the tensor {name} holds NaN or infinite values: the adapter is damaged; save it again"
+            )
     return weights

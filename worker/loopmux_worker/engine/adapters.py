@@ -108,6 +108,9 @@ class Adapters:
         result = set_peft_model_state_dict(self._peft, found.weights, adapter_name=internal)
         if result.unexpected_keys:
             raise ConfigError(f"{found.folder}: PEFT has no place for {result.unexpected_keys[0]}")
+        filled = get_peft_model_state_dict(self._peft, adapter_name=internal, save_embedding_layers=False)
+        for name, tensor in filled.items():
+            found.check_numbers(name, tensor)
         for parameter in self._peft.parameters():
             parameter.requires_grad_(False)
 

@@ -72,7 +72,10 @@ def pairs_of(model: Any, found: AdapterFiles) -> dict[str, Pair]:
         dtype, device = _place(model.get_submodule(name), model.dtype)
         # Scaled here and not in each step: in half precision a factor in a mask would be rounded for all alike
         scaled = found.weights[up].float() * layers[name].scaling["it"]
-        pairs[name] = Pair(found.weights[down].to(device, dtype), scaled.t().to(device, dtype).contiguous())
+        pair = Pair(found.weights[down].to(device, dtype), scaled.t().to(device, dtype).contiguous())
+        found.check_numbers(down, pair.down)
+        found.check_numbers(up, pair.up)
+        pairs[name] = pair
     return pairs
 
 
