@@ -19,6 +19,7 @@ from loopmux_worker.causes import DeviceLostError, device_lost
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine import open_engine
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Produced
+from loopmux_worker.engine.failures import Failures
 from loopmux_worker.events import Submit
 from tinymodel import CONTEXT
 from workerpeer import PATIENCE, FakeBroker
@@ -259,6 +260,79 @@ def test_what_counts_as_a_lost_device():
     for other in (NO_MEMORY, NO_WORKSPACE, "CUDA error: invalid configuration argument", "boom"):
         assert device_lost(RuntimeError(other)) is None
     assert device_lost(BadRequestError("tool_choice: found 'illegal memory access'")) is None, "a request's own words"
+
+
+class Asked:
+    """A device that answers as long as ``error`` is None."""
+
+    def __init__(self, error=None):
+        self.error, self.times = error, 0
+
+    def __call__(self, device):
+        self.times += 1
+        if self.error is not None:
+            raise self.error
+
+
+STRANGE = RuntimeError("CUDA error: something that this release has no words for")
+GPU = torch.device("cuda")
+
+
+def fails(failures):
+    """How many failures in a row it takes until the device counts as lost; at most 100."""
+    for number in range(1, 101):
+        try:
+            failures.note(STRANGE)
+        except DeviceLostError:
+            return number
+    return None
+
+
+def test_a_device_on_which_nothing_succeeds_any_more_is_lost_whatever_its_errors_say():
+    failures = Failures(GPU, Asked(RuntimeError("no")))
+    assert fails(failures) == 3
+    with pytest.raises(
+        DeviceLostError, match=r"4 steps failed .*no words for\), and so does .* there \(RuntimeError: no"
+    ):
+        failures.note(STRANGE)
+    answering = Asked()
+    assert fails(Failures(GPU, answering)) == 64
+    assert answering.times == 61
+    assert fails(Failures(GPU, Asked(torch.OutOfMemoryError(NO_MEMORY)))) == 64, "that is no loss"
+    assert fails(Failures(torch.device("cpu"), Asked(RuntimeError("no")))) is None
+    failures = Failures(GPU, Asked(RuntimeError("no")))
+    for _ in range(10):
+        failures.note(STRANGE)
+        failures.note(torch.OutOfMemoryError(NO_MEMORY))
+        failures.note(STRANGE)
+        failures.succeeded()
+    with pytest.raises(DeviceLostError):
+        failures.note(torch.AcceleratorError(ASSERTED))
+
+
+def test_the_device_is_asked_by_computing_something(device):
+    failures = Failures(torch.device(device))
+    assert failures._asked() is None
+    failures._device = torch.device("meta")  # which computes nothing
+    assert failures._asked() is not None
+
+
+@pytest.mark.parametrize("kind", ["slots", "plain"])
+def test_a_device_that_fails_in_unknown_words_ends_the_engine_s_thread(tiny_model, kind, monkeypatch):
+    engine = opened(tiny_model, engine=kind)
+
+    def lose(*_, **__):
+        raise STRANGE
+
+    monkeypatch.setattr(engine._models.loaded.model, "forward", lose)
+    engine._failures = Failures(GPU, Asked(RuntimeError("no")))
+    driver = Driver(engine, lambda: None)
+    for _ in range(3):
+        driver.put(Submit(job(PROMPTS[0])))
+    driver.start()
+    driver._thread.join(PATIENCE)
+    assert isinstance(driver.died, DeviceLostError)
+    assert "cuda is lost to this process, which ends: 3 steps failed one after the other" in str(driver.died)
 
 
 @pytest.mark.parametrize("kind", ["slots", "plain"])

@@ -17,9 +17,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from loopmux.errors import EngineError
 from loopmux.messages import ServedModel, SessionHint
 from loopmux.results import Usage
-from loopmux_worker.causes import DeviceLostError, device_lost
+from loopmux_worker.causes import DeviceLostError
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced, engine_error
+from loopmux_worker.engine.failures import Failures
 from loopmux_worker.engine.generating import Choose, Read, Task
 from loopmux_worker.engine.models import Models
 
@@ -42,6 +43,7 @@ class PlainEngine:
         self._tasks: dict[Key, Task] = {}
         self._ready: list[Output] = []
         self._progress = self._computed = 0
+        self._failures = Failures(models.loaded.device)
         self._lost: DeviceLostError | None = None
         self._todo: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Output] = queue.SimpleQueue()
@@ -128,12 +130,19 @@ class PlainEngine:
             self._computed += len(task.request.prompt)
             try:
                 self._generate(task)
+                self._failures.succeeded()
                 if not task.cancelled.is_set():
                     self._done.put(self._finished(task))
             except Exception as error:  # noqa: BLE001 - it ends this request; the next one may well run
-                self._lost = self._lost or device_lost(error)
+                self._note_failure(error)
                 total = task.request.reader.total
                 self._done.put(Failed(task.job.key, total, engine_error("generate()", error), task.usage(total)))
+
+    def _note_failure(self, error: Exception) -> None:
+        try:
+            self._failures.note(error)
+        except DeviceLostError as lost:
+            self._lost = lost
 
     def _generate(self, task: Task) -> None:
         ids = torch.tensor([[*task.request.prompt, *task.job.prefix]], device=self._models.loaded.device)

@@ -17,7 +17,7 @@ import torch
 from loopmux.errors import EngineError, LoopmuxError
 from loopmux.messages import ServedModel, SessionHint
 from loopmux.results import Usage
-from loopmux_worker.causes import device_lost, ran_out
+from loopmux_worker.causes import ran_out
 from loopmux_worker.engine.base import (
     Description,
     Failed,
@@ -29,6 +29,7 @@ from loopmux_worker.engine.base import (
     Produced,
     engine_error,
 )
+from loopmux_worker.engine.failures import Failures
 from loopmux_worker.engine.models import Models, Running
 from loopmux_worker.engine.sampling import Pick, choose_rows
 from loopmux_worker.engine.slots.forward import Forward
@@ -67,6 +68,7 @@ class SlotsEngine:
         self._owner = 0  # the thread that steps, once there is one
         self._scheduler = Scheduler(Rows(forward.memory.rows), most)
         self._pace = Pace()
+        self._failures = Failures(forward.memory.device)
         self._tasks: dict[Key, Task] = {}
         self._ready: list[Output] = []
         self._progress = self._cached = self._computed = 0
@@ -164,6 +166,7 @@ class SlotsEngine:
             picks = self._compute(plan)
         except Exception as error:  # noqa: BLE001 - somebody's fault, or nobody's: see there
             return self._failed(plan, error)
+        self._failures.succeeded()
         now = time.monotonic()
         if self._progress:  # the very first step warms everything, and says nothing of those to come
             self._pace.note(decoding, plan.tokens - decoding, now - began)
@@ -263,8 +266,7 @@ class SlotsEngine:
         Raises:
             DeviceLostError: no step will ever succeed.
         """
-        if (lost := device_lost(error)) is not None:
-            raise lost from error
+        self._failures.note(error)
         short = ran_out(error) is not None
         if short and torch.cuda.is_available():
             torch.cuda.empty_cache()
