@@ -7,18 +7,20 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
 
+import enginekit
+from enginekit import drain, ids, run
 from loopmux.codec import FieldError, build
 from loopmux.errors import BadRequestError, ContextLengthError, EngineError
-from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
-from loopmux.wire import Kind, new_id, pack_tokens
+from loopmux.messages import Generate, ModelSpec, Sampling, WorkerSpec
+from loopmux.wire import Kind, pack_tokens
 from loopmux_worker.causes import DeviceLostError, device_lost
 from loopmux_worker.driver import Driver
-from loopmux_worker.engine import open_engine
-from loopmux_worker.engine.base import Failed, Finished, Job, Key, Produced
+from loopmux_worker.engine.base import Failed, Finished
 from loopmux_worker.engine.failures import Failures
 from loopmux_worker.events import Submit
 from tinymodel import CONTEXT
@@ -31,34 +33,11 @@ NO_WORKSPACE = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreat
 ASSERTED = "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
 
 
-def job(prompt, **more):
-    given = {"max_new_tokens": WANTED, "ignore_eos": True, "sampling": Sampling(temperature=0)} | more
-    return Job(Key(new_id(), 1), Run("base"), Generate(prompt_token_ids=pack_tokens(prompt), **given))
-
-
-def drain(engine, steps=1000):
-    outputs = []
-    while engine.due() is not None:
-        outputs += engine.step()
-        steps -= 1
-        assert steps, "it goes on for ever"
-    return outputs
-
-
-def run(engine, jobs):
-    """Tokens and end of each job, all submitted at once."""
-    for one in jobs:
-        engine.submit(one)
-    outputs = drain(engine)
-    tokens = [[i for o in outputs if o.key == one.key and isinstance(o, Produced) for i in o.ids] for one in jobs]
-    ends = [[o for o in outputs if o.key == one.key and not isinstance(o, Produced)] for one in jobs]
-    assert all(len(end) == 1 for end in ends), "each ends once"
-    return tokens, [end for (end,) in ends]
+job = partial(enginekit.job, max_new_tokens=WANTED, ignore_eos=True)
 
 
 def opened(tiny_model, **settings):
-    given = {"engine": "slots", "slots": 4, "dtype": "float32", "torch_threads": 1, "device": "cpu"} | settings
-    return open_engine(WorkerSpec("w", "", (ModelSpec("base"),), str(tiny_model.base), **given), lambda *_: None)
+    return enginekit.opened(tiny_model.base, **({"slots": 4} | settings))
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +184,7 @@ def test_weights_that_are_no_numbers_fail_their_requests_with_the_reason_and_the
     engine.load_adapter("red", str(tiny_model.adapters["red"]))
     pair = next(iter(adapters._layers.values())).pairs["red"]
     pair.down.fill_(float("nan"))
-    jobs = [job(PROMPTS[0]), job(PROMPTS[1]), job(PROMPTS[2])]
-    jobs[1] = Job(jobs[1].key, Run("red"), jobs[1].generate)
+    jobs = [job(PROMPTS[0]), job(PROMPTS[1], "red"), job(PROMPTS[2])]
     tokens, ends = run(engine, jobs)
     assert isinstance(ends[1].error, EngineError)
     assert "its weights are damaged" in ends[1].error.message
@@ -238,7 +216,7 @@ def test_what_cannot_be_run_is_refused_at_admission_and_nobody_notices(engine, a
     with pytest.raises(error, match=field):
         engine.submit(job(prompt, **settings))
     outputs += drain(engine)
-    assert [i for o in outputs if isinstance(o, Produced) for i in o.ids] == answers[0]
+    assert ids(outputs) == answers[0]
 
 
 def test_an_unknown_dtype_is_refused_with_what_there_is():

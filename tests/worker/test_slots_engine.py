@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,10 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
-from loopmux.wire import new_id, pack_tokens
-from loopmux_worker.engine import open_engine
-from loopmux_worker.engine.base import Failed, Finished, Job, Key, Produced
+import enginekit
+from enginekit import ids, of, play, run
 from loopmux_worker.engine.slots.forward import try_rows
 from loopmux_worker.engine.slots.lora import MixedAdapters
 from tinymodel import CONTEXT, write_tokenizer
@@ -99,54 +98,20 @@ def greedy(model: Any, prompt: list[int]) -> list[int]:
 
 
 def opened(folder: Any, device: str, **settings: Any) -> Any:
-    given = {"device": device, "dtype": "float32", "torch_threads": 1, "engine": "slots", "slots": 8} | settings
-    models = given.pop("models", (ModelSpec("base", model_type="base"),))
-    return open_engine(WorkerSpec("w", "", models, str(folder), **given), lambda *_: None)
+    return enginekit.opened(folder, **({"slots": 8, "device": device} | settings))
 
 
-def job(prompt: list[int], **more: Any) -> Job:
-    session = more.pop("session", None)
-    prefix = tuple(more.pop("prefix", ()))
-    given = {"max_new_tokens": WANTED, "ignore_eos": True, "sampling": Sampling(temperature=0)} | more
-    return Job(Key(new_id(), 1), Run("base", session=session), Generate(prompt_token_ids=pack_tokens(prompt), **given),
-               prefix)  # fmt: skip
-
-
-def collect(
-    engine: Any, jobs: list[Job], every: int = 0, logprobs: dict[Key, list[float]] | None = None
-) -> list[tuple[list[int], Finished | Failed]]:
-    """Tokens and end of each job; a new one is submitted every ``every`` steps, or all at once."""
-    tokens: dict[Key, list[int]] = {one.key: [] for one in jobs}
-    ends: dict[Key, Finished | Failed] = {}
-    left = list(jobs)
-    step = 0
-    while left or engine.due() is not None:
-        while left and (not every or step % every == 0):
-            engine.submit(left.pop(0))
-            if every:
-                break
-        for output in engine.step():
-            if isinstance(output, Produced):
-                assert output.position == len(tokens[output.key]) + len(
-                    next(j for j in jobs if j.key == output.key).prefix
-                )
-                tokens[output.key] += output.ids
-                if logprobs is not None:
-                    logprobs.setdefault(output.key, []).extend(one.logprob for one in output.logprobs)
-            else:
-                ends[output.key] = output
-        step += 1
-    return [(tokens[one.key], ends[one.key]) for one in jobs]
+job = partial(enginekit.job, max_new_tokens=WANTED, ignore_eos=True)
 
 
 def test_every_shape_gives_the_tokens_of_generate_alone_mixed_and_late(folder, device, answers):
     engine = opened(folder, device)
     assert engine.describe().engine == "slots"
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        ((tokens, _),) = collect(engine, [job(prompt)])
+        [tokens], _ = run(engine, [job(prompt)])
         assert tokens == answer
-    assert [tokens for tokens, _ in collect(engine, [job(p) for p in PROMPTS])] == answers
-    assert [tokens for tokens, _ in collect(engine, [job(p) for p in PROMPTS], every=3)] == answers
+    assert run(engine, [job(p) for p in PROMPTS])[0] == answers
+    assert run(engine, [job(p) for p in PROMPTS], every=3)[0] == answers
 
 
 def test_every_shape_gathers_rows_that_lie_apart(folder, device, answers, monkeypatch):
@@ -164,10 +129,10 @@ def test_every_shape_gathers_rows_that_lie_apart(folder, device, answers, monkey
     half = WANTED // 2
     places = range(len(PROMPTS))
     first = [job(prompt, session=str(i), max_new_tokens=half) for i, prompt in zip(places, PROMPTS, strict=True)]
-    assert [tokens for tokens, _ in collect(engine, first)] == [answer[:half] for answer in answers]
+    assert run(engine, first)[0] == [answer[:half] for answer in answers]
     apart = [0, 2, 5]
     again = [job([*PROMPTS[i], *answers[i][:half]], session=str(i), max_new_tokens=half) for i in apart]
-    assert [tokens for tokens, _ in collect(engine, again)] == [answers[i][half:] for i in apart]
+    assert run(engine, again)[0] == [answers[i][half:] for i in apart]
     assert gathered
 
 
@@ -176,10 +141,10 @@ def test_every_shape_goes_on_from_its_own_rows(folder, device, answers):
     before, ends = engine.load(), []
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         half = WANTED // 2
-        ((tokens, end),) = collect(engine, [job(prompt, session="s", max_new_tokens=half)])
+        [tokens], [end] = run(engine, [job(prompt, session="s", max_new_tokens=half)])
         assert tokens == answer[:half]
         ends.append(end)
-        ((tokens, end),) = collect(engine, [job([*prompt, *answer[:half]], session="s", max_new_tokens=half)])
+        [tokens], [end] = run(engine, [job([*prompt, *answer[:half]], session="s", max_new_tokens=half)])
         assert tokens == answer[half:]
         assert end.usage.cached_tokens >= len(prompt) + half - 1 or len(prompt) + half - 1 < 16
         ends.append(end)
@@ -192,7 +157,7 @@ def test_every_shape_is_the_same_in_chunks_of_any_size(folder, device, answers, 
     for budget in (1, 2, 7, 16, 33):
         monkeypatch.setattr(engine._pace, "budget", lambda *_, budget=budget: budget)
         fresh = [[*prompt] for prompt in PROMPTS]
-        assert [tokens for tokens, _ in collect(engine, [job(p) for p in fresh])] == answers
+        assert run(engine, [job(p) for p in fresh])[0] == answers
         for row in range(len(engine._scheduler.rows)):
             engine._scheduler.rows.drop(row)
 
@@ -201,7 +166,7 @@ def test_every_shape_resumes_behind_a_prefix_of_its_own_output(folder, device, a
     engine = opened(folder, device)
     for cut in (1, 20, WANTED - 1):
         jobs = [job(prompt, prefix=answer[:cut]) for prompt, answer in zip(PROMPTS, answers, strict=True)]
-        assert [tokens for tokens, _ in collect(engine, jobs)] == [answer[cut:] for answer in answers]
+        assert run(engine, jobs)[0] == [answer[cut:] for answer in answers]
 
 
 def test_every_shape_in_half_precision_is_as_near_to_the_truth_as_a_plain_forward(folder, device):
@@ -210,11 +175,11 @@ def test_every_shape_in_half_precision_is_as_near_to_the_truth_as_a_plain_forwar
     half, exact = loaded(folder, device, torch.bfloat16), loaded(folder, device)
     exact.load_state_dict({name: tensor.float() for name, tensor in half.state_dict().items()})
     jobs = [job(prompt, logprobs=0) for prompt in PROMPTS]
-    logprobs: dict[Key, list[float]] = {}
-    made = collect(opened(folder, device, dtype="bfloat16"), jobs, every=3, logprobs=logprobs)
+    outputs = play(opened(folder, device, dtype="bfloat16"), jobs, every=3)
     ours, plain, true = [], [], []
-    for one, prompt, (tokens, _) in zip(jobs, PROMPTS, made, strict=True):
-        ours += logprobs[one.key]
+    for one, prompt in zip(jobs, PROMPTS, strict=True):
+        tokens = ids(of(one, outputs))
+        ours += [each.logprob for output in of(one, outputs)[:-1] for each in output.logprobs]
         plain += known(half, prompt, tokens)
         true += known(exact, prompt, tokens)
     assert len(ours) == len(PROMPTS) * WANTED
