@@ -13,11 +13,13 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
     PhiConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -205,3 +207,30 @@ def test_a_shape_with_softened_logits_is_served_by_the_plain_engine(tmp_path_fac
     fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     fresh.load_state_dict(model.state_dict())
     assert before == greedy(fresh, PROMPTS[0]), "the trial leaves the model as it was"
+
+
+TOLD = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+LIMITED: dict[str, Any] = {
+    "a window in the mask alone": (
+        lambda: Qwen2MoeConfig(**SIZE, **HEADS, **TOLD, use_sliding_window=True, sliding_window=100),
+        "does not tell its attention about its sliding window",
+    ),
+    "layers that see in chunks": (
+        lambda: Llama4TextConfig(
+            **SIZE, **HEADS, head_dim=8, num_local_experts=2, intermediate_size_mlp=32, attention_chunk_size=100,
+            layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+        ),
+        "has layers of the kind chunked_attention",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(LIMITED))
+def test_a_shape_that_limits_the_sight_of_tokens_in_an_unknown_way_is_served_by_the_plain_engine(kind):
+    """The limit is wider than the trial, whose logits are right."""
+    torch.manual_seed(0)
+    config, says = LIMITED[kind]
+    model = AutoModelForCausalLM.from_config(config(), dtype=torch.float32).eval()
+    trial = try_rows(model, MixedAdapters(model), torch.device("cpu"), 272)
+    assert trial.why_not is not None
+    assert says in trial.why_not

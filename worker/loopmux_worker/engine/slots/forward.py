@@ -96,7 +96,7 @@ def try_rows(
     if not plain:
         inputs = [torch.tensor([ids], device=device) for ids in (one, other)]
         plain = tuple(model(input_ids=ids, use_cache=False).logits[0] for ids in inputs)
-    memory = Memory(2, _TRIED, device)
+    memory = _Watched(2, _TRIED, device)
     try:
         found = _tried(Forward(model, memory, adapters), one, other)
     except (Unsupported, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
@@ -105,6 +105,8 @@ def try_rows(
         return Trial(f"{type(model).__name__} cannot be run over rows ({error})", 0)
     finally:
         model.set_attn_implementation(own)
+    if untold := _untold(model, memory.windows):
+        return Trial(f"{type(model).__name__} {untold}", 0)
     for wanted, got in zip(plain, found, strict=True):
         extent = float(wanted.max() - wanted.min())
         worst = float((wanted.float() - got.float()).abs().max())
@@ -112,6 +114,31 @@ def try_rows(
             found_out = f"other logits over rows (by {worst:.3g} in a range of {extent:.3g})"
             return Trial(f"{type(model).__name__} gives {found_out}", 0)
     return Trial(None, memory.size // (memory.rows * memory.context), plain)
+
+
+class _Watched(Memory):
+    """Rows that note which windows the layers ask for."""
+
+    def __init__(self, rows: int, context: int, device: torch.device) -> None:
+        super().__init__(rows, context, device)
+        self.windows: set[int | None] = set()
+
+    def attend(self, *given: Any, **named: Any) -> tuple[Tensor, None]:
+        self.windows.add(named.get("sliding_window"))
+        return super().attend(*given, **named)
+
+
+def _untold(model: Any, windows: set[int | None]) -> str | None:
+    """What limits the sight of a token and is in the mask alone, which is not made here.
+
+    Such limits are thousands of tokens wide: the trial is too short for them to show in its logits.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        return f"has layers of the kind {', '.join(sorted(unknown))}"
+    slides = "sliding_attention" in kinds if kinds else bool(getattr(config, "sliding_window", None))
+    return "does not tell its attention about its sliding window" if slides and windows <= {None} else None
 
 
 def _tried(forward: Forward, one: list[int], other: list[int]) -> list[Tensor]:
