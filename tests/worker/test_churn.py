@@ -6,11 +6,10 @@ import random
 
 import pytest
 
-from loopmux.errors import EngineError
-from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
-from loopmux.wire import new_id, pack_tokens
-from loopmux_worker.engine import open_engine
-from loopmux_worker.engine.base import Finished, Job, Key, Produced
+import enginekit
+from enginekit import drain, ids
+from loopmux.errors import AdapterNotFoundError, BadRequestError
+from loopmux_worker.engine.base import Finished, Produced
 from tinymodel import write_adapter
 
 PROMPTS = [[(5 * i * i + 7 * i + 13 * n) % 250 for i in range(40)] for n in range(3)]
@@ -25,18 +24,11 @@ def folders(tiny_model, tmp_path_factory):
 
 
 def opened(tiny_model):
-    spec = WorkerSpec(
-        "w", "", (ModelSpec("base"),), str(tiny_model.base), engine="slots", slots=4, dtype="float32", torch_threads=1
-    )
-    return open_engine(spec, lambda *_: None)
+    return enginekit.opened(tiny_model.base, slots=4)
 
 
 def job(name, prompt, new):
-    generate = Generate(
-        prompt_token_ids=pack_tokens(PROMPTS[prompt]), max_new_tokens=new, ignore_eos=True,
-        sampling=Sampling(temperature=0),
-    )  # fmt: skip
-    return Job(Key(new_id(), 1), Run(name), generate)
+    return enginekit.job(PROMPTS[prompt], name, max_new_tokens=new, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +41,7 @@ def undisturbed(tiny_model, folders):
             engine.load_adapter("only", folders[content])
         for prompt in range(len(PROMPTS)):
             engine.submit(job("only" if content else "base", prompt, 16))
-            outputs = []
-            while engine.due() is not None:
-                outputs += engine.step()
-            found[content, prompt] = [i for o in outputs if isinstance(o, Produced) for i in o.ids]
+            found[content, prompt] = ids(drain(engine))
     assert len({tuple(tokens[:4]) for tokens in found.values()}) == len(found), "they differ from the beginning"
     return found
 
@@ -63,7 +52,7 @@ def test_churn(tiny_model, folders, undisturbed, seed):
     engine = opened(tiny_model)
     held = {}  # name: content
     running, tokens = {}, {}  # what each request should get, what it got
-    done = cached = refused = swapped = 0
+    done = cached = drained = swapped = 0
     while done < REQUESTS:
         if len(running) < 6:
             name = rng.choice(["base", *held])
@@ -73,17 +62,19 @@ def test_churn(tiny_model, folders, undisturbed, seed):
             running[one.key] = name, undisturbed[held.get(name), prompt][:new]
             tokens[one.key] = []
         name = rng.choice("xyz")
-        if name not in held:
-            held[name] = rng.choice(CONTENTS)
-            engine.load_adapter(name, folders[held[name]])
-        elif any(user == name for user, _ in running.values()):
-            with pytest.raises(EngineError, match="unload it when they ended"):
-                engine.unload_adapter(name)
-            refused += 1
-        else:
+        used = any(user == name for user, _ in running.values())
+        if name in held:
             engine.unload_adapter(name)
             del held[name]
-            swapped += 1
+            drained, swapped = drained + used, swapped + (not used)
+        elif used:
+            with pytest.raises(BadRequestError, match="is being unloaded"):
+                engine.load_adapter(name, folders["red"])
+            with pytest.raises(AdapterNotFoundError, match="is being unloaded"):
+                engine.submit(job(name, 0, 1))
+        else:
+            held[name] = rng.choice(CONTENTS)
+            engine.load_adapter(name, folders[held[name]])
         for output in engine.step():
             if isinstance(output, Produced):
                 tokens[output.key] += output.ids
@@ -91,7 +82,10 @@ def test_churn(tiny_model, folders, undisturbed, seed):
             assert isinstance(output, Finished), output
             assert tokens.pop(output.key) == running.pop(output.key)[1]
             done, cached = done + 1, cached + output.usage.cached_tokens
-    assert min(cached, refused, swapped) > 10, "rows were reused, unloading was refused, names changed hands"
+        described = engine.describe()
+        assert set(described.adapters) == set(held)
+        assert set(described.report["unloading"]) == {user for user, _ in running.values()} - {"base", *held}
+    assert min(cached, drained, swapped) > 10, "rows were reused, unloading had to wait, names changed hands"
 
 
 def test_another_content_under_the_same_name_finds_nothing_of_the_first(tiny_model, folders, undisturbed):
@@ -99,10 +93,8 @@ def test_another_content_under_the_same_name_finds_nothing_of_the_first(tiny_mod
 
     def ask(prompt=0):
         engine.submit(job("x", prompt, 16))
-        outputs = []
-        while engine.due() is not None:
-            outputs += engine.step()
-        return [i for o in outputs if isinstance(o, Produced) for i in o.ids], outputs[-1].usage.cached_tokens
+        outputs = drain(engine)
+        return ids(outputs), outputs[-1].usage.cached_tokens
 
     engine.load_adapter("x", folders["red"])
     assert ask() == (undisturbed["red", 0], 0)
@@ -115,7 +107,4 @@ def test_another_content_under_the_same_name_finds_nothing_of_the_first(tiny_mod
     assert ask() == (undisturbed["red", 0], 0), "what an unloaded adapter computed went with it"
     engine.load_adapter("y", folders["red"])
     engine.submit(job("y", 0, 1))
-    outputs = []
-    while engine.due() is not None:
-        outputs += engine.step()
-    assert outputs[-1].usage.cached_tokens == 39, "equal contents are equal, whatever they are called"
+    assert drain(engine)[-1].usage.cached_tokens == 39, "equal contents are equal, whatever they are called"

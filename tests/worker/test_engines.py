@@ -1,12 +1,13 @@
 """What every engine on a real model does alike; what is one engine's alone is tested beside that engine."""
 
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
 
+import enginekit
+from enginekit import PATIENCE, drain, ids, of, text, until
 from loopmux.errors import (
     AdapterNotFoundError,
     BadRequestError,
@@ -16,12 +17,12 @@ from loopmux.errors import (
     LoopmuxError,
     ModelNotFoundError,
 )
-from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
+from loopmux.messages import ModelSpec, Sampling, WorkerSpec
 from loopmux.wire import new_id, pack_tokens
+from loopmux_worker.driver import Driver
 from loopmux_worker.engine import open_engine
-from loopmux_worker.engine.base import Failed, Finished, Job, Key, Produced
+from loopmux_worker.engine.base import Failed, Finished, Key, Produced
 
-GREEDY = Sampling(temperature=0)
 PROMPT = list(range(40, 60))
 END = 266
 
@@ -59,20 +60,8 @@ def with_adapter(tiny_model, name, device):
     return PeftModel.from_pretrained(tiny_model.model(), tiny_model.adapters[name]).eval().to(device)
 
 
-def job(model="base", prefix=(), key=None, adapter=None, **generate):
-    given = (
-        {} if {"prompt", "messages", "prompt_token_ids"} & set(generate) else {"prompt_token_ids": pack_tokens(PROMPT)}
-    )
-    return Job(
-        key or Key(new_id(), 1), Run(model, adapter), Generate(**{"sampling": GREEDY} | given | generate), prefix
-    )
-
-
-def drain(engine):
-    outputs = []
-    while engine.due() is not None:
-        outputs += engine.step()
-    return outputs
+def job(model="base", **more):
+    return enginekit.job(None if {"prompt", "messages", "prompt_token_ids"} & set(more) else PROMPT, model, **more)
 
 
 def answer(engine, one):
@@ -80,18 +69,6 @@ def answer(engine, one):
     outputs = drain(engine)
     assert isinstance(outputs[-1], Finished), outputs[-1]
     return outputs
-
-
-def ids(outputs):
-    return [i for o in outputs if isinstance(o, Produced) for i in o.ids]
-
-
-def of(one, outputs):
-    return [o for o in outputs if o.key == one.key]
-
-
-def text(outputs):
-    return "".join(o.text for o in outputs if isinstance(o, Produced))
 
 
 def by_hand(model, count, prompt=PROMPT):
@@ -140,12 +117,11 @@ def test_adapters_equal_peft_itself(engine, tiny_model, device, name):
 def test_adapters_that_only_peft_can_apply_get_the_plain_engine(tiny_model, device):
     names = ("dora", "red", "saved")
     models = tuple(ModelSpec(n, adapter_dir=str(tiny_model.adapters[n])) for n in names)
-    spec = WorkerSpec("w", "", models, str(tiny_model.base), dtype="float32", torch_threads=1, device=device)
     for name, model in zip(names, models, strict=True):
         if name != "red":
             with pytest.raises(ConfigError, match=f"found slots, but adapter {name}: "):
-                open_engine(replace(spec, models=(model,), engine="slots"), lambda *_: None)
-    engine = open_engine(spec, lambda *_: None)
+                enginekit.opened(tiny_model.base, model, device=device)
+    engine = enginekit.opened(tiny_model.base, *models, engine="auto", device=device)
     try:
         assert engine.describe().engine == "plain"
         for name in (*names, *reversed(names)):  # each behind each other: none may leave anything behind
@@ -341,17 +317,90 @@ def test_adapters_come_and_go_at_run_time(engine, tiny_model):
     assert ids(answer(engine, job("again", max_new_tokens=8))) == before["red"]
     with pytest.raises(BadRequestError, match="served already"):
         engine.load_adapter("again", str(tiny_model.adapters["red"]))
-    using = job("again", max_new_tokens=100, ignore_eos=True)
-    engine.submit(using)
-    with pytest.raises(EngineError, match="used by 1"):
-        engine.unload_adapter("again")
-    engine.cancel(using.key)
     engine.unload_adapter("again")
     with pytest.raises(LoopmuxError):
         engine.submit(job("again"))
     with pytest.raises(AdapterNotFoundError, match="again"):
         engine.unload_adapter("again")
     assert {name: ids(answer(engine, job(name, max_new_tokens=8))) for name in before} == before
+
+
+@pytest.fixture
+def again(engine, tiny_model):
+    """The name of one more adapter, that of red, which a test may unload."""
+    engine.load_adapter("again", str(tiny_model.adapters["red"]))
+    yield "again"
+    if "again" in engine.describe().adapters:
+        engine.unload_adapter("again")
+    drain(engine)
+    gone(engine)
+
+
+def gone(engine):
+    until(lambda: not engine.describe().report["unloading"], "unloading")
+
+
+def some_steps(engine, one):
+    """Run until a job has a few tokens."""
+    outputs = []
+    while len(ids(of(one, outputs))) < 3:
+        outputs += engine.step()
+    return outputs
+
+
+def test_an_adapter_in_use_goes_when_its_last_request_has_ended(engine, tiny_model, again):
+    alone = {name: ids(answer(engine, job(name, max_new_tokens=30, ignore_eos=True))) for name in ("red", "blue")}
+    jobs = [job(name, max_new_tokens=30, ignore_eos=True) for name in (again, "blue", again)]
+    for one in jobs:
+        engine.submit(one)
+    outputs = some_steps(engine, jobs[0])
+    engine.unload_adapter(again)
+    described = engine.describe()
+    assert described.adapters == ADAPTERS
+    assert again not in {model.id for model in described.models}
+    assert described.report["unloading"] == [again]
+    for refused in (job(again), job("base", adapter=again), job(again, adapter="blue")):
+        with pytest.raises(AdapterNotFoundError, match=r"'again' is being unloaded: .*use another one \(red, blue\)"):
+            engine.submit(refused)
+    with pytest.raises(AdapterNotFoundError, match="'again' is being unloaded"):
+        engine.unload_adapter(again)
+    with pytest.raises(BadRequestError, match="'again': one of that name is being unloaded") as caught:
+        engine.load_adapter(again, str(tiny_model.adapters["blue"]))
+    assert caught.value.retryable
+    outputs += drain(engine)
+    assert [ids(of(one, outputs)) for one in jobs] == [alone[name] for name in ("red", "blue", "red")]
+    gone(engine)
+    assert again not in engine.describe().report["adapters"]
+    engine.load_adapter(again, str(tiny_model.adapters["blue"]))
+    assert ids(answer(engine, job(again, max_new_tokens=30, ignore_eos=True))) == alone["blue"]
+
+
+def test_an_adapter_whose_last_request_is_cancelled_goes_with_it(engine, again):
+    jobs = [job(again, max_new_tokens=200, ignore_eos=True) for _ in range(2)]
+    for one in jobs:
+        engine.submit(one)
+    some_steps(engine, jobs[0])
+    engine.unload_adapter(again)
+    engine.cancel(jobs[1].key)
+    assert engine.describe().report["unloading"] == [again]
+    engine.cancel(jobs[0].key)
+    gone(engine)
+    assert engine.due() is None
+    with pytest.raises(ModelNotFoundError):
+        engine.submit(job(again))
+
+
+def test_an_engine_that_is_closed_while_an_adapter_is_being_unloaded_ends(tiny_model, kind, device):
+    model = ModelSpec("red", adapter_dir=str(tiny_model.adapters["red"]))
+    one = enginekit.opened(tiny_model.base, model, engine=kind, device=device)
+    running = job("red", max_new_tokens=200, ignore_eos=True)
+    one.submit(running)
+    some_steps(one, running)
+    one.unload_adapter("red")
+    driver = Driver(one, lambda: None)
+    driver.start()
+    assert driver.stop(PATIENCE)
+    assert driver.died is None
 
 
 def test_description(engine, kind):
@@ -366,11 +415,7 @@ def test_description(engine, kind):
 
 def test_deterministic_only_in_float32(engine, tiny_model, kind, device):
     answer(engine, job(deterministic=True, max_new_tokens=2))
-    models = (ModelSpec("base"),)
-    spec = WorkerSpec(
-        "w", "", models, str(tiny_model.base), dtype="bfloat16", torch_threads=1, engine=kind, device=device
-    )
-    half = open_engine(spec, lambda *_: None)
+    half = enginekit.opened(tiny_model.base, dtype="bfloat16", engine=kind, device=device)
     try:
         assert half.describe().report["dtype"] == "bfloat16"
         with pytest.raises(BadRequestError, match="runs in bfloat16"):

@@ -146,15 +146,16 @@ class Engine(Protocol):
         """Load an adapter beside the others and serve it as a model id of that name.
 
         Raises:
-            LoopmuxError: it does not fit, or this engine cannot load at run time.
+            LoopmuxError: it does not fit, the name is taken or is that of one which is being unloaded, or this engine
+                cannot load at run time.
         """
         ...
 
     def unload_adapter(self, name: str) -> None:
-        """Unload an adapter; requests that use it end first.
+        """Unload an adapter: from now on requests for it are refused; it goes when the last that uses it has ended.
 
         Raises:
-            AdapterNotFoundError: no such adapter.
+            AdapterNotFoundError: no such adapter, or it is being unloaded already.
         """
         ...
 

@@ -11,7 +11,7 @@ import structlog
 import torch
 import transformers
 
-from loopmux.errors import BadRequestError, EngineError, LoopmuxError
+from loopmux.errors import AdapterNotFoundError, BadRequestError, LoopmuxError
 from loopmux.madefor import other_base
 from loopmux.messages import Generate, LeftOut, ModelSpec, ServedModel, WorkerSpec
 from loopmux.modelfolders import adapter_folder
@@ -103,6 +103,7 @@ class Models:
         self._spec, self._adapters, self._why = spec, adapters, why
         self._models: dict[str, ModelSpec] = {}
         self._left_out: dict[str, LoopmuxError] = {}
+        self._leaving: set[str] = set()
         self._add_all(progress)
 
     @property
@@ -154,27 +155,56 @@ class Models:
         Raises:
             LoopmuxError: the name is taken, or the adapter cannot be used.
         """
+        if name in self._leaving:
+            raise BadRequestError(
+                f"adapter {name!r}: one of that name is being unloaded, for requests that still use it: load this one "
+                "when they have ended, or under another name",
+                retryable=True,
+            )
         if name in self._models:
             raise BadRequestError(f"adapter {name!r}: a model or adapter of that name is served already")
         self._add(ModelSpec(name, adapter_dir=directory))
         self._left_out.pop(name, None)
         return self._served(self._models[name])
 
-    def unload_adapter(self, name: str, users: int) -> str:
-        """Forget an adapter and its model; returns the identity they had.
+    def leave(self, name: str) -> None:
+        """Serve an adapter's model no more: new requests for it are refused, those that use it go on until ``unload``.
 
         Raises:
-            AdapterNotFoundError: no such adapter.
-            EngineError: `users`, the number of requests that still use it, is not zero.
+            AdapterNotFoundError: no such adapter, or it is leaving already.
         """
-        if users:
-            raise EngineError(
-                f"adapter {name!r} is used by {users} requests: unload it when they ended", retryable=True
+        self._check_not_leaving(name)
+        if name not in self._adapters.loaded:
+            raise AdapterNotFoundError(
+                f"adapter {name!r} is not loaded; loaded: {', '.join(self._staying()) or 'none'}"
             )
-        identity = self.identity(name) if name in self._adapters.loaded else ""
-        self._adapters.unload(name)
+        self._leaving.add(name)
         del self._models[name], self.loaded.tokenizers[name]
-        return identity
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter that left and that no request uses any more."""
+        try:
+            self._adapters.unload(name)
+        finally:
+            self._leaving.discard(name)
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Adapters that go when nobody uses them any more."""
+        return frozenset(self._leaving)
+
+    def _staying(self) -> tuple[str, ...]:
+        return tuple(name for name in self._adapters.loaded if name not in self._leaving)
+
+    def _check_not_leaving(self, *names: str | None) -> None:
+        for name in names:
+            if name in self._leaving:
+                raise AdapterNotFoundError(
+                    f"adapter {name!r} is being unloaded: found requests that still use it, new ones are not taken; "
+                    f"use another one ({', '.join(self._staying()) or 'none is loaded'}), or load it again when they "
+                    "have ended",
+                    model=name,
+                )
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -191,6 +221,7 @@ class Models:
         generate, loaded = job.generate, self.loaded
         admission.check(generate)
         admission.check_stop_tokens(generate, loaded.head)
+        self._check_not_leaving(job.run.model, job.run.adapter)
         model = admission.model_of(job.run, self._models)
         adapter = admission.adapter_of(job.run, self._models)
         if (generate.deterministic or job.run.deterministic) and loaded.dtype != torch.float32:
@@ -223,7 +254,9 @@ class Models:
     def _reading(self, job: Job, model: ModelSpec, limit: int) -> Reading:
         generate, tokenizer = job.generate, self.loaded.tokenizers[model.id]
         calls = admission.parses_calls(generate)
-        ends = frozenset(generate.stop_token_ids) | (frozenset() if generate.ignore_eos else self.loaded.ends)
+        ends = frozenset(generate.stop_token_ids) | (
+            frozenset() if generate.ignore_eos else self.loaded.ends_of(model.id)
+        )
         plain = templates.uses_plain_chat(generate, model, tokenizer)
         stops = (*generate.stop, templates.PLAIN_CHAT_STOP) if plain else generate.stop
         return Reading(
@@ -245,7 +278,7 @@ class Models:
         served = tuple(self._served(model) for model in self._models.values())
         left_out = tuple(LeftOut(name, error.message) for name, error in self._left_out.items())
         report = {"engine": engine, "why": self._why, **self._report(), **more}
-        return Description(engine, served, slots, tuple(self._adapters.loaded), report, left_out)
+        return Description(engine, served, slots, self._staying(), report, left_out)
 
     def _served(self, model: ModelSpec) -> ServedModel:
         adapter = self._adapters.loaded.get(model.id)
@@ -271,6 +304,7 @@ class Models:
             "weights_bytes": sum(p.numel() * p.element_size() for p in parameters),
             "threads": torch.get_num_threads(),
             "adapters": {name: adapter.fingerprint for name, adapter in self._adapters.loaded.items()},
+            "unloading": sorted(self._leaving),
             "notes": list(loaded.notes),
         }
 

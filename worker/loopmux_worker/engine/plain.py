@@ -10,7 +10,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from dataclasses import dataclass, field
 
+import structlog
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -24,8 +26,18 @@ from loopmux_worker.engine.failures import Failures
 from loopmux_worker.engine.generating import Choose, Read, Task
 from loopmux_worker.engine.models import Models
 
+_log = structlog.get_logger(__name__)
+
 _WAIT = 0.01
 """Seconds that a step waits for the helper thread: shorter than a token, long enough not to spin."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Leave:
+    """An adapter that is to go: what was submitted before may use it, nothing behind does."""
+
+    name: str
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class PlainEngine:
@@ -45,7 +57,7 @@ class PlainEngine:
         self._progress = self._computed = 0
         self._failures = Failures(models.loaded.device)
         self._lost: DeviceLostError | None = None
-        self._todo: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[Task | _Leave | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Output] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="generate", daemon=True)
         self._thread.start()
@@ -106,10 +118,14 @@ class PlainEngine:
             return self._models.load_adapter(name, directory)
 
     def unload_adapter(self, name: str) -> None:
-        """Unload an adapter that no request uses."""
-        users = sum(task.request.adapter == name for task in self._tasks.values())
-        with self._model_lock:
-            self._models.unload_adapter(name, users)
+        """Unload an adapter when the helper thread has come to the end of what was submitted before.
+
+        Waits for that where nothing runs, so that the name is free then.
+        """
+        self._models.leave(name)
+        self._todo.put(leave := _Leave(name))
+        if not self._tasks:
+            leave.done.wait()
 
     def close(self) -> None:
         """End the helper thread; a running request ends before its next token."""
@@ -124,6 +140,9 @@ class PlainEngine:
         if self._threads is not None:
             torch.set_num_threads(self._threads)  # which holds for the thread that says it
         while (task := self._todo.get()) is not None:
+            if isinstance(task, _Leave):
+                self._let_go(task)
+                continue
             if task.cancelled.is_set():
                 continue
             task.started = time.monotonic()
@@ -137,6 +156,15 @@ class PlainEngine:
                 self._note_failure(error)
                 total = task.request.reader.total
                 self._done.put(Failed(task.job.key, total, engine_error("generate()", error), task.usage(total)))
+
+    def _let_go(self, leave: _Leave) -> None:
+        try:
+            with self._model_lock:
+                self._models.unload(leave.name)
+        except Exception:  # noqa: BLE001 - requests of others come behind it
+            _log.exception("unloading an adapter failed", adapter=leave.name)
+        finally:
+            leave.done.set()
 
     def _note_failure(self, error: Exception) -> None:
         try:

@@ -109,6 +109,7 @@ class SlotsEngine:
         if task is None:
             return None
         self._scheduler.remove(key, time.monotonic())
+        self._let_go()
         return task.usage()
 
     def hint(self, hint: SessionHint) -> None:
@@ -122,7 +123,10 @@ class SlotsEngine:
     def step(self) -> list[Output]:
         """One forward for everything that runs, and what came of it."""
         outputs, self._ready = self._ready, []
-        return outputs + (self._advance() if len(self._scheduler) else [])
+        if len(self._scheduler):
+            outputs += self._advance()
+            self._let_go()
+        return outputs
 
     def due(self) -> float | None:
         """Now, while anything runs."""
@@ -138,9 +142,16 @@ class SlotsEngine:
         return self._models.load_adapter(name, directory)
 
     def unload_adapter(self, name: str) -> None:
-        """Unload an adapter that no request uses."""
-        users = sum(task.request.adapter == name for task in self._tasks.values())
-        self._scheduler.rows.forget(self._models.unload_adapter(name, users))
+        """Unload an adapter as soon as no request uses it."""
+        self._models.leave(name)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Unload what is to go and has no users left, and drop the state that was computed under it."""
+        if leaving := self._models.leaving:
+            for name in leaving - {task.request.adapter for task in self._tasks.values()}:
+                self._scheduler.rows.forget(self._models.identity(name))
+                self._models.unload(name)
 
     def close(self) -> None:
         """Nothing runs beside the steps."""
