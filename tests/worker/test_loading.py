@@ -114,6 +114,22 @@ def test_the_adapters_tokenizer_goes_first_and_borrows_a_template(tiny_model, re
         engine.close()
 
 
+def test_an_adapters_tokenizer_says_what_ends_its_own_outputs_alone(tiny_model, red):
+    write_tokenizer(red)
+    change(red / "tokenizer_config.json", eos_token="<pad>")
+    engine = opened(spec(tiny_model.base, ModelSpec("base"), ModelSpec("m", adapter_dir=str(red))))
+    padding = Sampling(temperature=0, logit_bias={"264": 1000.0})
+    try:
+        for model, reason in (("m", "stop"), ("base", "length")):
+            engine.submit(Job(Key(new_id(), 1), Run(model), Generate(prompt="x", max_new_tokens=3, sampling=padding)))
+            outputs = []
+            while engine.due() is not None:
+                outputs += engine.step()
+            assert outputs[-1].reason == reason
+    finally:
+        engine.close()
+
+
 def test_an_adapter_that_names_another_base_is_served_with_a_note_and_a_warning(tiny_model, red):
     change(red / "adapter_config.json", base_model_name_or_path="org/another")
     good = ModelSpec("blue", adapter_dir=str(tiny_model.adapters["blue"]))

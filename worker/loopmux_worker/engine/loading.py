@@ -38,7 +38,7 @@ class Loaded:
     Attributes:
         model: the transformers model; adapters are put into it by ``adapters``.
         tokenizers: per model id that was added, the adapter's own where it has one.
-        ends: token ids that end an output.
+        ends: token ids that end an output, whichever model's.
         context: tokens of prompt and answer together.
         vocabulary: rows of the embedding: prompt ids are below.
         head: width of the logits.
@@ -61,8 +61,11 @@ class Loaded:
     def add(self, model: ModelSpec, tokenizer: Any, notes: Iterable[str]) -> None:
         """Take a model id in with what ``tokenizer_of`` found for it."""
         self.tokenizers[model.id] = tokenizer
-        self.ends |= _ids(tokenizer.eos_token_id)
         self.notes += notes
+
+    def ends_of(self, model: str) -> frozenset[int]:
+        """Token ids that end an output of a model: its own tokenizer's are not its neighbours'."""
+        return self.ends | _ids(self.tokenizers[model].eos_token_id)
 
 
 def load(spec: WorkerSpec, progress: Progress) -> Loaded:
