@@ -12,7 +12,9 @@ JSON line per case:
 - ``loops``: 8 conversations of 6 turns in lockstep, 600 tokens of prompt of which all share 500, 24 tokens out, results
   of 100 tokens; ``stateless`` is ours with a first token of its own in every turn, so that nothing can be reused.
 - ``arrival``: the longest pause of 15 running streams while a prompt of 2 000 tokens joins, beside their median step.
-- ``start``: seconds from the start of a process to the first text, with ``run-adapter``, after one that warms the disk.
+- ``start``: seconds from the start of a worker's process on the slots engine to its first token, which it computes
+  before it calls itself ready, after one start that warms the disk; and what they were at on the way: the libraries
+  imported, the model loaded.
 - ``overhead``: share of a decoding step of 16 streams that is spent outside the model's forward, in one process.
 """
 
@@ -28,10 +30,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loopmux.messages import ModelSpec, WorkerSpec
 from loopmux_loadtest.bench_sides import ROWS, Burst, Ours, Peer, Prompts, Side
 
 ADAPTERS = 8
@@ -157,20 +160,16 @@ class Bench:
         }
 
     def start(self) -> dict[str, Any]:
-        """Seconds from process start to the first text."""
-        command = [sys.executable, "-m", "loopmux_worker", "run-adapter", "--base-model", str(self.model)]
-        command += ["--prompt", "Hello", "--max-new-tokens", "8", "--temperature", "0"]
-        seconds = []
-        for _ in range(self.rounds + 1):
-            started = time.perf_counter()
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-                assert process.stdout is not None
-                process.stdout.read(1)
-                seconds.append(time.perf_counter() - started)
-                process.stdout.read()
-            if process.returncode:
-                raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-        return {"seconds": round(statistics.median(seconds[1:]), 2), "first_time": round(seconds[0], 2)}
+        """Seconds from a worker's process start to its first token, and on the way there."""
+        with tempfile.TemporaryDirectory(prefix="loopmux-bench-") as folder:
+            models = (ModelSpec("base", model_type="base"),)
+            spec = WorkerSpec("bench", f"ipc://{folder}/nobody", models, str(self.model), engine="slots")
+            file = Path(folder) / "spec.json"
+            file.write_text(json.dumps(asdict(spec)))
+            command = [sys.executable, "-m", "loopmux_worker", "--spec", str(file)]
+            starts = [_marks_of(command) for _ in range(self.rounds + 1)]
+        medians = {mark: round(statistics.median(one[mark] for one in starts[1:]), 2) for mark in _MARKS}
+        return {"seconds": medians["ready"], "first_time": round(starts[0]["ready"], 2), "at": medians}
 
     def overhead(self) -> dict[str, Any]:
         """What ``bench_decode`` says about a step of 16 streams."""
@@ -179,6 +178,30 @@ class Bench:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         line = next(one for one in map(json.loads, done.stdout.splitlines()) if one["case"] == "decode")
         return {key: line[key] for key in ("step_ms", "outside_ms", "outside")}
+
+
+_MARKS = {"imported": ("loading", "weights"), "loaded": ("warming", ""), "ready": ("ready", "")}
+"""What a worker prints when it has come that far: a phase, and what its detail begins with."""
+
+
+def _marks_of(command: list[str]) -> dict[str, float]:
+    """Start a worker, end it when it is ready; seconds from its start to each of the marks."""
+    started = time.perf_counter()
+    marks: dict[str, float] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said = json.loads(line)
+            for mark, (phase, detail) in _MARKS.items():
+                if mark not in marks and said["phase"] == phase and said["detail"].startswith(detail):
+                    marks[mark] = time.perf_counter() - started
+            if "ready" in marks:
+                break
+        process.terminate()
+        process.stdout.read()
+    if missing := set(_MARKS) - set(marks):
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode} before it was {', '.join(missing)}")
+    return marks
 
 
 def _medians(values: dict[str, list[float]], less: bool = False) -> dict[str, float]:
