@@ -173,6 +173,7 @@ class SlotsEngine:
             self._not_copied(copies, error)
             return []
         plan = self._scheduler.plan(budget)
+        assert plan.segments, "somebody runs: a step for nobody would fail, or come to nothing, for ever"
         try:
             picks = self._compute(plan)
         except Exception as error:  # noqa: BLE001 - somebody's fault, or nobody's: see there
