@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import zmq
 from structlog.typing import FilteringBoundLogger
 
 import loopmux
 from loopmux import endpoints
+from loopmux.claims import Claim
+from loopmux.errors import LoopmuxError
 from loopmux_broker.broker import Broker
-from loopmux_broker.claims import Claim
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Door, SendOutcome, Side
 from loopmux_broker.events import (
@@ -30,7 +31,7 @@ from loopmux_broker.events import (
     TimerDue,
     WorkerSent,
 )
-from loopmux_broker.lifeline import Lifeline
+from loopmux_broker.lifeline import PARENT_DIED, Lifeline
 
 _DRAIN = 64
 """Messages taken from one socket in one turn: about 5 ms of work at most, so no socket waits longer for another."""
@@ -43,13 +44,21 @@ _PATIENCE = 16
 class Server:
     """Binds the endpoints, then runs the core until the lifeline says why to end."""
 
-    def __init__(self, config: BrokerConfig, log: FilteringBoundLogger, lifeline: Lifeline) -> None:
-        """Listen on every endpoint.
+    def __init__(
+        self,
+        config: BrokerConfig,
+        log: FilteringBoundLogger,
+        lifeline: Lifeline,
+        inherited: Mapping[str, int] | None = None,
+    ) -> None:
+        """Listen on every endpoint; ``inherited`` are the descriptors of those that are listened on already.
 
         Raises:
             BusyError, ConfigError: an endpoint cannot be had; whatever was taken before is given back.
         """
         self._config, self._log, self._lifeline = config, log, lifeline
+        self._inherited = inherited or {}
+        self._orphaned = False
         self._claims: list[Claim] = []
         self.doors: list[Door] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -73,12 +82,12 @@ class Server:
 
     def _open(self, listen: Iterable[str], side: Side) -> None:
         for endpoint in listen:
-            path = endpoints.ipc_path(endpoint)
-            if path is not None:
+            path, descriptor = endpoints.ipc_path(endpoint), self._inherited.get(endpoint)
+            if path is not None and descriptor is None:  # else it is held by who made the socket
                 self._claims.append(Claim(path))
             door = Door(self._context, len(self.doors), side, self._config.window)
             self.doors.append(door)
-            door.bind(endpoint)
+            door.bind(endpoint, descriptor)
 
     def run(self) -> str:
         """Serve until there is a reason to end, and return it."""
@@ -93,6 +102,7 @@ class Server:
             readable = self._wait()
             reason = self._lifeline.check({s for s in readable if isinstance(s, int)})
             if reason is not None:
+                self._orphaned = reason == PARENT_DIED
                 self._log.info("stopping", reason=reason)
                 return reason
             self._turn(readable)
@@ -102,9 +112,19 @@ class Server:
         for door in self.doors:
             door.close()
         self._context.term()
+        if self._orphaned:
+            self._claim_inherited()
         for claim in reversed(self._claims):  # the first one made the folder
             claim.release()
         self.doors, self._claims = [], []
+
+    def _claim_inherited(self) -> None:
+        """Who made these sockets was killed and cannot remove their files."""
+        for path in filter(None, map(endpoints.ipc_path, self._inherited)):
+            try:
+                self._claims.append(Claim(path))
+            except LoopmuxError:
+                pass  # somebody else is there already, or the files are gone: nothing to clean up
 
     # --- one turn
 
