@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from loopmux import wire
 from loopmux_broker import events
 from loopmux_broker.broker import Broker
 from loopmux_broker.events import ClientSent, ConnectionLost, Log, LoopStalled, Push, PushBlocked, TimerDue, WorkerSent
+from simulation.broken import broken
 from simulation.lines import Frames, Line, Pipe
 from simulation.process import Endpoint, Process
-from simulation.broken import broken
+
+if TYPE_CHECKING:
+    from simulation.world import World
 
 _CLOSE = (0.001, 0.003)
 """Seconds until a closed connection is noticed."""
@@ -19,7 +24,7 @@ class BrokerProcess(Process):
 
     core: Broker
 
-    def __init__(self, world) -> None:
+    def __init__(self, world: World) -> None:
         super().__init__(world, "broker")
         self.lines: dict[bytes, Line] = {}
         self.owner: dict[bytes, Endpoint] = {}
@@ -117,7 +122,7 @@ class BrokerProcess(Process):
         if line is None:
             return True
         sent = line.down.send(frames)
-        self.world.promise.broker_said(self.owner[peer], wire.from_frames(frames), sent)
+        self.world.promise.talk.broker_said(self.owner[peer], peer, wire.from_frames(frames))
         if self.world.story.loud:
             self.world.story.message(self, self.owner[peer], frames, lost=not sent)
         return sent

@@ -33,7 +33,7 @@ def census(*roots: object) -> Counter[str]:
 
 
 def grown(before: Counter[str], after: Counter[str], allowed: int) -> dict[str, int]:
-    """What has grown by more than ``allowed``. Heaps hold timers that were cancelled until they are due, or too many."""
+    """What has grown by more than ``allowed``. Heaps keep cancelled timers for a while."""
     most = {name: _HEAP if name in _HEAPS else before[name] + allowed for name in after}
     return {name: n - before[name] for name, n in after.items() if n > most[name]}
 

@@ -1,10 +1,10 @@
-"""A client process: the real connection core, and callers who read fast, slowly or not at all, cancel, and ask again."""
+"""A client process: the real connection core, and callers who read fast, slowly or not at all, and cancel."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loopmux import codec, events, messages, wire
 from loopmux.connection import Connection
@@ -14,6 +14,9 @@ from simulation.broken import broken
 from simulation.lines import Frames
 from simulation.process import Endpoint
 from simulation.profile import ECHO
+
+if TYPE_CHECKING:
+    from simulation.world import World
 
 CONNECT_TIMEOUT = 5.0
 
@@ -27,6 +30,7 @@ class Call:
         may_fail: codes of errors that need no other cause than what was asked; ``must_fail`` if it cannot succeed.
         read_in: seconds the reader takes over what it reports on; infinite for one that never reads.
         attempt: of the token that came last.
+        attached: it was brought to a broker that was started again.
         moved: when anything came last.
         granted: the most tokens that the broker was ever allowed to send.
     """
@@ -52,6 +56,7 @@ class Call:
     outcome: Result | LoopmuxError | None = None
     ended: float = math.inf
     attempt: int = 0
+    attached: bool = False
     moved: float = 0.0
     granted: int = 0
     read: int = 0
@@ -86,7 +91,7 @@ class ClientProcess(Endpoint):
 
     from_worker = False
 
-    def __init__(self, world, name: str) -> None:
+    def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name)
         self.calls: dict[bytes, Call] = {}
         self.questions: dict[bytes, float] = {}
@@ -132,14 +137,14 @@ class ClientProcess(Endpoint):
             else:
                 self.die()
 
-    def die(self) -> None:
+    def die(self, news: float = 0.0) -> None:
         self.gone = min(self.gone, self.clock.now)
-        super().die()
+        super().die(news)
 
     # --- the core
 
     def receive(self, frames: Frames) -> None:
-        self.world.promise.client_heard(self, wire.from_frames(frames))
+        self.world.promise.talk.client_heard(self, wire.from_frames(frames))
         self.handle(events.Received(frames))
         if self.core.malformed:
             broken("no message of ours is malformed", f"{self} could not read what the broker sent")
@@ -162,17 +167,17 @@ class ClientProcess(Endpoint):
                 self.unsend()
                 self.put(message)
             case events.Send(message):
-                promise.client_said(self, message)
+                promise.talk.client_said(self, message)
                 self.put(message)
             case events.Deliver(id_, event, report):
                 call = self.calls[id_]
-                promise.delivered(call, event)
+                promise.callers.delivered(call, event)
                 if report and not math.isinf(call.read_in):
                     self.later(call.read_in, lambda: self._read(call, report))
             case events.Finish(id_, outcome) | events.Fail(id_, outcome) if id_ in self.calls:
-                promise.ended(self.calls[id_], outcome)
+                promise.callers.ended(self.calls[id_], outcome)
             case events.Answer(id_) | events.Fail(id_):
-                promise.answered(self, id_, isinstance(action, events.Answer))
+                promise.callers.answered(self, id_, action.status if isinstance(action, events.Answer) else None)
 
 
 def plain_call(client: ClientProcess, name: str, tokens: int, timeout: float, **options: Any) -> Call:
@@ -188,7 +193,7 @@ def plain_call(client: ClientProcess, name: str, tokens: int, timeout: float, **
 def scripted_call(client: ClientProcess, name: str, tools: int, timeout: float, **options: Any) -> Call:
     """A turn of a tool loop in which the model makes so many calls."""
     call = plain_call(client, name, 10_000, timeout, **options)
-    script = "\n".join(f"{'+' if i else '!'}call add {{\"a\": {i}}}" for i in range(tools))
+    script = "\n".join(f'{"+" if i else "!"}call add {{"a": {i}}}' for i in range(tools))
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     call.body = codec.pack(messages.Generate(prompt=script, max_new_tokens=10_000, tools=(tool,)))
     call.wanted, call.tools = None, tools

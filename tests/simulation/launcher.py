@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from loopmux import wire
 from loopmux.messages import Register, WorkerSpec
 from loopmux_launcher import events
@@ -11,6 +13,9 @@ from loopmux_launcher.plan import Plan
 from simulation.lines import Frames
 from simulation.process import Endpoint
 from simulation.worker import WorkerProcess
+
+if TYPE_CHECKING:
+    from simulation.world import World
 
 _LOADING = (0.1, 1.0)
 _CRASHED = 1
@@ -29,7 +34,7 @@ class LauncherProcess(Endpoint):
 
     from_worker = True
 
-    def __init__(self, world, groups: list[Group]) -> None:
+    def __init__(self, world: World, groups: list[Group]) -> None:
         super().__init__(world, "launcher")
         self.groups = groups
         self.children: dict[str, WorkerProcess | _Starting] = {}
@@ -47,15 +52,15 @@ class LauncherProcess(Endpoint):
         self.connect()
         self.handle(events.Began())
 
-    def die(self) -> None:
+    def die(self, news: float = 0.0) -> None:
         """kill -9; its workers die with it."""
         if not self.alive:
             return
-        super().die()
+        super().die(news)
         children, self.children = list(self.children.values()), {}
         for child in children:
             if isinstance(child, WorkerProcess):
-                child.die()
+                child.die(news)
             else:
                 child.over = True
 
@@ -105,7 +110,7 @@ class LauncherProcess(Endpoint):
         self.look()
 
     def _start_child(self, name: str, spec: WorkerSpec) -> None:
-        self.world.promise.process_started(self, name)
+        self.world.promise.launches.started(self, name)
         dice = self.clock.random
         child = self.children[name] = _Starting(dice.random() < self.fail_starts)
 
@@ -141,7 +146,7 @@ class LauncherProcess(Endpoint):
         if self.children.get(name) is child:
             del self.children[name]
             draw = self.clock.random.random()
-            self.world.promise.process_ended(self, name)
+            self.world.promise.launches.ended(name)
             self.later(0.002, lambda: self.handle(events.ProcessExited(name, code, (), draw)))
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""Connections as ØMQ gives them: in order, late, of limited room; when one breaks, the last messages on it are lost."""
+"""Connections as ØMQ gives them: in order, late, of limited room; when one breaks, what went last is lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ class Pipe:
     has not taken count against ``room``, as they fill a socket's pipe.
     """
 
-    def __init__(self, clock: Clock, latency: tuple[float, float], act: Deliver, hear: Callable[[Frames], None]) -> None:
+    def __init__(
+        self, clock: Clock, latency: tuple[float, float], act: Deliver, hear: Callable[[Frames], None]
+    ) -> None:
         self._clock, self._latency, self._act, self._hear = clock, latency, act, hear
         self.room: float = 2_000
         self.held_until = 0.0

@@ -13,6 +13,7 @@ from simulation.lines import Line
 from simulation.process import Endpoint, Process
 from simulation.profile import ADAPTER, ECHO, FAIL_AT, FLAKY, draw
 from simulation.stranger import Stranger, StrangeWorker
+from simulation.worker import WorkerProcess
 from simulation.world import World
 
 _START = 2.0
@@ -86,7 +87,7 @@ class Nemesis:
             case "hint":
                 name, state = f"s{dice.randint(1, 3)}", dice.choice(("waiting_on_tool", "done"))
                 if state == "done":
-                    self.world.promise.dispatches.forget(client.name, name)
+                    self.world.promise.talk.dispatches.forget(client.name, name)
                 client.hint(SessionHint(name, state, dice.choice((None, 2.0))))
 
     def _ask(self, client: ClientProcess) -> Call:
@@ -121,7 +122,8 @@ class Nemesis:
         babbles = dice.random() < 0.5
 
         def speak() -> None:
-            open_ones = [call for call in world.calls if call.open]
+            known = world.broker.core.tables.requests  # of others nobody can tell whose they are going to be
+            open_ones = [call for call in world.calls if call.open and call.id in known]
             if babbles:
                 stranger.babble()
             elif open_ones:
@@ -138,7 +140,12 @@ class Nemesis:
                 codes = frozenset({"model_not_found", "overloaded"})
                 return {"model": "nobody", "adapter": None, "may_fail": codes, "must_fail": True}
             case "adapter":
-                return {"model": ECHO, "adapter": "nothing", "may_fail": frozenset({"adapter_not_found"}), "must_fail": True}
+                return {
+                    "model": ECHO,
+                    "adapter": "nothing",
+                    "may_fail": frozenset({"adapter_not_found"}),
+                    "must_fail": True,
+                }
             case "priority":
                 return {"priority": 1000, "may_fail": frozenset({"bad_request"}), "must_fail": True}
             case "flaky":
@@ -161,7 +168,12 @@ class Nemesis:
 
     def _of(self, whom: str) -> list[Process]:
         world = self.world
-        return {"worker": world.workers, "broker": [world.broker], "launcher": [world.launcher], "client": world.living}[whom]
+        return {
+            "worker": world.workers,
+            "broker": [world.broker],
+            "launcher": [world.launcher],
+            "client": world.living,
+        }[whom]
 
     def _note(self, what: str, process: Process, seconds: float = 0.0) -> None:
         kind = process.name.split("-")[0]
@@ -173,7 +185,10 @@ class Nemesis:
         away = self.dice.choice((0.05, 0.3, 1.0, 4.0)) * self.dice.random()
         again = {self.world.broker: self.world.broker.start, self.world.launcher: self.world.launcher.start}
         self._note("kill", process, away + 4.0 if process in again else 4.0)
-        process.die()
+        if isinstance(process, Endpoint) and self.dice.random() < 0.3:
+            process.die(self.dice.uniform(0.5, 3.5))  # its host went down: no system is left that would tell
+        else:
+            process.die()
         if process in again:
             self.clock.after(away, again[process])
 
@@ -223,10 +238,15 @@ class Nemesis:
 
             self.clock.after(seconds, free)
 
-    def _hang(self, process) -> None:
+    def _hang(self, process: WorkerProcess) -> None:
         seconds = self.dice.choice((0.5, 5.0, 25.0)) * self.dice.random()
         self._note("hang", process, seconds + 4.0)
         process.hang(seconds)
+
+    def _slow(self, process: WorkerProcess) -> None:
+        """It takes long and gets on: no harm, and no excuse for anything."""
+        self.story.tell("✗", f"slow {process}")
+        process.slow_down(self.dice.uniform(0.05, 1.2), self.dice.uniform(0.5, 5.0))
 
     def _stop(self, process) -> None:
         """SIGTERM. A stopped launcher is started again by hand."""
@@ -267,7 +287,9 @@ class Nemesis:
         world.living or world.new_client()
         for fate in range(_ENCORE):
             client = self.dice.choice(world.living)
-            call = client.ask(plain_call(client, f"e{fate}", 12, 0.05 if fate % 4 == 1 else 60.0, collect=fate % 4 == 2))
+            call = client.ask(
+                plain_call(client, f"e{fate}", 12, 0.05 if fate % 4 == 1 else 60.0, collect=fate % 4 == 2)
+            )
             if fate % 4 == 3:
                 world.run(self.dice.uniform(0, 0.1))
                 client.cancel(call)
@@ -278,4 +300,6 @@ class Nemesis:
         more = grown(before, promise.census(), _ENCORE // 2)
         hold(not more, "memory does not grow", more)
         promise.resting = True
+        self.dice.choice(world.living).question(_IDLE)
         world.run(_IDLE)
+        promise.at_rest()

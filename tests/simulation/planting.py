@@ -1,4 +1,4 @@
-"""The test of the tester: each patch in ``planted`` puts a bug into a copy of the cores, which the simulation must find.
+"""The test of the tester: each patch in ``planted`` puts a bug into a copy of the cores, for the simulation to find.
 
 ``python -m simulation.planting --seeds 1000`` prints what was caught, what was missed, and what no longer applies.
 """

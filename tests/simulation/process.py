@@ -1,4 +1,4 @@
-"""A process: it runs, is stopped for a while (SIGSTOP), dies. And an endpoint: one with a DEALER socket to the broker."""
+"""A process: it runs, is stopped for a while (SIGSTOP), dies. An endpoint: one that is connected to the broker."""
 
 from __future__ import annotations
 
@@ -127,11 +127,12 @@ class Endpoint(Process):
             self.disconnected()
             self.later(0.001, self.connect)
 
-    def die(self) -> None:
+    def die(self, news: float = 0.0) -> None:
+        """kill -9; or the whole host is gone, and the broker hears of it after ``news`` seconds."""
         super().die()
         if self.line is not None:
             self.line.near = False
-            self.world.broker.left(self.line)
+            self.world.broker.left(self.line, news)
             self.line = None
 
     def heard(self, line: Line, frames: Frames) -> None:

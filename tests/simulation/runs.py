@@ -61,7 +61,10 @@ def tell(seed: int, *, messages: bool) -> int:
     """Print the story of one seed."""
     run, nemesis = once(seed, messages=messages)
     profile = nemesis.profile
-    print(f"seed {seed}: {profile.clients} clients, faults: {', '.join(profile.faults) or 'none'}; latency to {profile.latency[1]} s")
+    print(
+        f"seed {seed}: {profile.clients} clients, latency up to {profile.latency[1]} s, "
+        f"faults: {', '.join(profile.faults) or 'none'}"
+    )
     print(nemesis.story.text())
     print(f"{run.events} events, {run.requests} requests, {run.simulated:.0f} s simulated")
     print(f"BROKEN {run.failure}" if run.failure else "everything held")
@@ -82,7 +85,8 @@ def many(seeds: range, jobs: int, *, keep_going: bool) -> int:
     events, requests = sum(run.events for run in done), sum(run.requests for run in done)
     print(
         f"{len(done)} seeds, {events} events ({events // len(done)} per seed), {requests} requests, "
-        f"{sum(run.simulated for run in done) / 3600:.1f} h simulated in {time.monotonic() - began:.0f} s: {failed} failed"
+        f"{sum(run.simulated for run in done) / 3600:.1f} h simulated in {time.monotonic() - began:.0f} s: "
+        f"{failed} failed"
     )
     return 1 if failed else 0
 

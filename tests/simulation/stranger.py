@@ -6,12 +6,17 @@ else must notice, and they must learn nothing but that they were refused.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from loopmux import codec, messages, wire
 from loopmux.wire import Header, Kind, Message
 from simulation.broken import hold
 from simulation.client import Call
 from simulation.lines import Frames
 from simulation.process import Endpoint
+
+if TYPE_CHECKING:
+    from simulation.world import World
 
 STRIKES = 3
 """Malformed messages within a minute, after which a peer is not listened to."""
@@ -22,7 +27,7 @@ class Stranger(Endpoint):
 
     from_worker = False
 
-    def __init__(self, world, name: str) -> None:
+    def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name)
         self.refusals = 0
         self.connect()
@@ -97,9 +102,14 @@ class StrangeWorker(Stranger):
         told = dice.choice(
             (
                 Message(Header(Kind.RUNACK, call.id, attempt=attempt)),
-                Message(Header(Kind.TOK, call.id, have, 1, attempt), body=codec.pack(messages.Tok("0.0 ")), tokens=bytes(4)),
+                Message(
+                    Header(Kind.TOK, call.id, have, 1, attempt), body=codec.pack(messages.Tok("0.0 ")), tokens=bytes(4)
+                ),
                 Message(Header(Kind.END, call.id, have, attempt=attempt), body=codec.pack(end)),
-                Message(Header(Kind.CANCELLED, call.id, have, attempt=attempt), body=codec.pack(messages.Failure("engine", "no"))),
+                Message(
+                    Header(Kind.CANCELLED, call.id, have, attempt=attempt),
+                    body=codec.pack(messages.Failure("engine", "no")),
+                ),
             )
         )
         self.world.story.tell(self, f"says {told.kind.name} about {call}")

@@ -1,4 +1,4 @@
-"""A few seeds with every run of the tests; ``make simulate`` runs a thousand. And what the simulation itself relies on."""
+"""A few seeds with every run of the tests (``make simulate`` runs a thousand), and what they rely on."""
 
 from __future__ import annotations
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from loopmux import wire
-from loopmux.messages import Register, WorkerSpec
+from loopmux.errors import LoopmuxError
+from loopmux.messages import Register, SessionHint, WorkerSpec
 from loopmux_worker import events, session
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Job, Key, Load, Output, Produced
 from loopmux_worker.engine.echo import EchoEngine
+from simulation.broken import broken
 from simulation.lines import Frames
 from simulation.process import Endpoint
-from simulation.broken import broken
+
+if TYPE_CHECKING:
+    from simulation.launcher import LauncherProcess
+    from simulation.world import World
 
 STEP = 0.004
 """Seconds an engine step takes."""
@@ -30,9 +36,12 @@ class MarkedEcho(EchoEngine):
         self._turns = 0
 
     def submit(self, job: Job) -> None:
-        if self._worker.world.promise.engine_took(self._worker, job):
+        if self._worker.world.promise.engines.took(self._worker, job):
             self._worker.plain.add(job.key)
         super().submit(job)
+
+    def hint(self, hint: SessionHint) -> None:
+        self._worker.world.promise.engines.hinted(self._worker, hint)
 
     def step(self) -> list[Output]:
         self._turns += 1
@@ -53,11 +62,12 @@ class WorkerProcess(Endpoint):
 
     from_worker = True
 
-    def __init__(self, world, launcher, spec: WorkerSpec) -> None:
+    def __init__(self, world: World, launcher: LauncherProcess, spec: WorkerSpec) -> None:
         super().__init__(world, spec.name)
         self.launcher, self.spec = launcher, spec
         self.plain: set[Key] = set()
         self.hung_until = 0.0
+        self.step = STEP
         self.engine = MarkedEcho(self, spec)
         about = self.engine.describe()
         register = Register(
@@ -85,7 +95,7 @@ class WorkerProcess(Endpoint):
 
     def receive(self, frames: Frames) -> None:
         message = wire.from_frames(frames)
-        self.world.promise.worker_heard(self, message)
+        self.world.promise.talk.worker_heard(self, message)
         self.handle(events.Received(message))
 
     def stop(self) -> None:
@@ -98,7 +108,7 @@ class WorkerProcess(Endpoint):
         for action in self.core.handle(event, self.clock.now):
             match action:
                 case events.Send(message, lasting):
-                    self.world.promise.worker_said(self, message)
+                    self.world.promise.talk.worker_said(self, message)
                     self.put(message, lasting=lasting)
                 case events.Unsend():
                     self.unsend()
@@ -111,8 +121,8 @@ class WorkerProcess(Endpoint):
         self.look()
         self._turn_later()
 
-    def _leave(self, error) -> None:
-        if error is not None and not self.world.promise.may_be_refused(self):
+    def _leave(self, error: LoopmuxError | None) -> None:
+        if error is not None and not self.world.promise.talk.may_be_refused(self):
             broken("no worker is refused without a reason", f"{self}: {error}")
         code = 0 if error is None else 1
         end = self.clock.now if self.line is None else self.line.up.last
@@ -120,13 +130,13 @@ class WorkerProcess(Endpoint):
         self.alive = False
         self.clock.at(end, lambda: self._gone(code))
 
-    def _gone(self, code: int) -> None:
-        super().die()
+    def _gone(self, code: int, news: float = 0.0) -> None:
+        super().die(news)
         self.launcher.child_ended(self.name, self, code)
 
-    def die(self) -> None:
+    def die(self, news: float = 0.0) -> None:
         if self.alive:
-            self._gone(-9)
+            self._gone(-9, news)
 
     # --- the engine's thread
 
@@ -134,11 +144,16 @@ class WorkerProcess(Endpoint):
         """The engine does not come back from a step for a while."""
         self.hung_until = self.clock.now + seconds
 
+    def slow_down(self, step: float, seconds: float) -> None:
+        """Steps take long for a while, and get on."""
+        self.step = step
+        self.clock.after(seconds, lambda: setattr(self, "step", STEP))
+
     def _turn_later(self) -> None:
         due = 0.0 if self._commanded else self.engine.due()
         if due is not None and not self._turning:
             self._turning = True
-            when = max(self.clock.now + max(due, STEP), self.hung_until)
+            when = max(self.clock.now + max(due, self.step), self.hung_until)
             self.clock.at(when, lambda: self.act(self._turn))
 
     def _turn(self) -> None:
@@ -149,6 +164,7 @@ class WorkerProcess(Endpoint):
         if self._commanded or self.engine.due() == 0.0:
             self._commanded = False
             self.driver._turn()
-        for event in self.driver.drain():
-            self.handle(event)
+        if not getattr(self.core, "full", False):
+            for event in self.driver.drain():
+                self.handle(event)
         self._turn_later()
