@@ -9,7 +9,6 @@ from loopmux import messages
 from loopmux.errors import LoopmuxError
 from loopmux.results import Result, StreamEvent, TextDelta, ToolCall
 from loopmux_worker.engine.echo import echo_token
-from simulation.abilities import RESUMES
 from simulation.broken import broken, hold
 
 if TYPE_CHECKING:
@@ -156,8 +155,7 @@ class Callers:
             case "connection_lost":
                 return self._promise.hit(call, *AWAY, before=5.0) > 0
             case "worker_lost":
-                losses = self._promise.hit(call, *HURT, before=5.0)
-                return losses >= MOST_LOSSES or (not RESUMES and self._promise.hit(call, *HURT, "stop", before=5.0) > 0)
+                return self._promise.hit(call, *HURT, before=5.0) >= MOST_LOSSES
             case "overloaded":
                 return self._world.profile.narrow
             case "engine":

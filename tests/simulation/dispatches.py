@@ -106,7 +106,7 @@ class Dispatches:
         lane = [r for r in tables.queues.of_model(request.submit.model) if r.lane == request.lane]
         own = [r for r in lane if r.client is request.client]
         first, last = (own.index(request) + 1, len(lane)) if request in own else (0, 0)
-        in_place = getattr(request, "alone", False) or first <= header.arg <= last
+        in_place = request.alone or first <= header.arg <= last
         hold(in_place, "ACCEPTED has the place in the queue", lambda: f"{header}, expected {first} to {last}")
 
     def refused(self, owner: Endpoint, peer: bytes, message: Message) -> None:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import Any
 
 from loopmux.messages import ModelSpec, WorkerSpec
 from loopmux_broker.admission import Limits
 from loopmux_broker.config import BrokerConfig
+from loopmux_broker.stalls import Stall
 from loopmux_launcher.groups import Group
-from simulation.abilities import RESUMES
 
 FAULTS = (
     "kill worker",
@@ -56,15 +55,6 @@ def groups(processes: int, slots: int, rate: float, first_delay: float, raises: 
     return [Group(ECHO, None, sound, processes, 60.0), Group(FLAKY, None, flaky, 1, 60.0)]
 
 
-def _patience() -> dict[str, Any]:
-    """Shorter than a user's: what runs out after a minute would otherwise be in few runs."""
-    if not RESUMES:
-        return {}
-    from loopmux_broker.stalls import Stall
-
-    return {"orphan_grace": 4.0, "stall": Stall(decode=4.0, prefill=6.0, per_size=0.0)}
-
-
 @dataclass(frozen=True)
 class Profile:
     """The world of one seed."""
@@ -93,7 +83,9 @@ def draw(seed: int) -> Profile:
         window=16 if small else dice.choice((16, 64, 64, 1024)),
         request_output=20_000 if small else 1024 * 1024,  # about 70 chunks: more than a window has
         limits=limits,
-        **_patience(),
+        # shorter than a user's: what runs out after a minute would otherwise be in few runs
+        orphan_grace=4.0,
+        stall=Stall(decode=4.0, prefill=6.0, per_size=0.0),
     )
     rate = dice.choice((50.0, 100.0, 200.0))
     made = groups(

@@ -14,13 +14,10 @@ from loopmux.errors import (
 from loopmux.messages import ModelSpec, WorkerSpec
 from loopmux.results import Result
 from loopmux_launcher.groups import Group
-from simulation.abilities import RESUMES
 from simulation.client import Call, plain_call, scripted_call
 from simulation.profile import Profile
 from simulation.worker import WorkerProcess
 from simulation.world import World
-
-resumes = pytest.mark.skipif(not RESUMES, reason="these cores do not resume yet")
 
 
 def settled_world(processes: int = 2, slots: int = 4, **echo: float) -> World:
@@ -103,7 +100,6 @@ def test_a_worker_lost_before_the_first_token_is_replaced_unseen() -> None:
     at_rest(world)
 
 
-@resumes
 def test_a_worker_lost_later_is_replaced_unseen_too() -> None:
     world = settled_world(rate=50)
     call = ask(world, 150)
@@ -116,7 +112,6 @@ def test_a_worker_lost_later_is_replaced_unseen_too() -> None:
     at_rest(world)
 
 
-@resumes
 def test_a_request_that_kills_its_workers_is_found_out() -> None:
     world = settled_world(processes=4, rate=50)
     call = ask(world, 400)
@@ -131,7 +126,6 @@ def test_a_request_that_kills_its_workers_is_found_out() -> None:
     at_rest(world)
 
 
-@resumes
 def test_a_worker_that_is_stopped_in_good_order_is_not_noticed() -> None:
     world = settled_world(rate=50)
     calls = [ask(world, 400, client) for client in range(2)]
@@ -156,7 +150,6 @@ def test_a_client_whose_connection_breaks_goes_on_where_it_was() -> None:
     at_rest(world)
 
 
-@resumes
 def test_a_worker_whose_connection_breaks_is_a_lost_worker_to_its_requests_and_serves_on() -> None:
     world = settled_world(rate=50)
     call = ask(world, 100)
@@ -176,7 +169,6 @@ def restart_broker(world: World, away: float) -> None:
     world.clock.after(away, world.broker.start)
 
 
-@resumes
 @pytest.mark.parametrize("away", [0.02, 0.3, 4.0])
 def test_a_restarted_broker_is_not_noticed(away: float) -> None:
     world = settled_world(rate=50)
@@ -192,7 +184,6 @@ def test_a_restarted_broker_is_not_noticed(away: float) -> None:
     at_rest(world)
 
 
-@resumes
 def test_a_restart_of_the_broker_is_a_short_pause() -> None:
     world = settled_world(rate=50)
     call = ask(world, 400)
@@ -204,7 +195,6 @@ def test_a_restart_of_the_broker_is_a_short_pause() -> None:
     assert world.clock.now - begun <= 0.25 + 8 / 50
 
 
-@resumes
 def test_a_restart_with_a_full_queue_loses_nobody() -> None:
     world = settled_world(rate=200)
     calls = [ask(world, 50, client) for client in range(2) for _ in range(30)]
@@ -215,7 +205,6 @@ def test_a_restart_with_a_full_queue_loses_nobody() -> None:
     at_rest(world)
 
 
-@resumes
 def test_broker_and_worker_killed_together_lose_only_what_the_client_has_not_received() -> None:
     world = settled_world(rate=50)
     call = ask(world, 150)
@@ -228,7 +217,6 @@ def test_broker_and_worker_killed_together_lose_only_what_the_client_has_not_rec
     at_rest(world)
 
 
-@resumes
 def test_what_nobody_claims_after_a_restart_is_stopped() -> None:
     world = settled_world(rate=50)
     ask(world, 100_000, timeout=300.0)
@@ -244,7 +232,6 @@ def test_what_nobody_claims_after_a_restart_is_stopped() -> None:
     at_rest(world)
 
 
-@resumes
 def test_a_cancel_reaches_the_worker_through_a_new_broker() -> None:
     world = settled_world(rate=50)
     call = ask(world, 10_000, timeout=300.0)

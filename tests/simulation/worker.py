@@ -164,7 +164,7 @@ class WorkerProcess(Endpoint):
         if self._commanded or self.engine.due() == 0.0:
             self._commanded = False
             self.driver._turn()
-        if not getattr(self.core, "full", False):
+        if not self.core.full:
             for event in self.driver.drain():
                 self.handle(event)
         self._turn_later()
