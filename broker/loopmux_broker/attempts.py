@@ -182,8 +182,6 @@ class Attempts:
 
     def watch(self, worker: Worker, now: float) -> None:
         """See to it that somebody looks whether the engine gets on."""
-        key = (Alarm.STALL, worker.peer, 0)
-        if key not in self._t.timers:
-            due = self._t.config.stall.due(worker)
-            if due is not None:
-                self._t.timers.set(key, max(due, now))
+        due = self._t.config.stall.due(worker)
+        if due is not None:
+            self._t.timers.set((Alarm.STALL, worker.peer, 0), max(due, now))
