@@ -1,5 +1,7 @@
 # make demo   the whole product on the demo model, shown and stopped again
 # make test   every test
+# make simulate           the cores of all parts in a simulated world, 1 000 seeds (SEEDS=n; SEED=17 replays one and tells its story)
+# make simulate-planted   bugs put into the cores one at a time: does the simulation find them?
 # make lint   format, lint, types, import contracts
 # make clean  remove what these made in this folder
 PYTHON ?= python3.11
@@ -7,7 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+SEEDS ?= 1000
+JOBS ?= $(shell nproc)
+SIMULATE := PYTHONPATH=tests $(BIN)/python -m
+
+.PHONY: demo test simulate simulate-planted lint clean
 
 # The application's side has neither torch nor transformers: the launcher builds the model's environment beside it.
 $(VENV)/.server: pyproject.toml constraints.txt
@@ -25,6 +31,12 @@ demo: $(VENV)/.server
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+simulate: $(VENV)/.dev
+	$(SIMULATE) simulation $(or $(SEED),--seeds $(SEEDS) --jobs $(JOBS)) $(ARGS)
+
+simulate-planted: $(VENV)/.dev
+	$(SIMULATE) simulation.planting --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -33,6 +33,7 @@ class Ends:
     def cancel(self, request: Request, now: float, why: str = "the client cancelled the request") -> None:
         """End a request on somebody's wish, whatever its state; one that has ended says so again."""
         if request.state is State.DONE:
+            self._discard(request)  # else the terminal would wait for credit that nobody grants any more
             self._streams.repeat_terminal(request, now)
             return
         self._halt(request, Kind.CANCELLED, CancelledError(why), StopReason.CANCELLED, now)
@@ -55,13 +56,18 @@ class Ends:
 
     def _halt(self, request: Request, kind: Kind, error: LoopmuxError, reason: StopReason, now: float) -> None:
         """End a request at once, with what the client may already have of it."""
-        held, worker = request.output.held, request.lease.worker.name if request.lease else None
-        request.output.truncate()
-        self._t.admission.output -= held - request.output.held
+        worker = request.lease.worker.name if request.lease else None
+        self._discard(request)
         if request.lease is not None:
             self._leases.stop(request.lease, reason, now)
             request.lease = None
         self.end(request, kind, error, now, worker=worker, usage=Usage(0, request.output.total))
+
+    def _discard(self, request: Request) -> None:
+        """Drop output that the client does not have yet, and is not going to get."""
+        held = request.output.held
+        request.output.truncate()
+        self._t.admission.output -= held - request.output.held
 
     def end(
         self,

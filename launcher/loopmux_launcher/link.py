@@ -99,5 +99,9 @@ class Link:
         return [Message(Header(Kind.BYE))] if leaves else []
 
     def lost(self) -> None:
-        """The broker does not know us, or may have missed something: introduce ourselves again."""
-        self._heartbeat, self._next = None, 0.0
+        """The broker does not know us, or may have missed something: introduce ourselves again.
+
+        At once the first time; while nobody is there, no sooner than REGISTER is repeated anyway.
+        """
+        if self._heartbeat is not None:
+            self._heartbeat, self._next = None, 0.0

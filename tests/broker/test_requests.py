@@ -23,7 +23,7 @@ from brokerkit import (
     stopped,
     tok,
 )
-from loopmux import codec
+from loopmux import codec, wire
 from loopmux.messages import Failure, Submit
 from loopmux.results import Usage
 from loopmux.wire import Header, Kind, Message
@@ -308,6 +308,17 @@ def test_cancel_races_the_end(core: Core) -> None:
     core.worker(end(ONE, 0))
     assert core.client(say(Kind.CANCEL, ONE)) == [pushed(end(ONE, 0))]
     assert core.counted == {"submitted": 1, "finished": 1}
+
+
+def test_cancel_of_what_ended_unread_drops_the_rest(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0, 1024))
+    core.worker(tok(ONE, 1024, 8))
+    core.worker(end(ONE, 1032))  # it waits for the client to read
+    [push] = core.client(say(Kind.CANCEL, ONE))
+    assert push.frames == wire.to_frames(end(ONE, 1032))
+    core.client(say(Kind.ENDACK, ONE))
+    core.assert_empty()
 
 
 def test_the_end_races_cancel(core: Core) -> None:

@@ -69,3 +69,11 @@ def test_a_refusal_is_passed_on_in_the_brokers_words() -> None:
 def test_a_malformed_answer_is_a_protocol_error(message: Message) -> None:
     with pytest.raises(ProtocolError):
         Link(REGISTER).received(message, 0.0)
+
+
+def test_while_nobody_is_there_the_introduction_is_tried_at_intervals() -> None:
+    link = Link(REGISTER)
+    assert kinds(link.due(1.0)) == [Kind.REGISTER]
+    link.lost()  # it could not be sent
+    assert link.next_timer() == 1.5
+    assert link.due(1.1) == []

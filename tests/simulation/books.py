@@ -1,0 +1,88 @@
+"""The broker's tables: they agree with each other at every moment, and are empty at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loopmux_broker.requests import State
+from simulation.broken import hold
+
+if TYPE_CHECKING:
+    from simulation.world import World
+
+_ENFORCED = 0.1
+"""Seconds after a deadline by which the broker has acted on it."""
+_CHUNK = 2_000
+"""Bytes that the last chunk may exceed a limit by."""
+
+
+def audit(world: World) -> None:
+    """What must hold between any two events."""
+    tables = world.broker.core.tables
+    requests, admission, pool = tables.requests.values(), tables.admission, tables.pool
+    queued = sum(r.state is State.QUEUED for r in requests)
+    hold(
+        admission.queued == tables.queues.length == queued,
+        "the books agree: queued",
+        lambda: f"{admission.queued}, {tables.queues.length}, {queued}",
+    )
+    output, held = sum(r.output.held for r in requests), sum(len(r.body) for r in requests)
+    hold(admission.output == output, "the books agree: output", lambda: f"{admission.output}, {output}")
+    hold(admission.held == held, "the books agree: bodies", lambda: f"{admission.held}, {held}")
+    leases = {key for worker in pool.workers.values() for key in worker.leases}
+    hold(set(pool.leases) == leases, "the books agree: leases", lambda: f"{pool.leases.keys()}, {leases}")
+    for client in tables.clients.by_instance.values():
+        mine = client.requests.values()
+        waiting = sum(r.state is State.QUEUED for r in mine)
+        hold(client.queued == waiting, "the books agree: a client's queue", lambda: f"{client.queued}, {waiting}")
+        body = sum(len(r.body) for r in mine)
+        hold(client.held == body, "the books agree: a client's bodies", lambda: f"{client.held}, {body}")
+    for request in requests:
+        hold(
+            request.output.held <= world.profile.config.request_output + _CHUNK,
+            "buffers are bounded",
+            lambda: f"{request.output.held} bytes",
+        )
+    late = world.clock.now - _ENFORCED
+    for request in requests if world.broker.running and world.clock.now - world.broker.thawed_at > _ENFORCED else ():
+        in_time = request.state is State.DONE or request.deadline >= late
+        hold(
+            in_time,
+            "a deadline is kept by the broker",
+            lambda: f"{world.story.names.get(request.id)}, {request.state.name}",
+        )
+    limits = tables.config.limits
+    running = (
+        sum(worker.slots for worker in pool.workers.values()) + 8
+    )  # those come back to the queue when they lose it
+    hold(admission.queued <= limits.queued + running, "limits are kept: queued", lambda: f"{admission.queued}")
+    hold(admission.held <= limits.held, "limits are kept: bodies", lambda: f"{admission.held} > {limits.held}")
+    for worker in pool.workers.values():
+        if worker.free > 0:
+            waiting_one = tables.queues.next_for(worker)
+            hold(
+                waiting_one is None,
+                "nobody waits beside a free slot",
+                lambda: f"{world.story.names.get(waiting_one.id)} waits, {worker.name} has {worker.free} free",
+            )
+
+
+def at_rest(world: World) -> None:
+    """Nothing is left of any request."""
+    tables = world.broker.core.tables
+    # Cancelled before this broker knew it: remembered for a while, because a worker may still come with it.
+    kept = [
+        r
+        for r in tables.requests.values()
+        if r.submit.model or not world.promise.journal.count(("kill broker",), 0, 1e9)
+    ]
+    left = [f"{world.story.names.get(r.id, '?')} {r.state.name}" for r in kept]
+    hold(not left, "nothing is left in the broker", lambda: f"requests {left}")
+    hold(not tables.pool.leases, "nothing is left in the broker", lambda: f"leases {tables.pool.leases}")
+    admission = tables.admission
+    counts = (tables.queues.length, admission.queued, admission.held, admission.output)
+    hold(counts == (0, 0, 0, 0), "nothing is left in the broker", lambda: f"{counts}")
+    known, alive = len(tables.clients.by_instance), len(world.living)
+    hold(known <= alive, "who left is forgotten", lambda: f"{known} clients are known, {alive} live")
+    strikes = 0 if world.strangers else tables.counters["strikes"]
+    hold(strikes == 0, "no peer of ours breaks the protocol", lambda: f"{strikes} strikes")

@@ -1,0 +1,128 @@
+"""The broker process around the real core: its lines, its timers, and what its sockets do when a pipe is full."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loopmux import wire
+from loopmux_broker import events
+from loopmux_broker.broker import Broker
+from loopmux_broker.events import ClientSent, ConnectionLost, Log, LoopStalled, Push, PushBlocked, TimerDue, WorkerSent
+from simulation.broken import broken
+from simulation.lines import Frames, Line, Pipe
+from simulation.process import Endpoint, Process
+
+if TYPE_CHECKING:
+    from simulation.world import World
+
+_CLOSE = (0.001, 0.003)
+"""Seconds until a closed connection is noticed."""
+
+
+class BrokerProcess(Process):
+    """May die and come back as another process that knows nothing."""
+
+    core: Broker
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world, "broker")
+        self.lines: dict[bytes, Line] = {}
+        self.owner: dict[bytes, Endpoint] = {}
+        self._full: set[bytes] = set()
+        self.born = 0.0
+        self.wake_by(lambda: self.core.next_timer(), lambda: self.handle(TimerDue()))
+        self.start()
+
+    def start(self) -> None:
+        self.alive, self.frozen_since, self.born = True, None, self.clock.now
+        self.core = Broker(self.world.profile.config, epoch=self.clock.random.randbytes(8), now=self.clock.now)
+        self.look()
+
+    def die(self) -> None:
+        super().die()
+        lines, owners = list(self.lines.values()), dict(self.owner)
+        self.lines.clear()
+        self.owner.clear()
+        for line in lines:
+            line.cut()
+            line.far = False
+            self._tell_near(owners[line.peer], line)
+
+    def _tell_near(self, owner: Endpoint, line: Line) -> None:
+        when = max(self.clock.now + self.clock.random.uniform(*_CLOSE), line.down.last)
+        self.clock.at(when, lambda: owner.act(lambda: owner.closed(line)))
+
+    # --- connections
+
+    def accept(self, endpoint: Endpoint) -> Line | None:
+        """A connection, if this process is there to shake hands."""
+        if not self.running:
+            return None
+        latency = self.world.profile.latency
+        sent = WorkerSent if endpoint.from_worker else ClientSent
+        peer = self.clock.random.randbytes(5)
+        up = Pipe(self.clock, latency, self.act, lambda frames: self._hear(line, sent(peer, frames)))
+        down = Pipe(self.clock, latency, endpoint.act, lambda frames: endpoint.heard(line, frames))
+        line = Line(peer, up, down)
+        self.lines[peer], self.owner[peer] = line, endpoint
+        return line
+
+    def _hear(self, line: Line, event: events.Event) -> None:
+        if line.far:
+            self.handle(event)
+
+    def left(self, line: Line, after: float = 0.0) -> None:
+        """The near end is gone: what is under way arrives, up to a point, then the news does."""
+        line.cut()
+        when = max(self.clock.now + after + self.clock.random.uniform(*_CLOSE), line.up.last)
+        self.clock.at(when, lambda: self.act(lambda: self._lose(line)))
+
+    def _lose(self, line: Line) -> None:
+        if line.far:
+            line.far = False
+            self.lines.pop(line.peer, None)
+            self.owner.pop(line.peer, None)
+            self.handle(ConnectionLost(line.peer))
+
+    def snap(self, line: Line, near: float, far: float) -> None:
+        """A connection breaks; its ends notice after ``near`` and ``far`` seconds."""
+        owner = self.owner.get(line.peer)
+        self.left(line, far)
+        if owner is not None:
+            self.clock.after(near, lambda: owner.act(lambda: owner.closed(line)))
+
+    # --- the core
+
+    def thawed(self, away: float) -> None:
+        if away > 2 * self.world.profile.config.heartbeat:
+            self.handle(LoopStalled(away))
+
+    def handle(self, event: events.Event) -> None:
+        self._full.clear()
+        self._handle(event)
+        self.look()
+
+    def _handle(self, event: events.Event) -> None:
+        for action in self.core.handle(event, self.clock.now):
+            match action:
+                case Push(peer, frames, request, seq):
+                    if peer in self._full or not self._send(peer, frames):
+                        self._full.add(peer)
+                        self._handle(PushBlocked(peer, request, seq))
+                case Log(level, text, fields):
+                    if text == "internal error":
+                        broken("the broker's core raises nothing", str(fields["traceback"]))
+                    self.world.story.tell(self, f"{level}: {text} {fields or ''}")
+                case _:
+                    self._send(action.peer, action.frames)
+
+    def _send(self, peer: bytes, frames: Frames) -> bool:
+        """False if the peer's pipe is full. What is sent to one that is gone is lost."""
+        line = self.lines.get(peer)
+        if line is None:
+            return True
+        sent = line.down.send(frames)
+        self.world.promise.talk.broker_said(self.owner[peer], peer, wire.from_frames(frames))
+        if self.world.story.loud:
+            self.world.story.message(self, self.owner[peer], frames, lost=not sent)
+        return sent

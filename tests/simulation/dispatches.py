@@ -1,0 +1,138 @@
+"""Who is given a slot, and which; who is refused; what a place in the queue means."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loopmux import codec
+from loopmux.messages import Failure, Run
+from loopmux.wire import Message
+from simulation.broken import hold
+
+if TYPE_CHECKING:
+    from loopmux_broker.tables import Tables
+    from simulation.client import Call
+    from simulation.process import Endpoint
+    from simulation.world import World
+
+_RECOVERY = 3.0
+"""Seconds after its start in which a broker hears again, in any order, of what it had."""
+
+
+class Dispatches:
+    """The broker: who is given a slot, and which."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._known: set[tuple[bytes, int, float]] = set()
+        self._home: dict[tuple[str, str, str], tuple[str, float]] = {}
+
+    def run(self, worker: Endpoint, peer: bytes, message: Message) -> None:
+        """RUN goes out."""
+        broker, header = self._world.broker, message.header
+        key = (header.request, header.attempt, broker.born)
+        if key in self._known:
+            return
+        self._known.add(key)
+        call = self._world.promise.calls[header.request]
+        prefix = len(message.tokens) // 4
+        self._world.story.tell(broker, f"{call} attempt {header.attempt} → {worker}, prefix {prefix}")
+        tables = broker.core.tables
+        place = tables.pool.workers.get(peer)
+        if place is None:  # it was lost by the same event that gave it work
+            return
+        hold(len(place.leases) <= place.slots, "no more than the slots", lambda: f"{call} → {worker}")
+        self._in_time(call, codec.unpack(Run, message.route))
+        self._in_turn(call, tables)
+        self._at_home(call, worker, header.attempt, tables)
+
+    def _in_time(self, call: Call, run: Run) -> None:
+        """A worker is told what is left of the time, give or take how long SUBMIT was under way."""
+        left = call.deadline - self._world.clock.now
+        promise, latency = self._world.promise, self._world.profile.latency[1]
+        what = lambda: f"{call}: {run.timeout:.3f} s, {left:.3f} are left"  # noqa: E731
+        hold(run.timeout >= max(left, 0.0) - 1e-6, "a deadline is not moved", what)
+        if not promise.hit(call, "freeze", "hold", "clog", "snap client", "kill broker"):
+            hold(run.timeout <= max(left, 0.0) + latency + 0.01, "a deadline is not moved", what)
+
+    def _in_turn(self, call: Call, tables: Tables) -> None:
+        """Nobody of the same client waits who came before and has no less right."""
+        mine = call.submit
+        if call.attached or self._world.clock.now < self._world.broker.born + _RECOVERY:
+            return
+        for other in tables.queues.of_model(mine.model):
+            theirs = self._world.promise.calls[other.id]
+            it = theirs.submit
+            if (
+                theirs.client is not call.client
+                or it.adapter != mine.adapter
+                or theirs is call
+                or other.attempt
+                or theirs.attached
+            ):
+                continue
+            before = other.arrived < tables.requests[call.id].arrived
+            right = it.priority >= mine.priority and it.continues >= mine.continues
+            more = it.priority > mine.priority or it.continues > mine.continues
+            same = other.arrived == tables.requests[call.id].arrived
+            hold(
+                not (right and (before or (same and more))),
+                "nobody overtakes without a right",
+                lambda: (
+                    f"{call} ({mine.priority}, {mine.continues}) goes before {theirs} ({it.priority}, {it.continues})"
+                ),
+            )
+
+    def _at_home(self, call: Call, worker: Endpoint, attempt: int, tables: Tables) -> None:
+        """A session goes on where it was if there is a free slot."""
+        session = call.submit.session
+        if session is None:
+            return
+        key = (call.client.name, session, call.submit.model)
+        home, since = self._home.get(key, ("", -1.0))
+        if home and home != worker.name and attempt == 1 and since >= self._world.broker.born:
+            free = [w for w in tables.pool.workers.values() if w.name == home and w.free > 0]
+            hold(
+                not free,
+                "a session stays where its state is",
+                lambda: f"{call} goes to {worker}, {home} has a free slot",
+            )
+        self._home[key] = (worker.name, self._world.clock.now)
+
+    def accepted(self, message: Message) -> None:
+        """ACCEPTED goes out, with a place in the queue: behind those of its client, before the last of all."""
+        tables, header = self._world.broker.core.tables, message.header
+        request = tables.requests[header.request]
+        lane = [r for r in tables.queues.of_model(request.submit.model) if r.lane == request.lane]
+        own = [r for r in lane if r.client is request.client]
+        first, last = (own.index(request) + 1, len(lane)) if request in own else (0, 0)
+        in_place = request.alone or first <= header.arg <= last
+        hold(in_place, "ACCEPTED has the place in the queue", lambda: f"{header}, expected {first} to {last}")
+
+    def refused(self, owner: Endpoint, peer: bytes, message: Message) -> None:
+        """ERROR goes out; one for want of room only where there is none."""
+        failure = codec.unpack(Failure, message.body, codec.BODY_LIMITS)
+        call = self._world.promise.calls.get(message.header.request)
+        if failure.code != "overloaded" or call is None or call.client is not owner or not call.submit.wait:
+            return
+        tables = self._world.broker.core.tables
+        limits, admission, size = tables.config.limits, tables.admission, len(call.body)
+        client = tables.clients.by_peer[peer]
+        many = client.queued >= limits.client_queued or len(client.requests) >= 4 * limits.client_queued
+        full = admission.queued >= limits.queued or many
+        heavy = admission.held + size > limits.held or client.held + size > limits.client_held
+        hold(
+            full or heavy or admission.output > limits.output,
+            "refused only where there is no room",
+            lambda: f"{call}: {failure}",
+        )
+        hold(
+            failure.retry_after is not None and failure.retryable,
+            "a refusal says when to come back",
+            lambda: f"{failure}",
+        )
+
+    def forget(self, client: str, session: str) -> None:
+        """A session is done."""
+        for key in [k for k in self._home if k[:2] == (client, session)]:
+            del self._home[key]

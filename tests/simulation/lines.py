@@ -1,0 +1,73 @@
+"""Connections as ØMQ gives them: in order, late, of limited room; when one breaks, what went last is lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from simulation.clock import Clock
+
+Frames = list[bytes]
+Deliver = Callable[[Callable[[], None]], None]
+
+
+class Pipe:
+    """One direction of a connection.
+
+    ``act`` is the receiving process: it is given what to do with a message, and does it when it runs. Messages that it
+    has not taken count against ``room``, as they fill a socket's pipe.
+    """
+
+    def __init__(
+        self, clock: Clock, latency: tuple[float, float], act: Deliver, hear: Callable[[Frames], None]
+    ) -> None:
+        self._clock, self._latency, self._act, self._hear = clock, latency, act, hear
+        self.room: float = 2_000
+        self.held_until = 0.0
+        self.last = 0.0
+        """When the latest message arrives."""
+        self._sent = self._taken = 0
+        self._limit = math.inf
+
+    @property
+    def full(self) -> bool:
+        """Whether the sender is told EAGAIN."""
+        return self._sent - self._taken >= self.room
+
+    def send(self, frames: Frames) -> bool:
+        """Put a message in; False if it does not fit."""
+        if self.full:
+            return False
+        clock = self._clock
+        self.last = max(self.last, self.held_until, clock.now + clock.random.uniform(*self._latency))
+        number, self._sent = self._sent, self._sent + 1
+
+        def taken() -> None:
+            self._taken += 1
+            if number < self._limit:
+                self._hear(frames)
+
+        clock.at(self.last, lambda: self._act(taken))
+        return True
+
+    def cut(self) -> None:
+        """It breaks here and now: of what is under way the last part never arrives."""
+        self._limit = min(self._limit, self._clock.random.randint(self._taken, self._sent))
+
+
+class Line:
+    """One connection of an endpoint (near) to the broker (far): each end learns by itself that it is gone."""
+
+    def __init__(self, peer: bytes, up: Pipe, down: Pipe) -> None:
+        self.peer, self.up, self.down = peer, up, down
+        self.near = self.far = True
+
+    def cut(self) -> None:
+        """Nothing passes from now on; who has not noticed yet may go on sending into it."""
+        self.up.cut()
+        self.down.cut()
+        self.up.room = self.down.room = math.inf
+
+    def hold(self, until: float) -> None:
+        """A partition: what is sent arrives when it has healed, if the connection lives to see that."""
+        self.up.held_until = self.down.held_until = until

@@ -1,0 +1,116 @@
+"""Peers that mean no good: a client that names other clients' requests, a worker that answers what it was not given.
+
+They get through the handshake and say HELLO or REGISTER as they should; then they say things. Whatever it is, nobody
+else must notice, and they must learn nothing but that they were refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loopmux import codec, messages, wire
+from loopmux.wire import Header, Kind, Message
+from simulation.broken import hold
+from simulation.client import Call
+from simulation.lines import Frames
+from simulation.process import Endpoint
+
+if TYPE_CHECKING:
+    from simulation.world import World
+
+STRIKES = 3
+"""Malformed messages within a minute, after which a peer is not listened to."""
+
+
+class Stranger(Endpoint):
+    """Says one thing after the other, then leaves."""
+
+    from_worker = False
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world, name)
+        self.refusals = 0
+        self.connect()
+
+    def connected(self) -> None:
+        instance = self.clock.random.randbytes(16)
+        self.put(Message(Header(Kind.HELLO), route=codec.pack(messages.Hello(wire.VERSIONS, instance))))
+
+    def receive(self, frames: Frames) -> None:
+        message = wire.from_frames(frames)
+        if message.kind is Kind.ERROR:
+            self.refusals += 1
+            return
+        harmless = (Kind.WELCOME, Kind.WHO, Kind.PONG, Kind.CANCELLED, Kind.RESET)
+        hold(message.kind in harmless, "P7 nobody sees another's traffic", lambda: f"{self} got {message.header}")
+        if message.kind is Kind.CANCELLED:
+            self.put(Message(Header(Kind.ENDACK, message.header.request)))
+
+    def meddle(self, call: Call) -> None:
+        """Say something about another client's request."""
+        dice = self.clock.random
+        have = len(call.tokens)
+        submit = codec.pack(messages.Submit("echo", priority=1_000))  # refused even where the request has just ended
+        told = dice.choice(
+            (
+                Message(Header(Kind.CREDIT, call.id, seq=have + 5_000, arg=have)),
+                Message(Header(Kind.CANCEL, call.id)),
+                Message(Header(Kind.ENDACK, call.id)),
+                Message(Header(Kind.SUBMIT, call.id), submit, call.body),
+            )
+        )
+        self.world.story.tell(self, f"says {told.kind.name} about {call}")
+        self.put(told)
+
+    def babble(self) -> None:
+        """Say what is no message."""
+        dice = self.clock.random
+        head = wire.pack_header(Header(Kind.PING))
+        nested = b"\x81\xa1a" * 500 + b"\xc0"
+        self._send(
+            dice.choice(
+                (
+                    [b"junk"],
+                    [head, b"more"],
+                    [b"XX" + head[2:]],
+                    [head[:3] + b"\xff" + head[4:]],
+                    [wire.pack_header(Header(Kind.SUBMIT, dice.randbytes(16))), nested, b""],
+                    [wire.pack_header(Header(Kind.TOK, dice.randbytes(16))), b"", b"abc"],
+                    [wire.pack_header(Header(Kind.RUN)), b"", b"", b""],
+                    [wire.pack_header(Header(Kind.SUBMIT, dice.randbytes(16))), b"\xc1", b""],
+                )
+            )
+        )
+
+
+class StrangeWorker(Stranger):
+    """A worker of a model that nobody asks for."""
+
+    from_worker = True
+
+    def connected(self) -> None:
+        served = (messages.ServedModel("strange", "strange"),)
+        boot = self.clock.random.randbytes(16)
+        register = messages.Register("worker", self.name, boot, wire.VERSIONS, models=served, slots=1)
+        self.put(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})))
+
+    def meddle(self, call: Call) -> None:
+        """Answer a request that another worker has."""
+        dice, have = self.clock.random, len(call.tokens)
+        attempt = max(call.attempt, 1)
+        end = messages.End("stop", messages.Usage(1, have), messages.Timing(), "echo", self.name)
+        told = dice.choice(
+            (
+                Message(Header(Kind.RUNACK, call.id, attempt=attempt)),
+                Message(
+                    Header(Kind.TOK, call.id, have, 1, attempt), body=codec.pack(messages.Tok("0.0 ")), tokens=bytes(4)
+                ),
+                Message(Header(Kind.END, call.id, have, attempt=attempt), body=codec.pack(end)),
+                Message(
+                    Header(Kind.CANCELLED, call.id, have, attempt=attempt),
+                    body=codec.pack(messages.Failure("engine", "no")),
+                ),
+            )
+        )
+        self.world.story.tell(self, f"says {told.kind.name} about {call}")
+        self.put(told)
