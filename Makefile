@@ -1,5 +1,6 @@
 # make demo   the whole product on the demo model, shown and stopped again
 # make test   every test
+# make chaos  kills, freezes and bad neighbours on a running stack; a quarter of an hour
 # make lint   format, lint, types, import contracts
 # make clean  remove what these made in this folder
 PYTHON ?= python3.11
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test chaos lint clean
 
 # The application's side has neither torch nor transformers: the launcher builds the model's environment beside it.
 $(VENV)/.server: pyproject.toml constraints.txt
@@ -25,6 +26,9 @@ demo: $(VENV)/.server
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m chaos $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

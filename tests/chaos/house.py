@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,8 @@ import loopmux
 from loopmux.messages import Status
 
 MODEL = "echo"
+FAST = "fast"
+"""The model that bad neighbours use: more than any of them takes."""
 READY_LIMIT = 120.0
 """Seconds until everything serves; loading torch three times on a busy machine takes most of it."""
 _EMPTY_LIMIT = 20.0
@@ -97,16 +99,17 @@ class Part:
 class House:
     """The processes, and a client of our own that asks the broker how it is.
 
-    ``spec`` is what every worker's specification has beside name and endpoint (``WorkerSpec``).
+    ``specs`` are what the workers' specifications have beside name and endpoint (``WorkerSpec``), ``settings`` what the
+    broker's file has.
     """
 
-    def __init__(self, spec: dict[str, Any], workers: int = 3, settings: dict[str, Any] | None = None) -> None:
+    def __init__(self, specs: Sequence[dict[str, Any]], settings: dict[str, Any] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lmx-"))  # short: socket paths are limited
         self.endpoint = f"ipc://{self.folder / 'b'}"
         config = self.folder / "broker.yaml"
         config.write_text(json.dumps(settings or {}))  # JSON is YAML
         self.broker = self._part("broker", "loopmux_broker", "--endpoint", self.endpoint, "--config", str(config))
-        self.workers = [self._worker(f"w{n}", spec) for n in range(workers)]
+        self.workers = [self._worker(f"w{n}", spec) for n, spec in enumerate(specs)]
 
     def _part(self, name: str, module: str, *arguments: str) -> Part:
         # the parent: a run that is killed leaves nothing behind

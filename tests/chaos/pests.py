@@ -22,7 +22,7 @@ import msgpack
 import zmq
 
 from brokerwire import Peer
-from chaos.house import MODEL
+from chaos.house import FAST
 from loopmux import codec, wire
 from loopmux.endpoints import ipc_path
 from loopmux.messages import SessionHint
@@ -40,7 +40,7 @@ def stuck(clients: str, _workers: str) -> None:
     while True:
         for _ in range(8):
             request = wire.new_id()
-            peer.send(_submit(request, MODEL))
+            peer.send(_submit(request, FAST))
             peer.send(say(Kind.CREDIT, request, seq=2**32 - 1, arg=0))
         for _ in range(20):
             peer.send(say(Kind.PING))

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chaos.callers import Call, crowd
-from chaos.house import MODEL, House
+from chaos.house import FAST, MODEL, House
 from chaos.nemesis import Fault, beside, strikes
 
-RATE = 50.0
-"""Tokens per second of a stream: one chunk of a token each 20 ms, as often as a worker sends at all."""
-ECHO = {"engine": "echo", "models": [{"id": MODEL}], "slots": 64, "echo": {"rate": RATE}}
+ECHO = {"engine": "echo", "models": [{"id": MODEL}], "slots": 64, "echo": {"rate": 50}}
+"""A worker: one chunk of one token each 20 ms and stream, as often as a worker sends at all."""
+ABUSED = {"engine": "echo", "models": [{"id": FAST}], "slots": 64, "echo": {"rate": 200}}
+"""The worker of a client that never reads: fills every buffer on the way in seconds, and does not take a core."""
+NARROW = {"window": 128, "request_output": 16_384}
+"""Settings of the broker under which a client that never reads is noticed within seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ class Row:
     """What came of one storm.
 
     ``hit`` streams were in mid-stream at a strike that concerned them (all streams, where nothing strikes); ``gaps``
-    are their longest pauses in seconds, endless for one that failed. ``memory`` is resident MiB of the broker and of all workers, before and after.
+    are their longest pauses in seconds, endless for one that failed. ``memory`` is resident MiB of the broker and of
+    all workers, before and after.
     """
 
     fault: Fault
@@ -76,7 +80,8 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 async def storm(fault: Fault, load: Load) -> Row:
     """Run it."""
-    async with House(ECHO, load.workers) as house:
+    abused = fault.pest == "stuck"
+    async with House([ECHO] * load.workers + [ABUSED] * abused, NARROW if abused else None) as house:
         await crowd(house.endpoint, load.clients, iter([8] * load.clients), [])  # memory as it is in use
         before = house.memory()
         calls: list[Call] = []
