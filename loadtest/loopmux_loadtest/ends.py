@@ -216,8 +216,8 @@ class WireCallers:
                         self._say(caller, Kind.ENDACK, header.request)
                         if again():
                             self._submit(caller, body)
-                    elif header.kind in wire.TERMINALS:
-                        raise SystemExit(f"a request ended with {header.kind.name}")
+                    elif header.kind in wire.TERMINALS or header.kind is Kind.WHO:
+                        raise SystemExit(f"the broker says {header.kind.name}: a request or this caller is lost")
             ready = self._wait() if self._begun else []
         return Took(time.perf_counter() - begun, latencies, came)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -29,6 +30,7 @@ async def stream(request: dict[str, Any]) -> StreamingResponse:
     async def pieces() -> AsyncIterator[str]:
         for _ in range(request["chunks"]):
             yield f"data: {request['text']}\n\n"
+            await asyncio.sleep(0)  # streams take turns, as tokens that come from elsewhere make them
 
     return StreamingResponse(pieces(), media_type="text/event-stream")
 
