@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ ECHO = {"engine": "echo", "models": [{"id": MODEL}], "slots": 64, "echo": {"rate
 """A worker: one chunk of one token each 20 ms and stream, as often as a worker sends at all."""
 ABUSED = {"engine": "echo", "models": [{"id": FAST}], "slots": 64, "echo": {"rate": 200}}
 """The worker of a client that never reads: fills every buffer on the way in seconds, and does not take a core."""
-NARROW = {"window": 128, "request_output": 16_384}
+NARROW = {"window": 128, "request_output": 65_536}
 """Settings of the broker under which a client that never reads is noticed within seconds."""
 
 
@@ -44,7 +43,7 @@ class Row:
 
     fault: Fault
     requests: int
-    errors: Counter[str]
+    errors: dict[str, list[str]]
     lost: int
     repeated: int
     wrong: int
@@ -58,8 +57,8 @@ class Row:
 
     @property
     def failed(self) -> int:
-        """Requests that did not end well."""
-        return self.errors.total()
+        """Requests that did not end well; ``errors`` has their messages by kind."""
+        return sum(map(len, self.errors.values()))
 
     @property
     def exact(self) -> bool:
@@ -120,7 +119,7 @@ def _row(
     return Row(
         fault=fault,
         requests=len(calls),
-        errors=Counter(call.error.split(":")[0] for call in calls if call.error),
+        errors=_by_kind([call.error for call in calls if call.error]),
         lost=sum(call.lost for call in calls),
         repeated=sum(call.repeated for call in calls),
         wrong=sum(call.wrong for call in calls),
@@ -132,6 +131,14 @@ def _row(
         died=house.unasked_deaths(),
         troubles=tuple(itertools.islice(house.troubles(), 5)),
     )
+
+
+def _by_kind(errors: list[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for error in errors:
+        kind, _, message = error.partition(": ")
+        found.setdefault(kind, []).append(message)
+    return found
 
 
 def _gap(fault: Fault, call: Call, moments: list[float]) -> float | None:

@@ -37,7 +37,7 @@ def verdicts(rows: Sequence[Row]) -> Iterator[tuple[bool, str]]:
     usual = next((row.gap(0.99) for row in rows if row.fault.strike is None and row.fault.pest is None), None)
     for row in rows:
         name = row.fault.name
-        errors = ", ".join(f"{kind} × {count}" for kind, count in row.errors.items())
+        errors = "; ".join(f"{len(found)} × {kind}, as in {found[0]!r}" for kind, found in row.errors.items())
         yield row.failed == 0, f"{name}: {row.failed} of {row.requests} failed {errors}".rstrip()
         yield not row.lost + row.repeated + row.wrong, f"{name}: every token once, in order, and right"
         yield not row.open, f"{name}: nothing left in any table"
