@@ -79,11 +79,13 @@ class Core:
         adapters: tuple[str, ...] = (),
         role: Any = "worker",
         left_out: dict[str, str] | None = None,
+        fingerprint: str = "f",
+        held: int = 0,
     ) -> list[Action]:
-        served = tuple(ServedModel(m, "f") for m in models) if role == "worker" else ()
+        served = tuple(ServedModel(m, fingerprint) for m in models) if role == "worker" else ()
         without = tuple(LeftOut(model, reason) for model, reason in (left_out or {}).items())
         common = (role, name or peer.decode(), boot or instance(peer), (1,))
-        register = Register(*common, models=served, slots=slots, adapters=adapters, left_out=without)
+        register = Register(*common, models=served, slots=slots, adapters=adapters, left_out=without, held=held)
         return self.worker(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})), peer)
 
     def launcher(self, peer: bytes = LAUNCHER, name: str = "host", boot: bytes | None = None) -> list[Action]:
@@ -153,11 +155,22 @@ def stopped(request: bytes, total: int = 0, *, attempt: int = 1) -> Message:
     return Message(header, body=codec.pack(Failure("cancelled", "stopped")))
 
 
-def run(request: bytes, peer: bytes = WORKER, *, attempt: int = 1, timeout: float = 600.0, **route: Any) -> Send:
+def run(
+    request: bytes,
+    peer: bytes = WORKER,
+    *,
+    attempt: int = 1,
+    timeout: float = 600.0,
+    prefix: int = 0,
+    client: bytes = CLIENT,
+    **route: Any,
+) -> Send:
+    """RUN behind the first ``prefix`` tokens, which are 0, 1, 2 …"""
     if "session" in route:
-        route["session"] = session_of(instance(CLIENT), route["session"])
-    body = Run(route.pop("model", "m"), timeout=timeout, **route)
-    return Send(peer, Message(Header(Kind.RUN, request, attempt=attempt), codec.pack(body), BODY))
+        route["session"] = session_of(instance(client), route["session"])
+    body = Run(route.pop("model", "m"), timeout=timeout, client=instance(client), **route)
+    header = Header(Kind.RUN, request, attempt=attempt)
+    return Send(peer, Message(header, codec.pack(body), BODY, pack_tokens(list(range(prefix)))))
 
 
 def accepted(request: bytes, position: int = 0, peer: bytes = CLIENT) -> Send:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,9 +140,9 @@ def command(*arguments: str) -> list[str]:
 
 
 @contextmanager
-def broker(*arguments: str) -> Iterator[Process]:
+def broker(*arguments: str, descriptors: Sequence[int] = ()) -> Iterator[Process]:
     """A broker process from its ready line until the end of the block, when it must end well."""
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, pass_fds=descriptors)
     assert process.stderr is not None
     try:
         line = process.stderr.readline()

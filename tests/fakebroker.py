@@ -135,7 +135,7 @@ class FakeBroker:
             models = (ModelStatus("echo", "ready", 1),)
             status = Status(self.epoch, 1.0, "fake", 1, len(self.peers), 0, len(self.live), models)
             self._send(peer, Message(Header(Kind.REPORT, id_), body=codec.pack(status)))
-        elif message.kind is Kind.SUBMIT:
+        elif message.kind in (Kind.SUBMIT, Kind.ATTACH):
             self._submitted(peer, message)
         elif message.kind is Kind.ENDACK:
             self.live.pop(id_, None)
@@ -151,7 +151,8 @@ class FakeBroker:
         wanted = codec.unpack(Generate, message.body, codec.BODY_LIMITS).max_new_tokens
         if model == "mute" or id_ in self.live:
             return
-        self.live[id_] = _Live(model, wanted, self.window)
+        received = message.header.seq  # 0 in SUBMIT
+        self.live[id_] = _Live(model, wanted, received + self.window, received)
         self._send(peer, Message(Header(Kind.ACCEPTED, id_)))
         if model == "overloaded":
             failure = Failure("overloaded", "the queue is full", retryable=True, retry_after=1.5)

@@ -49,16 +49,19 @@ class Admission:
         self._interval = 0.0
         self._last_end: float | None = None
 
-    def refusal(self, client: Client, size: int, *, queues: bool) -> Refusal | None:
-        """Whether a request of ``size`` bytes is refused; ``queues`` when no slot is free for it."""
-        reason = (self._full(client) if queues else "") or self._heavy(client, size)
+    def refusal(self, client: Client, size: int, *, queues: bool, returning: bool = False) -> Refusal | None:
+        """Whether a request of ``size`` bytes is refused; ``queues`` when no slot is free for it.
+
+        One that is ``returning`` was let in before, when others that have slots now were queued.
+        """
+        reason = (self._full(client, 2 if returning else 1) if queues else "") or self._heavy(client, size)
         return Refusal(reason, self.retry_after()) if reason else None
 
-    def _full(self, client: Client) -> str:
+    def _full(self, client: Client, times: int) -> str:
         limits = self.limits
-        if self.queued >= limits.queued:
+        if self.queued >= times * limits.queued:
             return f"{self.queued} requests are queued, the most allowed"
-        if client.queued >= limits.client_queued:
+        if client.queued >= times * limits.client_queued or len(client.requests) >= 4 * limits.client_queued:
             return f"{client.queued} requests of this client are queued, the most allowed for one client"
         return ""
 

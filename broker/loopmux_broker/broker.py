@@ -1,7 +1,8 @@
 """The broker's core: one event in, a list of actions out. No input or output, no clock.
 
-``ClientSide`` and ``WorkerSide`` say what follows from a message, ``Life`` moves requests through their states,
-``Streams`` sends output on; they share ``Tables``.
+``ClientSide`` and ``WorkerSide`` say what follows from a message. ``Entry`` lets requests in, ``Recovery`` takes up
+those of a former broker, ``Attempts`` gives them to workers, ``Ends`` ends them, ``Streams`` sends output on; they
+share ``Tables``.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import traceback
 
 from loopmux import wire
 from loopmux.errors import ProtocolError
+from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import ClientSide
 from loopmux_broker.config import BrokerConfig
+from loopmux_broker.ends import Ends, protocol_failure
+from loopmux_broker.entry import Entry
 from loopmux_broker.events import (
     Action,
     ClientSent,
@@ -24,10 +28,12 @@ from loopmux_broker.events import (
     TimerDue,
     WorkerSent,
 )
-from loopmux_broker.life import Life, protocol_failure
+from loopmux_broker.leases import Leases
+from loopmux_broker.recovery import Recovery
 from loopmux_broker.streams import Streams
 from loopmux_broker.strikes import WINDOW
 from loopmux_broker.tables import LIVENESS, Alarm, Identity, Tables, TimerKey
+from loopmux_broker.waiting import Waiting
 from loopmux_broker.worker_side import WorkerSide
 
 
@@ -39,14 +45,21 @@ class Broker:
     ) -> None:
         """``epoch`` is 8 random bytes per process; ``now`` is on the same clock as that of every event."""
         self.tables = Tables.empty(config, Identity(epoch, pid, software, now))
-        self._streams = Streams(self.tables)
-        self._life = Life(self.tables, self._streams)
-        self._clients = ClientSide(self.tables, self._life, self._streams)
-        self._workers = WorkerSide(self.tables, self._life, self._streams)
+        t = self.tables
+        self._streams, self._leases = Streams(t), Leases(t)
+        self._ends = Ends(t, self._streams, self._leases)
+        self._waiting = Waiting(t, self._ends)
+        self._attempts = Attempts(t, self._leases, self._ends, self._waiting)
+        entry = Entry(t, self._attempts, self._waiting)
+        self._recovery = Recovery(t, entry, self._attempts, self._leases, self._ends, self._waiting)
+        self._clients = ClientSide(t, entry, self._recovery, self._ends, self._streams)
+        self._workers = WorkerSide(
+            t, self._attempts, self._leases, self._recovery, self._ends, self._waiting, self._streams
+        )
         if config.settle > 0:
             self.tables.timers.set((Alarm.SETTLED, b"", 0), now + config.settle)
         else:
-            self._life.settled(now)
+            self._waiting.settled(now)
 
     def next_timer(self) -> float | None:
         """When ``TimerDue`` should be said at the latest, None if there is nothing to wait for."""
@@ -56,6 +69,8 @@ class Broker:
         """What is to be done about an event, in order. Raises nothing, whatever a peer sent."""
         try:
             self._handle(event, now)
+            if self.tables.vacant:
+                self._attempts.fill(now)
         except Exception:  # noqa: BLE001 - the one choke point: a bug met by one message must not stop all others
             self.tables.counters["internal_errors"] += 1
             fields: dict[str, object] = {"event": type(event).__name__, "traceback": traceback.format_exc()}
@@ -126,6 +141,8 @@ class Broker:
             client.heard += gap
         for member in (*tables.pool.workers.values(), *tables.pool.launchers.values()):
             member.heard += gap
+        for worker in tables.pool.workers.values():
+            worker.moved += gap
         for lease in tables.pool.leases.values():
             lease.since += gap
         tables.timers.delay(lambda key: key[0] in LIVENESS, gap)
@@ -136,7 +153,7 @@ class Broker:
             self._workers.redeclared(whose, now)
         elif alarm in (Alarm.RUN, Alarm.STOP):
             self._lease_rings(alarm, whose, attempt, now)
-        elif alarm in (Alarm.DEADLINE, Alarm.TERMINAL, Alarm.TOMBSTONE):
+        elif alarm in (Alarm.DEADLINE, Alarm.TERMINAL, Alarm.TOMBSTONE, Alarm.RECOVERY):
             self._request_rings(alarm, whose, now)
         else:
             self._peer_rings(alarm, whose, now)
@@ -146,9 +163,9 @@ class Broker:
         if lease is None:
             return
         if alarm is Alarm.RUN:
-            self._life.run_unanswered(lease, now)
+            self._attempts.run_unanswered(lease, now)
         elif lease.stopping is not None:
-            self._life.stop(lease, lease.stopping, now)
+            self._leases.stop(lease, lease.stopping, now)
 
     def _request_rings(self, alarm: Alarm, request_id: bytes, now: float) -> None:
         request = self.tables.requests.get(request_id)
@@ -156,17 +173,26 @@ class Broker:
             return
         match alarm:
             case Alarm.DEADLINE:
-                self._life.deadline(request, now)
+                self._ends.deadline(request, now)
             case Alarm.TERMINAL:
                 self._streams.repeat_terminal(request, now)
+            case Alarm.RECOVERY:
+                self._recovery.unclaimed(request, now)
             case _:
-                self._life.forget(request)
+                self._ends.forget(request)
 
     def _peer_rings(self, alarm: Alarm, whose: bytes, now: float) -> None:
         client = self.tables.clients.by_instance.get(whose)
+        worker = self.tables.pool.workers.get(whose)
         match alarm:
             case Alarm.SETTLED:
-                self._life.settled(now)
+                self._waiting.settled(now)
+            case Alarm.STALL:
+                self._workers.stalled(whose, now)
+            case Alarm.DRAIN if worker is not None:
+                self._attempts.hand_over(worker, now)
+            case Alarm.HELD if worker is not None:
+                self._recovery.introduced(worker)
             case Alarm.CLIENT_SILENT:
                 self._clients.silent(whose, now)
             case Alarm.MEMBER_SILENT:
@@ -174,7 +200,7 @@ class Broker:
             case Alarm.CLIENT_BLOCKED if client is not None:
                 self._streams.unblock(client, now)
             case Alarm.CLIENT_GRACE if client is not None:
-                self._life.abandon(client, now)
+                self._ends.abandon(client, now)
             case Alarm.STRIKES if not self.tables.strikes.expired(whose, now):
                 self.tables.timers.set((Alarm.STRIKES, whose, 0), now + WINDOW)
             case _:

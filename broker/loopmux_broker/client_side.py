@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loopmux import codec, wire
-from loopmux.errors import BadRequestError, ConnectionLostError, ProtocolError
+from loopmux.errors import BadRequestError, ProtocolError
 from loopmux.messages import Hello, SessionHint, Submit, Welcome
 from loopmux.wire import ID_SIZE, Header, Kind, Message
 from loopmux_broker.clients import Client
 from loopmux_broker.dispatch import session_of
+from loopmux_broker.ends import Ends, protocol_failure
+from loopmux_broker.entry import Entry
 from loopmux_broker.events import Peer, Send, say
-from loopmux_broker.life import Life, protocol_failure
+from loopmux_broker.recovery import Recovery
 from loopmux_broker.report import report
 from loopmux_broker.requests import Request, State
 from loopmux_broker.streams import Streams
@@ -21,8 +23,8 @@ from loopmux_broker.tables import Alarm, Tables
 class ClientSide:
     """Answers clients. Whoever has not said HELLO is asked for it."""
 
-    def __init__(self, tables: Tables, life: Life, streams: Streams) -> None:
-        self._t, self._life, self._streams = tables, life, streams
+    def __init__(self, tables: Tables, entry: Entry, recovery: Recovery, ends: Ends, streams: Streams) -> None:
+        self._t, self._entry, self._recovery, self._ends, self._streams = tables, entry, recovery, ends, streams
 
     def hear(self, peer: Peer, message: Message, now: float) -> None:
         """Handle one message.
@@ -44,11 +46,11 @@ class ClientSide:
         match message.kind:
             case Kind.CREDIT:
                 self._credit(client, request, message.header, now)
-            case Kind.SUBMIT:
+            case Kind.SUBMIT | Kind.ATTACH:
                 self._submit(client, request, message, now)
             case Kind.ENDACK:
                 if request is not None and request.state is State.DONE:
-                    self._life.acknowledged(request)
+                    self._ends.acknowledged(request)
             case Kind.CANCEL:
                 self._cancel(client, request, message.header.request, now)
             case Kind.PING:
@@ -59,7 +61,7 @@ class ClientSide:
                 header = Header(Kind.REPORT, message.header.request)
                 self._t.out.append(Send(peer, Message(header, body=codec.pack(report(self._t, now)))))
             case Kind.BYE:
-                self._life.abandon(client, now)
+                self._ends.abandon(client, now)
             case kind:
                 raise ProtocolError(f"a client may not send {kind.name}")
 
@@ -109,37 +111,55 @@ class ClientSide:
     # --- requests
 
     def _submit(self, client: Client, request: Request | None, message: Message, now: float) -> None:
-        request_id = message.header.request
-        if request_id == wire.NO_ID:
-            raise ProtocolError("SUBMIT: found a request id of zeros, expected 16 random bytes")
+        """SUBMIT, and ATTACH, which is the same with what the client has of the output."""
+        header = message.header
+        if header.request == wire.NO_ID:
+            raise ProtocolError(f"{header.kind.name}: found a request id of zeros, expected 16 random bytes")
+        if 4 * header.seq != len(message.tokens):
+            raise ProtocolError(f"{header.kind.name} at {header.seq} tokens has {len(message.tokens)} bytes of them")
         submit = codec.unpack(Submit, message.route)
-        if request is None and request_id not in self._t.requests:
-            self._life.submit(client, request_id, submit, message.body, now)
-        elif request is None or (request.state is not State.DONE and request.body != message.body):
+        if request is not None and (request.state is State.DONE or request.body == message.body):
+            self._known_already(request, message, now)
+        elif request is not None and request.state is State.RECOVERING and request.lease is not None:
+            self._recovery.join(request, header, submit, message.body, message.tokens, now)
+        elif request is not None or header.request in self._t.requests:
+            self._t.counters["mismatched"] += 1
             error = BadRequestError("the request id is taken by another request, expected 16 fresh random bytes")
-            self._life.refuse(client, request_id, error, model=submit.model)
-        elif request.state is State.DONE:
-            self._streams.repeat_terminal(request, now)
+            self._entry.refuse(client, header.request, error, model=submit.model)
+        elif header.kind is Kind.ATTACH:
+            self._recovery.attach(client, header, submit, message.body, message.tokens, now)
         else:
-            self._life.accept(request)
-            self._streams.resume(request, now)
+            self._entry.submit(client, header.request, submit, message.body, now)
+
+    def _known_already(self, request: Request, message: Message, now: float) -> None:
+        header, done = message.header, request.state is State.DONE
+        if not done:
+            self._entry.accept(request)
+        if header.kind is Kind.SUBMIT:
+            self._streams.repeat_terminal(request, now) if done else self._streams.resume(request, now)
+            return
+        request.output.pause()  # whatever was pushed before, the client names what it has
+        if not done or header.seq <= request.output.total:
+            self._streams.credit(request, header.arg, header.seq, now)
+        if done:
+            self._streams.repeat_terminal(request, now)
 
     def _credit(self, client: Client, request: Request | None, header: Header, now: float) -> None:
         if request is not None:
             self._streams.credit(request, header.seq, header.arg, now)
-            return
-        error = ConnectionLostError("the broker gave the request up while the client was away")
-        self._life.refuse(client, header.request, error, model="", received=header.arg)
+        elif client.peer is not None:
+            # Given up while the client was away, or never heard of: its ATTACH has all that it takes to go on.
+            self._t.out.append(Send(client.peer, say(Kind.WHO, header.request)))
 
     def _cancel(self, client: Client, request: Request | None, request_id: bytes, now: float) -> None:
         if request is not None:
-            self._life.cancel(request, now)
+            self._ends.cancel(request, now)
         elif request_id not in self._t.requests and len(client.requests) < self._t.config.limits.client_queued:
-            self._life.cancel_unknown(client, request_id, now)
+            self._ends.cancel_unknown(client, request_id, now)
         else:
             # No tombstone: the id is another client's, or this client has as many as it may have requests.
             error = BadRequestError("CANCEL names no request of this client")
-            self._life.refuse(client, request_id, error, model="")
+            self._entry.refuse(client, request_id, error, model="")
 
     def _session(self, client: Client, hint: SessionHint) -> None:
         """Pass a hint on to the workers that may hold the session's state."""

@@ -17,6 +17,7 @@ class Client:
         heard: when it last said anything.
         requests: all of them, tombstones included.
         queued, held: what admission limits: waiting requests, and bytes of bodies of live ones.
+        served: tokens it was served, as `queues` keeps account of them.
         blocked: its pipe was full a moment ago; nothing is pushed until the retry.
         waiting: requests with something to push once it is no longer blocked, in order.
     """
@@ -28,6 +29,7 @@ class Client:
     requests: dict[bytes, Request] = field(default_factory=dict)
     queued: int = 0
     held: int = 0
+    served: float = 0.0
     blocked: bool = False
     waiting: dict[bytes, Request] = field(default_factory=dict)
 
@@ -50,6 +52,11 @@ class Clients:
         client.peer, client.heard, client.blocked = peer, now, False
         self.by_peer[peer] = client
         return client, moved
+
+    def expect(self, instance: bytes, now: float) -> Client:
+        """A client that is known from a worker alone; it is away."""
+        client = self.by_instance[instance] = Client(instance, None, now)
+        return client
 
     def part(self, client: Client) -> None:
         """Its connection is gone; the client itself stays known."""

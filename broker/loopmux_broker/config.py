@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from loopmux.codec import FieldError, build
 from loopmux.errors import ConfigError
 from loopmux.nearest import did_you_mean
 from loopmux_broker.admission import MIB, Limits
-from loopmux_broker.dispatch import HeadStart
+from loopmux_broker.queues import HeadStart
+from loopmux_broker.stalls import Stall
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,9 @@ class BrokerConfig:
         settle: after its start, how long a model that nobody has declared yet may still be: workers and launchers need
             a moment to join, above all a broker that was started again.
         grace: how long the requests of a client that went away live on.
-        max_attempts: workers that a request may be given to, one after the other.
+        claim_wait: how long a request that a client brings to a broker that was started again waits for its worker.
+        orphan_grace: how long one that a worker brings waits for its client.
+        max_attempts: workers that may be lost with a request; the last of them runs it alone.
         resend: interval of what is repeated until it is answered.
         run_timeout: after which an unanswered RUN is given up.
         tombstone: how long an end waits for its acknowledgement.
@@ -39,6 +41,7 @@ class BrokerConfig:
         request_output: output that one request may hold unacknowledged before it is cancelled (slow client).
         limits: what may wait or be held.
         head_start: order in the queues.
+        stall: how long an engine may stand still.
     """
 
     endpoints: tuple[str, ...] = ()
@@ -47,6 +50,8 @@ class BrokerConfig:
     window: int = 1024
     settle: float = 3.0
     grace: float = 2.0
+    claim_wait: float = 0.25
+    orphan_grace: float = 30.0
     max_attempts: int = 3
     resend: float = RESEND
     run_timeout: float = 2.0
@@ -55,6 +60,7 @@ class BrokerConfig:
     request_output: int = MIB
     limits: Limits = field(default_factory=Limits)
     head_start: HeadStart = field(default_factory=HeadStart)
+    stall: Stall = field(default_factory=Stall)
 
     def with_endpoints(self, clients: tuple[str, ...], workers: tuple[str, ...]) -> BrokerConfig:
         """The same with endpoints from the command line (where given) and the defaults filled in.
@@ -65,7 +71,7 @@ class BrokerConfig:
         chosen = clients or self.endpoints or (endpoints.default_endpoint(),)
         behind = workers or self.worker_endpoints or (endpoints.worker_endpoint(chosen[0]),)
         for endpoint in (*chosen, *behind):
-            check_endpoint(endpoint)
+            endpoints.check_local(endpoint)
         both = [e for e in chosen if e in behind]
         if both:
             raise ConfigError(f"{both[0]} is given for clients and for workers, expected two different endpoints")
@@ -104,7 +110,7 @@ def _check_numbers(config: Any, path: str) -> None:
         if is_dataclass(value):
             _check_numbers(value, f"{where}.")
         elif isinstance(value, (int, float)):
-            low = 0 if f.name in ("grace", "priority", "continuing") else None
+            low = 0 if f.name in ("grace", "priority", "continuing", "tokens", "per_size") else None
             fits = math.isfinite(value) and (value > 0 if low is None else value >= low)
             if not fits:
                 expected = "a number above 0" if low is None else "a number of at least 0"
@@ -130,24 +136,3 @@ def _line(node: yaml.Node | None, path: list[str]) -> int:
             break
         line, node = pair[0].start_mark.line + 1, pair[1]
     return line
-
-
-def check_endpoint(endpoint: str) -> None:
-    """Refuse what the broker must not bind.
-
-    Raises:
-        ConfigError: malformed, or tcp on an address that other hosts can reach: without encryption and keys anybody
-            there could run requests and read along.
-    """
-    if endpoints.ipc_path(endpoint) is not None:
-        return
-    host = endpoint.removeprefix("tcp://").rsplit(":", 1)[0].strip("[]")
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise ConfigError(
-            f"{endpoint}: found host {host!r}, expected a loopback address (127.0.0.1, ::1, localhost): "
-            "connections are not encrypted yet, so other hosts are kept out (an ssh tunnel gets around that)"
-        )

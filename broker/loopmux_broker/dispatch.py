@@ -1,93 +1,16 @@
-"""Who runs next, and where.
-
-A request's rank is the time it arrived less a head start for its priority and for continuing a tool loop. Ranks never
-change, so a queue is a sorted list, and waiting ages a request by itself: whoever comes later by more than the head
-start comes second.
-"""
+"""Where a request runs: the worker that holds its session, else the least loaded."""
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from loopmux_broker.pool import Worker
 from loopmux_broker.requests import Request
 
-Lane = tuple[str, str | None]
-"""Model id and adapter: requests that the same workers can run."""
-
 _SESSIONS = 10_000
 """Sessions whose last worker is remembered; the longest unused are forgotten (that costs one prefill, no more)."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeadStart:
-    """How many seconds earlier a request counts as arrived: per step of priority, and for continuing a loop."""
-
-    priority: float = 30.0
-    continuing: float = 10.0
-
-
-class Queues:
-    """One queue per lane that has anybody waiting, with O(log n) comparisons for each operation.
-
-    The lists are sorted backwards so that the next one is popped off the end. Inserting moves pointers: 3 µs at 10 000.
-    """
-
-    def __init__(self, head_start: HeadStart) -> None:
-        self._head_start = head_start
-        self._lanes: dict[Lane, list[tuple[float, int, Request]]] = {}
-        self._count = 0
-        self.length = 0
-
-    def push(self, request: Request) -> None:
-        """Queue a request; one that was queued before gets its old place."""
-        if request.rank == (0.0, 0):
-            self._count += 1
-            submit, start = request.submit, self._head_start
-            ahead = submit.priority * start.priority + (start.continuing if submit.continues else 0.0)
-            request.rank = (ahead - request.arrived, -self._count)
-        bisect.insort(self._lanes.setdefault(request.lane, []), (*request.rank, request))
-        self.length += 1
-
-    def remove(self, request: Request) -> None:
-        """Take a request out, wherever it stands."""
-        lane = self._lanes[request.lane]
-        del lane[bisect.bisect_left(lane, request.rank, key=_rank)]
-        self.length -= 1
-        if not lane:
-            del self._lanes[request.lane]
-
-    def position(self, request: Request) -> int:
-        """Its place in its queue; the next one has 1."""
-        lane = self._lanes[request.lane]
-        return len(lane) - bisect.bisect_left(lane, request.rank, key=_rank)
-
-    def next_for(self, worker: Worker) -> Request | None:
-        """Who runs next on a worker with a free slot, over all the lanes it serves. It is left in the queue."""
-        heads = (lane[-1] for (model, adapter), lane in self._lanes.items() if worker.serves(model, adapter))
-        best = max(heads, key=_rank, default=None)
-        return best[2] if best else None
-
-    def waiting(self, lane: Lane) -> bool:
-        """Whether anybody waits in a lane."""
-        return lane in self._lanes
-
-    def of_model(self, model: str) -> list[Request]:
-        """Everybody who waits for a model, whatever the adapter, the next one first in each lane."""
-        lanes = (lane for (name, _), lane in self._lanes.items() if name == model)
-        return [entry[2] for lane in lanes for entry in reversed(lane)]
-
-    def models(self) -> Iterator[str]:
-        """The models that anybody waits for."""
-        return iter({model for model, _ in self._lanes})
-
-
-def _rank(entry: tuple[float, int, Request]) -> tuple[float, int]:
-    return entry[0], entry[1]
 
 
 def session_of(instance: bytes, session: str) -> str:
@@ -133,11 +56,10 @@ def choose(workers: Iterable[Worker], request: Request, preferred: str | None) -
 
     The worker that just failed the request comes last; among equals the one that has served least is next.
     """
-    model, adapter = request.lane
     best: Worker | None = None
     best_load: tuple[bool, float, int] | None = None
     for worker in workers:
-        if worker.free <= 0 or not worker.serves(model, adapter):
+        if worker.free <= 0 or not worker.serves(*request.lane):
             continue
         if worker.name == preferred:
             return worker
@@ -145,3 +67,9 @@ def choose(workers: Iterable[Worker], request: Request, preferred: str | None) -
         if best_load is None or load < best_load:
             best, best_load = worker, load
     return best
+
+
+def choose_alone(workers: Iterable[Worker], request: Request) -> Worker | None:
+    """The worker to empty for a request that is to run alone: the one with the least to wait for."""
+    fit = [w for w in workers if w.open and w.serves(*request.lane)]
+    return min(fit, key=lambda w: (w.name == request.avoid, len(w.leases)), default=None)

@@ -9,10 +9,10 @@ from enum import Enum
 import zmq
 
 from loopmux import endpoints
+from loopmux.claims import BusyError
 from loopmux.errors import ConfigError
 from loopmux.sockets import COMMON
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, HEADER_SIZE, WORKER_MESSAGE_LIMIT, Kind
-from loopmux_broker.claims import BusyError
 from loopmux_broker.events import Peer
 
 _INTRODUCTIONS = frozenset({Kind.HELLO.value, Kind.REGISTER.value})
@@ -65,13 +65,15 @@ class Door:
         # The compiled method itself: what zmq.Socket wraps around it is for other socket types and doubles the cost.
         self._send = super(zmq.Socket, self.socket).send
 
-    def bind(self, endpoint: str) -> None:
-        """Listen. The socket file of an ipc endpoint is this user's alone.
+    def bind(self, endpoint: str, descriptor: int | None = None) -> None:
+        """Listen, on a socket that listens already if there is one. The file of an ipc endpoint is this user's alone.
 
         Raises:
             BusyError: another program listens there.
             ConfigError: it cannot be bound here.
         """
+        if descriptor is not None:
+            self.socket.setsockopt(zmq.USE_FD, descriptor)
         before = os.umask(0o077)
         try:
             self.socket.bind(endpoint)

@@ -11,17 +11,18 @@ from loopmux.errors import (
     unknown_model,
 )
 from loopmux_broker.admission import Admission
-from loopmux_broker.pool import Pool, Worker
+from loopmux_broker.pool import Pool
 from loopmux_broker.requests import Request
 
 _COLD_RETRY = 1.0
 """``retry_after`` where a model has no worker yet, seconds: nobody knows how long loading takes, asking is cheap."""
 
 
-def objection(pool: Pool, request: Request, *, settled: bool) -> LoopmuxError | None:
+def objection(pool: Pool, request: Request, *, settled: bool, returning: bool = False) -> LoopmuxError | None:
     """Why the request cannot run as things are, None if it can or may wait.
 
-    Before the broker has ``settled``, a model that nobody has declared may still come.
+    Before the broker has ``settled``, a model or adapter that nobody has named may still come. A request that is
+    ``returning`` ran before: its worker is on the way back.
     """
     submit = request.submit
     try:
@@ -29,13 +30,13 @@ def objection(pool: Pool, request: Request, *, settled: bool) -> LoopmuxError | 
     except BadRequestError as error:
         return error
     if pool.serving(submit.model):
-        return unknown_adapter(pool, request)
+        return unknown_adapter(pool, request) if settled else None
     declared = pool.declared(submit.model)
     if declared is None and settled:
         return unknown_model(submit.model, pool.known())
     if declared is not None and declared.entry.phase == "failed":
         return failed_to_start(submit.model, declared.entry.detail)
-    if not submit.wait:
+    if not submit.wait and not returning:
         how = pool.standing(submit.model, request.arrived)
         why = f"{how.phase}: {how.detail}" if how.detail else how.phase
         text = (
@@ -48,7 +49,7 @@ def objection(pool: Pool, request: Request, *, settled: bool) -> LoopmuxError | 
 
 def unknown_adapter(pool: Pool, request: Request) -> LoopmuxError | None:
     """The model has workers, but the adapter that the request names is on none of them."""
-    model, adapter = request.lane
+    model, adapter = request.submit.model, request.submit.adapter
     if adapter is None or any(worker.serves(model, adapter) for worker in pool.serving(model)):
         return None
     known = ", ".join(pool.adapters(model)) or "none"
@@ -57,9 +58,9 @@ def unknown_adapter(pool: Pool, request: Request) -> LoopmuxError | None:
     return AdapterNotFoundError(f"model {model!r} has no adapter {adapter!r}, loaded are: {known}{reason}")
 
 
-def exhausted(admission: Admission, request: Request, worker: Worker | None) -> LoopmuxError | None:
-    """There is no room for the request now; ``worker`` is the one that has a free slot for it."""
-    refusal = admission.refusal(request.client, len(request.body), queues=worker is None)
+def exhausted(admission: Admission, request: Request, *, queues: bool, returning: bool = False) -> LoopmuxError | None:
+    """There is no room for the request now; it ``queues`` where no worker has a free slot for it."""
+    refusal = admission.refusal(request.client, len(request.body), queues=queues, returning=returning)
     if refusal is None:
         return None
     return OverloadedError(f"{refusal.reason}: try again later", retry_after=refusal.retry_after)

@@ -5,8 +5,8 @@
     0 ........ acknowledged ........ cursor ........ total
       ids only               chunks, pushed    chunks, waiting for credit
 
-Token ids are kept from the first on, for the attempt that will resume from them; nothing does yet. Bodies are kept
-until the client has acknowledged them.
+Token ids are kept from the first on: another attempt goes on behind them. Bodies are kept until the client has
+acknowledged them.
 """
 
 from __future__ import annotations
@@ -52,6 +52,12 @@ class Output:
         self.total = end
         self.held += size
         return size
+
+    def restore(self, ids: bytes) -> None:
+        """Begin where the client is: these tokens came from another attempt, under another broker."""
+        self.ids = bytearray(ids)
+        self.total = self.acknowledged = self.highest = len(ids) // 4
+        self.paused = False
 
     def take(self) -> list[Chunk]:
         """The chunks that may be pushed now, marked as pushed."""

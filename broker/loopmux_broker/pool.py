@@ -22,12 +22,21 @@ class Lease:
 
     It outlives the request's interest in it: a cancelled or superseded attempt is ``stopping`` (the reason as in STOP)
     and holds its slot until the worker says that it has stopped.
+
+    Attributes:
+        prefix: tokens that the request had produced before; what is beyond is this attempt's own.
+        charged: what its client was charged for it.
+        start: first token that the worker can still send. Of an attempt that only the worker knows, ``start`` to
+            ``prefix`` is what it has.
     """
 
     request: Request
     attempt: int
     worker: Worker
     since: float
+    prefix: int = 0
+    charged: int = 0
+    start: int = 0
     acknowledged: bool = False
     stopping: StopReason | None = None
 
@@ -69,7 +78,12 @@ class Worker(Member):
         report: what it said about itself at REGISTER, for ``status``.
         served, tokens: requests ended and tokens produced here since it registered.
         progress: the engine's progress counter as of the last heartbeat.
+        moved: when the engine was last seen to get on, or was given its first request.
         models: model ids served here, and the adapter that each has of itself.
+        draining: it takes no new work and is about to leave.
+        expected: HELD that are still to come; until then nobody knows which of its slots are free.
+        held_for: the request that it is being emptied for.
+        alone: the lease that nothing may run beside.
     """
 
     report: dict[str, Any] = field(default_factory=dict)
@@ -77,16 +91,27 @@ class Worker(Member):
     served: int = 0
     tokens: int = 0
     progress: int = 0
+    moved: float = 0.0
+    draining: bool = False
+    expected: int = 0
+    held_for: Request | None = None
+    alone: Lease | None = None
     load: Heartbeat = field(default_factory=Heartbeat)
     models: dict[str, str | None] = field(default_factory=dict)
 
+    _prints: dict[str, str] = field(default_factory=dict)
+
     def __post_init__(self) -> None:
+        self._read_models()
+
+    def _read_models(self) -> None:
         self.models = {m.id: m.adapter for m in self.register.models}
+        self._prints = {m.id: m.fingerprint for m in self.register.models}
 
     def renew(self, peer: Peer, register: Register, now: float) -> None:
         """The same process registered again, perhaps over another connection or with other models."""
         Member.renew(self, peer, register, now)
-        self.models = {m.id: m.adapter for m in register.models}
+        self._read_models()
 
     @property
     def slots(self) -> int:
@@ -94,15 +119,29 @@ class Worker(Member):
         return self.register.slots
 
     @property
-    def free(self) -> int:
-        """Slots that are not taken."""
-        return self.register.slots - len(self.leases)
+    def open(self) -> bool:
+        """Whether it may be given work at all."""
+        return not (self.draining or self.expected or self.held_for or self.alone)
 
-    def serves(self, model: str, adapter: str | None) -> bool:
-        """Whether a request for this model and (unless None) adapter can run here."""
+    @property
+    def free(self) -> int:
+        """Slots that a request may take now."""
+        return self.register.slots - len(self.leases) if self.open else 0
+
+    def serves(self, model: str, adapter: str | None, fingerprint: str | None = None) -> bool:
+        """Whether a request for this model and (unless None) adapter and fingerprint can run here."""
         if model not in self.models:
             return False
-        return adapter is None or adapter == self.models[model] or adapter in self.register.adapters
+        if adapter is not None and adapter != self.models[model] and adapter not in self.register.adapters:
+            return False
+        return fingerprint is None or fingerprint == self.fingerprint(model, adapter)
+
+    def fingerprint(self, model: str, adapter: str | None) -> str:
+        """What names the weights that such a request runs on here."""
+        own = self._prints.get(model, "")
+        if adapter is None or adapter == self.models.get(model):
+            return own
+        return f"{own}+{self._prints.get(adapter, adapter)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +177,8 @@ class Pool:
         self._serving: dict[str, dict[Peer, Worker]] = {}
         self._declared: dict[str, dict[str, Declared]] = {}
         self._left_out: dict[str, dict[Peer, Declared]] = {}
+        self.withdrawn: set[str] = set()
+        """Models that a launcher declared once and that none declares any more."""
 
     # --- membership
 
@@ -177,14 +218,19 @@ class Pool:
 
     def lease(self, request: Request, worker: Worker, now: float) -> Lease:
         """Take a slot for the request's present attempt."""
-        lease = Lease(request, request.attempt, worker, now)
+        total = request.output.total
+        lease = Lease(request, request.attempt, worker, now, prefix=total, start=total)
         self.leases[lease.key] = worker.leases[lease.key] = lease
+        if request.alone:
+            worker.alone = lease
         return lease
 
     def release(self, lease: Lease) -> None:
         """Give the slot back."""
         self.leases.pop(lease.key, None)
         lease.worker.leases.pop(lease.key, None)
+        if lease.worker.alone is lease:
+            lease.worker.alone = None
 
     # --- models
 
@@ -195,8 +241,9 @@ class Pool:
     def declare(self, launcher: Launcher, entry: Catalogue, now: float) -> None:
         """A launcher said what it does for a model."""
         if entry.removed:
-            _take_out(self._declared, entry.model, launcher.name)
+            self._withdraw(entry.model, launcher.name)
             return
+        self.withdrawn.discard(entry.model)
         declared = Declared(launcher.register.boot, entry, now)
         self._declared.setdefault(entry.model, {})[launcher.name] = declared
 
@@ -204,8 +251,14 @@ class Pool:
         """Take out what a launcher of this name declared, unless by the process ``keep_boot``. Returns the models."""
         gone = [m for m, by in self._declared.items() if name in by and by[name].boot != keep_boot]
         for model in gone:
-            _take_out(self._declared, model, name)
+            self._withdraw(model, name)
         return gone
+
+    def _withdraw(self, model: str, name: str) -> None:
+        if model in self._declared:
+            _take_out(self._declared, model, name)
+            if model not in self._declared:
+                self.withdrawn.add(model)
 
     def declared(self, model: str) -> Declared | None:
         """The most hopeful word about a model, of any launcher or of a worker that left it out.

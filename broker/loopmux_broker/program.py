@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import loopmux
 from loopmux import exitcodes
 from loopmux.errors import LoopmuxError
 from loopmux_broker.config import BrokerConfig, load
+from loopmux_broker.doors import Side
+from loopmux_broker.inherited import Inherited, inherited
 from loopmux_broker.lifeline import Lifeline
 from loopmux_broker.logs import logger
 from loopmux_broker.server import Server
@@ -38,10 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     config = load(options.config) if options.config else BrokerConfig()
-    config = config.with_endpoints(tuple(options.endpoint), tuple(options.worker_endpoint))
+    given = inherited(options.listen_fd, os.environ)
+    config = config.with_endpoints(
+        _listened_on(options.endpoint, given, Side.CLIENTS), _listened_on(options.worker_endpoint, given, Side.WORKERS)
+    )
+    descriptors = {one.endpoint: one.descriptor for one in given}
     with Lifeline(options.parent_pid) as lifeline:
         lifeline.catch_signals()
-        server = Server(config, logger(options.log_format, options.log_level), lifeline)
+        server = Server(config, logger(options.log_format, options.log_level), lifeline, descriptors)
         # What is there now stays: the collector need not look at it again, and most garbage needs no collector.
         gc.freeze()
         gc.set_threshold(_GARBAGE)
@@ -50,6 +57,11 @@ def _serve(options: argparse.Namespace) -> int:
         finally:
             server.close()
     return 0
+
+
+def _listened_on(named: list[str], given: list[Inherited], side: Side) -> tuple[str, ...]:
+    """The endpoints of one side: those that were named, and those of inherited sockets."""
+    return tuple(dict.fromkeys([*named, *(one.endpoint for one in given if one.side is side)]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="W",
         help="where workers and launchers connect (default: beside the first --endpoint)",
+    )
+    parser.add_argument(
+        "--listen-fd",
+        action="append",
+        default=[],
+        metavar="WHO=N",
+        help="serve an inherited listening socket, clients=N or workers=N; systemd's LISTEN_FDS is taken over too",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings, see configs/broker.yaml")
     parser.add_argument("--parent-pid", type=int, metavar="PID", help="end, cleaning up, when this process is gone")

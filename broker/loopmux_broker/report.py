@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Literal
 
 from loopmux.messages import ModelStatus, Status, WorkerStatus
 from loopmux_broker.pool import Worker
-from loopmux_broker.requests import State
 from loopmux_broker.tables import Tables
 
 _LATE = 1.5
@@ -17,7 +17,6 @@ def report(tables: Tables, now: float) -> Status:
     """Everything that ``status`` shows."""
     identity, pool = tables.identity, tables.pool
     running = Counter(lease.request.submit.model for lease in pool.leases.values() if not lease.stopping)
-    queued = Counter(r.submit.model for r in tables.requests.values() if r.state is State.QUEUED)
     return Status(
         epoch=identity.epoch,
         uptime=round(now - identity.started, 3),
@@ -26,7 +25,7 @@ def report(tables: Tables, now: float) -> Status:
         clients=len(tables.clients.by_peer),
         queued=tables.queues.length,
         running=running.total(),
-        models=tuple(_model(tables, m, queued[m], running[m], now) for m in pool.known()),
+        models=tuple(_model(tables, m, tables.queues.waiting(m), running[m], now) for m in pool.known()),
         workers=tuple(_worker(tables, w, now) for w in sorted(pool.workers.values(), key=lambda w: w.name)),
         launchers=tuple(sorted(x.name for x in pool.launchers.values())),
         counters=dict(sorted(tables.counters.items())),
@@ -54,6 +53,12 @@ def _model(tables: Tables, model: str, queued: int, running: int, now: float) ->
     return ModelStatus(model, how.phase, workers, queued, running, how.detail, round(how.elapsed, 3))
 
 
+def _state(tables: Tables, worker: Worker, now: float) -> Literal["ready", "draining", "silent"]:
+    if now - worker.heard > _LATE * tables.config.heartbeat:
+        return "silent"
+    return "draining" if worker.draining else "ready"
+
+
 def _worker(tables: Tables, worker: Worker, now: float) -> WorkerStatus:
     register = worker.register
     return WorkerStatus(
@@ -64,7 +69,7 @@ def _worker(tables: Tables, worker: Worker, now: float) -> WorkerStatus:
         engine=register.engine,
         pid=register.pid,
         host=register.host,
-        state="silent" if now - worker.heard > _LATE * tables.config.heartbeat else "ready",
+        state=_state(tables, worker, now),
         served=worker.served,
         tokens=worker.tokens,
         tokens_per_second=worker.load.tokens_per_second,

@@ -2,13 +2,18 @@
 
 ::
 
-    QUEUED ──dispatched──▶ DISPATCHED ──started──▶ RUNNING ──ended──▶ DONE ──▶ forgotten
-      ▲ │                      │ │                    │ │
-      │ └────────ended─────────│─┴──▶ DONE            │ │
-      └───────requeued─────────┴──────────────────────┘ (only before the first token)
+                 ┌──────────requeued───────────┬──────────────────┐
+                 ▼                             │                  │
+    SUBMIT ──▶ QUEUED ──dispatched──▶ DISPATCHED ──started──▶ RUNNING ──ended──▶ DONE ──▶ forgotten
+                 ▲  └────────────────claimed───────────────────▶ ▲
+    ATTACH ──▶ RECOVERING ──────────────claimed──────────────────┘
+               (every state but DONE ──ended──▶ DONE)
 
-DONE is a tombstone: it is kept until the client acknowledges the terminal, at most 60 s. DETACHED is no state of its
-own but a request of whatever state whose client has no connection: it goes on as before when the client is back.
+A request that is queued again has a prefix, the tokens that it has produced: another worker goes on behind them.
+RECOVERING is what a broker that was started again hears of from the client alone (ATTACH) or the worker alone (HELD),
+until the other one speaks up. DONE is a tombstone: it is kept until the client acknowledges the terminal, at most 60 s.
+DETACHED is no state of its own but a request of whatever state whose client has no connection: it goes on as before
+when the client is back.
 """
 
 from __future__ import annotations
@@ -22,7 +27,10 @@ from loopmux_broker.output import Output
 
 if TYPE_CHECKING:
     from loopmux_broker.clients import Client
-    from loopmux_broker.pool import Lease
+    from loopmux_broker.pool import Lease, Worker
+
+Lane = tuple[str, str | None, str | None]
+"""Model id, adapter, fingerprint: requests that the same workers can run."""
 
 
 class State(IntEnum):
@@ -32,6 +40,7 @@ class State(IntEnum):
     DISPATCHED = 2
     RUNNING = 3
     DONE = 4
+    RECOVERING = 5
 
 
 class Step(IntEnum):
@@ -41,12 +50,14 @@ class Step(IntEnum):
     STARTED = 2
     REQUEUED = 3
     ENDED = 4
+    CLAIMED = 5
 
 
 TRANSITIONS: dict[State, dict[Step, State]] = {
-    State.QUEUED: {Step.DISPATCHED: State.DISPATCHED, Step.ENDED: State.DONE},
+    State.QUEUED: {Step.DISPATCHED: State.DISPATCHED, Step.CLAIMED: State.RUNNING, Step.ENDED: State.DONE},
     State.DISPATCHED: {Step.STARTED: State.RUNNING, Step.REQUEUED: State.QUEUED, Step.ENDED: State.DONE},
     State.RUNNING: {Step.REQUEUED: State.QUEUED, Step.ENDED: State.DONE},
+    State.RECOVERING: {Step.CLAIMED: State.RUNNING, Step.REQUEUED: State.QUEUED, Step.ENDED: State.DONE},
     State.DONE: {},
 }
 """Every step that there is; any other is a bug of the broker."""
@@ -59,9 +70,12 @@ class Request:
     Attributes:
         body: BODY of SUBMIT, kept until the end because another attempt needs it.
         arrived, deadline: on the broker's clock.
-        attempt: number of the last attempt, 0 before the first.
+        attempt: number of the last attempt, 0 before the first; never handed out twice, not even by two brokers.
+        losses: attempts that ended because a worker was lost. After two the request runs ``alone``.
+        fingerprint: of the weights that produced its output; it goes on only where they are the same.
         lease: the worker's slot that runs it now.
         avoid: name of the worker that just failed it.
+        held_by: the worker that is being emptied to run it alone.
         terminal: the frames of its one terminal, once DONE.
         told: whether the terminal was pushed on the client's present connection.
         origin: the lease whose worker gave the terminal; None when the broker made it.
@@ -76,8 +90,12 @@ class Request:
     output: Output
     state: State = State.QUEUED
     attempt: int = 0
+    losses: int = 0
+    alone: bool = False
+    fingerprint: str | None = None
     lease: Lease | None = None
     avoid: str = ""
+    held_by: Worker | None = None
     terminal: list[bytes] | None = None
     told: bool = False
     origin: Lease | None = None
@@ -92,6 +110,6 @@ class Request:
         self.state = TRANSITIONS[self.state][step]
 
     @property
-    def lane(self) -> tuple[str, str | None]:
-        """The queue it belongs to: model id and adapter."""
-        return self.submit.model, self.submit.adapter
+    def lane(self) -> Lane:
+        """The queue it belongs to."""
+        return self.submit.model, self.submit.adapter, self.fingerprint

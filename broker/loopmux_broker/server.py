@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import zmq
 from structlog.typing import FilteringBoundLogger
 
 import loopmux
 from loopmux import endpoints
+from loopmux.claims import Claim
 from loopmux_broker.broker import Broker
-from loopmux_broker.claims import Claim
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Door, SendOutcome, Side
 from loopmux_broker.events import (
@@ -43,13 +43,20 @@ _PATIENCE = 16
 class Server:
     """Binds the endpoints, then runs the core until the lifeline says why to end."""
 
-    def __init__(self, config: BrokerConfig, log: FilteringBoundLogger, lifeline: Lifeline) -> None:
-        """Listen on every endpoint.
+    def __init__(
+        self,
+        config: BrokerConfig,
+        log: FilteringBoundLogger,
+        lifeline: Lifeline,
+        inherited: Mapping[str, int] | None = None,
+    ) -> None:
+        """Listen on every endpoint; ``inherited`` are the descriptors of those that are listened on already.
 
         Raises:
             BusyError, ConfigError: an endpoint cannot be had; whatever was taken before is given back.
         """
         self._config, self._log, self._lifeline = config, log, lifeline
+        self._inherited = inherited or {}
         self._claims: list[Claim] = []
         self.doors: list[Door] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -73,12 +80,12 @@ class Server:
 
     def _open(self, listen: Iterable[str], side: Side) -> None:
         for endpoint in listen:
-            path = endpoints.ipc_path(endpoint)
-            if path is not None:
+            path, descriptor = endpoints.ipc_path(endpoint), self._inherited.get(endpoint)
+            if path is not None and descriptor is None:  # else it is held by who made the socket
                 self._claims.append(Claim(path))
             door = Door(self._context, len(self.doors), side, self._config.window)
             self.doors.append(door)
-            door.bind(endpoint)
+            door.bind(endpoint, descriptor)
 
     def run(self) -> str:
         """Serve until there is a reason to end, and return it."""

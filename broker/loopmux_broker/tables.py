@@ -10,9 +10,10 @@ from loopmux.cadence import SILENT_HEARTBEATS
 from loopmux_broker.admission import Admission
 from loopmux_broker.clients import Clients
 from loopmux_broker.config import BrokerConfig
-from loopmux_broker.dispatch import Affinity, Queues
+from loopmux_broker.dispatch import Affinity
 from loopmux_broker.events import Action, Peer
-from loopmux_broker.pool import Pool
+from loopmux_broker.pool import Pool, Worker
+from loopmux_broker.queues import Queues
 from loopmux_broker.requests import Request
 from loopmux_broker.strikes import Strikes
 from loopmux_broker.timers import Timers
@@ -33,9 +34,23 @@ class Alarm(IntEnum):
     STRIKES = 10  # peer
     LAUNCHER = 11  # name
     SETTLED = 12  # nobody
+    RECOVERY = 13  # request
+    HELD = 14  # peer
+    STALL = 15  # peer
+    DRAIN = 16  # peer
 
 
-LIVENESS = frozenset({Alarm.CLIENT_SILENT, Alarm.CLIENT_GRACE, Alarm.MEMBER_SILENT, Alarm.RUN})
+LIVENESS = frozenset(
+    {
+        Alarm.CLIENT_SILENT,
+        Alarm.CLIENT_GRACE,
+        Alarm.MEMBER_SILENT,
+        Alarm.RUN,
+        Alarm.HELD,
+        Alarm.RECOVERY,
+        Alarm.STALL,
+    }
+)
 """Timers that judge a peer by its silence, and so must not count the time that the broker itself was away."""
 
 TimerKey = tuple[Alarm, bytes | str, int]
@@ -69,6 +84,8 @@ class Tables:
     settled: bool = False
     """Whether whoever belongs to this broker has had the time to join."""
     rivals: dict[Peer, float] = field(default_factory=dict)
+    vacant: dict[Worker, None] = field(default_factory=dict)
+    """Workers that may have got a free slot by the event that is being handled."""
     counters: Counter[str] = field(default_factory=Counter)
     out: list[Action] = field(default_factory=list)
 
@@ -76,6 +93,20 @@ class Tables:
     def empty(cls, config: BrokerConfig, identity: Identity) -> Tables:
         """The state of a broker that has just started."""
         return cls(config, identity, Queues(config.head_start), Admission(config.limits))
+
+    def enqueue(self, request: Request) -> None:
+        """A request waits for a slot."""
+        self.queues.push(request)
+        self.admission.queue(request.client, 1)
+
+    def dequeue(self, request: Request) -> None:
+        """It waits no longer. A worker that was being emptied for it is there for others again."""
+        self.queues.remove(request)
+        self.admission.queue(request.client, -1)
+        if request.held_by is not None:
+            request.held_by.held_for = None
+            self.vacant[request.held_by] = None
+            request.held_by = None
 
     @property
     def patience(self) -> float:

@@ -6,15 +6,19 @@ from typing import Any
 
 from loopmux import codec, wire
 from loopmux.errors import BadRequestError, ProtocolError
-from loopmux.messages import Catalogue, Heartbeat, Register
+from loopmux.messages import Catalogue, Heartbeat, Held, Register
 from loopmux.wire import ID_SIZE, Kind, Message
+from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import agree, no_common_version, welcome
+from loopmux_broker.ends import Ends, protocol_failure
 from loopmux_broker.events import Log, Peer, Send, say
-from loopmux_broker.life import Life, protocol_failure
+from loopmux_broker.leases import Leases
 from loopmux_broker.pool import Launcher, Lease, Worker
+from loopmux_broker.recovery import Recovery
 from loopmux_broker.requests import State
 from loopmux_broker.streams import Streams
 from loopmux_broker.tables import Alarm, Tables
+from loopmux_broker.waiting import Waiting
 
 _REPORT_LIMITS = codec.Limits(array=256, map=256, size=16 * 1024)
 """A worker's report is for people; the broker decodes it, so it takes no more than a page of text in one field."""
@@ -27,8 +31,18 @@ _ENDS = wire.TERMINALS - {Kind.EXPIRED}
 class WorkerSide:
     """Answers workers and launchers. Whoever has not registered is asked to."""
 
-    def __init__(self, tables: Tables, life: Life, streams: Streams) -> None:
-        self._t, self._life, self._streams = tables, life, streams
+    def __init__(
+        self,
+        tables: Tables,
+        attempts: Attempts,
+        leases: Leases,
+        recovery: Recovery,
+        ends: Ends,
+        waiting: Waiting,
+        streams: Streams,
+    ) -> None:
+        self._t, self._attempts, self._leases, self._recovery = tables, attempts, leases, recovery
+        self._ends, self._waiting, self._streams = ends, waiting, streams
 
     def hear(self, peer: Peer, message: Message, frames: list[bytes], now: float) -> None:
         """Handle one message; ``frames`` are what it was made from, for passing on.
@@ -59,11 +73,20 @@ class WorkerSide:
             case Kind.RUNACK:
                 lease = self._lease(worker, message)
                 if lease is not None:
-                    self._life.started(lease)
+                    self._leases.started(lease)
             case Kind.HB:
                 worker.load = codec.unpack(Heartbeat, message.route)
-                worker.progress = message.header.seq
+                if message.header.seq != worker.progress:
+                    worker.progress, worker.moved = message.header.seq, now
                 self._t.out.append(Send(worker.peer, say(Kind.PONG)))
+            case Kind.HELD:
+                self._recovery.held(worker, message.header, codec.unpack(Held, message.route), now)
+            case Kind.RESET:
+                lease = self._lease(worker, message)
+                if lease is not None:
+                    self._attempts.not_there(lease, now)
+            case Kind.DRAIN:
+                self._attempts.drain(worker, message.header.arg / 1000, now)
             case Kind.BYE:
                 self.lost(worker, "left", now)
             case kind:
@@ -77,7 +100,7 @@ class WorkerSide:
             case Kind.CATALOGUE:
                 entry = codec.unpack(Catalogue, message.route)
                 self._t.pool.declare(launcher, entry, now)
-                self._life.model_withdrawn(entry.model, now)
+                self._waiting.model_withdrawn(entry.model, now)
             case Kind.BYE:
                 self.lost(launcher, "left", now)
                 self._withdraw(launcher.name, None, now)
@@ -106,17 +129,21 @@ class WorkerSide:
             if lease is None or not lease.stopping:
                 self._lease(worker, message)
             return
-        if not lease.acknowledged:
-            self._life.started(lease)
         request = lease.request
         output = request.output
+        if request.state is State.RECOVERING:
+            self._t.counters["fenced"] += 1  # it was not asked for any yet
+            return
+        if not lease.acknowledged:
+            self._leases.started(lease)
         if seq != output.total:
             self._misplaced(lease, seq, now)
             return
         worker.tokens += count
+        worker.moved = now
         self._t.admission.output += output.add(seq, seq + count, frames)
         if output.held > self._t.config.request_output:
-            self._life.slow_client(request, now)
+            self._ends.slow_client(request, now)
         else:
             self._streams.push(request, now)
 
@@ -125,8 +152,7 @@ class WorkerSide:
         if seq < total:
             self._t.counters["duplicates"] += 1
             return
-        self._t.counters["gaps"] += 1
-        self._life.output_broken(lease, f"lost output (tokens {total} to {seq - 1} did not arrive)", now)
+        self._attempts.output_broken(lease, f"lost output (tokens {total} to {seq - 1} did not arrive)", now)
 
     def _terminal(self, worker: Worker, message: Message, frames: list[bytes], now: float) -> None:
         header = message.header
@@ -141,10 +167,16 @@ class WorkerSide:
             return
         if lease.stopping:
             self._t.out.append(Send(worker.peer, say(Kind.ENDACK, header.request, attempt=header.attempt)))
-            self._life.release(lease, now)
+            self._attempts.release(lease)
+        elif lease.request.state is State.RECOVERING:
+            self._t.counters["fenced"] += 1
         else:
-            self._life.started(lease)
-            self._life.worker_ended(lease, message, frames, now)
+            self._leases.started(lease)
+            if header.seq == lease.request.output.total:
+                self._ends.worker_ended(lease, message.kind, frames, now)
+            else:
+                self._attempts.ended_short(lease, header.seq, now)
+            self._attempts.release(lease)
 
     # --- membership
 
@@ -191,10 +223,15 @@ class WorkerSide:
             self._t.out.append(Log("info", f"{register.role} joined", {"name": register.name, "pid": register.pid}))
         else:
             pool.leave(member)
-            self._t.timers.cancel((Alarm.MEMBER_SILENT, member.peer, 0))
+            for alarm in (Alarm.MEMBER_SILENT, Alarm.HELD, Alarm.STALL, Alarm.DRAIN):
+                self._t.timers.cancel((alarm, member.peer, 0))
             member.renew(peer, register, now)
             if isinstance(member, Worker):
                 member.report = report
+        if isinstance(member, Worker):
+            member.expected = register.held
+            if register.held:
+                self._t.timers.set((Alarm.HELD, peer, 0), now + self._t.config.claim_wait)
         pool.join(member)
         self._t.timers.set((Alarm.MEMBER_SILENT, peer, 0), now + self._t.patience)
 
@@ -202,8 +239,9 @@ class WorkerSide:
         member = self._t.pool.member(peer)
         if isinstance(member, Worker):
             for model in (*member.models, *(one.id for one in member.register.left_out)):
-                self._life.model_changed(model, now)
-            self._life.fill(member, now)
+                self._waiting.model_changed(model, now)
+            self._t.vacant[member] = None
+            self._attempts.watch(member, now)
         elif isinstance(member, Launcher):
             self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + _REDECLARE)
 
@@ -215,7 +253,7 @@ class WorkerSide:
 
     def _withdraw(self, name: str, keep_boot: bytes | None, now: float) -> None:
         for model in self._t.pool.withdraw(name, keep_boot=keep_boot):
-            self._life.model_withdrawn(model, now)
+            self._waiting.model_withdrawn(model, now)
 
     def silent(self, peer: Peer, now: float) -> None:
         """The time has come to see whether a worker or launcher was silent for too long."""
@@ -237,8 +275,25 @@ class WorkerSide:
         self._t.pool.leave(member)
         if isinstance(member, Worker):
             for model in member.models:
-                self._life.model_changed(model, now)
-            self._life.worker_lost(member, why, now)
+                self._waiting.model_changed(model, now)
+            self._attempts.worker_lost(member, why, now, planned=why == "left")
+            if why == "left":
+                for model in member.models:
+                    self._waiting.model_left(model, now)
+
+    def stalled(self, peer: Peer, now: float) -> None:
+        """The time has come to see whether a worker's engine stands still."""
+        worker = self._t.pool.workers.get(peer)
+        due = None if worker is None else self._t.config.stall.due(worker)
+        if worker is None or due is None:
+            return
+        if now < due:
+            self._t.timers.set((Alarm.STALL, peer, 0), due)
+            return
+        self._t.counters["stalled"] += 1
+        # Its own thread lives and can end the process, which no signal to the engine could.
+        self._t.out.append(Send(peer, say(Kind.DIE)))
+        self.lost(worker, f"made no progress for {now - worker.moved:.0f} s", now)
 
 
 def _report(body: bytes) -> dict[str, Any]:

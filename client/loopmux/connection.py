@@ -213,7 +213,7 @@ class Connection:
                 return self._tell_all(Ponged(), now)
             case Kind.WELCOME:
                 return self._welcomed(codec.unpack(Welcome, message.route), now)
-            case Kind.WHO if self.state is State.READY:
+            case Kind.WHO if self.state is State.READY and message.header.request == wire.NO_ID:
                 return self._lose(now)
             case Kind.REPORT if message.header.request in self._questions:
                 return self._reported(message)

@@ -85,3 +85,26 @@ def private_folder(folder: Path) -> Path:
             f"{folder} belongs to user {owner}, expected {os.getuid()}: set $LOOPMUX_ENDPOINT to a folder of yours"
         )
     return folder
+
+
+def check_local(endpoint: str) -> None:
+    """Refuse what must not be listened on.
+
+    Raises:
+        ConfigError: malformed, or tcp on an address that other hosts can reach: without encryption and keys anybody
+            there could run requests and read along.
+    """
+    import ipaddress  # servers only: clients need not wait for it
+
+    if ipc_path(endpoint) is not None:
+        return
+    host = endpoint.removeprefix("tcp://").rsplit(":", 1)[0].strip("[]")
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ConfigError(
+            f"{endpoint}: found host {host!r}, expected a loopback address (127.0.0.1, ::1, localhost): "
+            "connections are not encrypted yet, so other hosts are kept out (an ssh tunnel gets around that)"
+        )

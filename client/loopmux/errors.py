@@ -121,7 +121,7 @@ class CancelledError(LoopmuxError):
 
 
 class WorkerLostError(LoopmuxError):
-    """The worker died after the stream had begun; ``partial_text`` holds what had arrived."""
+    """Worker after worker was lost with this request, the last while it ran alone; see ``partial_text``."""
 
     code = "worker_lost"
     default_retryable = True

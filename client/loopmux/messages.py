@@ -96,7 +96,8 @@ class Submit:
 class Run:
     """ROUTE of RUN: a submitted request on its way to a worker; the TOKENS frame holds the prefix to resume from.
 
-    ``session`` is the broker's name for a session of one client: other clients' sessions never have it.
+    ``session`` is the broker's name for a session of one client: other clients' sessions never have it. ``client`` is
+    the instance whose request it is: only a broker that was started again asks for it (HELD).
     """
 
     model: str
@@ -105,6 +106,16 @@ class Run:
     timeout: float = DEFAULT_TIMEOUT
     deterministic: bool = False
     trace: str | None = None
+    client: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """ROUTE of HELD: a request that a worker still has while it introduces itself, as RUN named it."""
+
+    client: bytes
+    model: str
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +317,7 @@ class Register:
         slots: requests the worker runs at once.
         adapters: names of adapters that a request may ask for on top of a model id.
         left_out: what it was to serve too and cannot, at most 64; reasons are shortened to fit.
+        held: requests that it has already: as many HELD follow upon WELCOME.
     """
 
     role: Literal["worker", "launcher"]
@@ -320,6 +332,7 @@ class Register:
     pid: int = 0
     software: str = ""
     left_out: tuple[LeftOut, ...] = ()
+    held: int = 0
 
 
 @dataclass(frozen=True, slots=True)

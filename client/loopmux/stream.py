@@ -4,6 +4,8 @@ A pure core: ``Exchange.handle(event, now)`` returns what to do. It does no I/O 
 
 ::
 
+                              ┌───────────────────┐ another broker: SUBMITTED again, with the tokens that are here
+                              ▼                   │
     WAITING ──connected──▶ SUBMITTED ──anything──▶ OPEN ──terminal──▶ DONE
        │                        └─────────┬──────────┘                  ▲
        │ deadline, cancel                 └─deadline, violation─▶ CLOSING (CANCEL until a terminal)
@@ -89,6 +91,8 @@ class Exchange:
         self._connected = False
         self._cancelling = False
         self._settled = False
+        self._attaching = False  # SUBMIT was sent to a broker that is gone
+        self._attempt = 0  # the highest one that anything came from
         self._quiet = False  # nothing came since the last PONG
         self._early: Message | None = None  # a terminal that came before the tokens it counts
         self._resend_at = math.inf
@@ -135,36 +139,38 @@ class Exchange:
 
     def _attached(self, event: Attached, now: float) -> list[RequestAction]:
         self._connected, self._window = True, event.window
-        untouched = self.stage is Stage.WAITING or (event.fresh and self.received == 0)
         if self._settled or self._cancelling:
-            return self._reattach_leaving(event.fresh, now)
-        if untouched and len(self.request.body) > event.max_message:
+            # A broker that was started again may hear of the request from its worker: it has to be told too.
+            self._resend_at = now + RESEND
+            return [self._bare(Kind.CANCEL)]
+        begins = self.stage is Stage.WAITING or event.fresh
+        if begins and len(self.request.body) > event.max_message:
             self.stage = Stage.DONE
             size, limit = len(self.request.body), event.max_message
             return self._fail(PayloadTooLargeError(f"the request has {size} bytes, this broker accepts {limit}"))
-        if untouched:
-            self._early = None
-            self._give_up_at = math.inf
+        if event.fresh and self.stage is not Stage.WAITING:
+            return [self._reattach(now)]
+        if self.stage is Stage.WAITING:
             self._limit = event.window
-            return [self._submit(now)]
-        if event.fresh:
-            self.stage = Stage.DONE
-            return self._fail(ConnectionLostError(f"the broker was restarted after {self.received} tokens: try again"))
-        return [self._submit(now) if self.stage is Stage.SUBMITTED else self._credit()]
+        return [self._submit(now) if self.stage in (Stage.WAITING, Stage.SUBMITTED) else self._credit()]
 
-    def _reattach_leaving(self, fresh: bool, now: float) -> list[RequestAction]:
-        if not fresh:
-            self._resend_at = now + RESEND
-            return [self._bare(Kind.CANCEL)]
-        self.stage = Stage.DONE  # the new broker never heard of it: nothing is left to cancel
-        return [] if self._settled else self._fail(CancelledError("the request was cancelled"))
+    def _reattach(self, now: float) -> Send:
+        """This broker does not know the request (any more): submit it with what is here, for others to go on."""
+        self._early = None
+        self._give_up_at = math.inf
+        self._attaching = True
+        return self._submit(now)
 
     def _submit(self, now: float) -> Send:
         self.stage = Stage.SUBMITTED
         self._resend_at = now + RESEND
         left = max(self.request.deadline - now, 0.001)  # the broker takes no time that is not positive
         route = codec.pack(dataclasses.replace(self.request.submit, timeout=left))
-        return Send(Message(Header(Kind.SUBMIT, self.request.id), route, self.request.body))
+        if not self._attaching:
+            return Send(Message(Header(Kind.SUBMIT, self.request.id), route, self.request.body))
+        self._limit = self._consumed + self._window
+        header = Header(Kind.ATTACH, self.request.id, self.received, self._limit, self._attempt)
+        return Send(Message(header, route, self.request.body, wire.pack_tokens(self._ids)))
 
     def _credit(self) -> Send:
         self._limit = self._consumed + self._window
@@ -181,7 +187,10 @@ class Exchange:
     # --- what the broker says -----------------------------------------------------------------------------------------
 
     def _arrived(self, message: Message, now: float) -> list[RequestAction]:
+        if message.kind is Kind.WHO:
+            return [] if self._settled or self._cancelling else [self._reattach(now)]
         self._quiet = False
+        self._attempt = max(self._attempt, message.header.attempt)
         if self.stage is Stage.SUBMITTED:
             self.stage = Stage.OPEN
             self._resend_at = self._resend_at if self._cancelling else math.inf

@@ -73,6 +73,7 @@ class Kind(IntEnum):
     RESET = 67
     DRAIN = 68
     DIE = 69
+    HELD = 70
     # broker -> worker: work
     RUN = 80
     RUNACK = 81
@@ -133,6 +134,7 @@ FRAMES: Final[dict[Kind, Frame]] = {
     Kind.RESET: Frame.NONE,
     Kind.DRAIN: Frame.NONE,
     Kind.DIE: Frame.NONE,
+    Kind.HELD: Frame.ROUTE,
     Kind.RUN: Frame.ROUTE | Frame.BODY | Frame.TOKENS,
     Kind.RUNACK: Frame.NONE,
     Kind.STOP: Frame.NONE,
@@ -157,7 +159,9 @@ class Header:
 
     ``seq`` and ``arg`` mean what the kind says: in TOK the absolute index of the first token and the number of tokens,
     in a terminal the total number of tokens, in CREDIT the first token index that may *not* be sent yet and the number
-    received so far, in ACCEPTED the queue position (arg), in HB the progress counter (seq). Big-endian on the wire.
+    received so far, in ATTACH the same the other way round, in ACCEPTED the queue position (arg), in HB the progress
+    counter (seq), in HELD the first token that can be sent and the number produced, in REPLAY the first one to send, in
+    DRAIN milliseconds until the worker leaves (arg). Big-endian on the wire.
     """
 
     kind: Kind

@@ -19,8 +19,12 @@ class Backoff:
 
     A crash loop is ``CRASHES`` exits within ``WINDOW`` seconds, or as many starts in a row that never got ready (a
     model that needs a minute to fail would otherwise be started for ever).
+
+    Attributes:
+        eager: the first restart comes at once: everybody waits for this process, and no peer takes over.
     """
 
+    eager: bool = False
     recent: list[float] = field(default_factory=list)
     failed_starts: int = 0
     streak: int = 0
@@ -41,4 +45,6 @@ class Backoff:
         self.streak = 1 if was_ready and ran > WINDOW else self.streak + 1
         if len(self.recent) >= CRASHES or self.failed_starts >= CRASHES:
             return None
+        if self.eager and self.streak == 1:
+            return 0.0
         return min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** (self.streak - 1)) * (0.5 + draw / 2)

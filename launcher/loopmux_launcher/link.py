@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from loopmux.cadence import INTRODUCE_AGAIN, SILENT_HEARTBEATS
@@ -39,6 +40,7 @@ class Link:
         self._heartbeat: float | None = None
         self._next = 0.0
         self._heard = 0.0
+        self._left = False
 
     @property
     def welcome(self) -> bool:
@@ -70,6 +72,8 @@ class Link:
 
     def due(self, now: float) -> list[Message]:
         """What it is time to send."""
+        if self._left:
+            return []
         if self._heartbeat is not None and now - self._heard > SILENT_HEARTBEATS * self._heartbeat:
             self.lost()
         if now < self._next:
@@ -82,15 +86,17 @@ class Link:
 
     def next_timer(self) -> float:
         """When ``due`` has something to say."""
-        return self._next
+        return math.inf if self._left else self._next
 
     def report(self, catalogue: Catalogue) -> list[Message]:
         """The message for a change, if the broker is there to hear it."""
-        return [Message(Header(Kind.CATALOGUE), pack(catalogue))] if self.welcome else []
+        heard = self.welcome and not self._left
+        return [Message(Header(Kind.CATALOGUE), pack(catalogue))] if heard else []
 
     def bye(self) -> list[Message]:
-        """Taking leave."""
-        return [Message(Header(Kind.BYE))] if self.welcome else []
+        """Taking leave, once and for good."""
+        leaves, self._left = self.welcome and not self._left, True
+        return [Message(Header(Kind.BYE))] if leaves else []
 
     def lost(self) -> None:
         """The broker does not know us, or may have missed something: introduce ourselves again."""

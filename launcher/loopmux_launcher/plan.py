@@ -13,6 +13,7 @@ from typing import Literal
 
 from loopmux.codec import shorten
 from loopmux.messages import Catalogue, ModelPhase
+from loopmux_launcher.backoff import Backoff
 from loopmux_launcher.events import (
     Action,
     Announce,
@@ -66,7 +67,7 @@ class Plan:
         self.workers = {
             name: (Process(name, group.start_timeout), group) for group in self.groups for name in group.worker_names()
         }
-        self.broker = Process(BROKER, _BROKER_START_TIMEOUT) if with_broker else None
+        self.broker = Process(BROKER, _BROKER_START_TIMEOUT, backoff=Backoff(eager=True)) if with_broker else None
         self.environments = {g.environment: _Environment(g.environment) for g in self.groups if g.environment}
         self.exit_code = 0
         self._began = 0.0

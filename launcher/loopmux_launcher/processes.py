@@ -55,6 +55,7 @@ class Child:
 
     Args:
         handover: bytes for its stdin, which is closed after them.
+        descriptors: of ours that it inherits under the same numbers.
         said: recognises the lines that tell a phase.
 
     Raises:
@@ -69,13 +70,14 @@ class Child:
         log: Path,
         *,
         handover: bytes = b"",
+        descriptors: tuple[int, ...] = (),
         said: Callable[[bytes], Said | None] | None = None,
     ) -> None:
         self.name = name
         self._log = RotatingLog(log)
         self.process: subprocess.Popen[bytes] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(variables),
-            start_new_session=True, bufsize=0,
+            start_new_session=True, bufsize=0, pass_fds=descriptors,
         )  # fmt: skip
         assert self.process.stdin is not None
         assert self.process.stdout is not None

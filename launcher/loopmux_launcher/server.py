@@ -17,6 +17,7 @@ import loopmux
 from loopmux import endpoints
 from loopmux.codec import plain
 from loopmux.errors import LoopmuxError, ProtocolError
+from loopmux.listening import Listening
 from loopmux.messages import Register
 from loopmux.sockets import FAREWELL, dealer
 from loopmux.wire import VERSIONS, WORKER_MESSAGE_LIMIT, Message, from_frames, new_id, to_frames
@@ -69,7 +70,7 @@ class Launcher:
     """Runs a configuration until it is stopped: its own broker too if ``with_broker``."""
 
     def __init__(self, configuration: Configuration, endpoint: str, console: Console, *, with_broker: bool) -> None:
-        self._configuration, self._client_endpoint, self._console = configuration, endpoint, console
+        self._configuration, self._console = configuration, console
         self._endpoint = endpoints.worker_endpoint(endpoint)
         models = configuration.models.values()
         groups = group(models, self._endpoint, len(os.sched_getaffinity(0)))
@@ -82,6 +83,23 @@ class Launcher:
         self._builds: dict[str, EnvironmentReady | EnvironmentFailed | None] = {}
         self._log_troubles: dict[str, str] = {}  # by process, as they were announced
         self._exit: int | None = None
+        # They are the launcher's, so that connections wait instead of being refused while a broker is started again.
+        self._listening: dict[str, Listening] = {}
+        if with_broker:
+            self._listen(clients=endpoint, workers=self._endpoint)
+
+    def _listen(self, **named: str) -> None:
+        try:
+            for name, endpoint in named.items():
+                self._listening[name] = Listening(endpoint)
+        except BaseException:
+            self._stop_listening()
+            raise
+
+    def _stop_listening(self) -> None:
+        for one in reversed(self._listening.values()):  # the first one made the folder
+            one.close()
+        self._listening.clear()
 
     def run(self, parent: int | None = None) -> int:
         """Serve until a signal, the end of ``parent``, or until nothing is left to serve; returns the exit code."""
@@ -99,6 +117,7 @@ class Launcher:
             self._send(self._link.bye())
             self._socket.close(FAREWELL)
             context.term()
+            self._stop_listening()
 
     # --- one turn
 
@@ -106,6 +125,7 @@ class Launcher:
         readable, writable = self._wait(signals)
         for _ in range(signals.take(readable)):
             self._handle(StopRequested(at_once=self._stopped))
+            self._send(self._link.bye())  # so that nobody waits for models that will not come back
             self._stopped = True
         for child in list(self._children.values()):
             if child.wants_write in writable:
@@ -151,7 +171,7 @@ class Launcher:
             case StopBuild(name):
                 self._children[_builder(name)].terminate()
             case StartBroker():
-                self._start(BROKER, self._broker_command(), dict(os.environ))
+                self._start(BROKER, self._broker_command(), dict(os.environ), descriptors=self._descriptors())
             case StartWorker():
                 self._start_worker(action)
             case StopProcess(name):
@@ -171,7 +191,12 @@ class Launcher:
 
     def _broker_command(self) -> list[str]:
         command = [sys.executable, "-m", "loopmux_broker", "--parent-pid", str(os.getpid()), "--log-format", "json"]
-        return [*command, "--endpoint", self._client_endpoint, "--worker-endpoint", self._endpoint]
+        for name, one in self._listening.items():
+            command += ["--listen-fd", f"{name}={one.fileno()}"]
+        return command
+
+    def _descriptors(self) -> tuple[int, ...]:
+        return tuple(one.fileno() for one in self._listening.values())
 
     def _build(self, name: str) -> None:
         """Environments are built in a process of their own: it may be killed, and this loop never waits for it."""
@@ -191,10 +216,19 @@ class Launcher:
             text = f"starting, pid {self._children[action.name].pid}, for {serves}, log {self._log(action.name)}"
             self._console.announce(Announce(action.name, text))
 
-    def _start(self, name: str, command: list[str], variables: dict[str, str], handover: bytes = b"") -> None:
+    def _start(
+        self,
+        name: str,
+        command: list[str],
+        variables: dict[str, str],
+        handover: bytes = b"",
+        descriptors: tuple[int, ...] = (),
+    ) -> None:
         said = broker_line if name == BROKER else phase_line
         try:
-            self._children[name] = Child(name, command, variables, self._log(name), handover=handover, said=said)
+            self._children[name] = Child(
+                name, command, variables, self._log(name), handover=handover, descriptors=descriptors, said=said
+            )
         except OSError as error:
             self._never_began(name, f"{command[0]} could not be started: {error.strerror}")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import random
+import sys
+from types import FrameType
 
 import pytest
 
@@ -21,15 +23,17 @@ from brokerkit import (
     failure,
     kinds,
     run,
+    tok,
 )
 from loopmux import codec
-from loopmux.messages import Run, SessionHint, Submit
+from loopmux.messages import Register, Run, ServedModel, SessionHint, Submit
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.admission import Limits
 from loopmux_broker.clients import Client
-from loopmux_broker.dispatch import HeadStart, Queues
 from loopmux_broker.events import Action, Send, say
 from loopmux_broker.output import Output
+from loopmux_broker.pool import Worker
+from loopmux_broker.queues import HeadStart, Queues
 from loopmux_broker.requests import Request
 
 
@@ -116,23 +120,184 @@ def test_a_queue_is_nobody_elses(core: Core) -> None:
     assert receivers(core.submit(THREE, model="n")) == [SECOND]
 
 
-def test_a_long_queue_costs_little_to_use() -> None:
+class Counted(float):
+    """A time that counts how often it is compared."""
+
+    comparisons = 0
+
+    def __lt__(self, other: float) -> bool:
+        Counted.comparisons += 1
+        return float(self) < float(other)
+
+    def __gt__(self, other: float) -> bool:
+        Counted.comparisons += 1
+        return float(self) > float(other)
+
+    def __eq__(self, other: object) -> bool:
+        Counted.comparisons += 1
+        return float(self) == other
+
+    __hash__ = float.__hash__
+
+    def __neg__(self) -> Counted:
+        return Counted(-float(self))
+
+    def __rsub__(self, other: float) -> Counted:
+        return Counted(other - float(self))
+
+
+def operations_per_dispatch(queued: int, clients: int, dispatches: int = 50) -> float:
+    """Comparisons of ranks and lines of Python, for each request that is taken out of a queue and charged."""
     queues = Queues(HeadStart())
-    client = Client(b"i", None, 0.0)
+    known = [Client(n.to_bytes(16), None, 0.0) for n in range(clients)]
+    dice = random.Random(1)
+    for n in range(queued):
+        submit = Submit("m", priority=dice.randint(0, 3), max_new_tokens=dice.randint(1, 500))
+        queues.push(Request(n.to_bytes(16), known[n % clients], submit, b"", Counted(dice.random()), 1.0, Output(1)))
+    worker = Worker(b"w", Register("worker", "w", b"b" * 16, (1,), models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0)
+    lines = 0
 
-    def request(n: int, priority: int) -> Request:
-        return Request(n.to_bytes(16), client, Submit("m", priority=priority), b"", float(n), 1.0, Output(1))
+    def count(frame: FrameType, event: str, _: object) -> object:
+        nonlocal lines
+        lines += event == "line"
+        return count
 
-    waiting = [request(n, n % 7) for n in range(20_000)]
-    begun = time.process_time()
-    for entry in waiting:
-        queues.push(entry)
-    for entry in waiting[::2]:
-        queues.position(entry)
-        queues.remove(entry)
-    spent = time.process_time() - begun
-    assert queues.length == 10_000
-    assert spent < 2.0  # 0.15 s here; a scan of the queue per operation would take minutes
+    Counted.comparisons = 0
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        for _ in range(dispatches):
+            request = queues.next_for(worker)
+            assert request is not None
+            queues.remove(request)
+            charged = queues.charge(request)
+            queues.settle(request, charged, 10)
+    finally:
+        sys.settrace(before)
+    return (Counted.comparisons + lines) / dispatches
+
+
+@pytest.mark.parametrize("many", [1, 1_000, 100_000])
+def test_dispatch_costs_no_more_than_the_logarithm_of_the_queue(many: int) -> None:
+    """With 100 000 queued, of one client or of as many, it takes at most log2(100 000) / log2(10) = 5 times as much."""
+    few = operations_per_dispatch(100, min(many, 10))
+    long = operations_per_dispatch(100_000, many)
+    assert long < 5 * few
+    assert long < 400  # a scan of the queue would take a hundred thousand
+
+
+def test_a_queue_gives_everybody_exactly_once_whatever_is_taken_out_in_between() -> None:
+    dice = random.Random(2)
+    queues = Queues(HeadStart())
+    clients = [Client(n.to_bytes(16), None, 0.0) for n in range(7)]
+    worker = Worker(b"w", Register("worker", "w", b"b" * 16, (1,), models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0)
+    waiting: dict[bytes, Request] = {}
+    for n in range(4000):
+        if dice.random() < 0.5 or not waiting:
+            submit = Submit("m", priority=dice.randint(-2, 2), continues=dice.random() < 0.3)
+            request = Request(n.to_bytes(16), dice.choice(clients), submit, b"", dice.random(), 1.0, Output(1))
+            waiting[request.id] = request
+            queues.push(request)
+        elif dice.random() < 0.3:
+            queues.remove(waiting.pop(dice.choice(list(waiting))))
+        else:
+            taken = queues.next_for(worker)
+            assert taken is waiting.pop(taken.id)
+            mine = [r for r in waiting.values() if r.client is taken.client]
+            assert all(r.rank < taken.rank for r in mine)
+            queues.remove(taken)
+            queues.settle(taken, queues.charge(taken), dice.randint(0, 300))
+        assert queues.length == queues.waiting("m") == len(waiting)
+        assert all(1 <= queues.position(r) <= len(waiting) for r in list(waiting.values())[:3])
+    assert sorted(r.id for r in queues.of_model("m")) == sorted(waiting)
+
+
+# --- fairness
+
+
+def test_a_client_with_one_request_does_not_wait_for_another_s_thousand(core: Core) -> None:
+    core.hello(OTHER)
+    core.register()
+    core.submit(ONE)
+    for n in range(1000):
+        core.submit(b"many" + n.to_bytes(12))
+    core.submit(TWO, OTHER)
+    assert order(core, 2)[0] == TWO
+
+
+def test_clients_are_served_alike_by_tokens_and_not_by_requests() -> None:
+    """One asks for answers of 200 tokens, the other for answers of 20: it gets ten times as many."""
+    core = Core()
+    core.hello()
+    core.hello(OTHER)
+    core.register()
+    for n in range(200):
+        core.submit(b"a" + n.to_bytes(15), CLIENT, max_new_tokens=200)
+        core.submit(b"b" + n.to_bytes(15), OTHER, max_new_tokens=20)
+    served = {b"a": 0, b"b": 0}
+    for _ in range(110):
+        [lease] = core.tables.pool.leases.values()
+        request = lease.request.id
+        total = 200 if request[:1] == b"a" else 20
+        served[request[:1]] += total
+        core.worker(tok(request, 0, total))
+        core.worker(end(request, total))
+    assert abs(served[b"a"] - served[b"b"]) <= 200
+
+
+def test_what_was_expected_and_not_used_is_given_back(core: Core) -> None:
+    core.hello(OTHER)
+    core.register()
+    core.submit(ONE, max_new_tokens=10_000)
+    account = core.tables.clients.by_peer[CLIENT]
+    assert account.served == 10_000
+    core.worker(tok(ONE, 0, 7))
+    core.worker(end(ONE, 7))
+    assert account.served == 7
+
+
+def test_time_away_is_no_credit(core: Core) -> None:
+    """A client that comes after another was served a lot takes turns with it from then on."""
+    core.register()
+    for n in range(5):
+        request = bytes([n + 20]) * 16
+        core.submit(request, max_new_tokens=1000)
+        core.worker(tok(request, 0, 1000))
+        core.worker(end(request, 1000))
+    core.hello(OTHER)
+    core.submit(ONE, max_new_tokens=100)
+    mine = [bytes([n + 30]) * 16 for n in range(3)]
+    theirs = [bytes([n + 40]) * 16 for n in range(3)]
+    for pair in zip(mine, theirs, strict=True):
+        core.submit(pair[0], CLIENT, max_new_tokens=100)
+        core.submit(pair[1], OTHER, max_new_tokens=100)
+    owners = ["theirs" if request in theirs else "mine" for request in order(core, 6)]
+    assert sorted(owners[:2]) == sorted(owners[2:4]) == ["mine", "theirs"]
+
+
+def test_priority_counts_between_clients_and_does_not_starve_them(core: Core) -> None:
+    core.hello(OTHER)
+    core.register()
+    core.submit(ONE, max_new_tokens=100)
+    core.submit(TWO, max_new_tokens=100)
+    eager = [b"e" + n.to_bytes(15) for n in range(40)]
+    for request in eager:
+        core.submit(request, OTHER, priority=1, max_new_tokens=100)
+    ran = order_full(core, 30, 100)
+    assert ran[0] in eager
+    assert TWO in ran  # a step is worth 1 500 tokens: fifteen of these
+
+
+def order_full(core: Core, count: int, total: int) -> list[bytes]:
+    """The requests that one worker with one slot gets one after the other, if each produces ``total`` tokens."""
+    ran = []
+    for _ in range(count):
+        [lease] = core.tables.pool.leases.values()
+        core.worker(tok(lease.request.id, 0, total))
+        core.worker(end(lease.request.id, total))
+        [lease] = core.tables.pool.leases.values()
+        ran.append(lease.request.id)
+    return ran
 
 
 # --- places

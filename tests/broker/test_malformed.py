@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brokerkit import BODY, CLIENT, LAUNCHER, ONE, WORKER, Core, end, failure, pushed, run, stopped, tok
 from loopmux import codec, wire
-from loopmux.messages import Catalogue, Submit
+from loopmux.messages import Catalogue, Held, Submit
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import ClientSent, ConnectionLost, Log, Send, TimerDue, WorkerSent, say
 from loopmux_broker.timers import Timers
@@ -46,7 +49,8 @@ def core() -> Core:
         [wire.pack_header(Header(Kind.SUBMIT)), ROUTE, BODY],
         wire.to_frames(say(Kind.RUNACK, ONE)),
         wire.to_frames(tok(ONE, 0)),
-        wire.to_frames(Message(Header(Kind.ATTACH, ONE), ROUTE, BODY)),
+        wire.to_frames(Message(Header(Kind.ATTACH, ONE, seq=1), ROUTE, BODY)),
+        wire.to_frames(Message(Header(Kind.ATTACH), ROUTE, BODY)),
         wire.to_frames(Message(Header(Kind.HELLO), route=codec.pack({"versions": [1], "instance": b"short"}))),
         wire.to_frames(Message(Header(Kind.SESSION), route=codec.pack({"session": "s", "state": "asleep"}))),
     ],
@@ -136,6 +140,47 @@ def test_a_bug_is_logged_and_counted_and_the_loop_lives(core: Core, monkeypatch:
     assert core.submit(ONE)[0] == run(ONE)
 
 
+# --- what it costs
+
+NESTED = b"\x91" * 4000 + b"\x00"
+WIDE = codec.pack({"model": "m", "hashes": [bytes(32)] * 64, "trace": "t" * 1200})
+DEEP_MAP = b"\x81\xa1a" * 1300 + b"\x00"
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b"junk" * 1000],
+        [SUBMIT, NESTED, BODY],
+        [SUBMIT, DEEP_MAP, BODY],
+        [SUBMIT, WIDE, bytes(4 * 1024 * 1024)],
+        [SUBMIT, bytes(1024 * 1024), BODY],
+        [SUBMIT, b"\xdd\xff\xff\xff\xff", BODY],
+        [wire.pack_header(Header(Kind.HELLO)), NESTED],
+        [wire.pack_header(Header(Kind.ATTACH, ONE, 1000, 0, 65535)), ROUTE, BODY, bytes(4000)],
+        [wire.pack_header(Header(Kind.CREDIT, ONE, 2**32 - 1, 2**32 - 1))],
+        [wire.pack_header(Header(Kind.CANCEL, ONE))],
+    ],
+)
+def test_no_bad_message_takes_long(core: Core, frames: list[bytes]) -> None:
+    """Counted in lines of Python: a slow machine runs a hundred thousand in the 10 ms that a turn may take."""
+    lines = 0
+
+    def count(frame: FrameType, event: str, _: object) -> object:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        core.broker.handle(ClientSent(CLIENT, frames), core.now)
+    finally:
+        sys.settrace(before)
+    assert 0 < lines < 2_000
+    assert core.tables.counters["internal_errors"] == 0
+
+
 # --- anything at all
 
 JUNK = st.binary(max_size=80)
@@ -187,6 +232,11 @@ FRAMES = st.one_of(
                 say(Kind.CANCEL, ONE),
                 say(Kind.ENDACK, ONE),
                 say(Kind.BYE),
+                Message(Header(Kind.ATTACH, ONE, 1, 9, 1), ROUTE, BODY, wire.pack_tokens([0])),
+                Message(Header(Kind.HELD, ONE, 0, 1, 1), codec.pack(Held(CLIENT.ljust(16, b"."), "m"))),
+                Message(Header(Kind.HELD, b"\2" * 16, 1, 2, 3), codec.pack(Held(b"unknown", "m"))),
+                say(Kind.RESET, ONE, attempt=1),
+                say(Kind.DRAIN, arg=500),
             )
         ]
     ),

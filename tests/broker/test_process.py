@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from brokerwire import Peer, broker, command, fails, settings, until
+from loopmux.claims import BusyError, Claim
 from loopmux.errors import ConfigError
 from loopmux.wire import Kind
-from loopmux_broker.claims import BusyError, Claim
 from loopmux_broker.config import BrokerConfig, load
 
 ROOT = Path(__file__).parents[2]

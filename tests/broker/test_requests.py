@@ -10,7 +10,6 @@ from brokerkit import (
     ONE,
     OTHER,
     SECOND,
-    THIRD,
     TWO,
     WORKER,
     Core,
@@ -159,43 +158,6 @@ def test_a_requeued_request_keeps_its_place(core: Core) -> None:
     assert core.register(SECOND)[1:] == [run(ONE, SECOND, attempt=2, timeout=599.0)]
 
 
-def test_a_worker_lost_after_the_first_token_ends_the_request(core: Core) -> None:
-    core.register(SECOND)
-    core.running()
-    core.worker(tok(ONE, 0, 2))
-    [answer] = core.lose(WORKER)
-    peer, kind, seq, body = failure(answer)
-    assert (peer, kind, seq) == (CLIENT, Kind.ERROR, 2)
-    assert body == Failure(
-        "worker_lost", "worker 'w1' lost its connection after 2 tokens", True, "m", "w1", usage=Usage(0, 2)
-    )
-    core.client(say(Kind.ENDACK, ONE))
-    core.assert_empty()
-
-
-def test_what_the_lost_worker_produced_comes_before_the_error(core: Core) -> None:
-    core.running()
-    core.worker(tok(ONE, 0, 1024))
-    assert core.worker(tok(ONE, 1024)) == []  # beyond the credit
-    assert core.lose(WORKER) == []
-    actions = core.client(say(Kind.CREDIT, ONE, seq=2048, arg=1024))
-    assert actions[0] == pushed(tok(ONE, 1024))
-    assert failure(actions[1])[:3] == (CLIENT, Kind.ERROR, 1025)
-
-
-def test_three_attempts_and_no_more(core: Core) -> None:
-    core.register(SECOND)
-    core.register(THIRD)
-    core.running()
-    [first] = core.lose(WORKER)
-    assert first == run(ONE, SECOND, attempt=2)
-    [second] = core.lose(SECOND)
-    assert second == run(ONE, THIRD, attempt=3)
-    [answer] = core.lose(THIRD)
-    assert failure(answer)[3].code == "worker_lost"
-    assert "3 workers were tried" in failure(answer)[3].message
-
-
 def test_a_worker_that_says_bye_is_lost(core: Core) -> None:
     core.register(SECOND)
     core.running()
@@ -236,33 +198,6 @@ def test_repeated_output_is_dropped(core: Core) -> None:
     core.worker(tok(ONE, 0, 2))
     assert core.worker(tok(ONE, 0, 2)) == []
     assert core.worker(tok(ONE, 2)) == [pushed(tok(ONE, 2))]
-
-
-def test_a_hole_in_the_output_ends_the_request(core: Core) -> None:
-    core.running()
-    core.worker(tok(ONE, 0))
-    actions = core.worker(tok(ONE, 5))
-    assert actions[0] == stop(ONE, 3)
-    assert failure(actions[1])[2:] == (
-        1,
-        Failure(
-            "worker_lost",
-            "worker 'w1' lost output (tokens 1 to 4 did not arrive) after 1 tokens",
-            True,
-            "m",
-            "w1",
-            usage=Usage(0, 1),
-        ),
-    )
-
-
-def test_an_end_that_does_not_fit_what_arrived_is_an_error(core: Core) -> None:
-    core.running()
-    core.worker(tok(ONE, 0))
-    [answer] = core.worker(end(ONE, 4))
-    assert failure(answer)[:3] == (CLIENT, Kind.ERROR, 1)
-    assert failure(answer)[3].code == "worker_lost"
-    assert core.submit(TWO)[0] == run(TWO)
 
 
 def test_an_end_before_lost_output_gives_the_request_to_another_worker(core: Core) -> None:

@@ -113,10 +113,8 @@ def test_bodies_go_when_acknowledged_but_token_ids_stay(core: Core) -> None:
     assert wire.unpack_tokens(bytes(output.ids)) == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_credit_for_an_unknown_request_ends_it(core: Core) -> None:
-    [answer] = core.client(credit(ONE, 30, 17))
-    peer, kind, seq, body = failure(answer)
-    assert (peer, kind, seq, body.code) == (CLIENT, Kind.ERROR, 17, "connection_lost")
+def test_a_credit_for_an_unknown_request_asks_for_all_there_is_of_it(core: Core) -> None:
+    assert core.client(credit(ONE, 30, 17)) == [Send(CLIENT, say(Kind.WHO, ONE))]
 
 
 # --- a full pipe

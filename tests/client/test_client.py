@@ -15,7 +15,7 @@ import pytest
 
 import loopmux
 from fakebroker import FakeBroker, wait_until, whole_text
-from loopmux import codec
+from loopmux import codec, wire
 from loopmux.messages import Generate, SessionHint, Submit
 from loopmux.wire import Kind, Message
 
@@ -196,7 +196,7 @@ def test_a_broker_that_starts_later_is_found(tmp_path: Path) -> None:
             assert waiting.result(5).text == whole_text(3)
 
 
-def test_a_restarted_broker_gets_what_had_no_token(tmp_path: Path) -> None:
+def test_a_restarted_broker_gets_what_was_under_way(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path / 'b'}"
     with loopmux.Client(endpoint) as client, ThreadPoolExecutor(2) as pool:
         with FakeBroker(endpoint) as first:
@@ -205,13 +205,14 @@ def test_a_restarted_broker_gets_what_had_no_token(tmp_path: Path) -> None:
             first.wait_for(Kind.SUBMIT, 2)
             first.wait_for(Kind.PING, first.count(Kind.PING) + 2)  # by then the chunk of `hang` was read
         with FakeBroker(endpoint, epoch=b"epoch--2") as second:
-            again = second.wait_for(Kind.SUBMIT)
-            assert codec.unpack(Submit, again.route).model == "mute"
-            with pytest.raises(loopmux.ConnectionLostError, match="restarted after 4 tokens") as caught:
-                hang.result(5)
-            assert caught.value.retryable
-            assert caught.value.partial_text == whole_text(4)
+            second.wait_for(Kind.ATTACH, 2)
+            again = {codec.unpack(Submit, s.message.route).model: s.message for s in second.seen if s.message.body}
+            assert (again["mute"].header.seq, again["hang"].header.seq) == (0, 4)
+            assert again["hang"].tokens == wire.pack_tokens([0, 1, 2, 3])
             client.close()
+            with pytest.raises(loopmux.CancelledError, match="client was closed") as caught:
+                hang.result(5)
+            assert caught.value.partial_text == whole_text(4)
             with pytest.raises(loopmux.CancelledError, match="client was closed"):
                 mute.result(5)
 

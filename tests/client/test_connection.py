@@ -159,7 +159,7 @@ def test_silence_of_three_heartbeats_means_away_and_the_requests_wait() -> None:
     story.wait(8)
     assert isinstance(story.error(late), errors.DeadlineExceededError)
     assert WAITING not in story.outcomes
-    assert story.welcome(b"two") == [Kind.SUBMIT]
+    assert story.welcome(b"two") == [Kind.ATTACH, Kind.CANCEL]
 
 
 def test_a_pause_of_our_own_is_not_the_brokers_silence() -> None:
@@ -181,7 +181,14 @@ def test_who_makes_us_say_hello_again() -> None:
 def test_a_new_epoch_while_ready_resubmits() -> None:
     story = ready()
     assert story.welcome() == []
-    assert story.welcome(b"two") == [Kind.SUBMIT]
+    assert story.welcome(b"two") == [Kind.ATTACH]
+
+
+def test_a_question_about_one_request_is_no_question_about_the_client() -> None:
+    story = ready()
+    assert story.get(Kind.WHO, request=b"x" * 16) == []  # it has ended here: nobody waits for it
+    assert story.get(Kind.WHO, request=WAITING) == [Kind.ATTACH]
+    assert story.connection.state is State.READY
 
 
 def test_a_refused_hello_fails_what_waits_and_the_next_request_tries_anew() -> None:

@@ -415,24 +415,63 @@ def test_an_idle_stream_ends_but_a_slow_reader_is_no_idle_stream() -> None:
 # --- the broker comes and goes ----------------------------------------------------------------------------------------
 
 
-def test_a_new_epoch_gets_what_had_no_token() -> None:
+def test_a_new_broker_is_given_the_request_again_until_it_answers() -> None:
     story = begun()
     story.do(Detached())
     assert story.wait(10) == []
-    assert story.kinds(ATTACHED) == [Kind.SUBMIT]
+    [attach] = story.do(ATTACHED)
+    assert attach.header == Header(Kind.ATTACH, ID, seq=0, arg=16)
+    assert codec.unpack(Submit, attach.route).timeout == 90
+    assert attach.body == b"body"
+    assert story.wait(RESEND) == [Kind.ATTACH]
+    story.do(accepted())
+    assert story.wait(RESEND) == []
     story.do(tok(0))
     story.do(end(1))
     assert isinstance(story.outcomes[0], Finish)
 
 
-def test_a_new_epoch_ends_what_had_tokens() -> None:
+def test_with_everything_that_others_need_to_go_on() -> None:
+    story = begun()
+    story.do(tok(0, 3))
+    story.do(Arrived(Message(Header(Kind.TOK, ID, 3, 1, 4), body=codec.pack(Tok("3.")), tokens=pack_tokens([3]))))
+    story.do(Detached())
+    [attach] = story.do(ATTACHED)
+    assert (attach.header.seq, attach.header.attempt) == (4, 4)
+    assert attach.tokens == pack_tokens([0, 1, 2, 3])
+    story.do(tok(4))
+    story.do(end(5, attempt=5))
+    assert story.text == "0.1.2.3.4."
+    assert isinstance(story.outcomes[0], Finish)
+
+
+def test_a_terminal_of_the_old_broker_that_overtook_its_tokens_is_forgotten() -> None:
     story = begun()
     story.do(tok(0))
+    story.do(end(3))
     story.do(Detached())
-    assert story.do(ATTACHED) == []
-    assert isinstance(story.error, errors.ConnectionLostError)
-    assert story.error.retryable
-    assert story.error.partial_text == "0."
+    assert story.kinds(ATTACHED) == [Kind.ATTACH]
+    assert story.wait(KEPT - 1).count(Kind.ATTACH) > 1
+    assert story.outcomes == []
+
+
+def test_a_broker_that_gave_the_request_up_gets_it_again() -> None:
+    story = begun()
+    story.do(tok(0))
+    [attach] = story.do(Arrived(Message(Header(Kind.WHO, ID))))
+    assert attach.header == Header(Kind.ATTACH, ID, seq=1, arg=16, attempt=1)
+
+
+def test_a_new_broker_is_told_of_what_is_to_be_cancelled() -> None:
+    story = begun()
+    story.do(tok(0))
+    story.do(CancelAsked(ID))
+    assert story.do(Arrived(Message(Header(Kind.WHO, ID)))) == []
+    story.do(Detached())
+    assert story.kinds(ATTACHED) == [Kind.CANCEL]
+    story.do(failure(Kind.CANCELLED, 0, "cancelled"))
+    assert isinstance(story.error, errors.CancelledError)
+    assert story.exchange.stage is Stage.DONE
 
 
 def test_the_same_epoch_carries_on() -> None:
@@ -444,13 +483,11 @@ def test_the_same_epoch_carries_on() -> None:
     assert isinstance(story.outcomes[0], Finish)
 
 
-def test_the_same_epoch_hears_a_cancel_again_and_a_new_one_never() -> None:
-    for fresh, kinds in ((False, [Kind.CANCEL]), (True, [])):
-        story = begun()
-        story.do(CancelAsked(ID))
-        story.do(Detached())
-        assert story.kinds(Attached(16, 1000, fresh)) == kinds
-        assert (story.exchange.stage is Stage.DONE) is fresh
+def test_the_same_epoch_hears_a_cancel_again() -> None:
+    story = begun()
+    story.do(CancelAsked(ID))
+    story.do(Detached())
+    assert story.kinds(Attached(16, 1000, fresh=False)) == [Kind.CANCEL]
 
 
 def test_a_body_larger_than_the_broker_takes_is_refused_here() -> None:

@@ -9,7 +9,6 @@ import pytest
 from link.world import Story, World
 from loopmux.errors import (
     CancelledError,
-    ConnectionLostError,
     DeadlineExceededError,
     EngineError,
     LoopmuxError,
@@ -105,19 +104,51 @@ def test_a_worker_lost_before_the_first_token_is_replaced_unseen() -> None:
     assert_nothing_is_left(world)
 
 
-def test_a_worker_lost_later_gives_the_text_so_far() -> None:
+def test_a_worker_lost_later_is_replaced_unseen_too() -> None:
     world = settled_world(rate=50)
-    story = world.clients[0].submit(max_new_tokens=400)
+    story = world.clients[0].submit(max_new_tokens=150)
     world.run(2.0)
     (busy,) = [w for w in world.workers if w.engine.load().running]
+    begun = len(story.tokens)
+    assert begun
     world.launcher.kill(busy)
+    world.run(8.0)
+    outcome = check(story)
+    assert isinstance(outcome, Result)
+    assert (outcome.attempts, len(story.tokens)) == (2, 150)
+    assert len(world.workers) == 2
+    assert_nothing_is_left(world)
+
+
+def test_a_request_that_kills_its_workers_is_found_out() -> None:
+    world = World(0, [echo_group(processes=4, rate=50)])
+    world.run(1.0)
+    story = world.clients[0].submit(max_new_tokens=400)
+    for _ in range(3):
+        world.run(0.5)
+        (busy,) = [w for w in world.workers if w.engine.load().running]
+        world.launcher.kill(busy)
     world.run(2.0)
     outcome = check(story)
     assert isinstance(outcome, WorkerLostError)
-    assert outcome.retryable
+    assert "poison" in outcome.message
+    assert not outcome.retryable
     assert story.tokens
     world.run(5.0)
-    assert len(world.workers) == 2
+    assert_nothing_is_left(world)
+
+
+def test_a_worker_that_is_stopped_in_good_order_is_not_noticed() -> None:
+    world = settled_world(rate=50)
+    stories = [client.submit(max_new_tokens=400) for client in world.clients]
+    world.run(2.0)
+    (busy, *_) = [w for w in world.workers if w.engine.load().running]
+    busy.stop()
+    world.run(3.0)
+    assert not busy.alive
+    world.run(8.0)
+    assert all(isinstance(check(s), Result) for s in stories)
+    assert world.broker.core.tables.counters["migrated"] == 1
     assert_nothing_is_left(world)
 
 
@@ -138,23 +169,81 @@ def test_a_worker_whose_connection_breaks_is_a_lost_worker_to_its_requests_and_s
     (busy,) = [w for w in world.workers if w.engine.load().running]
     busy.break_line()
     world.run(9.0)
-    assert isinstance(check(story), WorkerLostError)
+    outcome = check(story)
+    assert isinstance(outcome, Result)
+    assert outcome.attempts == 2
     again = [world.clients[0].submit(max_new_tokens=4) for _ in range(8)]
     world.run(5.0)
     assert all(isinstance(check(s), Result) for s in again)
     assert_nothing_is_left(world)
 
 
-def test_a_restarted_broker_is_noticed_by_all() -> None:
+@pytest.mark.parametrize("away", [0.02, 0.3, 4.0])
+def test_a_restarted_broker_is_not_noticed(away: float) -> None:
     world = settled_world(rate=50, first_delay=0.5)
-    begun = world.clients[0].submit(max_new_tokens=400)
+    begun = [client.submit(max_new_tokens=400) for client in world.clients for _ in range(3)]
     world.run(1.5)
     fresh = world.clients[1].submit(max_new_tokens=10)
+    assert all(s.tokens for s in begun)
     world.run(0.1)
-    world.restart_broker()
+    world.restart_broker(away)
+    world.run(15.0)
+    outcomes = [check(s) for s in (*begun, fresh)]
+    assert all(isinstance(o, Result) for o in outcomes)
+    assert [o.attempts for o in outcomes[:6]] == [1] * 6, "their workers went on meanwhile"
+    assert world.broker.core.tables.counters["recovered"] == 7
+    assert_nothing_is_left(world)
+
+
+def test_a_restart_with_a_full_queue_loses_nobody() -> None:
+    world = settled_world(rate=200)
+    stories = [client.submit(max_new_tokens=50) for client in world.clients for _ in range(30)]
+    world.run(0.3)
+    world.restart_broker(0.1)
     world.run(10.0)
-    assert isinstance(check(begun), ConnectionLostError)
-    assert isinstance(check(fresh), Result)
+    assert all(isinstance(check(s), Result) for s in stories)
+    assert_nothing_is_left(world)
+
+
+def test_broker_and_worker_killed_together_lose_only_what_the_client_has_not_received() -> None:
+    world = settled_world(rate=50)
+    story = world.clients[0].submit(max_new_tokens=150)
+    world.run(2.0)
+    (busy,) = [w for w in world.workers if w.engine.load().running]
+    world.broker.kill()
+    world.launcher.kill(busy)
+    world.restart_broker(0.1)
+    world.run(9.0)
+    outcome = check(story)
+    assert isinstance(outcome, Result)
+    assert outcome.attempts == 2
+    assert_nothing_is_left(world)
+
+
+def test_what_nobody_claims_after_a_restart_is_stopped() -> None:
+    world = settled_world(rate=50)
+    world.clients[0].submit(max_new_tokens=100_000, timeout=300.0)
+    world.run(1.0)
+    world.broker.kill()
+    world.clients[0].alive = False
+    world.restart_broker(0.1)
+    world.run(29.0)
+    assert sum(w.engine.load().running for w in world.workers) == 1
+    world.run(3.0)
+    assert_nothing_is_left(world)
+
+
+def test_a_cancel_reaches_the_worker_through_a_new_broker() -> None:
+    world = settled_world(rate=50)
+    story = world.clients[0].submit(max_new_tokens=10_000, timeout=300.0)
+    world.run(1.0)
+    world.broker.kill()
+    world.clients[0].cancel(story)
+    world.restart_broker(0.1)
+    world.run(3.0)
+    assert isinstance(check(story), CancelledError)
+    assert sum(w.engine.load().running for w in world.workers) == 0
+    world.run(60.0)
     assert_nothing_is_left(world)
 
 

@@ -297,6 +297,10 @@ class WorkerHost(Endpoint):
         if self.line is not None:
             self.world.broker.lose(self.line)
 
+    def stop(self) -> None:
+        """SIGTERM."""
+        self.handle(worker_session.Asked())
+
     def disconnected(self) -> None:
         self.handle(worker_session.Disconnected())
 
@@ -312,6 +316,9 @@ class WorkerHost(Endpoint):
                     self.send(message)
                 case worker_session.Submit(job):
                     self.engine.submit(job)
+                case worker_session.Leave():
+                    self.die()
+                    return
                 case worker_session.Cancel(key):
                     self.handle(worker_session.Cancelled(key, self.engine.cancel(key)))
         self.alarm.look()

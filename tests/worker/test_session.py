@@ -1,8 +1,20 @@
 from loopmux.codec import BODY_LIMITS, pack, unpack
 from loopmux.errors import EngineError
-from loopmux.messages import End, Failure, Generate, Heartbeat, Register, Run, ServedModel, SessionHint, Tok, Welcome
+from loopmux.messages import (
+    End,
+    Failure,
+    Generate,
+    Heartbeat,
+    Held,
+    Register,
+    Run,
+    ServedModel,
+    SessionHint,
+    Tok,
+    Welcome,
+)
 from loopmux.results import Timing, ToolCall, Usage
-from loopmux.wire import Header, Kind, Message, pack_tokens, unpack_tokens
+from loopmux.wire import Header, Kind, Message, StopReason, pack_tokens, unpack_tokens
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Load, Produced
 from loopmux_worker.events import (
     Asked,
@@ -255,10 +267,95 @@ def test_acknowledged_output_is_not_kept_and_the_rest_comes_again_unchanged():
     assert session.handle(Disconnected(), 1.3) == [Unsend()]
     assert session.handle(stepped(produced(16, 8), finished(24)), 1.4) == []
     assert kinds(session.handle(Woke(), 1.5)) == [Kind.REGISTER]
-    again = sent(session.handle(welcome(), 1.6))
+    [held] = sent(session.handle(welcome(), 1.6))
+    assert held.header == Header(Kind.HELD, REQUEST, seq=8, arg=24, attempt=1)
+    again = sent(session.handle(replay(8), 1.7))
     assert again[0] == second[0]
     assert first[0] not in again
     assert [(m.kind, m.header.seq) for m in again] == [(Kind.TOK, 8), (Kind.TOK, 16), (Kind.END, 24)]
+
+
+def replay(start, request=REQUEST, attempt=1):
+    return Received(message(Kind.REPLAY, request, seq=start, attempt=attempt))
+
+
+def test_a_replay_names_what_the_client_has_and_that_is_let_go():
+    session = running()
+    session.handle(stepped(produced(0, 8)), 1.0)
+    session.handle(stepped(produced(8, 8)), 1.1)
+    session.handle(Disconnected(), 1.3)
+    session.handle(welcome(NEXT_EPOCH), 1.6)
+    assert [m.header.seq for m in sent(session.handle(replay(8), 1.7))] == [8]
+
+
+def test_what_is_held_is_announced_and_repeated_until_the_broker_has_said_what_it_wants():
+    session = running()
+    session.handle(run(request=OTHER, client=b"c" * 16), 0.0)
+    session.handle(Disconnected(), 1.0)
+    [register] = sent(session.handle(Woke(), 1.1))
+    assert unpack(Register, register.route).held == 2
+    held = sent(session.handle(welcome(NEXT_EPOCH), 1.2))
+    assert [(m.kind, m.header.request) for m in held] == [(Kind.HELD, REQUEST), (Kind.HELD, OTHER)]
+    assert unpack(Held, held[1].route) == Held(b"c" * 16, "m")
+    assert session.handle(stepped(produced(0, 8)), 1.3) == []  # not before it is asked for
+    assert [m.header.seq for m in sent(session.handle(replay(0), 1.4))] == [0]
+    assert session.handle(Received(message(Kind.RESET, OTHER)), 1.5) == [Cancel(Key(OTHER, 1))]
+    assert Kind.HELD not in kinds(session.handle(Woke(), 2.5))
+    assert session.requests == 1
+
+
+def test_held_is_repeated():
+    session = running()
+    session.handle(Disconnected(), 1.0)
+    session.handle(welcome(NEXT_EPOCH), 1.2)
+    assert session.next_timer() == 2.2
+    assert kinds(session.handle(Woke(), 2.2)) == [Kind.HB, Kind.HELD]
+
+
+def test_a_new_broker_that_gives_the_same_attempt_again_gets_what_is_here():
+    session = running()
+    session.handle(stepped(produced(0, 8)), 1.0)
+    session.handle(Disconnected(), 1.1)
+    session.handle(welcome(NEXT_EPOCH), 1.2)
+    actions = session.handle(run(), 1.3)
+    assert kinds(actions) == [Kind.RUNACK, Kind.TOK]
+    assert not any(isinstance(a, Submit) for a in actions)
+
+
+def test_an_attempt_of_the_same_number_behind_another_prefix_is_another_attempt():
+    session = running()
+    session.handle(stepped(produced(0, 8)), 1.0)
+    session.handle(Disconnected(), 1.1)
+    session.handle(welcome(NEXT_EPOCH), 1.2)
+    actions = session.handle(run(prefix=(0, 1)), 1.3)
+    assert actions[0] == Cancel(KEY)
+    assert [(m.kind, m.header.attempt) for m in sent(actions)] == [(Kind.RESET, 1)]
+    assert session.requests == 0
+
+
+def test_replay_of_what_is_not_here_says_so():
+    session = joined()
+    assert [m.header for m in sent(session.handle(replay(3), 1.0))] == [Header(Kind.RESET, REQUEST, attempt=1)]
+
+
+def test_stop_while_held_is_answered():
+    session = running()
+    session.handle(stepped(finished(0)), 1.0)
+    session.handle(Disconnected(), 1.1)
+    session.handle(welcome(NEXT_EPOCH), 1.2)
+    stop = Received(message(Kind.STOP, REQUEST, arg=StopReason.SUPERSEDED))
+    assert kinds(session.handle(stop, 1.3)) == [Kind.END]
+
+
+def test_without_a_broker_output_is_kept_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr("loopmux_worker.session.BUFFER", 100)
+    session = running()
+    session.handle(stepped(produced(0, 8, "x" * 200)), 1.0)
+    assert not session.full  # a broker that is there takes it
+    session.handle(Disconnected(), 1.1)
+    assert session.full
+    session.handle(welcome(NEXT_EPOCH), 1.2)
+    assert not session.full
 
 
 def test_who_makes_the_worker_introduce_itself():
@@ -266,19 +363,8 @@ def test_who_makes_the_worker_introduce_itself():
     actions = session.handle(Received(message(Kind.WHO)), 1.0)
     assert actions[0] == Unsend()
     assert kinds(actions) == [Kind.REGISTER]
-    assert session.handle(welcome(), 1.1) == []
+    assert kinds(session.handle(welcome(), 1.1)) == [Kind.HELD]
     assert session.requests == 1
-
-
-def test_another_epoch_ends_everything_of_the_old_broker():
-    session = running()
-    session.handle(run(request=OTHER), 0.0)
-    session.handle(stepped(finished(0)), 0.5)
-    session.handle(Disconnected(), 1.0)
-    assert session.handle(welcome(NEXT_EPOCH), 1.1) == [Cancel(Key(OTHER, 1))]
-    assert session.requests == 0
-    assert session.handle(stepped(produced(0, 1, key=Key(OTHER, 1))), 1.2) == []
-    assert kinds(session.handle(run(), 1.3)) == [Kind.RUNACK]
 
 
 def test_three_silent_heartbeats_make_it_pause_and_register():
@@ -288,7 +374,8 @@ def test_three_silent_heartbeats_make_it_pause_and_register():
     assert session.handle(stepped(produced(0, 1)), 2.5) != []
     assert kinds(session.handle(Woke(), 3.0)) == [Kind.REGISTER]
     assert session.handle(stepped(produced(1, 8)), 3.1) == []
-    assert kinds(session.handle(welcome(), 3.4)) == [Kind.TOK, Kind.TOK]
+    assert kinds(session.handle(welcome(), 3.4)) == [Kind.HELD]
+    assert kinds(session.handle(replay(0), 3.5)) == [Kind.TOK, Kind.TOK]
 
 
 def test_a_process_that_was_suspended_does_not_blame_the_broker():
@@ -314,10 +401,36 @@ def test_refusal_at_registration_ends_the_process_with_the_reason():
     assert "no common version" in leave.error.message
 
 
-def test_asked_to_end_it_says_goodbye():
-    actions = running().handle(Asked(), 1.0)
+def test_asked_to_end_with_nothing_to_do_it_says_goodbye():
+    actions = joined().handle(Asked(), 1.0)
     assert kinds(actions) == [Kind.BYE]
     assert actions[-1] == Leave()
+
+
+def test_asked_to_end_it_lets_what_runs_end_first():
+    session = running()
+    [drain] = sent(session.handle(Asked(), 1.0))
+    assert drain.header == Header(Kind.DRAIN, arg=1500)
+    assert kinds(session.handle(stepped(produced(0, 1), finished(1)), 1.2)) == [Kind.TOK, Kind.END]
+    actions = session.handle(Received(message(Kind.ENDACK, REQUEST)), 1.3)
+    assert kinds(actions) == [Kind.BYE]
+    assert actions[-1] == Leave()
+
+
+def test_what_does_not_end_is_left_behind():
+    session = running()
+    session.handle(Asked(), 0.2)
+    assert kinds(session.handle(Woke(), 1.2)) == [Kind.HB, Kind.DRAIN]  # it may have been lost
+    assert session.next_timer() == 1.7
+    actions = session.handle(Woke(), 1.7)
+    assert kinds(actions) == [Kind.BYE]
+    assert actions[-1] == Leave()
+
+
+def test_asked_twice_it_goes_at_once():
+    session = running()
+    session.handle(Asked(), 0.2)
+    assert session.handle(Asked(), 0.3)[-1] == Leave()
 
 
 def test_acknowledgements_without_an_attempt_count_for_all_of_the_request():

@@ -26,6 +26,10 @@ class _Kept:
     since: float
 
 
+def _size(message: Message) -> int:
+    return len(message.body) + len(message.tokens)
+
+
 class OutputStream:
     """Collects what a request produces and turns it into messages.
 
@@ -43,6 +47,8 @@ class OutputStream:
         """Index behind the last token that was added."""
         self.terminal: Message | None = None
         """The terminal once there is one."""
+        self.held = 0
+        """Bytes that are kept."""
         self._sent = start
         self._sent_at: float | None = None
         self._ids: list[int] = []
@@ -98,6 +104,7 @@ class OutputStream:
         message = Message(header, body=body, tokens=pack_tokens(ids))
         self._sent, self._sent_at = self.end, now
         self._kept.append(_Kept(message, self.end, now))
+        self.held += _size(message)
         return [message]
 
     def finish(self, kind: Kind, body: bytes, now: float) -> list[Message]:
@@ -111,7 +118,15 @@ class OutputStream:
     def acknowledge(self, received: int) -> None:
         """The client has the tokens below ``received``: they need not be kept."""
         while self._kept and self._kept[0].end <= received:
-            self._kept.popleft()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self.held -= _size(self._kept.popleft().message)
+
+    @property
+    def start(self) -> int:
+        """Index of the first token that can still be sent."""
+        return self._kept[0].message.header.seq if self._kept else self._sent
 
     def resend(self, now: float) -> list[Message]:
         """Everything that was sent and not acknowledged, as it first was."""
@@ -129,7 +144,7 @@ class OutputStream:
     def tick(self, now: float) -> list[Message]:
         """What the clock asks for: tokens that waited long enough, the terminal again. Old output is let go."""
         while self._kept and now >= self._kept[0].since + KEPT:
-            self._kept.popleft()
+            self._let_go()
         if self.terminal is not None:
             return self.terminal_again(now) if now >= self._again_at else []
         flush_at = self.flush_at()

@@ -49,6 +49,8 @@ _ENGINE_STOP = 1.0
 """Seconds that the engine has to end its step; with the farewell this stays within the 2 s that a stop may take."""
 _MOST_MODELS = 64
 """Entries of a list in ROUTE."""
+_MOST_HELD = 2**31
+"""More than any worker holds: room for the number in REGISTER."""
 _REASONS = (1000, 500, 250, 120, 60, 30)
 """Bytes that each reason of a model left out may take: the most with which the whole fits."""
 
@@ -75,7 +77,7 @@ def registration(spec: WorkerSpec, description: Description, boot: bytes) -> Reg
     for limit in _REASONS:
         reasons = tuple(LeftOut(one.id, shorten(one.reason, limit)) for one in description.left_out)
         register = replace(register, left_out=reasons)
-        size = len(pack(register))
+        size = len(pack(replace(register, held=_MOST_HELD)))
         if size <= ROUTE_LIMIT:
             break
     if max(len(description.models), len(description.left_out)) > _MOST_MODELS or size > ROUTE_LIMIT:
@@ -146,7 +148,7 @@ class Worker:
         return self._bell.fileno()
 
     def stop(self) -> None:
-        """Say goodbye to the broker and have ``run`` return."""
+        """Let what runs end or go on elsewhere, say goodbye to the broker and have ``run`` return; twice: at once."""
         self._asked = True
         self._wake()
 
@@ -177,9 +179,11 @@ class Worker:
             raise self._driver.died
         if self._driver.died is not None:
             raise EngineError(f"the engine's thread died: {self._driver.died!r}") from self._driver.died
-        for event in self._driver.drain():
-            self._handle(event)
+        if not self._session.full:  # else the engine waits when its own queue is full too
+            for event in self._driver.drain():
+                self._handle(event)
         if self._asked:
+            self._asked = False
             self._handle(Asked())
         if time.monotonic() >= self._session.next_timer():
             self._handle(Woke())

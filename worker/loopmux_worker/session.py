@@ -1,20 +1,21 @@
 """The worker's side of the wire. Pure: ``handle(event, now)`` returns what is to be done; nothing here does it.
 
 States of the connection: *introducing* (REGISTER goes out until WELCOME comes) and *welcomed*. While introducing,
-requests go on and their output is kept; a WELCOME of the same broker process gets all of it again, one of another
-process ends everything.
+requests go on and their output is kept. With every WELCOME, whether of the same broker process or of another, the
+worker says what it has (HELD), and sends nothing of a request until the broker asks for it (REPLAY) or drops it
+(RESET): only the broker knows whether the request is still this worker's, and what is missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from loopmux.cadence import HEARTBEAT, INTRODUCE_AGAIN, KEPT, SILENT_HEARTBEATS
+from loopmux.cadence import HEARTBEAT, INTRODUCE_AGAIN, KEPT, RESEND, SILENT_HEARTBEATS
 from loopmux.codec import BODY_LIMITS, pack, unpack
 from loopmux.errors import BadRequestError, EngineError, LoopmuxError, ProtocolError
-from loopmux.messages import End, Failure, Generate, Heartbeat, Register, Run, SessionHint, Welcome
+from loopmux.messages import End, Failure, Generate, Heartbeat, Held, Register, Run, SessionHint, Welcome
 from loopmux.results import Usage
 from loopmux.wire import NO_ID, VERSIONS, Header, Kind, Message, StopReason, unpack_tokens
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Load, Output, Produced
@@ -39,6 +40,10 @@ from loopmux_worker.keeping import OutputStream
 
 DEADLINE_GRACE = 1.0
 """Seconds that the broker is given to stop a request at its deadline before the worker does."""
+STOP_WITHIN = 1.5
+"""Seconds that a worker takes to leave: half of it for what runs to end here, the rest for it to go on elsewhere."""
+BUFFER = 64 * 1024 * 1024
+"""Bytes of output that are kept while no broker takes them; then the engine has to wait."""
 _FASTEST_HEARTBEAT = 0.05
 """Seconds; a broker that asks for more is mistaken."""
 _ABSENCE = 2.0
@@ -53,6 +58,7 @@ class _Request:
     run: Run
     deadline: float
     stopping: str | None = None  # the error code that the end is to carry once the engine let go
+    offered: bool = False  # HELD was said, and the broker has not said yet what it wants of it
     asked: bool = False  # by the broker, which then gets CANCELLED; a deadline that the worker noticed is an ERROR
 
 
@@ -66,13 +72,11 @@ class Session:
     """
 
     def __init__(self, register: Register, report: dict[str, Any], now: float) -> None:
-        route = pack(register)
+        self._register, self._report = register, pack(report)
         self._name = register.name
-        self._registration = Message(Header(Kind.REGISTER), route=route, body=pack(report))
         self._requests: dict[Key, _Request] = {}
         self._load = Load(0, 0, 0)
         self._tokens = 0  # since the last heartbeat
-        self._epoch: bytes | None = None
         self._welcomed = False
         self._heartbeat = HEARTBEAT
         self._now = now
@@ -80,6 +84,9 @@ class Session:
         self._register_at = now
         self._beat_at = now
         self._lost_since = now
+        self._offer_at = now
+        self._drain_at = now
+        self._leave_at: float | None = None  # once it was asked to leave
 
     # --- what happened ------------------------------------------------------------------------------------------------
 
@@ -92,6 +99,12 @@ class Session:
         if now - self._now > _ABSENCE * self._heartbeat:
             self._heard += now - self._now
         self._now = now
+        actions = self._handle(event, now)
+        if self._leave_at is not None and not self._requests and not isinstance(event, Asked):
+            actions += self._goodbye()
+        return actions
+
+    def _handle(self, event: Event, now: float) -> list[Action]:
         match event:
             case Received(message):
                 self._heard = now
@@ -106,18 +119,23 @@ class Session:
             case Cancelled(key, usage):
                 return self._cancelled(key, usage, now)
             case Asked():
-                return [Send(Message(Header(Kind.BYE)), lasting=False), Leave()]
+                return self._asked(STOP_WITHIN, now)
             case Woke():
                 return self._woke(now)
 
     def next_timer(self) -> float:
         """When to send ``Woke``."""
         times = [self._heard + SILENT_HEARTBEATS * self._heartbeat, self._beat_at]
+        if any(request.offered for request in self._requests.values()):
+            times.append(self._offer_at)
         if not self._welcomed:
             times = [self._register_at] + ([self._lost_since + KEPT] if self._requests else [])
+        if self._leave_at is not None:
+            times += [self._leave_at, self._drain_at]
         for request in self._requests.values():
             # While the broker is away, output waits: only what expires needs the clock.
-            times.append(request.stream.due() if self._welcomed else self._lost_since + KEPT)
+            if self._flows(request):
+                times.append(request.stream.due())
             if request.stopping is None and request.stream.terminal is None:
                 times.append(request.deadline)
         return min(times)
@@ -131,6 +149,15 @@ class Session:
     def requests(self) -> int:
         """Requests that run, or whose end is not acknowledged."""
         return len(self._requests)
+
+    @property
+    def full(self) -> bool:
+        """Whether so much output waits for a broker that the engine is to wait too."""
+        return not self._welcomed and sum(r.stream.held for r in self._requests.values()) > BUFFER
+
+    def _flows(self, request: _Request) -> bool:
+        """Whether a request's output may be sent as it comes."""
+        return self._welcomed and not request.offered
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
@@ -150,6 +177,8 @@ class Session:
                 return self._stop(header, now)
             case Kind.RESET:
                 return self._drop(Key(header.request, header.attempt))
+            case Kind.REPLAY:
+                return self._replay(header, now)
             case Kind.TOKACK:
                 for request in self._meant(header):
                     request.stream.acknowledge(header.arg)
@@ -159,6 +188,8 @@ class Session:
                         del self._requests[request.stream.key]
             case Kind.SESSION:
                 return [Hint(unpack(SessionHint, message.route))]
+            case Kind.DRAIN:
+                return self._asked(header.arg / 1000, now)
             case Kind.DIE:
                 return [Leave()]
             case _:
@@ -174,7 +205,8 @@ class Session:
 
     def _introduce(self, now: float) -> list[Action]:
         self._register_at = now + INTRODUCE_AGAIN
-        return [Send(self._registration, lasting=False)]
+        register = replace(self._register, held=len(self._requests))
+        return [Send(Message(Header(Kind.REGISTER), pack(register), self._report), lasting=False)]
 
     def _lost(self, now: float) -> list[Action]:
         """Nothing but REGISTER goes out until the broker answers; output is kept."""
@@ -186,16 +218,46 @@ class Session:
     def _welcome(self, welcome: Welcome, now: float) -> list[Action]:
         if welcome.version not in VERSIONS:
             return [Leave(ProtocolError(f"the broker chose protocol {welcome.version}, spoken here: {VERSIONS}"))]
-        known, self._epoch = self._epoch, welcome.epoch
         self._heartbeat = max(welcome.heartbeat, _FASTEST_HEARTBEAT)
-        actions: list[Action] = []
-        if known not in (None, welcome.epoch):
-            actions += self._forget_all()
-        if not self._welcomed:
-            self._welcomed, self._beat_at = True, now + welcome.heartbeat
-            for request in self._requests.values():
-                actions += map(Send, request.stream.resend(now))
-        return actions
+        if self._welcomed:
+            return []
+        self._welcomed, self._beat_at = True, now + welcome.heartbeat
+        for request in self._requests.values():
+            request.offered = True
+        return self._offer(now)
+
+    def _offer(self, now: float) -> list[Action]:
+        """Say what is here and may be nobody's, until the broker has said of each what it wants."""
+        self._offer_at = now + RESEND
+        return [self._held(request) for request in self._requests.values() if request.offered]
+
+    def _held(self, request: _Request) -> Action:
+        stream, run = request.stream, request.run
+        header = Header(Kind.HELD, stream.key.request, stream.start, stream.end, stream.key.attempt)
+        return Send(Message(header, route=pack(Held(run.client, run.model, run.adapter))), lasting=False)
+
+    def _replay(self, header: Header, now: float) -> list[Action]:
+        request = self._requests.get(Key(header.request, header.attempt))
+        if request is None:
+            return [_not_here(header)]
+        request.offered = False
+        request.stream.acknowledge(header.seq)
+        return self._send(request, request.stream.resend(now))
+
+    def _asked(self, within: float, now: float) -> list[Action]:
+        """Leave once nothing runs here any more; at once when that is so already, or when asked again."""
+        if self._leave_at is not None or not self._welcomed or not self._requests:
+            return self._goodbye()
+        self._leave_at = now + within
+        return [self._drain(now)]
+
+    def _drain(self, now: float) -> Action:
+        left = max((self._leave_at or now) - now, 0.0)
+        self._drain_at = now + RESEND
+        return Send(Message(Header(Kind.DRAIN, arg=round(1000 * left))), lasting=False)
+
+    def _goodbye(self) -> list[Action]:
+        return [Send(Message(Header(Kind.BYE)), lasting=False), Leave()]
 
     def _forget_all(self) -> list[Action]:
         cancels: list[Action] = [Cancel(key) for key, r in self._requests.items() if r.stream.terminal is None]
@@ -208,9 +270,15 @@ class Session:
         header = message.header
         key = Key(header.request, header.attempt)
         acknowledged = Send(Message(Header(Kind.RUNACK, header.request, attempt=header.attempt)))
-        if key in self._requests:
-            return [acknowledged]
         prefix = tuple(unpack_tokens(message.tokens))
+        known = self._requests.get(key)
+        if known is not None and not known.offered:
+            return [acknowledged]
+        if known is not None and known.stream.start == len(prefix):  # a new broker asks for what is here already
+            known.offered = False
+            return [acknowledged, *self._send(known, known.stream.resend(now))]
+        if known is not None:  # numbered alike by two brokers that did not know of each other: another number, please
+            return [*self._drop(key), _not_here(header)]
         request = _Request(OutputStream(key, len(prefix)), Run(model=""), float("inf"))
         self._requests[key] = request
         try:
@@ -231,8 +299,9 @@ class Session:
             unknown = Failure(code, "this worker does not run the request", worker=self._name)
             terminal = Header(Kind.CANCELLED, header.request, attempt=header.attempt)
             return [Send(Message(terminal, body=pack(unknown)))]
+        request.offered = False
         if request.stream.terminal is not None:
-            return self._send(request.stream.terminal_again(now))  # who stops a request wants no output of it
+            return self._send(request, request.stream.terminal_again(now))  # who stops a request wants no output of it
         request.asked = True
         if request.stopping is not None:
             return []
@@ -288,13 +357,13 @@ class Session:
     def _guarded(self, request: _Request, make: Callable[[], list[Message]], now: float) -> list[Action]:
         """The messages that ``make`` returns; output that cannot be sent ends its request with the reason."""
         try:
-            return self._send(make())
+            return self._send(request, make())
         except (EngineError, ProtocolError) as error:
             failed = EngineError(error.message)
             return [Cancel(request.stream.key), *self._fail(request, failed, Usage(), now)]
 
-    def _send(self, messages: Iterable[Message]) -> list[Action]:
-        return [Send(message) for message in messages] if self._welcomed else []
+    def _send(self, request: _Request, messages: Iterable[Message]) -> list[Action]:
+        return [Send(message) for message in messages] if self._flows(request) else []
 
     # --- the clock ----------------------------------------------------------------------------------------------------
 
@@ -308,8 +377,16 @@ class Session:
             if now >= self._lost_since + KEPT:
                 actions += self._forget_all()
                 self._lost_since = now
-        elif now >= self._beat_at:
-            actions.append(self._beat(now))
+        else:
+            if now >= self._beat_at:
+                actions.append(self._beat(now))
+            if now >= self._offer_at:
+                actions += self._offer(now)
+        if self._leave_at is not None:
+            if now >= self._leave_at:
+                return [*actions, *self._goodbye()]
+            if now >= self._drain_at:
+                actions.append(self._drain(now))
         for request in list(self._requests.values()):
             actions += self._tick(request, now)
         return actions
@@ -321,7 +398,7 @@ class Session:
         if request.stream.terminal is None and request.stopping is None and now >= request.deadline:
             request.stopping = "deadline"
             return [Cancel(request.stream.key)]
-        return self._guarded(request, lambda: request.stream.tick(now), now) if self._welcomed else []
+        return self._guarded(request, lambda: request.stream.tick(now), now) if self._flows(request) else []
 
     def _beat(self, now: float) -> Action:
         elapsed = max(now - self._beat_at + self._heartbeat, 1e-3)
@@ -331,3 +408,8 @@ class Session:
         self._tokens, self._beat_at = 0, now + self._heartbeat
         header = Header(Kind.HB, seq=load.progress % 2**32)
         return Send(Message(header, route=pack(beat)), lasting=False)
+
+
+def _not_here(header: Header) -> Send:
+    """The broker is to give this attempt to somebody else."""
+    return Send(Message(Header(Kind.RESET, header.request, attempt=header.attempt)))

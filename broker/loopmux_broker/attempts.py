@@ -1,0 +1,189 @@
+"""The attempts at a request: which worker gets it, and what comes of it when that worker is lost.
+
+A request that has produced tokens goes on elsewhere behind them (its prefix); its client sees a pause. One that has
+lost two workers gets the third for itself, so that a request that kills workers takes no others along and is found out.
+"""
+
+from __future__ import annotations
+
+from loopmux.errors import WorkerLostError
+from loopmux.results import Usage
+from loopmux.wire import Kind, StopReason
+from loopmux_broker.dispatch import choose, choose_alone
+from loopmux_broker.ends import Ends
+from loopmux_broker.leases import Leases
+from loopmux_broker.pool import Lease, Worker
+from loopmux_broker.requests import Request, State, Step
+from loopmux_broker.tables import Alarm, Tables
+from loopmux_broker.waiting import Waiting
+
+
+class Attempts:
+    """Gives requests to workers and takes them away again."""
+
+    def __init__(self, tables: Tables, leases: Leases, ends: Ends, waiting: Waiting) -> None:
+        self._t, self._leases, self._ends, self._waiting = tables, leases, ends, waiting
+
+    # --- slots
+
+    def worker_for(self, request: Request) -> Worker | None:
+        """A worker with a free slot for the request; then nobody else waits for that slot."""
+        if request.alone:
+            return None
+        return choose(self._t.pool.serving(request.submit.model), request, self._t.affinity.last(request))
+
+    def place(self, request: Request, worker: Worker | None, now: float) -> None:
+        """To the free worker if there is one, else into the queue."""
+        if worker is not None:
+            self._dispatch(request, worker, now)
+            return
+        self._t.enqueue(request)
+        if request.alone:
+            emptied = choose_alone(self._t.pool.serving(request.submit.model), request)
+            if emptied is not None:
+                self._hold(emptied, request)
+
+    def fill(self, now: float) -> None:
+        """Give free slots to who waits, on every worker that may have got one."""
+        while self._t.vacant:
+            worker = next(iter(self._t.vacant))
+            del self._t.vacant[worker]
+            if self._t.pool.workers.get(worker.peer) is worker:
+                self._fill(worker, now)
+
+    def _fill(self, worker: Worker, now: float) -> None:
+        if worker.open and (alone := self._t.queues.next_alone(worker)) is not None:
+            self._hold(worker, alone)
+        if worker.held_for is not None:
+            if not worker.leases and not worker.draining and not worker.expected:
+                alone = worker.held_for
+                self._t.dequeue(alone)
+                self._dispatch(alone, worker, now)
+            return
+        while worker.free > 0 and (request := self._t.queues.next_for(worker)) is not None:
+            self._t.dequeue(request)
+            self._dispatch(request, worker, now)
+
+    def _hold(self, worker: Worker, request: Request) -> None:
+        """Empty a worker for a request: it gets nothing new until then."""
+        worker.held_for, request.held_by = request, worker
+        self._t.vacant[worker] = None
+
+    def _dispatch(self, request: Request, worker: Worker, now: float) -> None:
+        request.attempt += 1
+        request.move(Step.DISPATCHED)
+        if not worker.leases:
+            worker.moved = now  # it had nothing to do, so its standing still until now means nothing
+        lease = request.lease = self._t.pool.lease(request, worker, now)
+        lease.charged = self._t.queues.charge(request)
+        self._t.affinity.ran(request, worker.name)
+        self._leases.run(lease, now)
+        self.watch(worker, now)
+
+    def run_unanswered(self, lease: Lease, now: float) -> None:
+        """RUN was not answered for a while: say it again, or give the attempt up."""
+        if now - lease.since < self._t.config.run_timeout:
+            self._leases.run(lease, now)
+            return
+        self._leases.stop(lease, StopReason.SUPERSEDED, now)
+        self._lost(lease, f"did not answer within {self._t.config.run_timeout:g} s", now)
+
+    def release(self, lease: Lease) -> None:
+        """A worker gives a slot back."""
+        lease.worker.served += 1
+        self._leases.end(lease)
+
+    # --- losses
+
+    def worker_lost(self, worker: Worker, why: str, now: float, *, planned: bool = False) -> None:
+        """A worker is gone: what it ran goes on elsewhere. A ``planned`` leaving is no request's fault."""
+        self._t.timers.cancel((Alarm.STALL, worker.peer, 0))
+        self._t.timers.cancel((Alarm.DRAIN, worker.peer, 0))
+        self._t.timers.cancel((Alarm.HELD, worker.peer, 0))
+        if worker.held_for is not None:
+            worker.held_for.held_by = None
+            worker.held_for = None
+        leases = list(worker.leases.values())
+        for lease in leases:
+            self._leases.end(lease)
+        for lease in leases:
+            if not lease.stopping:
+                self._lost(lease, why, now, blamed=not planned)
+        for other in self._t.pool.workers.values():
+            self._t.vacant[other] = None  # whoever waited to run alone on the lost one needs another
+
+    def not_there(self, lease: Lease, now: float) -> None:
+        """A worker does not have an attempt that it was thought to have."""
+        self._leases.end(lease)
+        if not lease.stopping:
+            self._lost(lease, "does not have it", now)
+
+    def output_broken(self, lease: Lease, why: str, now: float) -> None:
+        """A worker's output for a request has a hole: nothing after it can be used."""
+        self._t.counters["gaps"] += 1
+        self._leases.stop(lease, StopReason.SUPERSEDED, now)
+        self._lost(lease, why, now)
+
+    def ended_short(self, lease: Lease, total: int, now: float) -> None:
+        """A worker ended a request, but not all of its output arrived."""
+        self._t.counters["gaps"] += 1
+        self._lost(lease, f"ended at {total} tokens of which {lease.request.output.total} arrived", now)
+
+    def _lost(self, lease: Lease, why: str, now: float, *, blamed: bool = True) -> None:
+        request, worker = lease.request, lease.worker
+        request.lease, request.avoid = None, worker.name
+        if request.state is State.RECOVERING:
+            self._ends.disown(request, now)  # its client, if it lives, will submit it with its prefix
+            return
+        if request.output.total and request.fingerprint is None:
+            request.fingerprint = worker.fingerprint(request.submit.model, request.submit.adapter)
+        request.losses += blamed
+        if request.losses >= self._t.config.max_attempts:
+            self._give_up(request, worker.name, why, now)
+            return
+        self._t.counters["requeued" if blamed else "migrated"] += 1
+        request.alone = request.losses >= max(self._t.config.max_attempts - 1, 1)
+        request.move(Step.REQUEUED)
+        self.place(request, self.worker_for(request), now)
+        self._waiting.review(request, now)
+
+    def _give_up(self, request: Request, worker: str, why: str, now: float) -> None:
+        self._t.counters["poisoned"] += 1
+        text = (
+            f"worker {worker!r} {why} after {request.output.total} tokens; it ran this request alone and is the "
+            f"{request.losses}. worker lost with it: the request itself may be what ends workers (poison), so it is "
+            "not tried again"
+        )
+        error = WorkerLostError(text, retryable=False)
+        self._ends.end(request, Kind.ERROR, error, now, worker=worker, usage=Usage(0, request.output.total))
+
+    # --- leaving in good order
+
+    def drain(self, worker: Worker, within: float, now: float) -> None:
+        """A worker is about to leave: it gets nothing new, and what it runs has half of its time to end there."""
+        if worker.draining:
+            return
+        worker.draining = True
+        if worker.held_for is not None:
+            request, worker.held_for = worker.held_for, None
+            request.held_by = None
+            for other in self._t.pool.serving(request.submit.model):
+                self._t.vacant[other] = None
+        self._t.timers.set((Alarm.DRAIN, worker.peer, 0), now + within / 2)
+
+    def hand_over(self, worker: Worker, now: float) -> None:
+        """What a leaving worker still runs goes on elsewhere."""
+        for lease in list(worker.leases.values()):
+            if not lease.stopping and lease.request.state is not State.RECOVERING:
+                self._leases.stop(lease, StopReason.SUPERSEDED, now)
+                self._lost(lease, "leaves", now, blamed=False)
+
+    # --- standing still
+
+    def watch(self, worker: Worker, now: float) -> None:
+        """See to it that somebody looks whether the engine gets on."""
+        key = (Alarm.STALL, worker.peer, 0)
+        if key not in self._t.timers:
+            due = self._t.config.stall.due(worker)
+            if due is not None:
+                self._t.timers.set(key, max(due, now))

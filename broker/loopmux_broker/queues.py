@@ -1,0 +1,249 @@
+"""Who runs next: fair between clients by the tokens they were served, then by rank within each client.
+
+Each client has an account of the tokens it was served. A request's head start (its priority, or that it continues a
+tool loop) counts as that many tokens less. The client with the lowest account comes next, and of its requests the one
+with the best rank: the time it arrived less its head start in seconds, so that waiting ages a request by itself.
+
+An account moves when one of its client's requests gets a slot (by what it is expected to cost) and when it gives the
+slot back (by what it did cost). A client that comes, or comes back with nothing queued, starts where the ones being
+served are: time away is no credit.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from loopmux_broker.clients import Client
+from loopmux_broker.pool import Worker
+from loopmux_broker.requests import Lane, Request
+
+Rank = tuple[float, int]
+_Turn = tuple[float, float, int, int, "_Line"]
+"""When a line's turn comes: (tokens served less the head start of its first, arrival less head start, number of that
+request, number of this turn, line)."""
+
+_SIZE_PER_TOKEN = 4
+"""Characters of a prompt that count as one token: an estimate, the broker reads no prompts."""
+_SLACK = 64
+"""Turns that no longer count and may lie in a heap before it is swept."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadStart:
+    """How much sooner a request's turn comes.
+
+    Attributes:
+        priority: seconds earlier that it counts as arrived among its client's requests, per step.
+        continuing: the same for a request that continues a tool loop.
+        tokens: how many tokens less its client counts as served, for each of these seconds.
+    """
+
+    priority: float = 30.0
+    continuing: float = 10.0
+    tokens: float = 50.0
+
+    def of(self, request: Request) -> float:
+        """Seconds."""
+        submit = request.submit
+        return submit.priority * self.priority + (self.continuing if submit.continues else 0.0)
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """One client's requests in one lane, sorted backwards so that the next one is popped off the end."""
+
+    client: Client
+    entries: list[tuple[float, int, Request]] = field(default_factory=list)
+    turn: _Turn | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Queue:
+    """One lane: its clients' lines, and a heap of their turns in which outdated ones may lie."""
+
+    lines: dict[bytes, _Line] = field(default_factory=dict)
+    turns: list[_Turn] = field(default_factory=list)
+    length: int = 0
+
+    def next(self) -> _Turn:
+        """The turn that comes first. There is one: a queue without lines is removed."""
+        while self.turns[0][-1].turn is not self.turns[0]:
+            heapq.heappop(self.turns)
+        return self.turns[0]
+
+    def put(self, turn: _Turn) -> None:
+        """A line's turn changed."""
+        turn[-1].turn = turn
+        heapq.heappush(self.turns, turn)
+        if len(self.turns) > 2 * len(self.lines) + _SLACK:
+            self.turns = [line.turn for line in self.lines.values() if line.turn is not None]
+            heapq.heapify(self.turns)
+
+
+class Queues:
+    """Everybody who waits. Each operation takes O(log n) comparisons, and one per lane that the worker serves.
+
+    Requests that are to run alone wait apart: they need a worker that is emptied for them, not just a slot.
+    """
+
+    def __init__(self, head_start: HeadStart) -> None:
+        self._head_start = head_start
+        self._models: dict[str, dict[Lane, _Queue]] = {}
+        self._clients: dict[bytes, dict[Lane, _Line]] = {}
+        self._alone: dict[bytes, Request] = {}
+        self._waiting: dict[str, int] = {}  # how many wait for each model
+        self._count = self._turns = 0
+        self._level = 0.0  # the account of the client that was given a slot last
+        self.length = 0
+
+    # --- who waits
+
+    def push(self, request: Request) -> None:
+        """Queue a request; one that was queued before gets its old place."""
+        if request.rank == (0.0, 0):
+            self._count += 1
+            request.rank = (self._head_start.of(request) - request.arrived, -self._count)
+        if request.alone:
+            self._alone[request.id] = request
+        else:
+            self._line_up(request)
+        self._note(request.submit.model, 1)
+
+    def remove(self, request: Request) -> None:
+        """Take a request out, wherever it stands."""
+        if request.alone:
+            del self._alone[request.id]
+        else:
+            self._step_out(request)
+        self._note(request.submit.model, -1)
+
+    def _note(self, model: str, by: int) -> None:
+        self.length += by
+        waiting = self._waiting.get(model, 0) + by
+        if waiting:
+            self._waiting[model] = waiting
+        else:
+            del self._waiting[model]
+
+    def _line_up(self, request: Request) -> None:
+        client, lane = request.client, request.lane
+        self._lift(client)
+        queue = self._models.setdefault(lane[0], {}).setdefault(lane, _Queue())
+        line = queue.lines.get(client.instance)
+        if line is None:
+            line = queue.lines[client.instance] = _Line(client)
+            self._clients.setdefault(client.instance, {})[lane] = line
+        bisect.insort(line.entries, (*request.rank, request))
+        queue.length += 1
+        if line.entries[-1][2] is request:
+            self._set_turn(queue, line)
+
+    def _step_out(self, request: Request) -> None:
+        instance, lane = request.client.instance, request.lane
+        queue = self._models[lane[0]][lane]
+        line = queue.lines[instance]
+        at = bisect.bisect_left(line.entries, request.rank, key=_rank)
+        del line.entries[at]
+        queue.length -= 1
+        if line.entries:
+            if at == len(line.entries):
+                self._set_turn(queue, line)
+            return
+        line.turn = None
+        _take_out(self._clients, instance, lane)
+        del queue.lines[instance]
+        if not queue.lines:
+            _take_out(self._models, lane[0], lane)
+
+    def _set_turn(self, queue: _Queue, line: _Line) -> None:
+        ahead, number, request = line.entries[-1]
+        account = line.client.served - self._head_start.tokens * self._head_start.of(request)
+        self._turns += 1
+        queue.put((account, -ahead, -number, self._turns, line))
+
+    # --- who is next
+
+    def next_for(self, worker: Worker) -> Request | None:
+        """Who runs next on a worker with a free slot, over all the lanes it serves. It is left in the queue."""
+        turns = [
+            queue.next()
+            for model in worker.models
+            for lane, queue in self._models.get(model, {}).items()
+            if worker.serves(*lane)
+        ]
+        if not turns:
+            return None
+        lines = self._clients[min(turns)[-1].client.instance]
+        return max((line.entries[-1] for lane, line in lines.items() if worker.serves(*lane)), key=_rank)[2]
+
+    def next_alone(self, worker: Worker) -> Request | None:
+        """Who waits to run alone and could do so on this worker, with no other worker being emptied for it."""
+        waiting = (r for r in self._alone.values() if r.held_by is None and worker.serves(*r.lane))
+        return max(waiting, key=lambda r: r.rank, default=None)
+
+    # --- accounts
+
+    def charge(self, request: Request) -> int:
+        """A request gets a slot: what its client is charged for it, in tokens, until its end shows more."""
+        client, submit = request.client, request.submit
+        self._lift(client)
+        self._level = max(self._level, client.served)
+        cost = submit.prompt_size // _SIZE_PER_TOKEN + max(submit.max_new_tokens - request.output.total, 0)
+        self._serve(client, cost)
+        return cost
+
+    def settle(self, request: Request, charged: int, tokens: int) -> None:
+        """It gives the slot back after so many tokens."""
+        cost = request.submit.prompt_size // _SIZE_PER_TOKEN + tokens
+        if cost != charged:
+            self._serve(request.client, cost - charged)
+
+    def _lift(self, client: Client) -> None:
+        if client.instance not in self._clients:
+            client.served = max(client.served, self._level)
+
+    def _serve(self, client: Client, tokens: int) -> None:
+        client.served += tokens
+        for lane, line in self._clients.get(client.instance, {}).items():
+            self._set_turn(self._models[lane[0]][lane], line)
+
+    # --- what people see
+
+    def position(self, request: Request) -> int:
+        """About how many get a slot before it does, itself included: clients take turns."""
+        if request.alone:
+            return 1
+        queue = self._models[request.lane[0]][request.lane]
+        entries = queue.lines[request.client.instance].entries
+        own = len(entries) - bisect.bisect_left(entries, request.rank, key=_rank)
+        return min(own * len(queue.lines), queue.length)
+
+    def waiting(self, model: str) -> int:
+        """How many wait for a model."""
+        return self._waiting.get(model, 0)
+
+    def of_model(self, model: str) -> list[Request]:
+        """Everybody who waits for a model, the next one first in each line."""
+        lines = [line for queue in self._models.get(model, {}).values() for line in queue.lines.values()]
+        found = [entry[2] for line in lines for entry in reversed(line.entries)]
+        return found + [request for request in self._alone.values() if request.submit.model == model]
+
+    def models(self) -> Iterator[str]:
+        """The models that anybody waits for."""
+        return iter(list(self._waiting))
+
+
+def _rank(entry: tuple[float, int, Request]) -> Rank:
+    return entry[0], entry[1]
+
+
+def _take_out(table: dict[Any, dict[Any, Any]], key: object, inner: object) -> None:
+    """Remove an entry, and the table it was in with its last."""
+    entries = table[key]
+    del entries[inner]
+    if not entries:
+        del table[key]

@@ -1,0 +1,178 @@
+"""What a broker that was started again learns of requests from their clients (ATTACH) and their workers (HELD).
+
+Each half waits for the other: the client's for a moment, the worker's as long as a client may be away. If they fit, the
+worker goes on where the client is; if not, or if only the client comes, the request is given to a worker anew, with the
+tokens that the client has. An attempt's number is never given out twice: both say the highest that they have seen.
+"""
+
+from __future__ import annotations
+
+import math
+
+from loopmux.messages import Held, Submit
+from loopmux.wire import Header, Kind, StopReason
+from loopmux_broker.attempts import Attempts
+from loopmux_broker.clients import Client
+from loopmux_broker.ends import Ends
+from loopmux_broker.entry import Entry
+from loopmux_broker.events import Send, say
+from loopmux_broker.intake import exhausted, objection
+from loopmux_broker.leases import Leases
+from loopmux_broker.output import Output
+from loopmux_broker.pool import Lease, Worker
+from loopmux_broker.requests import Request, State, Step
+from loopmux_broker.tables import Alarm, Tables
+from loopmux_broker.waiting import Waiting
+
+_MOST_HELD = 256
+"""Attempts that one worker may claim to hold, slots or not: ended ones wait for their client there."""
+
+
+class Recovery:
+    """Puts the halves of requests together."""
+
+    def __init__(
+        self, tables: Tables, entry: Entry, attempts: Attempts, leases: Leases, ends: Ends, waiting: Waiting
+    ) -> None:
+        self._t, self._entry, self._attempts = tables, entry, attempts
+        self._leases, self._ends, self._waiting = leases, ends, waiting
+
+    # --- the client's half
+
+    def attach(self, client: Client, header: Header, submit: Submit, body: bytes, ids: bytes, now: float) -> None:
+        """A client names a request that is unknown here, with the tokens that it has of it."""
+        output = Output(header.arg)
+        output.restore(ids)
+        request = Request(header.request, client, submit, body, now, now + submit.timeout, output, State.RECOVERING)
+        request.attempt = header.attempt
+        if self._let_in(request):
+            self._t.counters["attached"] += 1
+            self._t.timers.set((Alarm.RECOVERY, request.id, 0), now + self._t.config.claim_wait)
+            self._entry.accept(request)
+
+    def join(self, request: Request, header: Header, submit: Submit, body: bytes, ids: bytes, now: float) -> None:
+        """The client of a request that only its worker knew."""
+        worker_s = request.lease
+        assert worker_s is not None
+        request.submit, request.body, request.deadline = submit, body, now + submit.timeout
+        if not self._let_in(request):
+            request.submit, request.body = Submit(submit.model), b""
+            return
+        request.output.credit = header.arg
+        request.output.restore(ids)
+        self._t.timers.cancel((Alarm.RECOVERY, request.id, 0))
+        self._entry.accept(request)
+        total = request.output.total
+        if header.attempt <= worker_s.attempt and worker_s.start <= total <= worker_s.prefix:
+            self._claimed(request, worker_s, now)
+            return
+        request.lease, request.attempt = None, max(request.attempt, header.attempt)
+        self._leases.stop(worker_s, StopReason.SUPERSEDED, now)
+        self._begin_anew(request, now)
+
+    def _let_in(self, request: Request) -> bool:
+        t = self._t
+        error = objection(t.pool, request, settled=t.settled, returning=True)
+        error = error or exhausted(t.admission, request, queues=True, returning=True)
+        if error is None:
+            self._entry.admit(request)
+        else:
+            total = request.output.total
+            self._entry.refuse(request.client, request.id, error, model=request.submit.model, received=total)
+        return error is None
+
+    def unclaimed(self, request: Request, now: float) -> None:
+        """The other half has not come in time."""
+        if request.state is not State.RECOVERING:
+            return
+        if request.lease is None:
+            self._begin_anew(request, now)
+        else:
+            self._ends.disown(request, now)
+
+    def _begin_anew(self, request: Request, now: float) -> None:
+        request.move(Step.REQUEUED)
+        self._attempts.place(request, self._attempts.worker_for(request), now)
+        self._waiting.review(request, now)
+
+    # --- the worker's half
+
+    def held(self, worker: Worker, header: Header, held: Held, now: float) -> None:
+        """A worker that has just introduced itself names an attempt that it has."""
+        worker.expected = max(worker.expected - 1, 0)
+        self._t.vacant[worker] = None
+        lease = self._t.pool.leases.get((header.request, header.attempt))
+        request = self._t.requests.get(header.request)
+        if lease is not None and lease.worker is worker:
+            self._again(lease, now)
+        elif request is None:
+            self._orphan(worker, header, held, now)
+        elif self._fits(request, worker, header, held):
+            self._claim(request, worker, header, now)
+        else:
+            request.attempt = max(request.attempt, header.attempt)
+            self._reset(worker, header)
+
+    def _again(self, lease: Lease, now: float) -> None:
+        """It is known to have it, but over an older connection."""
+        if lease.stopping is not None:
+            self._leases.stop(lease, lease.stopping, now)
+        elif lease.request.state is not State.RECOVERING:
+            self._leases.started(lease)
+            self._leases.replay(lease)
+
+    def _fits(self, request: Request, worker: Worker, header: Header, held: Held) -> bool:
+        """Whether the worker can go on where the request stands."""
+        waits = request.state is State.QUEUED or (request.state is State.RECOVERING and request.lease is None)
+        return (
+            waits
+            and request.client.instance == held.client
+            and header.attempt >= request.attempt
+            and header.seq <= request.output.total <= header.arg
+            and worker.serves(*request.lane)
+        )
+
+    def _claim(self, request: Request, worker: Worker, header: Header, now: float) -> None:
+        if request.state is State.QUEUED:
+            self._t.dequeue(request)
+        self._t.timers.cancel((Alarm.RECOVERY, request.id, 0))
+        request.attempt = header.attempt
+        request.lease = self._t.pool.lease(request, worker, now)
+        self._claimed(request, request.lease, now)
+
+    def _claimed(self, request: Request, lease: Lease, now: float) -> None:
+        request.move(Step.CLAIMED)
+        self._t.counters["recovered"] += 1
+        lease.acknowledged, lease.prefix = True, request.output.total
+        lease.charged = self._t.queues.charge(request)
+        self._t.affinity.ran(request, lease.worker.name)
+        lease.worker.moved = now
+        self._leases.replay(lease)
+        self._attempts.watch(lease.worker, now)
+
+    def _orphan(self, worker: Worker, header: Header, held: Held, now: float) -> None:
+        """Nobody else has said anything of it yet."""
+        if not worker.serves(held.model, held.adapter) or len(worker.leases) >= max(_MOST_HELD, worker.slots):
+            self._reset(worker, header)
+            return
+        client = self._t.clients.by_instance.get(held.client)
+        if client is None:
+            client = self._t.clients.expect(held.client, now)
+            self._t.timers.set((Alarm.CLIENT_GRACE, held.client, 0), now + self._t.config.orphan_grace)
+        submit = Submit(held.model, held.adapter)
+        request = Request(header.request, client, submit, b"", now, math.inf, Output(0), State.RECOVERING)
+        request.attempt = header.attempt
+        request.lease = lease = self._t.pool.lease(request, worker, now)
+        lease.start, lease.prefix, lease.acknowledged = header.seq, header.arg, True
+        self._t.requests[request.id] = client.requests[request.id] = request
+        self._t.timers.set((Alarm.RECOVERY, request.id, 0), now + self._t.config.orphan_grace)
+
+    def _reset(self, worker: Worker, header: Header) -> None:
+        self._t.counters["fenced"] += 1
+        self._t.out.append(Send(worker.peer, say(Kind.RESET, header.request, attempt=header.attempt)))
+
+    def introduced(self, worker: Worker) -> None:
+        """A worker has had its time to say what it has."""
+        if worker.expected:
+            worker.expected = 0
+            self._t.vacant[worker] = None

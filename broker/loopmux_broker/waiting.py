@@ -1,0 +1,83 @@
+"""Requests that wait, and the state of the model that they wait for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loopmux import codec
+from loopmux.errors import ModelNotFoundError, failed_to_start, unknown_model
+from loopmux.messages import Phase
+from loopmux.wire import Header, Kind, Message
+from loopmux_broker.ends import Ends
+from loopmux_broker.events import Send
+from loopmux_broker.intake import unknown_adapter
+from loopmux_broker.requests import Request, State
+from loopmux_broker.tables import Tables
+
+_UNLIKE = "the request goes on where the same weights are loaded that began it"
+
+
+class Waiting:
+    """Tells who waits what for, and ends the wait where it is in vain."""
+
+    def __init__(self, tables: Tables, ends: Ends) -> None:
+        self._t, self._ends = tables, ends
+
+    def model_changed(self, model: str, now: float) -> None:
+        """A model's phase or its workers changed: tell who waits for it, or fail them where waiting is in vain."""
+        for request in self._t.queues.of_model(model):
+            self.review(request, now)
+
+    def review(self, request: Request, now: float) -> None:
+        """If the request waits: for what, and whether that can come."""
+        if request.state is not State.QUEUED:
+            return
+        pool, model = self._t.pool, request.submit.model
+        declared = pool.declared(model)
+        if pool.serving(model) and not self._unlike(request):
+            if self._t.settled and (error := unknown_adapter(pool, request)) is not None:
+                self._ends.end(request, Kind.ERROR, error, now)
+        elif declared is not None and declared.entry.phase == "failed":
+            self._ends.end(request, Kind.ERROR, failed_to_start(model, declared.entry.detail), now)
+        else:
+            self._tell_phase(request, now)
+
+    def settled(self, now: float) -> None:
+        """Whoever belongs to this broker has joined by now: a model that is still unknown will stay so."""
+        self._t.settled = True
+        for model in self._t.queues.models():
+            if self._t.pool.knows(model):
+                self.model_changed(model, now)
+                continue
+            for request in self._t.queues.of_model(model):
+                if not request.attempt:  # one that ran before waits for a worker to come back
+                    self._ends.end(request, Kind.ERROR, unknown_model(model, self._t.pool.known()), now)
+
+    def model_left(self, model: str, now: float) -> None:
+        """A worker left in good order: whoever waits for its model waits in vain if its launcher took it back too."""
+        if model in self._t.pool.withdrawn and not self._t.pool.knows(model):
+            self.model_withdrawn(model, now)
+
+    def model_withdrawn(self, model: str, now: float) -> None:
+        """A launcher no longer answers for a model."""
+        if self._t.pool.knows(model):
+            self.model_changed(model, now)
+            return
+        for request in self._t.queues.of_model(model):
+            error = ModelNotFoundError(f"model {model!r} is gone: its launcher left, and no worker serves it any more")
+            self._ends.end(request, Kind.ERROR, error, now)
+
+    def _tell_phase(self, request: Request, now: float) -> None:
+        pool, model, peer = self._t.pool, request.submit.model, request.client.peer
+        if peer is None:
+            return
+        how = pool.standing(model, now)
+        if self._unlike(request):
+            how = replace(how, phase="queued", detail=_UNLIKE)
+        phase = Phase(how.phase, self._t.queues.position(request), round(how.elapsed, 3), how.detail)
+        self._t.out.append(Send(peer, Message(Header(Kind.PHASE, request.id), route=codec.pack(phase))))
+
+    def _unlike(self, request: Request) -> bool:
+        """Whether the model has workers, but none that could go on with what the request has produced."""
+        serving = self._t.pool.serving(request.submit.model)
+        return request.fingerprint is not None and bool(serving) and not any(w.serves(*request.lane) for w in serving)

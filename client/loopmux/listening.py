@@ -1,0 +1,89 @@
+"""Listening sockets that outlive the process that serves them, so that nobody sees a refused connection meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from loopmux.claims import BusyError, Claim
+from loopmux.endpoints import check_local, ipc_path
+from loopmux.errors import ConfigError
+
+_BACKLOG = 1024
+"""Connections that wait while nobody serves the socket; a thousand clients reconnect at once after a restart."""
+
+
+class Listening:
+    """Listens on an endpoint for a child process to serve; connections wait until there is one.
+
+    Attributes:
+        endpoint: as it is known to those who connect (with the port that the system chose for port 0).
+
+    Raises:
+        BusyError: somebody else listens there.
+        ConfigError: it cannot be listened on here.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        check_local(endpoint)
+        path = ipc_path(endpoint)
+        self._claim = None if path is None else Claim(path)
+        try:
+            self.socket = _tcp(endpoint) if path is None else _unix(str(path))
+        except OSError as error:
+            self._release()
+            if error.errno == errno.EADDRINUSE:
+                raise BusyError(f"{endpoint} is taken by another program: stop it or choose another port") from error
+            raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}") from error
+        self.socket.listen(_BACKLOG)
+        self.socket.setblocking(False)  # else who is woken for a connection that is gone already would hang
+        self.endpoint = endpoint_of(self.socket)
+
+    def fileno(self) -> int:
+        """The descriptor, for a child to inherit."""
+        return self.socket.fileno()
+
+    def close(self) -> None:
+        """Stop listening; the socket's file goes too."""
+        self.socket.close()
+        self._release()
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+
+
+def _unix(path: str) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o077)
+    try:
+        made.bind(path)
+    except OSError:
+        made.close()
+        raise
+    finally:
+        os.umask(before)
+    return made
+
+
+def _tcp(endpoint: str) -> socket.socket:
+    host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
+    family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    made = socket.socket(family, kind)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind(address)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def endpoint_of(listening: socket.socket) -> str:
+    """The endpoint that a listening socket is bound to."""
+    name = listening.getsockname()
+    if listening.family == socket.AF_UNIX:
+        return f"ipc://{name}"
+    host = f"[{name[0]}]" if listening.family == socket.AF_INET6 else name[0]
+    return f"tcp://{host}:{name[1]}"

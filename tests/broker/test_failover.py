@@ -1,0 +1,316 @@
+"""Stories of workers that are lost in mid-stream: the request goes on elsewhere, or is found to be what kills them."""
+
+from __future__ import annotations
+
+import pytest
+
+from brokerkit import (
+    CLIENT,
+    FOUR,
+    ONE,
+    SECOND,
+    THIRD,
+    THREE,
+    TWO,
+    WORKER,
+    Core,
+    accepted,
+    end,
+    failure,
+    kinds,
+    pushed,
+    run,
+    stop,
+    stopped,
+    tok,
+)
+from loopmux import codec, wire
+from loopmux.messages import Phase
+from loopmux.wire import Kind, Message
+from loopmux_broker.events import Action, Send, say
+
+FOURTH = b"w4"
+
+
+@pytest.fixture
+def core() -> Core:
+    """One client, two workers with one slot each for model m."""
+    core = Core()
+    core.hello()
+    core.register()
+    core.register(SECOND)
+    return core
+
+
+def runs(actions: list[Action]) -> list[tuple[bytes, bytes, int]]:
+    """Who is given what, in which attempt."""
+    found = [(a.peer, a.message.header) for a in actions if isinstance(a, Send) and a.message.kind is Kind.RUN]
+    return [(peer, header.request, header.attempt) for peer, header in found]
+
+
+# --- a stream goes on
+
+
+def test_a_request_goes_on_behind_its_tokens(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0, 2))
+    assert core.lose(WORKER) == [run(ONE, SECOND, attempt=2, prefix=2)]
+    assert core.worker(tok(ONE, 2, attempt=2), SECOND) == [pushed(tok(ONE, 2, attempt=2))]
+    assert core.worker(end(ONE, 3, attempt=2), SECOND) == [pushed(end(ONE, 3, attempt=2))]
+    core.client(say(Kind.ENDACK, ONE))
+    core.assert_empty()
+    assert core.counted == {"submitted": 1, "workers_lost": 1, "requeued": 1, "finished": 1}
+
+
+def test_the_prefix_is_what_the_broker_has_and_not_what_the_client_has(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0, 1024))
+    assert core.worker(tok(ONE, 1024)) == []  # beyond the credit
+    assert core.lose(WORKER) == [run(ONE, SECOND, attempt=2, prefix=1025)]
+    assert core.worker(tok(ONE, 1025, attempt=2), SECOND) == []
+    actions = core.client(say(Kind.CREDIT, ONE, seq=2048, arg=1024))
+    assert [a for a in actions if not isinstance(a, Send)] == [
+        pushed(tok(ONE, 1024)),
+        pushed(tok(ONE, 1025, attempt=2)),
+    ]
+
+
+def test_it_waits_for_a_worker_and_says_so(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    core.lose(SECOND)
+    assert kinds(core.lose(WORKER)) == [(CLIENT, Kind.PHASE)]
+    core.now += 1
+    assert core.register(THIRD)[1:] == [run(ONE, THIRD, attempt=2, prefix=1, timeout=599.0)]
+
+
+def test_its_deadline_holds_while_it_waits(core: Core) -> None:
+    core.running(timeout=5)
+    core.worker(tok(ONE, 0))
+    core.lose(SECOND)
+    core.lose(WORKER)
+    [answer] = core.wait(5)
+    assert failure(answer)[:3] == (CLIENT, Kind.ERROR, 1)
+    assert failure(answer)[3].code == "deadline"
+
+
+def test_it_goes_on_only_where_the_same_weights_are_loaded(core: Core) -> None:
+    core.lose(SECOND)
+    core.running()
+    core.worker(tok(ONE, 0))
+    core.register(THIRD, fingerprint="other")
+    [phase] = core.lose(WORKER)
+    assert isinstance(phase, Send)
+    assert "same weights" in codec.unpack(Phase, phase.message.route).detail
+    core.submit(TWO)
+    assert runs(core.register(SECOND)) == [(SECOND, ONE, 2)]
+    assert core.tables.requests[TWO].lease.worker.peer == THIRD  # type: ignore[union-attr]
+
+
+def test_one_that_has_produced_nothing_goes_anywhere(core: Core) -> None:
+    core.lose(SECOND)
+    core.running()
+    core.register(THIRD, fingerprint="other")
+    assert runs(core.lose(WORKER)) == [(THIRD, ONE, 2)]
+
+
+def test_a_hole_in_the_output_is_filled_by_another_worker(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    assert core.worker(tok(ONE, 5)) == [stop(ONE, 3), run(ONE, SECOND, attempt=2, prefix=1)]
+    assert core.worker(tok(ONE, 6)) == []
+    assert core.counted["gaps"] == 1
+
+
+def test_an_end_that_does_not_fit_what_arrived(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    assert core.worker(end(ONE, 4)) == [run(ONE, SECOND, attempt=2, prefix=1)]
+    assert core.submit(TWO)[0] == run(TWO)  # the first one's slot is free
+
+
+def test_a_worker_that_does_not_have_what_it_was_given(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    assert runs(core.worker(say(Kind.RESET, ONE, attempt=1))) == [(SECOND, ONE, 2)]
+
+
+def test_whatever_a_lost_worker_says_later_is_fenced(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    core.wait(3.25, silent=(WORKER,))
+    assert core.worker(tok(ONE, 1)) == [Send(WORKER, say(Kind.WHO))]
+    core.register(WORKER)
+    reset = Send(WORKER, say(Kind.RESET, ONE, attempt=1))
+    assert core.worker(tok(ONE, 1)) == [reset]
+    assert core.worker(end(ONE, 2)) == [reset]
+    assert core.counted["fenced"] == 2
+
+
+# --- a request that kills
+
+
+def killed_twice(core: Core, request: bytes = ONE) -> None:
+    core.running(request)
+    core.worker(tok(request, 0))
+    core.lose(WORKER)
+    core.worker(say(Kind.RUNACK, request, attempt=2), SECOND)
+    core.lose(SECOND)
+
+
+def test_after_two_losses_it_runs_alone() -> None:
+    core = Core()
+    core.hello()
+    core.register(slots=4)
+    core.running(ONE)
+    core.register(SECOND, slots=1)
+    core.lose(WORKER)
+    core.worker(say(Kind.RUNACK, ONE, attempt=2), SECOND)
+    core.register(THIRD, slots=4)
+    for request in (TWO, THREE):
+        core.submit(request)
+    on_third = [x.request.id for x in core.tables.pool.workers[THIRD].leases.values()]
+    assert on_third == [TWO, THREE]
+    core.lose(SECOND)
+    assert core.submit(FOUR)[-1] == accepted(FOUR, 1)  # nothing new where it is to run
+    assert runs(core.worker(end(TWO, 0), THIRD)) == []
+    assert runs(core.worker(end(THREE, 0), THIRD)) == [(THIRD, ONE, 3)]
+    core.worker(tok(ONE, 0, attempt=3), THIRD)
+    assert core.tables.requests[FOUR].lease is None  # nor beside it
+    assert runs(core.worker(end(ONE, 1, attempt=3), THIRD)) == [(THIRD, FOUR, 1)]
+
+
+def test_a_third_loss_alone_is_its_fault(core: Core) -> None:
+    core.register(THIRD)
+    killed_twice(core)
+    core.worker(say(Kind.RUNACK, ONE, attempt=3), THIRD)
+    [answer] = core.lose(THIRD)
+    peer, kind, seq, body = failure(answer)
+    assert (peer, kind, seq, body.code, body.retryable) == (CLIENT, Kind.ERROR, 1, "worker_lost", False)
+    assert "poison" in body.message
+    assert core.counted["poisoned"] == 1
+    core.client(say(Kind.ENDACK, ONE))
+    core.assert_empty()
+
+
+def test_its_neighbours_are_not_blamed() -> None:
+    """A request that kills every worker it is on takes two others' attempts along, and none of their lives."""
+    core = Core()
+    core.hello()
+    core.register(slots=4)
+    for request in (ONE, TWO, THREE):
+        core.running(request)
+    core.register(SECOND, slots=4)
+    core.lose(WORKER)
+    core.register(THIRD, slots=4)
+    core.register(FOURTH, slots=4)
+    core.worker(say(Kind.RUNACK, ONE, attempt=2), SECOND)
+    core.lose(SECOND)  # all three have lost two workers now: each gets one for itself
+    alone = [[x.request.id for x in core.tables.pool.workers[w].leases.values()] for w in (THIRD, FOURTH)]
+    assert sorted(map(len, alone)) == [1, 1]
+    culprit = next(w for w, ids in zip((THIRD, FOURTH), alone, strict=True) if ONE in ids)
+    [answer, *_] = core.lose(culprit)
+    assert failure(answer)[3].code == "worker_lost"
+    other = THIRD if culprit == FOURTH else FOURTH
+    for _ in range(2):
+        [lease] = core.tables.pool.workers[other].leases.values()
+        core.worker(end(lease.request.id, 0, attempt=lease.attempt), other)
+    assert core.counted["finished"] == 2
+    assert core.counted["poisoned"] == 1
+
+
+def test_cancelled_while_a_worker_is_emptied_for_it(core: Core) -> None:
+    core.register(THIRD)
+    core.running(TWO)
+    core.submit(THREE)  # on SECOND
+    core.submit(FOUR)  # on THIRD
+    request = core.tables.requests[TWO]
+    request.losses = 1
+    core.lose(WORKER)
+    assert request.alone
+    assert request.held_by is not None
+    emptied = request.held_by.peer
+    core.submit(ONE)
+    core.client(say(Kind.CANCEL, TWO))
+    running = THREE if emptied == SECOND else FOUR
+    assert runs(core.worker(end(running, 0), emptied)) == [(emptied, ONE, 1)]
+
+
+def test_the_worker_that_is_emptied_for_it_dies(core: Core) -> None:
+    core.running(TWO)
+    core.submit(THREE)  # on SECOND
+    core.tables.requests[TWO].losses = 1
+    core.lose(WORKER)
+    core.tables.requests[THREE].losses = 1
+    core.lose(SECOND)
+    first = runs(core.register(THIRD))
+    assert [x[1] for x in first] == [TWO]
+    assert [x[1] for x in runs(core.worker(end(TWO, 0, attempt=2), THIRD))] == [THREE]
+
+
+# --- leaving in good order
+
+
+def test_a_worker_that_is_about_to_leave_gets_nothing_new(core: Core) -> None:
+    core.lose(SECOND)
+    core.worker(say(Kind.DRAIN, arg=2000))
+    assert core.submit(ONE)[0] == accepted(ONE, 1)
+    assert runs(core.register(SECOND)) == [(SECOND, ONE, 1)]
+
+
+def test_what_ends_in_time_ends_there(core: Core) -> None:
+    core.running()
+    core.worker(say(Kind.DRAIN, arg=2000))
+    core.worker(tok(ONE, 0))
+    assert core.worker(end(ONE, 1)) == [pushed(end(ONE, 1))]
+    assert core.wait(2) == [pushed(end(ONE, 1))] * 2
+
+
+def test_what_does_not_end_in_time_goes_on_elsewhere_and_that_is_no_loss(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    core.worker(say(Kind.DRAIN, arg=2000))
+    assert core.wait(0.75) == []
+    core.worker(tok(ONE, 1))
+    assert core.wait(0.25) == [stop(ONE, 3), run(ONE, SECOND, attempt=2, prefix=2, timeout=599.0)]
+    assert core.worker(stopped(ONE, 3)) == [Send(WORKER, say(Kind.ENDACK, ONE, attempt=1))]
+    assert core.tables.requests[ONE].losses == 0
+    assert core.counted["migrated"] == 1
+    assert "requeued" not in core.counted
+
+
+def test_a_worker_that_leaves_with_work_hands_it_over(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    assert core.worker(say(Kind.BYE)) == [run(ONE, SECOND, attempt=2, prefix=1)]
+    assert core.tables.requests[ONE].losses == 0
+
+
+def test_migrations_are_not_counted_however_many(core: Core) -> None:
+    core.running()
+    peers = [SECOND]
+    core.worker(say(Kind.BYE))
+    for n in range(6):
+        fresh = f"x{n}".encode()
+        core.register(fresh)
+        core.worker(say(Kind.RUNACK, ONE, attempt=n + 2), peers[-1])
+        assert runs(core.worker(say(Kind.BYE), peers[-1])) == [(fresh, ONE, n + 3)]
+        peers.append(fresh)
+
+
+def test_draining_is_shown(core: Core) -> None:
+    core.worker(say(Kind.DRAIN, arg=2000))
+    [report] = core.client(Message(wire.Header(Kind.STATUS, TWO)))
+    assert b"draining" in wire.to_frames(report.message)[1]  # type: ignore[union-attr]
+
+
+def test_models_that_their_launcher_took_back_go_with_the_last_worker(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "ready")
+    core.running()
+    core.worker(tok(ONE, 0))
+    core.worker(say(Kind.BYE), SECOND)
+    core.worker(say(Kind.BYE), b"l1")
+    actions = core.worker(say(Kind.BYE))
+    assert failure(actions[-1])[:3] == (CLIENT, Kind.ERROR, 1)
+    assert failure(actions[-1])[3].code == "model_not_found"

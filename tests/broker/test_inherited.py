@@ -1,0 +1,163 @@
+"""Listening sockets that outlive the broker: handed over by the launcher (--listen-fd) or by systemd (LISTEN_FDS)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from brokerkit import end, tok
+from brokerwire import Peer, broker, fails
+from loopmux.claims import BusyError
+from loopmux.errors import ConfigError
+from loopmux.listening import Listening
+from loopmux.wire import Kind
+from loopmux_broker.doors import Side
+from loopmux_broker.inherited import Inherited, inherited
+
+ONE = b"1" * 16
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def sockets(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Listening, Listening]]:
+    """A listening socket for clients and one for workers."""
+    endpoints = [f"ipc://{tmp_path}/s/b.ipc", f"ipc://{tmp_path}/s/b.ipc.work"]
+    if request.param == "tcp":
+        endpoints = ["tcp://127.0.0.1:0", "tcp://[::1]:0"]
+    clients, workers = map(Listening, endpoints)
+    yield clients, workers
+    workers.close()
+    clients.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def arguments(clients: Listening, workers: Listening) -> list[str]:
+    return ["--listen-fd", f"clients={clients.fileno()}", "--listen-fd", f"workers={workers.fileno()}"]
+
+
+def test_nobody_is_refused_while_the_broker_is_started_again(sockets: tuple[Listening, Listening]) -> None:
+    descriptors = [one.fileno() for one in sockets]
+    with Peer(sockets[0].endpoint) as early, Peer(sockets[1].endpoint) as worker:
+        with broker(*arguments(*sockets), descriptors=descriptors) as first:
+            assert first.clients == sockets[0].endpoint
+            early.hello()  # it connected before there was a broker
+            worker.register()
+            first.stop(signal.SIGKILL)
+        with plain(sockets[0].endpoint), Peer(sockets[0].endpoint) as late:
+            with broker(*arguments(*sockets), descriptors=descriptors) as second:
+                assert second.workers == sockets[1].endpoint
+                late.hello()
+                worker.register()
+                late.submit(ONE)
+                assert worker.take().header.request == ONE
+                worker.send(tok(ONE, 0))
+                worker.send(end(ONE, 1))
+                assert late.expect(Kind.TOK) == tok(ONE, 0)
+                second.stop()
+
+
+def plain(endpoint: str) -> socket.socket:
+    """A connection by no library that tries again: it must succeed at once."""
+    if endpoint.startswith("ipc://"):
+        made = socket.socket(socket.AF_UNIX)
+        made.connect(endpoint.removeprefix("ipc://"))
+        return made
+    host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
+    return socket.create_connection((host.strip("[]"), int(port)))
+
+
+def test_a_broker_that_ends_leaves_the_socket_s_file_to_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "b.ipc"
+    clients, workers = Listening(f"ipc://{path}"), Listening(f"ipc://{path}.work")
+    try:
+        with broker(*arguments(clients, workers), descriptors=[clients.fileno(), workers.fileno()]) as running:
+            assert running.stop()[0] == 0
+        assert path.is_socket()
+        assert oct(path.stat().st_mode)[-3:] == "700"
+    finally:
+        workers.close()
+        clients.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_systemd_s_variables(tmp_path: Path) -> None:
+    clients, workers = Listening(f"ipc://{tmp_path}/b.ipc"), Listening(f"ipc://{tmp_path}/b.ipc.work")
+    try:
+        command = f"export LISTEN_PID=$$; exec {sys.executable} -m loopmux_broker --log-format json "
+        command += f"3<&{workers.fileno()} 4<&{clients.fileno()}"
+        variables = os.environ | {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "workers:clients"}
+        process = subprocess.Popen(
+            ["bash", "-c", command],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=variables,
+            pass_fds=[clients.fileno(), workers.fileno()],
+        )
+        assert process.stderr is not None
+        try:
+            line = process.stderr.readline()
+            assert '"ready"' in line, line + process.stderr.read()
+            with Peer(clients.endpoint) as client:
+                client.hello()
+        finally:
+            process.terminate()
+            process.communicate(timeout=10)
+        assert process.returncode == 0
+    finally:
+        workers.close()
+        clients.close()
+
+
+def test_variables_that_were_for_somebody_else_are_ignored() -> None:
+    assert inherited([], {"LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "clients"}) == []
+
+
+def test_what_is_handed_over_says_where_it_listens(tmp_path: Path) -> None:
+    one = Listening(f"ipc://{tmp_path}/b.ipc")
+    try:
+        assert inherited([f"clients={one.fileno()}"], {}) == [Inherited(Side.CLIENTS, one.fileno(), one.endpoint)]
+    finally:
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("clients", "expected clients=N or workers=N"),
+        ("clients=x", "expected clients=N or workers=N"),
+        ("friends=0", "expected clients or workers"),
+        ("clients=987", "descriptor 987 is no socket"),
+    ],
+)
+def test_what_is_no_listening_socket_is_refused(argument: str, words: str) -> None:
+    code, written = fails("--listen-fd", argument)
+    assert (code, words in written) == (78, True), written
+    assert len(written.splitlines()) == 1
+
+
+def test_a_socket_that_does_not_listen() -> None:
+    with socket.socket() as idle, pytest.raises(ConfigError, match="does not listen"):
+        inherited([f"clients={idle.fileno()}"], {})
+
+
+def test_a_second_one_on_the_same_endpoint_is_refused(tmp_path: Path) -> None:
+    one = Listening(f"ipc://{tmp_path}/b.ipc")
+    try:
+        with pytest.raises(BusyError):
+            Listening(one.endpoint)
+    finally:
+        one.close()
+    near = Listening("tcp://127.0.0.1:0")
+    try:
+        with pytest.raises(BusyError, match="taken by another program"):
+            Listening(near.endpoint)
+    finally:
+        near.close()
+    with pytest.raises(ConfigError, match="loopback"):
+        Listening("tcp://0.0.0.0:0")

@@ -1,0 +1,336 @@
+"""Stories of a broker that was started again: requests come back in halves, from their clients and their workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from brokerkit import (
+    BODY,
+    CLIENT,
+    ONE,
+    OTHER,
+    SECOND,
+    TWO,
+    WORKER,
+    Core,
+    accepted,
+    end,
+    failure,
+    instance,
+    kinds,
+    pushed,
+    run,
+    stop,
+    stopped,
+    tok,
+)
+from loopmux import codec
+from loopmux.messages import Held, Submit
+from loopmux.wire import Header, Kind, Message, pack_tokens
+from loopmux_broker.events import Action, Send, say
+
+
+@pytest.fixture
+def core() -> Core:
+    return Core(settle=3.0)
+
+
+def attach(
+    core: Core, request: bytes, received: int, attempt: int = 1, peer: bytes = CLIENT, **route: Any
+) -> list[Action]:
+    route.setdefault("model", "m")
+    header = Header(Kind.ATTACH, request, received, received + 1024, attempt)
+    message = Message(header, codec.pack(Submit(**route)), BODY, pack_tokens(list(range(received))))
+    return core.client(message, peer)
+
+
+def held(
+    core: Core, request: bytes, start: int, end: int, attempt: int = 1, worker: bytes = WORKER, client: bytes = CLIENT
+) -> list[Action]:
+    header = Header(Kind.HELD, request, start, end, attempt)
+    return core.worker(Message(header, codec.pack(Held(instance(client), "m"))), worker)
+
+
+def replay(start: int, request: bytes = ONE, attempt: int = 1, worker: bytes = WORKER) -> Send:
+    return Send(worker, say(Kind.REPLAY, request, seq=start, attempt=attempt))
+
+
+def reset(request: bytes = ONE, attempt: int = 1, worker: bytes = WORKER) -> Send:
+    return Send(worker, say(Kind.RESET, request, attempt=attempt))
+
+
+def goes_on(core: Core, start: int, attempt: int = 1, worker: bytes = WORKER) -> None:
+    """The stream comes from there, is acknowledged and forgotten."""
+    assert core.worker(tok(ONE, start, attempt=attempt), worker) == [pushed(tok(ONE, start, attempt=attempt))]
+    last = end(ONE, start + 1, attempt=attempt)
+    assert core.worker(last, worker) == [pushed(last)]
+    assert core.client(say(Kind.ENDACK, ONE)) == [Send(worker, say(Kind.ENDACK, ONE, attempt=attempt))]
+    core.assert_empty()
+
+
+def test_the_client_comes_first(core: Core) -> None:
+    core.hello()
+    assert attach(core, ONE, 5) == [accepted(ONE)]
+    core.register(held=1)
+    assert held(core, ONE, 3, 9) == [replay(5)]
+    goes_on(core, 5)
+    assert core.counted["recovered"] == 1
+
+
+def test_the_worker_comes_first(core: Core) -> None:
+    core.register(held=1)
+    assert held(core, ONE, 3, 9) == []
+    core.hello()
+    assert attach(core, ONE, 5) == [accepted(ONE), replay(5)]
+    goes_on(core, 5)
+
+
+def test_what_was_asked_for_and_did_not_come_is_asked_for_again(core: Core) -> None:
+    core.hello()
+    core.register(held=1)
+    held(core, ONE, 0, 9)
+    attach(core, ONE, 5)
+    assert held(core, ONE, 0, 9) == [replay(5)]
+    core.worker(tok(ONE, 5))
+    assert held(core, ONE, 0, 9) == [replay(6)]
+
+
+def test_a_client_alone_waits_a_moment_for_its_worker(core: Core) -> None:
+    core.hello()
+    core.register()
+    attach(core, ONE, 5, attempt=2)
+    assert core.wait(0.25) == [run(ONE, attempt=3, prefix=5, timeout=599.75)]
+    goes_on(core, 5, attempt=3)
+
+
+def test_a_worker_that_comes_later_than_that_may_still_have_it(core: Core) -> None:
+    core.hello()
+    attach(core, ONE, 5)
+    core.wait(1)
+    core.register(held=1)
+    assert held(core, ONE, 0, 9) == [replay(5)]
+    goes_on(core, 5)
+
+
+def test_but_not_once_another_has_it(core: Core) -> None:
+    core.hello()
+    core.register(SECOND)
+    attach(core, ONE, 5)
+    core.wait(0.25)
+    core.register(held=1)
+    assert held(core, ONE, 0, 9) == [reset()]
+    goes_on(core, 5, attempt=2, worker=SECOND)
+
+
+def test_a_worker_gets_nothing_before_it_has_said_what_it_has(core: Core) -> None:
+    core.hello()
+    core.submit(TWO)
+    assert kinds(core.register(held=1))[-1] == (WORKER, Kind.WELCOME)
+    held(core, ONE, 0, 9)
+    assert core.tables.requests[TWO].lease is None, "its one slot is taken"
+
+
+def test_nor_for_ever_if_it_does_not_say(core: Core) -> None:
+    core.hello()
+    core.submit(TWO)
+    core.register(held=1)
+    assert [a for a in core.wait(0.25) if kinds([a]) == [(WORKER, Kind.RUN)]] != []
+
+
+def test_a_worker_alone_is_stopped_in_the_end(core: Core) -> None:
+    core.register(held=1)
+    held(core, ONE, 0, 9)
+    assert core.wait(29.75) == []
+    assert core.wait(0.25) == [stop(ONE, 1)]
+    assert core.worker(stopped(ONE, 9)) == [Send(WORKER, say(Kind.ENDACK, ONE, attempt=1))]
+    core.assert_empty()
+    assert core.tables.clients.by_instance == {}
+
+
+def test_so_it_is_when_the_client_is_there_and_does_not_want_it(core: Core) -> None:
+    core.hello()
+    core.register(held=1)
+    held(core, ONE, 0, 9)
+    assert core.wait(30)[-1] == stop(ONE, 1)
+    core.worker(stopped(ONE, 9))
+    core.assert_empty()
+
+
+@pytest.mark.parametrize(("start", "end", "attempt"), [(6, 9, 1), (0, 4, 1), (0, 9, 0)])
+@pytest.mark.parametrize("first", ["client", "worker"])
+def test_halves_that_do_not_fit(core: Core, first: str, start: int, end: int, attempt: int) -> None:
+    """The worker let go of what the client lacks, or is behind it, or is an older attempt."""
+    core.hello()
+    core.register(held=1)
+    if first == "client":
+        attach(core, ONE, 5, attempt=attempt + 1 if not attempt else 1)
+        assert held(core, ONE, start, end, attempt=attempt) == [reset(attempt=attempt)]
+        assert core.wait(0.25) == [run(ONE, attempt=2, prefix=5, timeout=599.75)]
+    else:
+        held(core, ONE, start, end, attempt=attempt)
+        actions = attach(core, ONE, 5)
+        assert stop(ONE, 3, attempt=attempt) in actions
+        assert core.worker(stopped(ONE, end, attempt=attempt))[-1] == run(ONE, attempt=2, prefix=5)
+    goes_on(core, 5, attempt=2)
+
+
+def test_two_workers_with_the_same_request(core: Core) -> None:
+    """One was frozen when it was given to the other: the later attempt counts."""
+    core.hello()
+    core.register(held=1)
+    core.register(SECOND, held=1)
+    attach(core, ONE, 5, attempt=1)
+    assert held(core, ONE, 4, 9, attempt=2, worker=SECOND) == [replay(5, attempt=2, worker=SECOND)]
+    assert held(core, ONE, 0, 7, attempt=1) == [reset()]
+    goes_on(core, 5, attempt=2, worker=SECOND)
+
+
+def test_an_ended_one_is_delivered(core: Core) -> None:
+    core.hello()
+    core.register(held=1)
+    held(core, ONE, 3, 6)
+    attach(core, ONE, 5)
+    goes_on(core, 5)
+
+
+def test_another_clients_id_is_nobody_elses(core: Core) -> None:
+    core.hello()
+    core.hello(OTHER)
+    core.register(held=1)
+    held(core, ONE, 0, 9)
+    [answer] = attach(core, ONE, 5, peer=OTHER)
+    assert failure(answer)[:2] == (OTHER, Kind.ERROR)
+    assert attach(core, ONE, 5)[-1] == replay(5)
+
+
+def test_a_worker_may_not_name_a_client_that_it_did_not_get_the_request_from(core: Core) -> None:
+    core.hello()
+    core.hello(OTHER)
+    core.register(held=1)
+    attach(core, ONE, 5)
+    assert held(core, ONE, 0, 9, client=OTHER) == [reset()]
+
+
+def test_output_that_was_not_asked_for_waits(core: Core) -> None:
+    core.register(held=1)
+    held(core, ONE, 0, 9)
+    assert core.worker(tok(ONE, 0)) == []
+    assert core.worker(end(ONE, 0)) == []
+    assert core.counted["fenced"] == 2
+    core.hello()
+    assert attach(core, ONE, 0)[-1] == replay(0)
+
+
+def test_a_worker_that_dies_before_its_client_comes(core: Core) -> None:
+    core.register(held=1)
+    held(core, ONE, 0, 9)
+    core.lose(WORKER)
+    core.assert_empty()
+    core.hello()
+    core.register(SECOND)
+    attach(core, ONE, 5)
+    assert core.wait(0.25) == [run(ONE, SECOND, attempt=2, prefix=5, timeout=599.75)]
+
+
+def test_the_deadline_is_the_clients(core: Core) -> None:
+    core.hello()
+    core.register(held=1)
+    held(core, ONE, 0, 9)
+    attach(core, ONE, 5, timeout=2)
+    actions = core.wait(2)
+    assert actions[0] == stop(ONE, 2)
+    assert failure(actions[1])[:3] == (CLIENT, Kind.ERROR, 5)
+
+
+def test_what_nobody_serves_yet_is_waited_for_and_what_never_ran_is_not(core: Core) -> None:
+    core.hello()
+    attach(core, ONE, 5)
+    attach(core, TWO, 0, attempt=0)
+    actions = core.wait(3.25)
+    assert [failure(a)[3].code for a in actions if kinds([a]) == [(CLIENT, Kind.ERROR)]] == ["model_not_found"]
+    assert core.register()[-1] == run(ONE, attempt=2, prefix=5, timeout=596.75)
+
+
+def test_a_request_that_does_not_wait_for_a_model_waits_for_its_worker(core: Core) -> None:
+    core.hello()
+    core.launcher()
+    core.declare("m", "loading")
+    assert attach(core, ONE, 5, wait=False) == [accepted(ONE)]
+
+
+def test_attach_to_what_is_here_says_where_to_go_on(core: Core) -> None:
+    core.hello()
+    core.register()
+    core.running()
+    core.worker(tok(ONE, 0, 2))
+    core.worker(tok(ONE, 2))
+    actions = attach(core, ONE, 2)
+    assert actions[0] == accepted(ONE)
+    assert actions[-1] == pushed(tok(ONE, 2))
+    core.worker(end(ONE, 3))
+    assert attach(core, ONE, 3)[-1] == pushed(end(ONE, 3))
+
+
+def test_attach_with_more_than_there_is_is_malformed(core: Core) -> None:
+    core.hello()
+    core.register()
+    core.running()
+    [_, answer] = attach(core, ONE, 2)
+    assert failure(answer)[3].code == "protocol"
+
+
+def test_attach_after_the_request_was_given_up(core: Core) -> None:
+    core.hello()
+    core.register()
+    core.running()
+    core.worker(tok(ONE, 0, 2))
+    core.lose(CLIENT)
+    core.wait(2)
+    core.worker(stopped(ONE, 2))
+    core.hello()
+    assert core.client(say(Kind.CREDIT, ONE, seq=1026, arg=2)) == [Send(CLIENT, say(Kind.WHO, ONE))]
+    attach(core, ONE, 2)
+    [again] = [a for a in core.wait(0.25) if kinds([a]) == [(WORKER, Kind.RUN)]]
+    assert again.message.header.attempt == 2  # type: ignore[union-attr]
+    goes_on(core, 2, attempt=2)
+
+
+def test_a_cancel_that_comes_before_its_worker(core: Core) -> None:
+    core.hello()
+    [answer] = core.client(say(Kind.CANCEL, ONE))
+    assert failure(answer)[:2] == (CLIENT, Kind.CANCELLED)
+    core.client(say(Kind.ENDACK, ONE))
+    core.register(held=1)
+    assert held(core, ONE, 0, 9) == [reset()]
+    core.wait(61)
+    core.assert_empty()
+
+
+def test_a_cancel_that_comes_after_its_worker(core: Core) -> None:
+    core.hello()
+    core.register(held=1)
+    held(core, ONE, 0, 9)
+    actions = core.client(say(Kind.CANCEL, ONE))
+    assert actions[0] == stop(ONE, 1)
+    assert failure(actions[1])[:2] == (CLIENT, Kind.CANCELLED)
+    core.client(say(Kind.ENDACK, ONE))
+    core.worker(stopped(ONE, 9))
+    core.assert_empty()
+
+
+def test_a_worker_holds_a_limited_number(core: Core) -> None:
+    core.register(held=400)
+    answers = [held(core, n.to_bytes(16), 0, 1) for n in range(1, 401)]
+    assert sum(kinds(a) == [(WORKER, Kind.RESET)] for a in answers) == 144
+    assert len(core.tables.requests) == 256
+
+
+def test_returning_requests_are_let_in_past_a_queue_that_they_were_let_into_before() -> None:
+    from loopmux_broker.admission import Limits
+
+    core = Core(settle=3.0, limits=Limits(client_queued=2))
+    core.hello()
+    for n in range(1, 4):
+        assert kinds(attach(core, bytes([n]) * 16, 0)) == [(CLIENT, Kind.ACCEPTED)]
