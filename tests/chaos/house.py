@@ -20,6 +20,7 @@ from typing import Any, Self
 import psutil
 
 import loopmux
+from loopmux.listening import Listening
 from loopmux.messages import Status
 
 MODEL = "echo"
@@ -43,6 +44,7 @@ class Part:
     process: asyncio.subprocess.Process | None = None
     ends: int = 0
     killed: int = 0
+    inherits: tuple[int, ...] = ()
     _task: asyncio.Task[None] | None = field(default=None, repr=False)
 
     def start(self) -> None:
@@ -53,7 +55,9 @@ class Part:
         while True:
             with self.log.open("ab") as log:
                 began = time.monotonic()
-                self.process = await asyncio.create_subprocess_exec(*self.command, stdout=log, stderr=log)
+                self.process = await asyncio.create_subprocess_exec(
+                    *self.command, stdout=log, stderr=log, pass_fds=self.inherits
+                )
             await self.process.wait()
             self.ends += 1
             if time.monotonic() < began + _AGAIN:
@@ -108,7 +112,11 @@ class House:
         self.endpoint = f"ipc://{self.folder / 'b'}"
         config = self.folder / "broker.yaml"
         config.write_text(json.dumps(settings or {}))  # JSON is YAML
-        self.broker = self._part("broker", "loopmux_broker", "--endpoint", self.endpoint, "--config", str(config))
+        # they are ours, as a service manager's: connections wait while the broker is started again
+        self._listening = {"clients": Listening(self.endpoint), "workers": Listening(f"{self.endpoint}.work")}
+        handed = [word for who, one in self._listening.items() for word in ("--listen-fd", f"{who}={one.fileno()}")]
+        self.broker = self._part("broker", "loopmux_broker", *handed, "--config", str(config))
+        self.broker.inherits = tuple(one.fileno() for one in self._listening.values())
         self.workers = [self._worker(f"w{n}", spec) for n, spec in enumerate(specs)]
 
     def _part(self, name: str, module: str, *arguments: str) -> Part:
@@ -138,6 +146,8 @@ class House:
         await asyncio.gather(*(part.stop() for part in self.parts))
         if error is not None:
             print(self.last_words(), file=sys.stderr)
+        for one in self._listening.values():
+            one.close()
         shutil.rmtree(self.folder)
 
     async def status(self) -> Status:
