@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 
 from loopmux.errors import LoopmuxError
 
+PARENT_DIED = "parent died"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -64,7 +65,7 @@ class Lifeline:
     def check(self, readable: set[int]) -> str | None:
         """The reason to end, if there is one; ``readable`` are the descriptors that the poller found readable."""
         if self._process in readable or (self.must_ask and not _alive(self._parent or 0)):
-            self.reason = self.reason or "parent died"
+            self.reason = self.reason or PARENT_DIED
         return self.reason
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from structlog.typing import FilteringBoundLogger
 import loopmux
 from loopmux import endpoints
 from loopmux.claims import Claim
+from loopmux.errors import LoopmuxError
 from loopmux_broker.broker import Broker
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Door, SendOutcome, Side
@@ -30,7 +31,7 @@ from loopmux_broker.events import (
     TimerDue,
     WorkerSent,
 )
-from loopmux_broker.lifeline import Lifeline
+from loopmux_broker.lifeline import PARENT_DIED, Lifeline
 
 _DRAIN = 64
 """Messages taken from one socket in one turn: about 5 ms of work at most, so no socket waits longer for another."""
@@ -57,6 +58,7 @@ class Server:
         """
         self._config, self._log, self._lifeline = config, log, lifeline
         self._inherited = inherited or {}
+        self._orphaned = False
         self._claims: list[Claim] = []
         self.doors: list[Door] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -100,6 +102,7 @@ class Server:
             readable = self._wait()
             reason = self._lifeline.check({s for s in readable if isinstance(s, int)})
             if reason is not None:
+                self._orphaned = reason == PARENT_DIED
                 self._log.info("stopping", reason=reason)
                 return reason
             self._turn(readable)
@@ -109,9 +112,19 @@ class Server:
         for door in self.doors:
             door.close()
         self._context.term()
+        if self._orphaned:
+            self._claim_inherited()
         for claim in reversed(self._claims):  # the first one made the folder
             claim.release()
         self.doors, self._claims = [], []
+
+    def _claim_inherited(self) -> None:
+        """Who made these sockets was killed and cannot remove their files."""
+        for path in filter(None, map(endpoints.ipc_path, self._inherited)):
+            try:
+                self._claims.append(Claim(path))
+            except LoopmuxError:
+                pass  # somebody else is there already, or the files are gone: nothing to clean up
 
     # --- one turn
 

@@ -50,15 +50,17 @@ class Claim:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+                holder = (_written(descriptor) or ["unknown"])[0]
                 os.close(descriptor)
                 raise BusyError(
                     f"ipc://{self.path} is held by a running broker, process {holder} (lock {self.lock}): "
                     "use that one, stop it (loopmux down), or choose another --endpoint"
                 ) from None
             if self._is_current(descriptor):
+                # A holder that was killed left its folders, too: they go with this claim.
+                self._made += [Path(folder) for folder in _written(descriptor)[1:]]
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"{os.getpid()}\n".encode())
+                os.pwrite(descriptor, "\n".join([str(os.getpid()), *map(str, self._made)]).encode(), 0)
                 return descriptor
             os.close(descriptor)  # its last holder removed the file between our opening and locking it
 
@@ -94,6 +96,11 @@ class Claim:
         with contextlib.suppress(OSError):  # not empty: somebody else uses it too
             for folder in self._made:
                 folder.rmdir()
+
+
+def _written(descriptor: int) -> list[str]:
+    """What a lock file says: its holder, and the folders that this one made."""
+    return os.pread(descriptor, 4096, 0).decode(errors="replace").splitlines()
 
 
 def _answers(path: Path) -> bool:
