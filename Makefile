@@ -2,6 +2,7 @@
 # make test   every test
 # make simulate           the cores of all parts in a simulated world, 1 000 seeds (SEEDS=n; SEED=17 replays one and tells its story)
 # make simulate-planted   bugs put into the cores one at a time: does the simulation find them?
+# make chaos  kills, freezes and bad neighbours on a running stack; a quarter of an hour
 # make lint   format, lint, types, import contracts
 # make clean  remove what these made in this folder
 PYTHON ?= python3.11
@@ -13,7 +14,7 @@ SEEDS ?= 1000
 JOBS ?= $(shell nproc)
 SIMULATE := PYTHONPATH=tests $(BIN)/python -m
 
-.PHONY: demo test simulate simulate-planted lint clean
+.PHONY: demo test simulate simulate-planted chaos lint clean
 
 # The application's side has neither torch nor transformers: the launcher builds the model's environment beside it.
 $(VENV)/.server: pyproject.toml constraints.txt
@@ -37,6 +38,9 @@ simulate: $(VENV)/.dev
 
 simulate-planted: $(VENV)/.dev
 	$(SIMULATE) simulation.planting --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)
+
+chaos: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m chaos $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

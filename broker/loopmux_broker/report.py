@@ -30,7 +30,21 @@ def report(tables: Tables, now: float) -> Status:
         launchers=tuple(sorted(x.name for x in pool.launchers.values())),
         counters=dict(sorted(tables.counters.items())),
         settled=tables.settled,
+        tables=_sizes(tables),
     )
+
+
+def _sizes(tables: Tables) -> dict[str, int]:
+    return {
+        "clients": len(tables.clients.by_instance),
+        "requests": len(tables.requests),
+        "leases": len(tables.pool.leases),
+        "queued": tables.queues.length,
+        "held": tables.admission.held,
+        "output": tables.admission.output,
+        "strikes": len(tables.strikes),
+        "rivals": len(tables.rivals),
+    }
 
 
 def _model(tables: Tables, model: str, queued: int, running: int, now: float) -> ModelStatus:

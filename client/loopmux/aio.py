@@ -67,6 +67,7 @@ class _Driver:
         self._timer: asyncio.TimerHandle | None = None
         self._again: asyncio.Handle | None = None
         self.loop.add_reader(self._link.descriptor, self._turn)
+        self.loop.add_reader(self._link.monitor.FD, self._watch)
 
     def start(self, event: Submitted | Asked, sink: Sink) -> None:
         """Begin a request or a question whose outcome and events go to ``sink``."""
@@ -102,6 +103,7 @@ class _Driver:
         if not self.loop.is_closed():
             self._handle(Closed())
             self.loop.remove_reader(self._link.descriptor)
+            self.loop.remove_reader(self._link.monitor.FD)
             for handle in (self._timer, self._again):
                 if handle is not None:
                     handle.cancel()
@@ -119,6 +121,12 @@ class _Driver:
             if frames is None:
                 break
             self._handle(Received(frames))
+        self._settle()
+
+    def _watch(self) -> None:
+        """What happened to the connection, until there is no more: this descriptor announces only changes, too."""
+        while (event := self._link.news()) is not None:
+            self._handle(event)
         self._settle()
 
     def _tick(self) -> None:

@@ -5,7 +5,7 @@ asyncio client are two shells around it.
 
 ::
 
-    IDLE ──first request──▶ GREETING ──WELCOME──▶ READY ──silence, WHO──▶ GREETING
+    IDLE ──first request──▶ GREETING ──WELCOME──▶ READY ──silence, WHO, disconnected──▶ GREETING
       ▲                        │ ERROR, nobody there in time and nothing waits
       └────────────────────────┘
 """
@@ -29,9 +29,11 @@ from loopmux.events import (
     Attached,
     CancelAsked,
     Closed,
+    Connected,
     ConnectionEvent,
     Consumed,
     Detached,
+    Disconnected,
     Fail,
     Hinted,
     Introduce,
@@ -90,6 +92,7 @@ class Connection:
         self._ping_at = math.inf
         self._heard = 0.0
         self._seen: float | None = None
+        self._cut = False  # the connection was closed since the last HELLO
 
     def handle(self, event: ConnectionEvent, now: float) -> list[Action]:
         """Take an event in and say what to do about it."""
@@ -108,6 +111,10 @@ class Connection:
             case Hinted(hint):
                 session = Send(Message(Header(Kind.SESSION), codec.pack(hint)))
                 return [session] if self.state is State.READY else []  # a hint to nobody helps nobody
+            case Disconnected():
+                return self._disconnected(now)
+            case Connected():
+                return self._connected(now)
             case Closed():
                 return self._closed(now)
             case _:
@@ -257,10 +264,20 @@ class Connection:
     # --- presence -----------------------------------------------------------------------------------------------------
 
     def _greet(self, now: float) -> list[Action]:
-        self.state = State.GREETING
+        self.state, self._cut = State.GREETING, False
         self._ping_at = math.inf
         self._hello_at = now + INTRODUCE_AGAIN
         return [Introduce(Message(Header(Kind.HELLO), self._hello))]
+
+    def _disconnected(self, now: float) -> list[Action]:
+        """Nobody waits for three silent heartbeats then: HELLO is the first that goes over the next connection."""
+        lost = self._lose(now) if self.state is State.READY else []
+        self._cut = True
+        return lost
+
+    def _connected(self, now: float) -> list[Action]:
+        """A HELLO from before may have gone into the connection that is no more."""
+        return self._greet(now) if self._cut and self.state is State.GREETING else []
 
     def _lose(self, now: float) -> list[Action]:
         for question in self._questions.values():

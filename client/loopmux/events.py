@@ -110,6 +110,16 @@ class Hinted:
 
 
 @dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The socket's connection was closed: whatever was sent and not answered may be lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The socket has a connection, perhaps to another process than before."""
+
+
+@dataclass(frozen=True, slots=True)
 class Received:
     """A message came from the socket."""
 
@@ -121,7 +131,9 @@ class Closed:
     """The caller is done with this connection."""
 
 
-ConnectionEvent = Submitted | Asked | Hinted | Received | Closed | Consumed | CancelAsked | TimePassed
+ConnectionEvent = (
+    Submitted | Asked | Hinted | Received | Connected | Disconnected | Closed | Consumed | CancelAsked | TimePassed
+)
 
 # --- actions ----------------------------------------------------------------------------------------------------------
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 
 import zmq
 
 from loopmux.endpoints import ipc_path
 from loopmux.errors import ConfigError
+from loopmux.events import Connected, Disconnected
 from loopmux.sockets import FAREWELL, dealer
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, Message, to_frames
 
@@ -16,6 +18,7 @@ class Link:
     """A DEALER connected to an endpoint; belongs to one thread at a time.
 
     What the socket does not take (no connection, full pipe) waits here in order until ``flush`` gets rid of it.
+    ``monitor`` is readable when there is ``news``.
 
     Raises:
         ConfigError: the endpoint is not one that can be connected to.
@@ -25,6 +28,7 @@ class Link:
         ipc_path(endpoint)
         self._context = zmq.Context()
         self.socket = dealer(self._context, CLIENT_MESSAGE_LIMIT)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._unsent: deque[list[bytes]] = deque()
         try:
             self.socket.connect(endpoint)
@@ -76,7 +80,18 @@ class Link:
         except zmq.Again:
             return None
 
+    def news(self) -> Connected | Disconnected | None:
+        """What happened to the connection, one by one; None when that is all."""
+        try:
+            event, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        lost = int.from_bytes(event[:2], sys.byteorder) == zmq.EVENT_DISCONNECTED
+        return Disconnected() if lost else Connected()
+
     def close(self) -> None:
         """Close the socket, letting what it has taken leave first."""
+        self.socket.disable_monitor()
+        self.monitor.close(0)
         self.socket.close(linger=FAREWELL)
         self._context.term()

@@ -416,7 +416,8 @@ class WorkerStatus:
 class Status:
     """BODY of REPORT: the broker's answer to STATUS. ``counters`` holds running totals by name.
 
-    ``settled`` is false for a moment after the broker's start, in which models may still join.
+    ``settled`` is false for a moment after the broker's start, in which models may still join. ``tables`` says how much
+    the broker holds of what goes away with its cause: entries, or bytes for ``held`` (requests) and ``output``.
     """
 
     epoch: bytes
@@ -431,6 +432,7 @@ class Status:
     launchers: tuple[str, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)
     settled: bool = True
+    tables: dict[str, int] = field(default_factory=dict)
 
 
 # --- launcher to worker -----------------------------------------------------------------------------------------------

@@ -134,12 +134,15 @@ class Pump:
     def _turn_until_closed(self) -> None:
         poller = zmq.Poller()
         poller.register(self._bell, zmq.POLLIN)
+        poller.register(self._link.monitor, zmq.POLLIN)
         while True:
             want = zmq.POLLIN | zmq.POLLOUT if self._link.blocked else zmq.POLLIN
             poller.register(self._link.socket, want)
             for ready, _ in poller.poll(self._nap()):
                 if ready == self._bell.fileno():
                     self._bell.recv(4096)
+                elif ready is self._link.monitor:
+                    self._take_news()
             self._asleep = False
             self._link.flush()
             self._take_messages()
@@ -163,6 +166,10 @@ class Pump:
             if frames is None:
                 return
             self._handle(Received(frames), time.monotonic())
+
+    def _take_news(self) -> None:
+        while (event := self._link.news()) is not None:
+            self._handle(event, time.monotonic())
 
     def _take_posted(self) -> bool:
         """Handle what callers posted; False when that ended the connection."""

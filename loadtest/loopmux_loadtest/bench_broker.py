@@ -7,312 +7,198 @@ the same, all over ipc. Nothing of the client or the engine is measured.
   to the same worker loop; alternating rounds, medians over the rounds.
 - ``chunk_cpu``: processor time of the broker process per forwarded chunk (TOK of 8 tokens), when the worker sends as
   fast as it can, and paced at 2 000 a second, where nearly every chunk wakes two threads and that is most of its cost.
-- ``callers``: requests per second, and chunks per second, with 64 requests always under way.
+- ``load``: with 1, 64 and 1 000 clients, each with a connection of its own and a request always under way: requests per
+  second with their latency, streamed chunks per second, processor time, resident memory. For our broker; for ``proxy``
+  (``zmq.proxy``) and ``poller`` (the same in Python), which only pass on, between the same two ends; and with
+  ``--peers PYTHON``, an environment with fastapi, uvicorn, litserve and mosec, for HTTP servers that echo.
+- ``ratio``: ours divided by each of the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import zmq
 
-from loopmux import codec, wire
-from loopmux.messages import End, Hello, Register, ServedModel, Submit, Tok, Welcome
-from loopmux.results import Timing, Usage
-from loopmux.wire import Header, Kind, Message
+from loopmux_loadtest import middles
+from loopmux_loadtest.ends import WireCallers, lasting, times, work
+from loopmux_loadtest.middles import Middle, processor_time
 
-CHUNK = 8
-"""Tokens of one TOK: what a worker sends at most at once (docs/protocol.md)."""
-CALLERS = 64
+STREAMS = 64
 PACE = 2000
 """Chunks a second of the paced case: 40 streams of 50 chunks a second, a busy worker."""
-WINDOW = 1024
-PATIENCE = 20_000
-"""Milliseconds without any message after which the benchmark gives up."""
+CLIENTS = (1, 64, 1000)
+CHUNKS = 32
+"""Chunks of a stream under load: 256 tokens, what a request makes by default."""
+SERVERS = ("fastapi", "litserve", "mosec")
 
-_TOK_BODY = codec.pack(Tok("some words of text, as eight tokens are "))
-_IDS = wire.pack_tokens(list(range(CHUNK)))
-_END_BODY = codec.pack(End("stop", Usage(10, 10), Timing(), "echo", "bench"))
-
-
-# --- the worker's side: a process of its own --------------------------------------------------------------------------
+Figures = dict[str, float]
 
 
-@dataclass
-class Job:
-    """What one request still wants: chunks, each of ``width`` tokens."""
-
-    prefix: list[bytes]
-    header: Header
-    chunks: int
-    width: int
-    sent: int = 0
-
-
-@dataclass
-class Echo:
-    """Answers RUN (of a broker) or SUBMIT (of a caller) with as many chunks as the body asks for."""
-
-    socket: zmq.Socket[bytes]
-    jobs: dict[bytes, Job] = field(default_factory=dict)
-    pace: float = 0.0
-
-    def serve(self) -> None:
-        """Run until killed. Streams take turns, so that many are under way at once."""
-        beat = time.monotonic()
-        while True:
-            while self.socket.poll(0 if self.jobs else 200):
-                self._receive(self.socket.recv_multipart())
-            if time.monotonic() > beat + 0.5:
-                beat = time.monotonic()
-                if self.socket.type == zmq.DEALER:
-                    self.socket.send_multipart(wire.to_frames(Message(Header(Kind.HB), route=codec.pack({}))))
-            for job in list(self.jobs.values()):
-                self._step(job)
-
-    def _receive(self, frames: list[bytes]) -> None:
-        prefix = frames[:1] if self.socket.type == zmq.ROUTER else []
-        message = wire.from_frames(frames[len(prefix) :])
-        if message.kind not in (Kind.RUN, Kind.SUBMIT):
-            return
-        wish = codec.decode(message.body, codec.ROUTE_LIMITS)
-        if message.kind is Kind.RUN:
-            self._send([], Message(Header(Kind.RUNACK, message.header.request, attempt=message.header.attempt)))
-        self.jobs[message.header.request] = Job(prefix, message.header, wish["chunks"], wish["width"])
-        self.pace = 1 / wish["rate"] if wish["rate"] else 0.0
-
-    def _step(self, job: Job) -> None:
-        request, attempt = job.header.request, job.header.attempt
-        position = job.sent * job.width
-        if job.sent < job.chunks:
-            header = Header(Kind.TOK, request, position, job.width, attempt)
-            self._send(job.prefix, Message(header, body=_TOK_BODY, tokens=_IDS[: 4 * job.width]))
-            job.sent += 1
-            if self.pace:
-                _sleep_exactly(self.pace)
-            if job.sent < job.chunks:
-                return
-            position += job.width
-        self._send(job.prefix, Message(Header(Kind.END, request, position, attempt=attempt), body=_END_BODY))
-        del self.jobs[request]
-
-    def _send(self, prefix: list[bytes], message: Message) -> None:
-        self.socket.send_multipart([*prefix, *wire.to_frames(message)])
-
-
-def _sleep_exactly(seconds: float) -> None:
-    end = time.perf_counter() + seconds
-    while (left := end - time.perf_counter()) > 0:
-        time.sleep(left / 2 if left > 0.0002 else 0)
-
-
-def _work(endpoint: str, direct: bool) -> None:
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER if direct else zmq.DEALER)
-    socket.setsockopt(zmq.SNDHWM, 100_000)
-    if direct:
-        socket.bind(endpoint)
-    else:
-        socket.connect(endpoint)
-        served = (ServedModel("echo", "f"),)
-        register = Register("worker", "bench", wire.new_id(), wire.VERSIONS, models=served, slots=CALLERS)
-        socket.send_multipart(wire.to_frames(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({}))))
-        socket.recv_multipart()
-    Echo(socket).serve()
-
-
-# --- the callers' side ------------------------------------------------------------------------------------------------
-
-
-class Caller:
-    """A connection with any number of requests under way."""
-
-    def __init__(self, endpoint: str, *, introduce: bool) -> None:
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.RCVHWM, 100_000)
-        self.socket.connect(endpoint)
-        self.introduced = introduce
-        if introduce:
-            hello = Message(Header(Kind.HELLO), route=codec.pack(Hello(wire.VERSIONS, wire.new_id())))
-            self.socket.send_multipart(wire.to_frames(hello))
-            codec.unpack(Welcome, self._receive()[1])
-
-    def _receive(self) -> list[bytes]:
-        if not self.socket.poll(PATIENCE):
-            raise SystemExit("nothing came for 20 s: the broker or the worker is gone")
-        frames: list[bytes] = self.socket.recv_multipart()
-        return frames
-
-    def submit(self, chunks: int, width: int, rate: int = 0) -> None:
-        """Ask for a stream."""
-        body = codec.pack({"chunks": chunks, "width": width, "rate": rate})
-        header = Header(Kind.SUBMIT, wire.new_id())
-        self.socket.send_multipart(wire.to_frames(Message(header, _ROUTE, body)))
-
-    def run(self, requests: int, chunks: int, width: int, *, rate: int = 0, at_once: int = CALLERS) -> None:
-        """That many requests, ``at_once`` of them under way."""
-        for _ in range(min(requests, at_once)):
-            self.submit(chunks, width, rate)
-        begun, done = min(requests, at_once), 0
-        while done < requests:
-            header = wire.unpack_header((self._receive())[0])
-            if header.kind is Kind.TOK:
-                self._credit(header)
-            elif header.kind is Kind.END:
-                done += 1
-                self._say(Kind.ENDACK, header.request)
-                if begun < requests:
-                    begun += 1
-                    self.submit(chunks, width, rate)
-            elif header.kind in wire.TERMINALS:
-                raise SystemExit(f"a request ended with {header.kind.name}")
-
-    def _credit(self, header: Header) -> None:
-        received = header.seq + header.arg
-        if received % (WINDOW // 2) < header.arg:  # as the client does: when half the window was used
-            self._say(Kind.CREDIT, header.request, received + WINDOW, received)
-
-    def _say(self, kind: Kind, request: bytes, seq: int = 0, arg: int = 0) -> None:
-        if self.introduced:
-            self.socket.send_multipart([wire.pack_header(Header(kind, request, seq, arg))])
-
-    def close(self) -> None:
-        """Let the connection go."""
-        self.socket.close(0)
-
-
-_ROUTE = codec.pack(Submit("echo"))
-
-
-# --- cases ------------------------------------------------------------------------------------------------------------
-
-
-def _processor_time(process: int) -> float:
-    """Seconds of processor time of all threads of a process so far, from the scheduler (nanoseconds)."""
-    tasks = Path(f"/proc/{process}/task").iterdir()
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
-
-
-def _trips(caller: Caller, count: int) -> list[float]:
-    times = []
-    for _ in range(count):
-        begun = time.perf_counter()
-        caller.run(1, 1, 1, at_once=1)
-        times.append(1000 * (time.perf_counter() - begun))
-    return sorted(times)
-
-
-def round_trip(direct: Caller, brokered: Caller, rounds: int, count: int) -> dict[str, Any]:
+def round_trip(direct: WireCallers, brokered: WireCallers, rounds: int, count: int) -> dict[str, Any]:
     """Milliseconds from SUBMIT to END of one token."""
-    found: dict[str, list[float]] = {"direct_p50": [], "direct_p99": [], "broker_p50": [], "broker_p99": []}
+    found: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
         for name, caller in (("direct", direct), ("broker", brokered)):
-            times = _trips(caller, count)
-            found[f"{name}_p50"].append(times[len(times) // 2])
-            found[f"{name}_p99"].append(times[len(times) * 99 // 100])
+            latencies = caller.run(times(count), 1, at_once=1, width=1).latencies
+            found[f"{name}_p50"].append(_percentile(latencies, 0.5))
+            found[f"{name}_p99"].append(_percentile(latencies, 0.99))
     medians = {name: round(statistics.median(values), 3) for name, values in found.items()}
-    return {"case": "round_trip", "unit": "ms", **medians, "added_p50": _added(medians)}
+    added = round(medians["broker_p50"] - medians["direct_p50"], 3)
+    return {"case": "round_trip", "unit": "ms", **medians, "added_p50": added}
 
 
-def _added(medians: dict[str, float]) -> float:
-    return round(medians["broker_p50"] - medians["direct_p50"], 3)
+def _percentile(seconds: list[float], share: float) -> float:
+    """Milliseconds."""
+    return 1000 * sorted(seconds)[int(share * (len(seconds) - 1))]
 
 
-def chunk_cpu(broker: int, caller: Caller, rounds: int, scale: float, *, rate: int) -> dict[str, Any]:
+def chunk_cpu(broker: int, caller: WireCallers, rounds: int, scale: float, *, rate: int) -> dict[str, Any]:
     """Microseconds of the broker's processor time per forwarded chunk."""
-    streams, chunks = (40, int(100 * scale)) if rate else (CALLERS, int(1000 * scale))
+    streams, chunks = (40, max(1, int(100 * scale))) if rate else (STREAMS, max(1, int(1000 * scale)))
     costs, rates = [], []
     for _ in range(rounds):
-        spent, begun = _processor_time(broker), time.perf_counter()
-        caller.run(streams, chunks, CHUNK, rate=rate)
-        rates.append(streams * chunks / (time.perf_counter() - begun))
-        costs.append(1e6 * (_processor_time(broker) - spent) / (streams * chunks))
+        spent = processor_time(broker)
+        took = caller.run(times(streams), chunks, at_once=streams, rate=rate)
+        rates.append(took.chunks / took.seconds)
+        costs.append(1e6 * (processor_time(broker) - spent) / took.chunks)
     cost, speed = round(statistics.median(costs), 2), round(statistics.median(rates))
     return {"case": "chunk_cpu", "paced": bool(rate), "us_per_chunk": cost, "chunks_per_s": speed}
 
 
-def callers(broker: int, caller: Caller, rounds: int, requests: int) -> dict[str, Any]:
-    """Requests of one token per second with 64 callers."""
-    rates, costs = [], []
+def load(middle: Middle, clients: int, seconds: float) -> Figures:
+    """One round with so many clients: whole answers, then streams."""
+    with contextlib.closing(middle.callers(clients)) as callers:
+        callers.run(times(clients), 0, at_once=clients)
+        spent, forwarded = middle.processor_time(), _forwarding(middle)
+        took = callers.run(lasting(seconds), 0, at_once=clients)
+        requests, (spent, forwarded) = len(took.latencies), _since(middle, spent, forwarded)
+        found = {
+            "requests_per_s": requests / took.seconds,
+            "p50_ms": _percentile(took.latencies, 0.5),
+            "p99_ms": _percentile(took.latencies, 0.99),
+            "us_per_request": 1e6 * spent / requests,
+            "us_per_request_forwarding": 1e6 * forwarded / requests,
+        }
+        spent, forwarded = middle.processor_time(), _forwarding(middle)
+        took = callers.run(lasting(seconds), CHUNKS, at_once=clients)
+        spent, forwarded = _since(middle, spent, forwarded)
+        return found | {
+            "chunks_per_s": took.chunks / took.seconds,
+            "us_per_chunk": 1e6 * spent / took.chunks,
+            "us_per_chunk_forwarding": 1e6 * forwarded / took.chunks,
+            "rss_mib": middle.memory(),
+        }
+
+
+def _forwarding(middle: Middle) -> float:
+    return processor_time(middle.forwards) if middle.forwards else 0.0
+
+
+def _since(middle: Middle, spent: float, forwarded: float) -> tuple[float, float]:
+    return middle.processor_time() - spent, _forwarding(middle) - forwarded
+
+
+def loads(
+    folder: str, peers: str | None, rounds: int, seconds: float, clients: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """All of them in turn, round by round; then the medians, and the ratios of ours to each."""
+    sides: dict[str, Callable[[], contextlib.AbstractContextManager[Middle]]] = {
+        "loopmux": functools.partial(middles.loopmux, folder),
+        "proxy": functools.partial(middles.passing, folder, "proxy"),
+        "poller": functools.partial(middles.passing, folder, "poller"),
+    }
+    sides |= {name: functools.partial(middles.server, peers, name) for name in SERVERS if peers}
+    found: dict[tuple[str, int], list[Figures]] = defaultdict(list)
     for _ in range(rounds):
-        spent, begun = _processor_time(broker), time.perf_counter()
-        caller.run(requests, 1, 1)
-        rates.append(requests / (time.perf_counter() - begun))
-        costs.append(1e6 * (_processor_time(broker) - spent) / requests)
-    speed, cost = round(statistics.median(rates)), round(statistics.median(costs), 1)
-    return {"case": "callers", "callers": CALLERS, "requests_per_s": speed, "us_per_request": cost}
+        for name, running in sides.items():
+            with running() as middle:
+                for count in clients:
+                    found[name, count].append(load(middle, count, seconds))
+    medians = {case: _medians(figures) for case, figures in found.items()}
+    for (name, count), figures in medians.items():
+        yield {"case": "load", "side": name, "clients": count, **_rounded(figures)}
+    for (name, count), figures in medians.items():
+        if name != "loopmux":
+            compared = ("requests_per_s", "chunks_per_s", "p50_ms", "p99_ms", "rss_mib")
+            ratios = {key: medians["loopmux", count][key] / figures[key] for key in compared}
+            yield {"case": "ratio", "to": name, "clients": count, **_rounded(ratios)}
 
 
-@contextlib.contextmanager
-def _started(*arguments: str, ready: bool = False) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen([sys.executable, "-m", *arguments], stderr=subprocess.PIPE if ready else None, text=True)
-    try:
-        if ready and process.stderr is not None and "ready" not in (line := process.stderr.readline()):
-            raise SystemExit(f"the broker did not start: {line}{process.stderr.read()}")
-        yield process
-    finally:
-        process.terminate()
-        process.wait()
-        if process.stderr is not None:
-            process.stderr.close()
+def _medians(rounds: list[Figures]) -> Figures:
+    return {key: statistics.median(figures[key] for figures in rounds) for key in rounds[0]}
 
 
-def _all_cases(folder: str, rounds: int, scale: float) -> Iterator[dict[str, Any]]:
-    front, back, direct = (f"ipc://{folder}/{name}" for name in ("front", "back", "direct"))
-    this = "loopmux_loadtest.bench_broker"
+def _rounded(figures: Figures) -> Figures:
+    return {key: round(value, 3 if value < 100 else 0) for key, value in figures.items()}
+
+
+def _alone(folder: str, rounds: int, scale: float) -> Iterator[dict[str, Any]]:
     with (
-        _started("loopmux_broker", "--endpoint", front, "--worker-endpoint", back, ready=True) as broker,
-        _started(this, "--worker", back),
-        _started(this, "--worker", direct, "--direct"),
-        contextlib.closing(Caller(front, introduce=True)) as brokered,
-        contextlib.closing(Caller(direct, introduce=False)) as straight,
+        middles.loopmux(folder) as ours,
+        middles.direct(folder) as pair,
+        contextlib.closing(WireCallers(ours.address, 1, introduce=True)) as brokered,
+        contextlib.closing(WireCallers(pair.address, 1, introduce=False)) as straight,
     ):
-        _await_model(brokered)
-        straight.run(100, 1, 1)
-        yield round_trip(straight, brokered, rounds, int(2000 * scale))
-        yield chunk_cpu(broker.pid, brokered, rounds, scale, rate=0)
-        yield chunk_cpu(broker.pid, brokered, rounds, scale, rate=PACE)
-        yield callers(broker.pid, brokered, rounds, int(20_000 * scale))
+        assert ours.forwards is not None
+        straight.run(times(100), 1, at_once=1, width=1)
+        yield round_trip(straight, brokered, rounds, max(10, int(2000 * scale)))
+        yield chunk_cpu(ours.forwards, brokered, rounds, scale, rate=0)
+        yield chunk_cpu(ours.forwards, brokered, rounds, scale, rate=PACE)
 
 
-def _await_model(caller: Caller) -> None:
-    """Wait until the worker has joined: until then the broker knows no such model."""
-    while True:
-        caller.submit(1, 1)
-        while (kind := wire.unpack_header(caller.socket.recv_multipart()[0]).kind) not in wire.TERMINALS:
-            pass
-        if kind is Kind.END:
-            return
-        time.sleep(0.05)
+def _versions(peers: str | None) -> dict[str, Any]:
+    found = {"python": sys.version.split()[0], "pyzmq": zmq.__version__, "libzmq": zmq.zmq_version()}
+    if peers:
+        ask = "import importlib.metadata as m, sys; print(*(m.version(name) for name in sys.argv[1:]))"
+        names = (*SERVERS, "uvicorn")
+        done = subprocess.run([peers, "-c", ask, *names], capture_output=True, text=True, check=True)
+        found |= dict(zip(names, done.stdout.split(), strict=True))
+    return {"case": "versions", **found, "cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
 
 
 def main() -> None:
-    """Run every case and print it."""
-    parser = argparse.ArgumentParser(description="Measure what the broker costs.")
+    """Run every case, print it, and keep it under ``bench-results/``."""
+    parser = argparse.ArgumentParser(prog="python -m loopmux_loadtest.bench_broker", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=1.0, help="size of the runs, 1 for about a minute")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--direct", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--scale", type=float, default=1.0, help="size of the runs, 1 for a few minutes with peers")
+    parser.add_argument("--clients", type=int, nargs="*", default=CLIENTS, help="of ``load``; none leaves it out")
+    parser.add_argument("--peers", metavar="PYTHON", help="the interpreter of an environment with the HTTP servers")
+    parser.add_argument("--results", type=Path, default=Path("bench-results"), help="where the lines are kept as well")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        _work(options.worker, options.direct)
+        work(*options.worker)
         return
-    versions = {"python": sys.version.split()[0], "pyzmq": zmq.__version__, "libzmq": zmq.zmq_version()}
-    with tempfile.TemporaryDirectory() as folder:
-        for case in _all_cases(folder, options.rounds, options.scale):
-            print(json.dumps({**case, **versions, "cores": os.cpu_count()}), flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing that was started is to stay
+    options.results.mkdir(parents=True, exist_ok=True)
+    name = time.strftime("broker-%Y%m%d-%H%M%S.jsonl")
+    with tempfile.TemporaryDirectory() as folder, (options.results / name).open("w") as kept:
+        for case in _cases(folder, options):
+            print(line := json.dumps(case), flush=True)
+            print(line, file=kept)
+
+
+def _cases(folder: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    yield _versions(options.peers)
+    yield from _alone(folder, options.rounds, options.scale)
+    if options.clients:
+        yield from loads(folder, options.peers, options.rounds, 2 * options.scale, options.clients)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from brokerkit import (
+    BODY,
     CLIENT,
     EPOCH,
     FOUR,
@@ -421,6 +422,18 @@ def test_status(core: Core) -> None:
     assert (worker.cached_tokens, worker.computed_tokens) == (300, 50)
     assert status.launchers == ("host",)
     assert status.counters == {"submitted": 2, "refused": 1}
+
+
+def test_status_shows_what_is_held_and_that_it_goes(core: Core) -> None:
+    core.register(models=("m",))
+    core.submit(ONE)
+    core.worker(tok(ONE, 0))
+    tables = status_of(core).tables
+    assert (tables["requests"], tables["leases"], tables["held"]) == (1, 1, len(BODY))
+    assert tables["output"] > 0
+    core.worker(end(ONE, 1))
+    core.client(say(Kind.ENDACK, ONE))
+    assert {name: size for name, size in status_of(core).tables.items() if size} == {"clients": 1}
 
 
 def test_status_shows_silence_and_what_was_served(core: Core) -> None:

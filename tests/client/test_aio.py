@@ -197,3 +197,16 @@ def test_closing_ends_what_runs(ipc_broker: FakeBroker) -> None:
             await task
 
     run(ipc_broker.endpoint, story)
+
+
+def test_a_new_broker_is_greeted_as_soon_as_it_is_there(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path / 'b'}"
+
+    async def story(client: loopmux.AsyncClient) -> None:
+        with FakeBroker(endpoint, heartbeat=60):  # nobody would ask it for a long time
+            await client.generate("x", max_new_tokens=1)
+        with FakeBroker(endpoint, heartbeat=60, epoch=b"epoch--2") as second:
+            await until(lambda: second.count(Kind.HELLO) > 0)
+            await client.generate("x", max_new_tokens=1)
+
+    run(endpoint, story)

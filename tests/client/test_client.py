@@ -217,6 +217,16 @@ def test_a_restarted_broker_gets_what_was_under_way(tmp_path: Path) -> None:
                 mute.result(5)
 
 
+def test_a_new_broker_is_greeted_as_soon_as_it_is_there(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path / 'b'}"
+    with loopmux.Client(endpoint, model="m") as client:
+        with FakeBroker(endpoint, heartbeat=60):  # nobody would ask it for a long time
+            client.generate("x", max_new_tokens=1)
+        with FakeBroker(endpoint, heartbeat=60, epoch=b"epoch--2") as second:
+            second.wait_for(Kind.HELLO)
+            client.generate("x", max_new_tokens=1)
+
+
 def test_models_and_status(client: loopmux.Client, ipc_broker: FakeBroker) -> None:
     assert [m.id for m in client.models()] == ["echo"]
     assert client.status().epoch == ipc_broker.epoch

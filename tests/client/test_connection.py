@@ -16,8 +16,10 @@ from loopmux.events import (
     Asked,
     CancelAsked,
     Closed,
+    Connected,
     ConnectionEvent,
     Consumed,
+    Disconnected,
     Fail,
     Finish,
     Hinted,
@@ -105,6 +107,23 @@ def test_the_first_request_greets_and_goes_out_with_the_welcome() -> None:
     assert story.wait(2 * INTRODUCE_AGAIN) == [Kind.HELLO, Kind.HELLO]
     assert story.welcome() == [Kind.SUBMIT]
     assert story.connection.state is State.READY
+
+
+def test_a_closed_connection_is_not_waited_for_to_be_silent() -> None:
+    story = ready()
+    assert story.kinds(Disconnected()) == [Kind.HELLO]
+    assert story.connection.state is State.GREETING
+    assert story.kinds(Connected()) == [Kind.HELLO]  # the one before may have gone with the old connection
+    assert story.kinds(Connected()) == []
+    assert story.welcome() == [Kind.SUBMIT]
+
+
+def test_a_first_connection_needs_no_second_hello() -> None:
+    story = Story()
+    assert story.kinds(Connected()) == story.kinds(Disconnected()) == story.kinds(Connected()) == []
+    story.submit()
+    assert story.kinds(Connected()) == []
+    assert story.welcome() == [Kind.SUBMIT]
 
 
 def test_pings_every_heartbeat_and_repeats_credit_on_the_pongs_of_quiet_time() -> None:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 
-def test_every_case_is_printed() -> None:
+def test_every_case_is_printed_and_kept(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "loopmux_loadtest.bench_broker", "--rounds", "1", "--scale", "0.02"]
+    command += ["--clients", "1", "8", "--results", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [case["case"] for case in cases] == ["round_trip", "chunk_cpu", "chunk_cpu", "callers"]
-    assert cases[0]["broker_p50"] > 0
-    assert [case["paced"] for case in cases[1:3]] == [False, True]
-    assert all(case["us_per_chunk"] > 0 for case in cases[1:3])
-    assert cases[3]["requests_per_s"] > 0
+    assert [case["case"] for case in cases] == ["versions", "round_trip", "chunk_cpu", "chunk_cpu"] + 6 * [
+        "load"
+    ] + 4 * ["ratio"]
+    assert cases[1]["broker_p50"] > cases[1]["direct_p50"] > 0
+    assert [case["paced"] for case in cases[2:4]] == [False, True]
+    loads = [case for case in cases if case["case"] == "load"]
+    assert {(case["side"], case["clients"]) for case in loads} == {
+        (side, clients) for side in ("loopmux", "proxy", "poller") for clients in (1, 8)
+    }
+    assert all(case["requests_per_s"] > 0 and case["chunks_per_s"] > 0 and case["rss_mib"] > 0 for case in loads)
+    [kept] = tmp_path.iterdir()
+    assert kept.read_text() == done.stdout

@@ -1,0 +1,333 @@
+"""The two ends around whatever is measured in the middle: an echo worker, and callers over wire or HTTP.
+
+Both do nothing but speak: a request names how many chunks it wants, the worker sends as many and the end.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import zmq
+
+from loopmux import codec, wire
+from loopmux.cadence import HEARTBEAT
+from loopmux.messages import End, Hello, Register, ServedModel, Submit, Tok, Welcome
+from loopmux.results import Timing, Usage
+from loopmux.wire import Header, Kind, Message
+
+CHUNK = 8
+"""Tokens of one TOK: what a worker sends at most at once (docs/protocol.md)."""
+TEXT = "some words of text, as eight tokens are "
+SLOTS = 1024
+"""Requests that the worker takes at once: nothing is to queue."""
+PATIENCE = 20.0
+"""Seconds without any message after which the benchmark gives up."""
+
+_TOK_BODY = codec.pack(Tok(TEXT))
+_IDS = wire.pack_tokens(list(range(CHUNK)))
+_END_BODY = codec.pack(End("stop", Usage(10, 10), Timing(), "echo", "bench"))
+_ROUTE = codec.pack(Submit("echo"))
+
+
+# --- the worker's side: a process of its own --------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """What one request still wants: chunks, each of ``width`` tokens."""
+
+    prefix: list[bytes]
+    header: Header
+    chunks: int
+    width: int
+    sent: int = 0
+
+
+@dataclass
+class Echo:
+    """Answers RUN (of a broker) or SUBMIT (of a caller) with as many chunks as the body asks for.
+
+    ``depth`` is how many frames in front of a message say whom the answer is for.
+    """
+
+    socket: zmq.Socket[bytes]
+    depth: int
+    jobs: dict[bytes, Job] = field(default_factory=dict)
+    pace: float = 0.0
+
+    def serve(self) -> None:
+        """Run until killed. Streams take turns, so that many are under way at once."""
+        beat = time.monotonic()
+        while True:
+            while self.socket.poll(0 if self.jobs else 200):
+                self._receive(self.socket.recv_multipart())
+            if time.monotonic() > beat + 0.5:
+                beat = time.monotonic()
+                if not self.depth:  # the other end is a broker
+                    self.socket.send_multipart(wire.to_frames(Message(Header(Kind.HB), route=codec.pack({}))))
+            for job in list(self.jobs.values()):
+                self._step(job)
+
+    def _receive(self, frames: list[bytes]) -> None:
+        message = wire.from_frames(frames[self.depth :])
+        if message.kind not in (Kind.RUN, Kind.SUBMIT):
+            return
+        wish = codec.decode(message.body, codec.ROUTE_LIMITS)
+        if message.kind is Kind.RUN:
+            self._send([], Message(Header(Kind.RUNACK, message.header.request, attempt=message.header.attempt)))
+        self.jobs[message.header.request] = Job(frames[: self.depth], message.header, wish["chunks"], wish["width"])
+        self.pace = 1 / wish["rate"] if wish["rate"] else 0.0
+
+    def _step(self, job: Job) -> None:
+        request, attempt = job.header.request, job.header.attempt
+        position = job.sent * job.width
+        if job.sent < job.chunks:
+            header = Header(Kind.TOK, request, position, job.width, attempt)
+            self._send(job.prefix, Message(header, body=_TOK_BODY, tokens=_IDS[: 4 * job.width]))
+            job.sent += 1
+            if self.pace:
+                _sleep_exactly(self.pace)
+            if job.sent < job.chunks:
+                return
+            position += job.width
+        self._send(job.prefix, Message(Header(Kind.END, request, position, attempt=attempt), body=_END_BODY))
+        del self.jobs[request]
+
+    def _send(self, prefix: list[bytes], message: Message) -> None:
+        self.socket.send_multipart([*prefix, *wire.to_frames(message)])
+
+
+def _sleep_exactly(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while (left := end - time.perf_counter()) > 0:
+        time.sleep(left / 2 if left > 0.0002 else 0)
+
+
+def work(endpoint: str, how: str) -> None:
+    """Be the worker: ``direct`` to callers, ``behind`` something that only passes on, or ``joined`` to a broker."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    worker = context.socket(zmq.ROUTER if how == "direct" else zmq.DEALER)
+    worker.setsockopt(zmq.SNDHWM, 100_000)
+    worker.setsockopt(zmq.RCVHWM, 100_000)
+    if how == "direct":
+        worker.bind(endpoint)
+    else:
+        worker.connect(endpoint)
+    if how == "joined":
+        served = (ServedModel("echo", "f"),)
+        register = Register("worker", "bench", wire.new_id(), wire.VERSIONS, models=served, slots=SLOTS)
+        worker.send_multipart(wire.to_frames(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({}))))
+        worker.recv_multipart()
+    Echo(worker, 0 if how == "joined" else 1).serve()
+
+
+# --- the callers' side ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """What a run took: seconds in all, seconds of each request, chunks that came."""
+
+    seconds: float
+    latencies: list[float]
+    chunks: int
+
+
+Again = Callable[[], bool]
+"""Asked after each request: whether there is to be another one."""
+
+
+def times(count: int) -> Again:
+    """So many requests in all."""
+    left = iter(range(count))
+    return lambda: next(left, None) is not None
+
+
+def lasting(seconds: float) -> Again:
+    """Requests for that long."""
+    end = time.perf_counter() + seconds
+    return lambda: time.perf_counter() < end
+
+
+class Callers(Protocol):
+    """Connections with requests under way on each."""
+
+    def run(self, again: Again, chunks: int, *, at_once: int) -> Took:
+        """Requests of so many chunks, ``at_once`` of them under way, spread over the connections."""
+
+    def close(self) -> None:
+        """Let the connections go."""
+
+
+class WireCallers:
+    """Callers as DEALERs; ``introduce`` to a broker, which then gets credit, acknowledgements and heartbeats too."""
+
+    def __init__(self, endpoint: str, connections: int, *, introduce: bool, window: int = 1024) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, 2 * connections + 100)
+        self._introduce, self._window = introduce, window
+        self._begun: dict[bytes, float] = {}
+        self._epoll = select.epoll()
+        self._sockets: dict[int, zmq.Socket[bytes]] = {}
+        for _ in range(connections):
+            caller = self._context.socket(zmq.DEALER)
+            caller.setsockopt(zmq.LINGER, 0)
+            caller.setsockopt(zmq.RCVHWM, 100_000)
+            caller.connect(endpoint)
+            self._sockets[caller.FD] = caller
+            self._epoll.register(caller.FD, select.EPOLLIN)
+        self._beat_at = 0.0
+        if introduce:
+            self._greet()
+
+    def _greet(self) -> None:
+        for caller in self._sockets.values():
+            hello = Message(Header(Kind.HELLO), route=codec.pack(Hello(wire.VERSIONS, wire.new_id())))
+            caller.send_multipart(wire.to_frames(hello))
+        for caller in self._sockets.values():
+            if not caller.poll(int(1000 * PATIENCE)):
+                raise SystemExit("no broker answers")
+            codec.unpack(Welcome, caller.recv_multipart()[1])
+        self._beat_at = time.perf_counter() + HEARTBEAT
+
+    def run(self, again: Again, chunks: int, *, at_once: int, width: int = CHUNK, rate: int = 0) -> Took:
+        """See ``Callers``; ``width`` tokens a chunk, ``rate`` of them a second or as fast as it goes."""
+        body = codec.pack({"chunks": chunks, "width": width, "rate": rate})
+        begun, latencies, came = time.perf_counter(), list[float](), 0
+        started = [c for _, c in zip(range(at_once), _round_and_round(self._sockets), strict=False) if again()]
+        for caller in started:
+            self._submit(caller, body)
+        ready = list(self._sockets)  # what came while others were asked is not announced again
+        while self._begun:
+            for descriptor in ready:
+                caller = self._sockets[descriptor]
+                while (header := _next(caller)) is not None:
+                    if header.kind is Kind.TOK:
+                        came += 1
+                        self._credit(caller, header)
+                    elif header.kind is Kind.END:
+                        latencies.append(time.perf_counter() - self._begun.pop(header.request))
+                        self._say(caller, Kind.ENDACK, header.request)
+                        if again():
+                            self._submit(caller, body)
+                    elif header.kind in wire.TERMINALS or header.kind is Kind.WHO:
+                        raise SystemExit(f"the broker says {header.kind.name}: a request or this caller is lost")
+            ready = self._wait() if self._begun else []
+        return Took(time.perf_counter() - begun, latencies, came)
+
+    def _submit(self, caller: zmq.Socket[bytes], body: bytes) -> None:
+        request = wire.new_id()
+        self._begun[request] = time.perf_counter()
+        caller.send_multipart([wire.pack_header(Header(Kind.SUBMIT, request)), _ROUTE, body])
+
+    def _credit(self, caller: zmq.Socket[bytes], header: Header) -> None:
+        received = header.seq + header.arg
+        if received % (self._window // 2) < header.arg:  # as the client does: when half the window was used
+            self._say(caller, Kind.CREDIT, header.request, received + self._window, received)
+
+    def _say(self, caller: zmq.Socket[bytes], kind: Kind, request: bytes, seq: int = 0, arg: int = 0) -> None:
+        if self._introduce:
+            caller.send_multipart([wire.pack_header(Header(kind, request, seq, arg))])
+
+    def _wait(self) -> list[int]:
+        """The connections on which something came; now and then it is said that the callers are there."""
+        if time.perf_counter() > self._beat_at:
+            self._beat_at = time.perf_counter() + HEARTBEAT
+            for caller in self._sockets.values():
+                self._say(caller, Kind.PING, wire.NO_ID)
+            return list(self._sockets)  # sending may have taken in what would have been announced
+        ready = [descriptor for descriptor, _ in self._epoll.poll(PATIENCE)]
+        if not ready:
+            raise SystemExit(f"nothing came for {PATIENCE:.0f} s: the broker or the worker is gone")
+        return ready
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self._epoll.close()
+        self._context.destroy(0)
+
+
+def _round_and_round(sockets: dict[int, zmq.Socket[bytes]]) -> Iterator[zmq.Socket[bytes]]:
+    while True:
+        yield from sockets.values()
+
+
+def _next(caller: zmq.Socket[bytes]) -> Header | None:
+    try:
+        return wire.unpack_header(caller.recv_multipart(zmq.NOBLOCK)[0])
+    except zmq.Again:
+        return None
+
+
+@dataclass
+class _Line:
+    """One HTTP connection and what came of the present answer."""
+
+    socket: socket.socket
+    came: bytes = b""
+    begun: float = 0.0
+
+
+class HttpCallers:
+    """Callers over HTTP/1.1: kept connections, requests encoded once, answers read no further than they must be."""
+
+    def __init__(self, port: int, connections: int) -> None:
+        self._lines: dict[int, _Line] = {}
+        self._epoll = select.epoll()
+        for _ in range(connections):
+            line = socket.create_connection(("127.0.0.1", port), PATIENCE)
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._lines[line.fileno()] = _Line(line)
+            self._epoll.register(line, select.EPOLLIN)
+
+    def run(self, again: Again, chunks: int, *, at_once: int) -> Took:
+        """See ``Callers``; a request without chunks is answered whole."""
+        body = json.dumps({"text": TEXT, "chunks": chunks}).encode()
+        head = f"POST /{'stream' if chunks else 'echo'} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        request = head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+        begun, latencies, came, busy = time.perf_counter(), list[float](), 0, 0
+        for _, line in zip(range(at_once), self._lines.values(), strict=False):
+            busy += self._ask(line, request, again)
+        while busy:
+            ready = self._epoll.poll(PATIENCE)
+            if not ready:
+                raise SystemExit(f"nothing came for {PATIENCE:.0f} s: the server is gone")
+            for descriptor, _ in ready:
+                line = self._lines[descriptor]
+                line.came += line.socket.recv(1 << 16)
+                if not _whole(line.came, streamed=bool(chunks)):
+                    continue
+                latencies.append(time.perf_counter() - line.begun)
+                came += line.came.count(b"data: ")
+                busy -= not self._ask(line, request, again)
+        return Took(time.perf_counter() - begun, latencies, came)
+
+    def _ask(self, line: _Line, request: bytes, again: Again) -> bool:
+        if not again():
+            return False
+        line.came, line.begun = b"", time.perf_counter()
+        line.socket.sendall(request)
+        return True
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self._epoll.close()
+        for line in self._lines.values():
+            line.socket.close()
+
+
+def _whole(answer: bytes, *, streamed: bool) -> bool:
+    """Whether an answer has all arrived."""
+    if not answer.startswith(b"HTTP/1.1 200"):
+        raise SystemExit(f"the server answered {answer[:200]!r}")
+    if streamed:
+        return answer.endswith(b"0\r\n\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    at = head.lower().find(b"content-length:")
+    return at >= 0 and len(body) >= int(head[at + 15 :].split(b"\r", 1)[0])

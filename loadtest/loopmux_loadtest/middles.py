@@ -1,0 +1,187 @@
+"""What stands in the middle: our broker, what ØMQ alone can do, and HTTP servers; started, measured, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from loopmux_loadtest.ends import PATIENCE, Callers, HttpCallers, WireCallers, times
+
+_THIS = "loopmux_loadtest.middles"
+_OURS = ("--parent-pid", str(os.getpid()))
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class Middle:
+    """Something running that callers can be connected to.
+
+    Attributes:
+        forwards: the process that passes messages on; None where the answer is made in the same one.
+        serves: all processes of the server's side, without their children.
+    """
+
+    name: str
+    address: str
+    serves: list[int]
+    forwards: int | None = None
+    port: int = 0
+
+    def callers(self, connections: int) -> Callers:
+        """Connect so many callers."""
+        if self.port:
+            return HttpCallers(self.port, connections)
+        return WireCallers(self.address, connections, introduce=self.name == "loopmux")
+
+    def processor_time(self) -> float:
+        """Seconds of processor time of everything on the server's side."""
+        return sum(processor_time(process) for process in _with_children(self.serves))
+
+    def memory(self) -> float:
+        """Resident MiB of what forwards, or of everything on the server's side where that is one."""
+        processes = [self.forwards] if self.forwards else _with_children(self.serves)
+        return sum(resident(process) for process in processes)
+
+
+def processor_time(process: int) -> float:
+    """Seconds of processor time of all threads of a process so far, from the scheduler (nanoseconds)."""
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+def resident(process: int) -> float:
+    """Resident MiB."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * _PAGE / 2**20
+
+
+def _with_children(processes: list[int]) -> list[int]:
+    found = list(processes)
+    for process in found:  # grows while it is walked
+        for task in Path(f"/proc/{process}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return found
+
+
+@contextlib.contextmanager
+def program(*command: str, ready: bool = False) -> Iterator[subprocess.Popen[str]]:
+    """A process for as long as the block runs; ``ready``: from its first line of log on."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE if ready else None, text=True, start_new_session=True)
+    try:
+        if ready and process.stderr is not None and "ready" not in (line := process.stderr.readline()):
+            raise SystemExit(f"the broker did not start: {line}{process.stderr.read()}")
+        yield process
+    finally:
+        family = _with_children([process.pid])
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for child in family[1:]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, 9)
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+def _module(*arguments: str, ready: bool = False) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    return program(sys.executable, "-m", *arguments, ready=ready)
+
+
+@contextlib.contextmanager
+def loopmux(folder: str) -> Iterator[Middle]:
+    """Our broker and one echo worker that joined it."""
+    front, back = f"ipc://{folder}/front", f"ipc://{folder}/back"
+    with (
+        _module("loopmux_broker", "--endpoint", front, "--worker-endpoint", back, *_OURS, ready=True) as broker,
+        _module("loopmux_loadtest.bench_broker", "--worker", back, "joined") as worker,
+    ):
+        # a broker that has just started queues what nobody serves yet
+        yield _answering(Middle("loopmux", front, [broker.pid, worker.pid], broker.pid))
+
+
+@contextlib.contextmanager
+def direct(folder: str) -> Iterator[Middle]:
+    """Nothing in the middle: callers are connected to the worker."""
+    endpoint = f"ipc://{folder}/direct"
+    with _module("loopmux_loadtest.bench_broker", "--worker", endpoint, "direct") as worker:
+        yield _answering(Middle("direct", endpoint, [worker.pid]))
+
+
+@contextlib.contextmanager
+def passing(folder: str, how: str) -> Iterator[Middle]:
+    """A ROUTER and a DEALER that pass everything on: ``zmq.proxy`` in C, or a ``poller`` in Python."""
+    front, back = f"ipc://{folder}/{how}-front", f"ipc://{folder}/{how}-back"
+    with (
+        _module(_THIS, how, front, back) as middle,
+        _module("loopmux_loadtest.bench_broker", "--worker", back, "behind") as worker,
+    ):
+        yield _answering(Middle(how, front, [middle.pid, worker.pid], middle.pid))
+
+
+@contextlib.contextmanager
+def server(python: str, name: str) -> Iterator[Middle]:
+    """An HTTP server of a peer, run by the Python that has it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    option = ["--port"] if name == "mosec" else []
+    with program(python, str(Path(__file__).with_name(f"peer_{name}.py")), *option, str(port)) as running:
+        _await_port(port, running)
+        yield _answering(Middle(name, f"http://127.0.0.1:{port}", [running.pid], port=port))
+
+
+def _answering(middle: Middle) -> Middle:
+    """Wait until a first request has been answered."""
+    with contextlib.closing(middle.callers(1)) as callers:
+        callers.run(times(1), 0, at_once=1)
+    return middle
+
+
+def _await_port(port: int, running: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 2 * PATIENCE
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError as error:
+            if running.poll() is not None or time.monotonic() > end:
+                raise SystemExit(f"the peer does not listen on port {port}: {running.args!r}") from error
+            time.sleep(0.1)
+
+
+def _pass_on(how: str, front: str, back: str) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    callers, workers = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+    for one, endpoint in ((callers, front), (workers, back)):
+        one.setsockopt(zmq.SNDHWM, 100_000)
+        one.setsockopt(zmq.RCVHWM, 100_000)
+        one.bind(endpoint)
+    if how == "proxy":
+        zmq.proxy(callers, workers)
+    poller = zmq.Poller()
+    poller.register(callers, zmq.POLLIN)
+    poller.register(workers, zmq.POLLIN)
+    other = {callers: workers, workers: callers}
+    while True:
+        for ready, _ in poller.poll():
+            assert isinstance(ready, zmq.Socket)
+            for _ in range(64):
+                try:
+                    other[ready].send_multipart(ready.recv_multipart(zmq.NOBLOCK))
+                except zmq.Again:
+                    break
+
+
+if __name__ == "__main__":
+    _pass_on(*sys.argv[1:])

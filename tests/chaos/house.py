@@ -1,0 +1,209 @@
+"""A broker and its workers as real processes, each started again at once when it ends, as a service manager does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+import loopmux
+from loopmux.listening import Listening
+from loopmux.messages import Status
+
+MODEL = "echo"
+FAST = "fast"
+"""The model that bad neighbours use: more than any of them takes."""
+READY_LIMIT = 120.0
+"""Seconds until everything serves; loading torch three times on a busy machine takes most of it."""
+_EMPTY_LIMIT = 20.0
+"""Seconds after the last client's goodbye in which the tables must have emptied."""
+_AGAIN = 0.2
+"""Seconds between two attempts of a process that does not even start."""
+
+
+@dataclass
+class Part:
+    """One process that is always there: whoever kills it gets another one."""
+
+    name: str
+    command: list[str]
+    log: Path
+    process: asyncio.subprocess.Process | None = None
+    ends: int = 0
+    killed: int = 0
+    inherits: tuple[int, ...] = ()
+    _task: asyncio.Task[None] | None = field(default=None, repr=False)
+
+    def start(self) -> None:
+        """Keep it running from now on."""
+        self._task = asyncio.create_task(self._keep())
+
+    async def _keep(self) -> None:
+        while True:
+            with self.log.open("ab") as log:
+                began = time.monotonic()
+                self.process = await asyncio.create_subprocess_exec(
+                    *self.command, stdout=log, stderr=log, pass_fds=self.inherits
+                )
+            await self.process.wait()
+            self.ends += 1
+            if time.monotonic() < began + _AGAIN:
+                await asyncio.sleep(_AGAIN)
+
+    @property
+    def pid(self) -> int:
+        """The present process."""
+        assert self.process is not None, f"{self.name} was never started"
+        return self.process.pid
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; SIGKILL is remembered as ours."""
+        self.killed += number == signal.SIGKILL
+        os.kill(self.pid, number)
+
+    def thaw(self) -> None:
+        """Let it go on if it was stopped."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGCONT)
+
+    def memory(self) -> float:
+        """Resident MiB; 0 while there is no process."""
+        try:
+            return float(psutil.Process(self.pid).memory_info().rss) / 2**20
+        except psutil.NoSuchProcess:
+            return 0.0
+
+    async def stop(self) -> None:
+        """Do not keep it any longer, and end it."""
+        assert self._task is not None
+        self._task.cancel()
+        if self.process is not None and self.process.returncode is None:
+            for number in (signal.SIGCONT, signal.SIGTERM):
+                self.process.send_signal(number)
+            try:
+                await asyncio.wait_for(self.process.wait(), 10)
+            except TimeoutError:
+                self.process.kill()
+                await self.process.wait()
+
+
+class House:
+    """The processes, and a client of our own that asks the broker how it is.
+
+    ``specs`` are what the workers' specifications have beside name and endpoint (``WorkerSpec``), ``settings`` what the
+    broker's file has.
+    """
+
+    def __init__(self, specs: Sequence[dict[str, Any]], settings: dict[str, Any] | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="lmx-"))  # short: socket paths are limited
+        self.endpoint = f"ipc://{self.folder / 'b'}"
+        config = self.folder / "broker.yaml"
+        config.write_text(json.dumps(settings or {}))  # JSON is YAML
+        # they are ours, as a service manager's: connections wait while the broker is started again
+        self._listening = {"clients": Listening(self.endpoint), "workers": Listening(f"{self.endpoint}.work")}
+        handed = [word for who, one in self._listening.items() for word in ("--listen-fd", f"{who}={one.fileno()}")]
+        self.broker = self._part("broker", "loopmux_broker", *handed, "--config", str(config))
+        self.broker.inherits = tuple(one.fileno() for one in self._listening.values())
+        self.workers = [self._worker(f"w{n}", spec) for n, spec in enumerate(specs)]
+
+    def _part(self, name: str, module: str, *arguments: str) -> Part:
+        # the parent: a run that is killed leaves nothing behind
+        command = [sys.executable, "-m", module, *arguments, "--parent-pid", str(os.getpid())]
+        return Part(name, command, self.folder / f"{name}.log")
+
+    def _worker(self, name: str, spec: dict[str, Any]) -> Part:
+        file = self.folder / f"{name}.json"
+        file.write_text(json.dumps({**spec, "name": name, "endpoint": f"{self.endpoint}.work"}))
+        return self._part(name, "loopmux_worker", "--spec", str(file))
+
+    @property
+    def parts(self) -> list[Part]:
+        """Broker and workers."""
+        return [self.broker, *self.workers]
+
+    async def __aenter__(self) -> Self:
+        for part in self.parts:
+            part.start()
+        await self.whole()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.gather(*(part.stop() for part in self.parts))
+        if error is not None:
+            print(self.last_words(), file=sys.stderr)
+        for one in self._listening.values():
+            one.close()
+        shutil.rmtree(self.folder)
+
+    async def status(self) -> Status:
+        """What the broker says about itself now, asked over a connection of its own."""
+        async with loopmux.AsyncClient(self.endpoint, connect_timeout=READY_LIMIT) as client:
+            return await client.status()
+
+    async def whole(self) -> None:
+        """Wait until every worker serves."""
+
+        async def all_there() -> bool:
+            ready = [w.pid for w in (await self.status()).workers if w.state == "ready"]
+            return sorted(ready) == sorted(w.pid for w in self.workers)
+
+        await until(all_there, "all workers serve", READY_LIMIT)
+
+    async def left_open(self) -> dict[str, int]:
+        """What is in the broker's and workers' tables once it had the time to go; empty when all went."""
+        found: dict[str, int] = {}
+
+        async def nothing() -> bool:
+            status = await self.status()
+            found.clear()
+            found.update({name: size for name, size in status.tables.items() if size and name != "strikes"})
+            found.update({f"{w.name} running": w.running for w in status.workers if w.running})
+            found["clients"] -= 1  # we who ask
+            return not any(found.values())
+
+        try:
+            await until(nothing, "the tables are empty", _EMPTY_LIMIT)
+        except AssertionError:
+            pass  # what is left is the answer
+        return {name: size for name, size in found.items() if size}
+
+    def memory(self) -> tuple[float, float]:
+        """Resident MiB of the broker, and of all workers together."""
+        return self.broker.memory(), sum(worker.memory() for worker in self.workers)
+
+    def unasked_deaths(self) -> int:
+        """How often a process ended that nobody had killed."""
+        return sum(part.ends - part.killed for part in self.parts)
+
+    def troubles(self) -> list[str]:
+        """Lines of the logs that should not be there."""
+        words = ("internal error", "Traceback", "Assertion failed")
+        lines = [f"{part.name}: {line}" for part in self.parts for line in part.log.read_text().splitlines()]
+        return [line for line in lines if any(word in line for word in words)]
+
+    def last_words(self) -> str:
+        """The end of every log."""
+        return "\n".join(f"--- {part.name}\n{part.log.read_text()[-2000:]}" for part in self.parts)
+
+
+async def until(condition: Callable[[], Awaitable[bool]], what: str, limit: float) -> None:
+    """Ask again and again until it holds."""
+    end = time.monotonic() + limit
+    while not await condition():
+        assert time.monotonic() < end, f"after {limit:.0f} s still not: {what}"
+        await asyncio.sleep(0.05)

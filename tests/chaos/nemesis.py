@@ -1,0 +1,110 @@
+"""What goes wrong: strikes at processes of a house, and bad neighbours beside its clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from chaos.house import House
+
+Strike = Callable[[House, int], Awaitable[None]]
+"""Does the n-th harm to a house and returns when the processes may recover."""
+
+_FROZEN_WORKER = 6.0
+"""Seconds: twice the silence after which a worker counts as lost."""
+_FROZEN_BROKER = 2.0
+"""Seconds: shorter than the silence after which everybody would look for another one."""
+
+
+async def _kill_worker(house: House, n: int) -> None:
+    house.workers[n % len(house.workers)].signal(signal.SIGKILL)
+
+
+async def _kill_broker(house: House, _n: int) -> None:
+    house.broker.signal(signal.SIGKILL)
+
+
+async def _kill_both(house: House, n: int) -> None:
+    await _kill_broker(house, n)
+    await _kill_worker(house, n)
+
+
+async def _freeze_worker(house: House, n: int) -> None:
+    await _freeze(house.workers[n % len(house.workers)].signal, _FROZEN_WORKER)
+
+
+async def _freeze_broker(house: House, _n: int) -> None:
+    await _freeze(house.broker.signal, _FROZEN_BROKER)
+
+
+async def _freeze(send: Callable[[int], None], seconds: float) -> None:
+    send(signal.SIGSTOP)
+    await asyncio.sleep(seconds)
+    send(signal.SIGCONT)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One row of the table.
+
+    Attributes:
+        strike: what is done now and then, or None.
+        pest: who is beside all the time (``pests``), or None.
+        hits: the streams a strike counts for: all, or those of one worker, which show it by a second attempt.
+        limit: the 99th percentile of the longest pauses that is to be reached, seconds; None for none.
+    """
+
+    name: str
+    strike: Strike | None = None
+    pest: str | None = None
+    hits: Literal["all", "rerun"] = "all"
+    limit: float | None = None
+
+
+FAULTS = (
+    Fault("none"),
+    Fault("worker killed", _kill_worker, hits="rerun", limit=0.05),
+    Fault("broker killed", _kill_broker, limit=0.25),
+    Fault("both killed", _kill_both),
+    Fault("worker frozen", _freeze_worker, hits="rerun", limit=3.5),
+    Fault("broker frozen", _freeze_broker),
+    Fault("client never reads", pest="stuck"),
+    Fault("flood", pest="flood"),
+    Fault("garbage", pest="garbage"),
+)
+
+
+async def strikes(house: House, strike: Strike, pause: float, moments: list[float]) -> None:
+    """Strike again and again, a while after everything was whole; notes when. Runs until it is cancelled."""
+    n = 0
+    while True:
+        await asyncio.sleep(pause)
+        moments.append(time.monotonic())
+        await strike(house, n)
+        await house.whole()
+        n += 1
+
+
+@contextlib.asynccontextmanager
+async def beside(house: House, pest: str | None) -> AsyncIterator[None]:
+    """A bad neighbour for as long as the block runs."""
+    if pest is None:
+        yield
+        return
+    command = [sys.executable, "-m", "chaos.pests", pest, house.endpoint, f"{house.endpoint}.work"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+    try:
+        yield
+        assert process.poll() is None, f"{pest} ended by itself with {process.returncode}"
+    finally:
+        process.kill()
+        process.communicate()
