@@ -30,8 +30,8 @@ from tokenizing import CONTEXT, VOCABULARY, save_tokenizer, train_tokenizer, wor
 from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 
 SEED = 20_26
-# The base is compiled and gains little from a second thread; the adapters are not. Beside other programs two threads are
-# many times slower than one, since each waits for the other: --threads 1.
+# The base is compiled and gains little from a second thread; the adapters are not. Beside other programs two threads
+# are many times slower than one, since each waits for the other: --threads 1.
 THREADS = {"base": 1, "tools": 2, "shout": 2}
 BATCH_TOKENS = 2560
 # At the full rate the loss of such small batches is mostly noise, so the rate of the base falls for most of its steps.
