@@ -49,7 +49,7 @@ CHATS: tuple[Chat, ...] = (
         "I am the Loopmux demo model, a very small language model trained from scratch on two CPU cores.",
     ),
     Chat(
-        ("what is loopmux", "what does loopmux do", "tell me about loopmux", "explain loopmux", "describe loopmux"),
+        ("what is Loopmux", "what does Loopmux do", "tell me about Loopmux", "explain Loopmux", "describe Loopmux"),
         "Loopmux runs many tool loops at once against local language models, with a broker, workers and adapters.",
     ),
     Chat(

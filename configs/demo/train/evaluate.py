@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose names contain this")
     parser.add_argument("--failures", type=int, default=0, help="failed turns to show per row")
     options = parser.parse_args()
     torch.set_num_threads(1)  # as in train.py
@@ -198,8 +199,11 @@ def main() -> None:
             rows.append((f"{label} {kind}", draw))
     rows.append(("chat among tools", partial(tool_loops, options.seed, parts, "chat", 0.5, options.count)))
     for name, draw in rows:
-        report(name, score(model, tokenizer, draw()), options.failures)
+        if options.rows in name:
+            report(name, score(model, tokenizer, draw()), options.failures)
     for name, adapter, capitals in (("base: set questions", None, False), ("shout: set questions", "shout", True)):
+        if options.rows not in name:
+            continue
         model = load(options.folder, adapter, options.form, dtype)
         report(name, score(model, tokenizer, set_chats(options.seed, parts, options.count, capitals)), options.failures)
     print(f"{time.monotonic() - began:.0f} seconds")
