@@ -12,7 +12,9 @@ engine took; then for each batch, with random prompts, greedy and without an end
   read and written,
 - ``generate_ms``: a step of transformers' own ``generate()`` on the same device, all prompts in one static batch,
   with ``generate_of_copy`` its share,
-- ``adapters_ms``: our step with ``--adapters`` of rank 16 mixed in the batch.
+- ``adapters_ms``: our step with ``--adapters`` of rank 16 mixed in the batch,
+- with ``--profile`` a line of its own: the operators that such a step spends most of its processor time in, with their
+  shares of it.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from loopmux import weightfiles
@@ -40,6 +44,8 @@ from loopmux_worker.engine.slots.engine import SlotsEngine
 
 _COPIED = {"cuda": 2**32, "cpu": 2**28}
 """Bytes of the tensor whose copying is timed: more than any cache holds."""
+_LARGEST = 8
+"""Operators that a profile names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,7 @@ class Bench:
     new: int
     most: int
     adapters: int
+    profiled: bool
 
     def engine(self) -> SlotsEngine:
         """Ours, warm."""
@@ -119,8 +126,10 @@ class Bench:
         """Random prompts, other ones in every call, so that no state is found."""
         return [[random.randrange(10, 15_000) for _ in range(self.prompt)] for _ in range(batch)]  # noqa: S311
 
-    def ours(self, engine: Engine, batch: int, adapters: int = 0) -> dict[str, float]:
-        """A batch in our engine: prefill, then steps in which every request decodes."""
+    def ours(
+        self, engine: Engine, batch: int, adapters: int = 0, around: AbstractContextManager[Any] | None = None
+    ) -> dict[str, float]:
+        """A batch in our engine: prefill, then steps in which every request decodes, with ``around`` entered."""
         jobs = []
         limit = self.prompt + 2 * self.new  # nobody ends by itself
         for number, prompt in enumerate(self.prompts(batch)):
@@ -137,10 +146,11 @@ class Bench:
             _count(engine, made)
         prefilled = time.perf_counter() - started
         seconds = []
-        for _ in range(self.new):
-            began = time.perf_counter()
-            _count(engine, made)
-            seconds.append(time.perf_counter() - began)
+        with around or nullcontext():
+            for _ in range(self.new):
+                began = time.perf_counter()
+                _count(engine, made)
+                seconds.append(time.perf_counter() - began)
         length = self.prompt + statistics.mean(made.values()) - self.new / 2
         for job in jobs:
             engine.cancel(job.key)
@@ -166,6 +176,15 @@ class Bench:
             hook.remove()
         model_s, all_s = sum(inside[-self.new :]), found["steps"]
         return 1 - model_s / all_s, (all_s - model_s) / self.new
+
+    def profile(self, engine: SlotsEngine, batch: int) -> dict[str, float]:
+        """The operators with the largest shares of the processor time of decoding steps, the largest first."""
+        recorded = profile(activities=[ProfilerActivity.CPU])
+        self.ours(engine, batch, around=recorded)
+        found = recorded.key_averages()
+        total = sum(event.self_cpu_time_total for event in found)
+        largest = sorted(found, key=lambda event: event.self_cpu_time_total, reverse=True)[:_LARGEST]
+        return {event.key: round(event.self_cpu_time_total / total, 3) for event in largest}
 
     def generate(self, model: Any, batch: int) -> float:
         """Seconds of a decoding step of transformers' ``generate()``."""
@@ -223,6 +242,8 @@ def measure(bench: Bench, batches: Sequence[int], *, beside: bool) -> Iterator[d
             bench.ours(engine, batch, bench.adapters)
             line["adapters_ms"] = round(bench.ours(engine, batch, bench.adapters)["step"] * 1e3, 3)
         yield line
+        if bench.profiled:
+            yield {"case": "profile", "batch": batch, "shares": bench.profile(engine, batch)}
         lines.append((batch, size))
     engine.close()
     if not beside:
@@ -247,9 +268,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="decoding steps that are timed")
     parser.add_argument("--adapters", type=int, default=0, help="adapters to mix, for adapters_ms")
+    parser.add_argument("--profile", action="store_true", help="say where a step's time goes")
     parser.add_argument("--no-generate", action="store_true", help="ours alone")
     given = parser.parse_args(arguments)
-    bench = Bench(given.model.resolve(), given.device, given.prompt, given.new, max(given.batch), given.adapters)
+    bench = Bench(
+        given.model.resolve(), given.device, given.prompt, given.new, max(given.batch), given.adapters, given.profile
+    )
     freed.keep()  # as every worker does
     for line in measure(bench, given.batch, beside=not given.no_generate):
         print(json.dumps(line), flush=True)
