@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -207,17 +208,18 @@ def test_no_broker_a_lost_broker_and_something_else(echo_config: Path, home: Pat
 
     stack = stacks.start(echo_config, home, folder=home / "lost")
     try:
-        with loopmux.Client(stack.endpoint) as client, client.stream("x", model="slow") as stream:
+        with (
+            loopmux.Client(stack.endpoint) as client,
+            client.stream("x", model="slow", max_new_tokens=2_000, timeout=5) as stream,
+        ):
             seen = [next(e.text for e in stream if isinstance(e, loopmux.TextDelta))]
-            for process in stack.part("loopmux_broker"):
+            for process in stack.family():  # nobody is left to start another broker, which would go on with it
                 process.kill()
-            with pytest.raises(loopmux.ConnectionLostError) as lost:
+            with pytest.raises(loopmux.DeadlineExceededError) as lost:
                 seen.extend(e.text for e in stream if isinstance(e, loopmux.TextDelta))
             assert lost.value.partial_text == "".join(seen)
-            assert lost.value.retryable
-            assert client.generate("and after it came back?", model="echo").text
     finally:
-        assert stack.stop() == 0
+        assert stack.stop() == -signal.SIGKILL
 
 
 def test_a_peer_that_is_no_broker(tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ def test_a_tool_server_that_refuses_the_token() -> None:
 
 
 def test_a_busy_socket_names_its_holder(echo_stack: stacks.Stack) -> None:
-    holder = echo_stack.part("loopmux_broker")[0]
+    holder = echo_stack.process  # the sockets belong to the launcher, and outlive its broker
     done = subprocess.run(
         [sys.executable, "-m", "loopmux_broker", "--endpoint", echo_stack.endpoint],
         capture_output=True,

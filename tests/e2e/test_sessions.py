@@ -37,7 +37,7 @@ def test_a_session_that_is_done_loses_its_row_to_others_and_one_that_waits_for_a
     stack: stacks.Stack,
 ) -> None:
     with loopmux.Client(stack.endpoint, temperature=0, max_new_tokens=2, ignore_eos=True) as client:
-        [worker] = client.status().workers
+        [worker] = stacks.wait_for(lambda: client.status().workers, "the worker to have joined")
         assert worker.report["kv_rows"] == 2
 
         def turn(name: str) -> loopmux.Usage:
