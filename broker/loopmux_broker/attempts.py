@@ -161,15 +161,15 @@ class Attempts:
 
     def drain(self, worker: Worker, within: float, now: float) -> None:
         """A worker is about to leave: it gets nothing new, and what it runs has half of its time to end there."""
-        if worker.draining:
-            return
         worker.draining = True
         if worker.held_for is not None:
             request, worker.held_for = worker.held_for, None
             request.held_by = None
             for other in self._t.pool.serving(request.submit.model):
                 self._t.vacant[other] = None
-        self._t.timers.set((Alarm.DRAIN, worker.peer, 0), now + within / 2)
+        alarm = (Alarm.DRAIN, worker.peer, 0)
+        if alarm not in self._t.timers:  # it says DRAIN again and again, perhaps over a new connection
+            self._t.timers.set(alarm, now + within / 2)
 
     def hand_over(self, worker: Worker, now: float) -> None:
         """What a leaving worker still runs goes on elsewhere."""

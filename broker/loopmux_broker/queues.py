@@ -189,16 +189,16 @@ class Queues:
 
     def charge(self, request: Request) -> int:
         """A request gets a slot: what its client is charged for it, in tokens, until its end shows more."""
-        client, submit = request.client, request.submit
+        client = request.client
         self._lift(client)
         self._level = max(self._level, client.served)
-        cost = submit.prompt_size // _SIZE_PER_TOKEN + max(submit.max_new_tokens - request.output.total, 0)
+        cost = _cost(request, max(request.submit.max_new_tokens - request.output.total, 0))
         self._serve(client, cost)
         return cost
 
     def settle(self, request: Request, charged: int, tokens: int) -> None:
         """It gives the slot back after so many tokens."""
-        cost = request.submit.prompt_size // _SIZE_PER_TOKEN + tokens
+        cost = _cost(request, tokens)
         if cost != charged:
             self._serve(request.client, cost - charged)
 
@@ -235,6 +235,11 @@ class Queues:
     def models(self) -> Iterator[str]:
         """The models that anybody waits for."""
         return iter(list(self._waiting))
+
+
+def _cost(request: Request, tokens: int) -> int:
+    """What a request counts for; at least 1, so that one client's thousand that produce nothing are not one turn."""
+    return max(request.submit.prompt_size // _SIZE_PER_TOKEN + tokens, 1)
 
 
 def _rank(entry: tuple[float, int, Request]) -> Rank:

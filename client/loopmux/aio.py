@@ -68,6 +68,7 @@ class _Driver:
         self._again: asyncio.Handle | None = None
         self.loop.add_reader(self._link.descriptor, self._turn)
         self.loop.add_reader(self._link.monitor.FD, self._watch)
+        self._watch()  # the descriptor announces nothing before the first time that nothing was found
 
     def start(self, event: Submitted | Asked, sink: Sink) -> None:
         """Begin a request or a question whose outcome and events go to ``sink``."""

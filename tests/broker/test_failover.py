@@ -17,6 +17,7 @@ from brokerkit import (
     accepted,
     end,
     failure,
+    instance,
     kinds,
     pushed,
     run,
@@ -277,6 +278,20 @@ def test_what_does_not_end_in_time_goes_on_elsewhere_and_that_is_no_loss(core: C
     assert core.tables.requests[ONE].losses == 0
     assert core.counted["migrated"] == 1
     assert "requeued" not in core.counted
+
+
+def test_a_leaving_worker_that_comes_over_a_new_connection_is_still_leaving(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    core.worker(say(Kind.DRAIN, arg=2000))
+    core.register(THIRD, name=WORKER.decode(), boot=instance(WORKER))
+    core.worker(say(Kind.DRAIN, arg=2000), THIRD)
+    core.lose(WORKER)
+    assert core.wait(0.75) == []
+    assert core.wait(0.25) == [
+        stop(ONE, 3, peer=THIRD),
+        run(ONE, SECOND, attempt=2, prefix=1, timeout=599.0),
+    ]
 
 
 def test_a_worker_that_leaves_with_work_hands_it_over(core: Core) -> None:

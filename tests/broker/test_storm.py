@@ -30,6 +30,7 @@ class Storm:
         self.core = Core(window=WINDOW, request_output=20_000)
         self.workers: dict[bytes, dict[tuple[bytes, int], int]] = {}
         self.clients: dict[bytes, dict[bytes, int]] = {}
+        self.cancelled: set[bytes] = set()
         self.ended: dict[bytes, Kind] = {}
         self.full: set[bytes] = set()
         self.count = 0
@@ -82,7 +83,7 @@ class Storm:
                 mine[header.request] += header.arg
             if self.dice.random() < 0.7:
                 self.credit(peer, header.request)
-        elif message.kind in wire.TERMINALS and (header.seq == received or message.kind is Kind.CANCELLED):
+        elif message.kind in wire.TERMINALS and (header.seq == received or header.request in self.cancelled):
             assert header.request not in self.ended, "a second end"
             self.ended[header.request] = message.kind
             del mine[header.request]
@@ -143,6 +144,7 @@ class Storm:
         peer = self.dice.choice([*self.clients, b""])
         if self.clients.get(peer):
             request = self.dice.choice(list(self.clients[peer]))
+            self.cancelled.add(request)  # from now on any terminal counts: it may have crossed an END
             self.act(self.core.client(say(Kind.CANCEL, request), peer))
 
     def produce(self) -> None:

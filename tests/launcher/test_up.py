@@ -22,6 +22,7 @@ from loopmux_launcher.console import Console
 from loopmux_launcher.events import Announce
 from loopmux_launcher.reader import load
 from loopmux_launcher.server import Launcher
+from loopmux_worker.engine.echo import echo_token
 
 ECHO = "models: {echo: {engine: echo, workers: 2}}\n"
 
@@ -138,6 +139,30 @@ def test_a_killed_broker_is_replaced_and_workers_stay(up: Program, endpoint: str
         wait_for(lambda: {w.pid for w in client.status().workers} == workers, "the workers to join the new broker")
         wait_for(lambda: [m.phase for m in client.status().models] == ["ready"], "the launcher to tell its models")
         assert client.generate("hello", model="echo").text
+
+
+def test_a_stream_survives_a_killed_broker_and_nobody_is_refused_meanwhile(config: Path, endpoint: str) -> None:
+    """The listening sockets are the launcher's: who connects while there is no broker waits for the next one."""
+    config.write_text("models: {echo: {engine: echo, echo: {rate: 100, tokens: 150}}}\n")
+    path = Path(endpoint.removeprefix("ipc://"))
+    with program("up", "--config", str(config), "--endpoint", endpoint) as up, loopmux.Client(endpoint) as client:
+        up.line("ready after")
+        before = path.stat().st_ino
+        with client.stream("hello", model="echo", max_new_tokens=1000) as stream:
+            events = iter(stream)
+            next(event for event in events if isinstance(event, loopmux.TextDelta))
+            [broker] = up.children("loopmux_broker")
+            broker.kill()
+            wait_for(lambda: not alive([broker]), "the broker to end")
+            with socket.socket(socket.AF_UNIX) as plain:
+                plain.connect(str(path))  # by no library that tries again
+            for _ in events:
+                pass
+        up.line("broker: ready in")
+        request = bytes.fromhex(stream.result.request_id)
+        assert stream.result.token_ids == tuple(echo_token(request, i) for i in range(150))
+        assert stream.result.attempts == 1  # the worker went on where the client was
+        assert path.stat().st_ino == before
 
 
 def test_it_ends_with_the_process_it_was_started_for(config: Path, endpoint: str, home: Path) -> None:
