@@ -32,6 +32,7 @@ class Call:
         attempt: of the token that came last.
         attached: it was brought to a broker that was started again.
         moved: when anything came last.
+        dealt: when the broker took it out of its queue, for a worker or because it is over.
         granted: the most tokens that the broker was ever allowed to send.
     """
 
@@ -58,6 +59,7 @@ class Call:
     attempt: int = 0
     attached: bool = False
     moved: float = 0.0
+    dealt: float = 0.0
     granted: int = 0
     read: int = 0
 

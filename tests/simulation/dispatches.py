@@ -35,6 +35,7 @@ class Dispatches:
             return
         self._known.add(key)
         call = self._world.promise.calls[header.request]
+        call.dealt = self._world.clock.now
         prefix = len(message.tokens) // 4
         self._world.story.tell(broker, f"{call} attempt {header.attempt} → {worker}, prefix {prefix}")
         tables = broker.core.tables
@@ -98,6 +99,14 @@ class Dispatches:
                 lambda: f"{call} goes to {worker}, {home} has a free slot",
             )
         self._home[key] = (worker.name, self._world.clock.now)
+
+    def over(self, request: bytes) -> None:
+        """A terminal goes out: it takes a moment, and does not count again when it is repeated."""
+        call = self._world.promise.calls.get(request)
+        key = (request, 0, self._world.broker.born)
+        if call is not None and key not in self._known:
+            self._known.add(key)
+            call.dealt = self._world.clock.now
 
     def accepted(self, message: Message) -> None:
         """ACCEPTED goes out, with a place in the queue: behind those of its client, before the last of all."""

@@ -98,7 +98,7 @@ class Engines:
         running = {key.request for worker in self._world.workers for key in worker.engine._running}
         queued = {id_ for id_, r in self._world.broker.core.tables.requests.items() if r.state is State.QUEUED}
         for call in self._promise.calls.values():
-            quiet = now - max(call.moved, call.submitted)
+            quiet = now - max(call.moved, call.submitted, call.dealt)
             if not call.open or call.slow or call.id in queued or min(quiet, calm) < STALLED + self._under_way:
                 continue
             if not (call.collect and call.id in running):

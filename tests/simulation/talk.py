@@ -84,6 +84,8 @@ class Talk:
     def broker_said(self, owner: Endpoint, peer: bytes, message: Message) -> None:
         """The broker sends a message."""
         self._rested("broker", message)
+        if message.kind in wire.TERMINALS:
+            self.dispatches.over(message.header.request)
         match message.kind:
             case Kind.RUN:
                 self.dispatches.run(owner, peer, message)
