@@ -53,6 +53,7 @@ class Callers:
         hold(bool(ids), "P1 a delta has tokens", lambda: f"{call} at {position}")
         right = tuple(echo_token(call.id, position + i) for i in range(len(ids)))
         hold(ids == right, "P1 token i is f(request, i)", lambda: f"{call} at {position}: {ids}, expected {right}")
+        call.came = self._clock.now
         call.tokens += ids
         call.text += text
         if call.plain:
@@ -150,7 +151,7 @@ class Callers:
             case "bad_request":  # who may queue no more requests may cancel no unknown ones either
                 return call.cancelled <= self._clock.now and self._world.profile.narrow
             case "deadline":
-                quiet = call.idle_timeout is not None and self._clock.now >= call.moved + call.idle_timeout - TICK
+                quiet = call.idle_timeout is not None and self._clock.now >= call.came + call.idle_timeout - TICK
                 return quiet or self._clock.now >= call.deadline - TICK
             case "connection_lost":
                 return self._promise.hit(call, *AWAY, before=5.0) > 0

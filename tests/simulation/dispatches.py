@@ -38,12 +38,14 @@ class Dispatches:
         call.dealt = self._world.clock.now
         prefix = len(message.tokens) // 4
         self._world.story.tell(broker, f"{call} attempt {header.attempt} → {worker}, prefix {prefix}")
+        run = codec.unpack(Run, message.route)
+        self._world.promise.engines.given(call, run)
         tables = broker.core.tables
         place = tables.pool.workers.get(peer)
         if place is None:  # it was lost by the same event that gave it work
             return
         hold(len(place.leases) <= place.slots, "no more than the slots", lambda: f"{call} → {worker}")
-        self._in_time(call, codec.unpack(Run, message.route))
+        self._in_time(call, run)
         self._in_turn(call, tables)
         self._at_home(call, worker, header.attempt, tables)
 

@@ -44,17 +44,13 @@ class Engines:
         self._taken[key] = (record, worker.name)
         few = key[1] <= MOST_LOSSES or self._promise.hit(call, *MIGRATING, before=15.0)
         hold(key[1] >= 1 and few, "P4 at most three attempts", lambda: f"{call} has attempt {key[1]}")
-        call.moved = self._clock.now
+        call.dealt = self._clock.now
         self._promise.talk.workers.begins(worker, key)
         self._as_asked(call, worker, job)
         return call.plain
 
     def _as_asked(self, call: Call, worker: WorkerProcess, job: Job) -> None:
         submit, run = call.submit, job.run
-        if run.session is not None:
-            owner = self._sessions.setdefault(run.session, (call.client, submit.session))
-            same = owner == (call.client, submit.session)
-            hold(same, "P7 a session is one client's", lambda: f"{run.session} of {call} is that of {owner}")
         hold(
             (run.model, run.adapter, run.deterministic) == (submit.model, submit.adapter, submit.deterministic),
             "a request runs as it was asked",
@@ -65,9 +61,16 @@ class Engines:
         right = tuple(echo_token(call.id, i) for i in range(len(job.prefix)))
         hold(job.prefix == right, "P1 a prefix is what was produced", lambda: f"{call} on {worker}")
 
+    def given(self, call: Call, run: messages.Run) -> None:
+        """A request goes to a worker, which may be lost before it has it."""
+        if run.session is not None:
+            owner = self._sessions.setdefault(run.session, (call.client, call.submit.session))
+            same = owner == (call.client, call.submit.session)
+            hold(same, "P7 a session is one client's", lambda: f"{run.session} of {call} is that of {owner}")
+
     def hinted(self, worker: WorkerProcess, hint: messages.SessionHint) -> None:
         """An engine is told of a session."""
-        hold(hint.session in self._sessions, "a hint names a session that ran", lambda: f"{worker}: {hint}")
+        hold(hint.session in self._sessions, "a hint names a session that was given to a worker", lambda: f"{worker}: {hint}")
 
     def audit(self, calm: float) -> None:
         """Look for what runs too long and for what does not get on; ``calm`` are the seconds since the last fault."""
