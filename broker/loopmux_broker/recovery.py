@@ -152,10 +152,11 @@ class Recovery:
 
     def _orphan(self, worker: Worker, header: Header, held: Held, now: float) -> None:
         """Nobody else has said anything of it yet."""
-        if not worker.serves(held.model, held.adapter) or len(worker.leases) >= max(_MOST_HELD, worker.slots):
+        client = self._t.clients.by_instance.get(held.client)
+        full = len(worker.leases) >= max(_MOST_HELD, worker.slots)
+        if full or not worker.serves(held.model, held.adapter) or not self._may_come(client, now):
             self._reset(worker, header)
             return
-        client = self._t.clients.by_instance.get(held.client)
         if client is None:
             client = self._t.clients.expect(held.client, now)
             self._t.timers.set((Alarm.CLIENT_GRACE, held.client, 0), now + self._t.config.orphan_grace)
@@ -166,6 +167,15 @@ class Recovery:
         lease.start, lease.prefix, lease.acknowledged = header.seq, header.arg, True
         self._t.requests[request.id] = client.requests[request.id] = request
         self._t.timers.set((Alarm.RECOVERY, request.id, 0), now + self._t.config.orphan_grace)
+
+    def _may_come(self, client: Client | None, now: float) -> bool:
+        """Whether a client may still come with a request that is unknown here.
+
+        If not, it is one that ended here: its worker was away then.
+        """
+        if now >= self._t.identity.started + self._t.config.orphan_grace:
+            return False
+        return client is None or now < client.since + self._t.config.resend
 
     def _reset(self, worker: Worker, header: Header) -> None:
         self._t.counters["fenced"] += 1

@@ -158,6 +158,31 @@ def test_so_it_is_when_the_client_is_there_and_does_not_want_it(core: Core) -> N
     core.assert_empty()
 
 
+def test_a_worker_that_was_away_when_its_request_ended_here(core: Core) -> None:
+    """It was frozen, its request went to another; nobody waits for a client that has its answer."""
+    core.hello()
+    core.register()
+    core.running()
+    core.register(SECOND)
+    core.lose(WORKER)
+    core.worker(say(Kind.RUNACK, ONE, attempt=2), SECOND)
+    core.wait(1)
+    core.worker(end(ONE, 0, attempt=2), SECOND)
+    core.register(held=1)
+    assert held(core, ONE, 0, 9) == [reset()], "its end is still here"
+    core.client(say(Kind.ENDACK, ONE))
+    assert held(core, ONE, 0, 9) == [reset()], "nothing of it is here any more"
+    core.assert_empty()
+
+
+def test_a_broker_that_has_been_up_for_long_waits_for_no_client_to_bring_what_only_a_worker_has(core: Core) -> None:
+    core.register()
+    core.wait(30)
+    core.register(held=1)
+    assert held(core, ONE, 0, 9) == [reset()]
+    core.assert_empty()
+
+
 @pytest.mark.parametrize(("start", "end", "attempt"), [(6, 9, 1), (0, 4, 1), (0, 9, 0)])
 @pytest.mark.parametrize("first", ["client", "worker"])
 def test_halves_that_do_not_fit(core: Core, first: str, start: int, end: int, attempt: int) -> None:
