@@ -9,6 +9,7 @@ import pytest
 from brokerkit import (
     BODY,
     CLIENT,
+    FOUR,
     ONE,
     OTHER,
     SECOND,
@@ -29,6 +30,7 @@ from brokerkit import (
 from loopmux import codec
 from loopmux.messages import Held, Submit
 from loopmux.wire import Header, Kind, Message, pack_tokens
+from loopmux_broker.admission import Limits
 from loopmux_broker.events import Action, Send, say
 
 
@@ -352,10 +354,25 @@ def test_a_worker_holds_a_limited_number(core: Core) -> None:
     assert len(core.tables.requests) == 256
 
 
-def test_returning_requests_are_let_in_past_a_queue_that_they_were_let_into_before() -> None:
-    from loopmux_broker.admission import Limits
+@pytest.mark.parametrize("workers", [0, 1])
+def test_returning_requests_are_let_in_past_a_queue_that_they_were_let_into_before(workers: int) -> None:
+    """A client had many running; now all of them queue, and none may be lost for it."""
+    core = Core(settle=30.0, limits=Limits(client_queued=2, queued=12))
+    core.hello()
+    for name in (WORKER,)[:workers]:
+        core.register(name)
+    for n in range(1, 21):
+        assert kinds(attach(core, bytes([n]) * 16, 0)) == [(CLIENT, Kind.ACCEPTED)]
+        core.wait(0.3)
+    [answer] = attach(core, bytes(16 * [99]), 0)
+    assert failure(answer)[3].message.startswith("20 requests of this client are back, the most allowed")
 
-    core = Core(settle=3.0, limits=Limits(client_queued=2))
+
+def test_a_queue_of_returning_requests_takes_no_new_ones() -> None:
+    core = Core(settle=30.0, limits=Limits(client_queued=2))
     core.hello()
     for n in range(1, 4):
-        assert kinds(attach(core, bytes([n]) * 16, 0)) == [(CLIENT, Kind.ACCEPTED)]
+        attach(core, bytes([n]) * 16, 0)
+    core.wait(0.3)
+    [answer] = core.submit(FOUR)
+    assert failure(answer)[3].code == "overloaded"

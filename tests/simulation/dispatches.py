@@ -129,8 +129,9 @@ class Dispatches:
         tables = self._world.broker.core.tables
         limits, admission, size = tables.config.limits, tables.admission, len(call.body)
         client = tables.clients.by_peer[peer]
-        many = client.queued >= limits.client_queued or len(client.requests) >= 4 * limits.client_queued
-        full = admission.queued >= limits.queued or many
+        known = len(client.requests) - 4 * limits.client_queued
+        many = client.queued >= limits.client_queued or known >= 0 or admission.queued >= limits.queued
+        full = known >= limits.queued if call.attached else many
         heavy = admission.held + size > limits.held or client.held + size > limits.client_held
         hold(
             full or heavy or admission.output > limits.output,
