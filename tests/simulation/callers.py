@@ -132,6 +132,7 @@ class Callers:
         hindered = self._promise.journal.count(
             ("kill broker", "freeze", "snap client", "hold client", "clog"), 0, math.inf
         )
+        hindered += client.gone <= self._clock.now  # it left with the question open
         hold(status is not None or hindered > 0, "a question is answered", f"that of {client} was not")
         if self._promise.resting and status is not None:
             told = (status.queued, status.running, {worker.name for worker in status.workers})
