@@ -110,6 +110,11 @@ class Dispatches:
             self._known.add(key)
             call.dealt = self._world.clock.now
 
+    def claimed(self, request: bytes) -> None:
+        """A worker goes on with what it has: its session may be there from now on, or where it was given since."""
+        call = self._world.promise.calls[request]
+        self._home.pop((call.client.name, call.submit.session or "", call.submit.model), None)
+
     def accepted(self, message: Message) -> None:
         """ACCEPTED goes out, with a place in the queue: behind those of its client, before the last of all."""
         tables, header = self._world.broker.core.tables, message.header

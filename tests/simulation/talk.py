@@ -89,6 +89,8 @@ class Talk:
         match message.kind:
             case Kind.RUN:
                 self.dispatches.run(owner, peer, message)
+            case Kind.REPLAY:
+                self.dispatches.claimed(message.header.request)
             case Kind.ACCEPTED:
                 self.dispatches.accepted(message)
             case Kind.ERROR:
