@@ -32,7 +32,8 @@ class Call:
         attempt: of the token that came last.
         attached: it was brought to a broker that was started again.
         moved, came: when anything, and when a token, came last.
-        dealt: when it last came to a worker's turn, on its way there or there, or was over for the broker.
+        dealt: when it last came to a worker's turn, on its way there or there, or was over for the broker; of one that
+            collects, also when its worker or its client last had more of it than before.
         granted: the most tokens that the broker was ever allowed to send.
     """
 
