@@ -69,7 +69,9 @@ class Admission:
         if client.queued >= limits.client_queued:
             return f"{client.queued} requests of this client are queued, the most allowed for one client"
         if known >= _KNOWN * limits.client_queued:
-            return f"{known} requests of this client are queued, run or wait for ENDACK, the most allowed for one client"
+            return (
+                f"{known} requests of this client are queued, run or wait for ENDACK, the most allowed for one client"
+            )
         return ""
 
     def _many(self, client: Client) -> str:

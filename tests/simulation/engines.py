@@ -70,7 +70,7 @@ class Engines:
 
     def hinted(self, worker: WorkerProcess, hint: messages.SessionHint) -> None:
         """An engine is told of a session."""
-        hold(hint.session in self._sessions, "a hint names a session that was given to a worker", lambda: f"{worker}: {hint}")
+        hold(hint.session in self._sessions, "a hint names a session that ran", lambda: f"{worker}: {hint}")
 
     def audit(self, calm: float) -> None:
         """Look for what runs too long and for what does not get on; ``calm`` are the seconds since the last fault."""
