@@ -102,11 +102,11 @@ class Dispatches:
             )
         self._home[key] = (worker.name, self._world.clock.now)
 
-    def over(self, request: bytes) -> None:
+    def over(self, owner: Endpoint, request: bytes) -> None:
         """A terminal goes out: it takes a moment, and does not count again when it is repeated."""
         call = self._world.promise.calls.get(request)
         key = (request, 0, self._world.broker.born)
-        if call is not None and key not in self._known:
+        if call is not None and call.client is owner and key not in self._known:
             self._known.add(key)
             call.dealt = self._world.clock.now
 
@@ -139,7 +139,7 @@ class Dispatches:
         full = known >= limits.queued if call.attached else many
         heavy = admission.held + size > limits.held or client.held + size > limits.client_held
         hold(
-            full or heavy or admission.output > limits.output,
+            full or heavy or (admission.output > limits.output and not call.attached),
             "refused only where there is no room",
             lambda: f"{call}: {failure}",
         )

@@ -88,7 +88,7 @@ class Talk:
         """The broker sends a message."""
         self._rested("broker", message)
         if message.kind in wire.TERMINALS:
-            self.dispatches.over(message.header.request)
+            self.dispatches.over(owner, message.header.request)
         match message.kind:
             case Kind.RUN:
                 self.dispatches.run(owner, peer, message)
