@@ -56,10 +56,10 @@ class Admission:
         """Whether a request of ``size`` bytes is refused; ``queues`` when no slot is free for it.
 
         One that is ``returning`` was let in before, and so were those that had slots then and are queued now: only the
-        sum of both is limited.
+        sum of both is limited. What others have not read does not keep it out.
         """
         crowded = self._many(client) if returning else self._full(client) if queues else ""
-        reason = crowded or self._heavy(client, size)
+        reason = crowded or self._heavy(client, size) or ("" if returning else self._unread())
         return Refusal(reason, self.retry_after()) if reason else None
 
     def _full(self, client: Client) -> str:
@@ -87,8 +87,11 @@ class Admission:
         if client.held + size > limits.client_held:
             held, allowed = client.held, limits.client_held
             return f"{held} bytes of this client's requests are held and this one has {size}, {allowed} are allowed"
-        if self.output > limits.output:
-            return f"{self.output} bytes of output wait for clients to read them, {limits.output} are allowed"
+        return ""
+
+    def _unread(self) -> str:
+        if self.output > self.limits.output:
+            return f"{self.output} bytes of output wait for clients to read them, {self.limits.output} are allowed"
         return ""
 
     def retry_after(self) -> float:

@@ -45,7 +45,7 @@ class Recovery:
         output.restore(ids)
         request = Request(header.request, client, submit, body, now, now + submit.timeout, output, State.RECOVERING)
         request.attempt = header.attempt
-        if self._let_in(request):
+        if self._let_in(request, header.seq):
             self._t.counters["attached"] += 1
             self._t.timers.set((Alarm.RECOVERY, request.id, 0), now + self._t.config.claim_wait)
             self._entry.accept(request)
@@ -55,7 +55,7 @@ class Recovery:
         worker_s = request.lease
         assert worker_s is not None
         request.submit, request.body, request.deadline = submit, body, now + submit.timeout
-        if not self._let_in(request):
+        if not self._let_in(request, header.seq):
             request.submit, request.body = Submit(submit.model), b""
             return
         request.output.credit = header.arg
@@ -70,15 +70,14 @@ class Recovery:
         self._leases.stop(worker_s, StopReason.SUPERSEDED, now)
         self._begin_anew(request, now)
 
-    def _let_in(self, request: Request) -> bool:
+    def _let_in(self, request: Request, received: int) -> bool:
         t = self._t
         error = objection(t.pool, request, settled=t.settled, returning=True)
         error = error or exhausted(t.admission, request, queues=True, returning=True)
         if error is None:
             self._entry.admit(request)
         else:
-            total = request.output.total
-            self._entry.refuse(request.client, request.id, error, model=request.submit.model, received=total)
+            self._entry.refuse(request.client, request.id, error, model=request.submit.model, received=received)
         return error is None
 
     def unclaimed(self, request: Request, now: float) -> None:

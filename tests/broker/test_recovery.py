@@ -368,6 +368,31 @@ def test_returning_requests_are_let_in_past_a_queue_that_they_were_let_into_befo
     assert failure(answer)[3].message.startswith("20 requests of this client are back, the most allowed")
 
 
+def test_what_others_have_not_read_does_not_keep_a_returning_request_out() -> None:
+    core = Core(settle=3.0, limits=Limits(output=1))
+    core.hello()
+    core.hello(OTHER)
+    core.register(slots=2)
+    core.submit(TWO, OTHER)
+    core.worker(tok(TWO, 0))
+    core.register(slots=2, held=1)
+    held(core, ONE, 0, 9)
+    assert attach(core, ONE, 5) == [accepted(ONE), replay(5)]
+
+
+@pytest.mark.parametrize("first", ["client", "worker"])
+def test_a_refusal_has_the_number_of_tokens_that_the_client_has(first: str) -> None:
+    """With any other the client would take it for a fault of the broker's."""
+    core = Core(settle=3.0, limits=Limits(held=1))
+    core.hello()
+    if first == "worker":
+        core.register(held=1)
+        held(core, ONE, 0, 9)
+    [answer] = attach(core, ONE, 5)
+    _, kind, seq, body = failure(answer)
+    assert (kind, seq, body.code) == (Kind.ERROR, 5, "overloaded")
+
+
 def test_a_queue_of_returning_requests_takes_no_new_ones() -> None:
     core = Core(settle=30.0, limits=Limits(client_queued=2))
     core.hello()
