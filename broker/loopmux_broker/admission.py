@@ -9,6 +9,9 @@ from loopmux_broker.clients import Client
 MIB = 1024 * 1024
 _SHORTEST, _LONGEST = 0.1, 30.0
 """Bounds of ``retry_after``, seconds: sooner is a hammer, later leaves a freed queue empty."""
+_KNOWN = 4
+"""Times ``client_queued``: requests of one client that the broker knows, with those that run and those that ended and
+are not acknowledged, when it queues another one."""
 _MEMORY = 0.1
 """Weight of the newest interval in the running mean between two ends: about the last ten count."""
 
@@ -52,17 +55,29 @@ class Admission:
     def refusal(self, client: Client, size: int, *, queues: bool, returning: bool = False) -> Refusal | None:
         """Whether a request of ``size`` bytes is refused; ``queues`` when no slot is free for it.
 
-        One that is ``returning`` was let in before, when others that have slots now were queued.
+        One that is ``returning`` was let in before, and so were those that had slots then and are queued now: only the
+        sum of both is limited. What others have not read does not keep it out.
         """
-        reason = (self._full(client, 2 if returning else 1) if queues else "") or self._heavy(client, size)
+        crowded = self._many(client) if returning else self._full(client) if queues else ""
+        reason = crowded or self._heavy(client, size) or ("" if returning else self._unread())
         return Refusal(reason, self.retry_after()) if reason else None
 
-    def _full(self, client: Client, times: int) -> str:
-        limits = self.limits
-        if self.queued >= times * limits.queued:
+    def _full(self, client: Client) -> str:
+        limits, known = self.limits, len(client.requests)
+        if self.queued >= limits.queued:
             return f"{self.queued} requests are queued, the most allowed"
-        if client.queued >= times * limits.client_queued or len(client.requests) >= 4 * limits.client_queued:
+        if client.queued >= limits.client_queued:
             return f"{client.queued} requests of this client are queued, the most allowed for one client"
+        if known >= _KNOWN * limits.client_queued:
+            return (
+                f"{known} requests of this client are queued, run or wait for ENDACK, the most allowed for one client"
+            )
+        return ""
+
+    def _many(self, client: Client) -> str:
+        known = len(client.requests)
+        if known >= self.limits.queued + _KNOWN * self.limits.client_queued:
+            return f"{known} requests of this client are back, the most allowed for one client"
         return ""
 
     def _heavy(self, client: Client, size: int) -> str:
@@ -72,8 +87,11 @@ class Admission:
         if client.held + size > limits.client_held:
             held, allowed = client.held, limits.client_held
             return f"{held} bytes of this client's requests are held and this one has {size}, {allowed} are allowed"
-        if self.output > limits.output:
-            return f"{self.output} bytes of output wait for clients to read them, {limits.output} are allowed"
+        return ""
+
+    def _unread(self) -> str:
+        if self.output > self.limits.output:
+            return f"{self.output} bytes of output wait for clients to read them, {self.limits.output} are allowed"
         return ""
 
     def retry_after(self) -> float:

@@ -45,7 +45,7 @@ class Recovery:
         output.restore(ids)
         request = Request(header.request, client, submit, body, now, now + submit.timeout, output, State.RECOVERING)
         request.attempt = header.attempt
-        if self._let_in(request):
+        if self._let_in(request, header.seq):
             self._t.counters["attached"] += 1
             self._t.timers.set((Alarm.RECOVERY, request.id, 0), now + self._t.config.claim_wait)
             self._entry.accept(request)
@@ -55,7 +55,7 @@ class Recovery:
         worker_s = request.lease
         assert worker_s is not None
         request.submit, request.body, request.deadline = submit, body, now + submit.timeout
-        if not self._let_in(request):
+        if not self._let_in(request, header.seq):
             request.submit, request.body = Submit(submit.model), b""
             return
         request.output.credit = header.arg
@@ -70,15 +70,14 @@ class Recovery:
         self._leases.stop(worker_s, StopReason.SUPERSEDED, now)
         self._begin_anew(request, now)
 
-    def _let_in(self, request: Request) -> bool:
+    def _let_in(self, request: Request, received: int) -> bool:
         t = self._t
         error = objection(t.pool, request, settled=t.settled, returning=True)
         error = error or exhausted(t.admission, request, queues=True, returning=True)
         if error is None:
             self._entry.admit(request)
         else:
-            total = request.output.total
-            self._entry.refuse(request.client, request.id, error, model=request.submit.model, received=total)
+            self._entry.refuse(request.client, request.id, error, model=request.submit.model, received=received)
         return error is None
 
     def unclaimed(self, request: Request, now: float) -> None:
@@ -152,10 +151,11 @@ class Recovery:
 
     def _orphan(self, worker: Worker, header: Header, held: Held, now: float) -> None:
         """Nobody else has said anything of it yet."""
-        if not worker.serves(held.model, held.adapter) or len(worker.leases) >= max(_MOST_HELD, worker.slots):
+        client = self._t.clients.by_instance.get(held.client)
+        full = len(worker.leases) >= max(_MOST_HELD, worker.slots)
+        if full or not worker.serves(held.model, held.adapter) or not self._may_come(client, now):
             self._reset(worker, header)
             return
-        client = self._t.clients.by_instance.get(held.client)
         if client is None:
             client = self._t.clients.expect(held.client, now)
             self._t.timers.set((Alarm.CLIENT_GRACE, held.client, 0), now + self._t.config.orphan_grace)
@@ -166,6 +166,15 @@ class Recovery:
         lease.start, lease.prefix, lease.acknowledged = header.seq, header.arg, True
         self._t.requests[request.id] = client.requests[request.id] = request
         self._t.timers.set((Alarm.RECOVERY, request.id, 0), now + self._t.config.orphan_grace)
+
+    def _may_come(self, client: Client | None, now: float) -> bool:
+        """Whether a client may still come with a request that is unknown here.
+
+        If not, it is one that ended here: its worker was away then.
+        """
+        if now >= self._t.identity.started + self._t.config.orphan_grace:
+            return False
+        return client is None or now < client.since + self._t.config.resend
 
     def _reset(self, worker: Worker, header: Header) -> None:
         self._t.counters["fenced"] += 1

@@ -414,6 +414,17 @@ def test_one_client_cannot_fill_the_queue_for_others() -> None:
     assert core.submit(FOUR, OTHER) == [accepted(FOUR, 2, OTHER)]
 
 
+def test_ends_that_are_not_acknowledged_count_and_the_refusal_says_so() -> None:
+    core = Core(limits=Limits(client_queued=1))
+    core.hello()
+    core.register(slots=4)
+    for n in range(1, 5):
+        core.submit(bytes([n]) * 16)
+    [answer] = core.submit(bytes(16 * [9]))
+    found = "4 requests of this client are queued, run or wait for ENDACK, the most allowed for one client"
+    assert failure(answer)[3].message == f"{found}: try again later"
+
+
 @pytest.mark.parametrize(
     ("limits", "word"), [(Limits(held=150), "100 bytes of requests"), (Limits(client_held=150), "of this client")]
 )

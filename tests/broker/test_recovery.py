@@ -9,6 +9,7 @@ import pytest
 from brokerkit import (
     BODY,
     CLIENT,
+    FOUR,
     ONE,
     OTHER,
     SECOND,
@@ -29,6 +30,7 @@ from brokerkit import (
 from loopmux import codec
 from loopmux.messages import Held, Submit
 from loopmux.wire import Header, Kind, Message, pack_tokens
+from loopmux_broker.admission import Limits
 from loopmux_broker.events import Action, Send, say
 
 
@@ -155,6 +157,31 @@ def test_so_it_is_when_the_client_is_there_and_does_not_want_it(core: Core) -> N
     held(core, ONE, 0, 9)
     assert core.wait(30)[-1] == stop(ONE, 1)
     core.worker(stopped(ONE, 9))
+    core.assert_empty()
+
+
+def test_a_worker_that_was_away_when_its_request_ended_here(core: Core) -> None:
+    """It was frozen, its request went to another; nobody waits for a client that has its answer."""
+    core.hello()
+    core.register()
+    core.running()
+    core.register(SECOND)
+    core.lose(WORKER)
+    core.worker(say(Kind.RUNACK, ONE, attempt=2), SECOND)
+    core.wait(1)
+    core.worker(end(ONE, 0, attempt=2), SECOND)
+    core.register(held=1)
+    assert held(core, ONE, 0, 9) == [reset()], "its end is still here"
+    core.client(say(Kind.ENDACK, ONE))
+    assert held(core, ONE, 0, 9) == [reset()], "nothing of it is here any more"
+    core.assert_empty()
+
+
+def test_a_broker_that_has_been_up_for_long_waits_for_no_client_to_bring_what_only_a_worker_has(core: Core) -> None:
+    core.register()
+    core.wait(30)
+    core.register(held=1)
+    assert held(core, ONE, 0, 9) == [reset()]
     core.assert_empty()
 
 
@@ -327,10 +354,50 @@ def test_a_worker_holds_a_limited_number(core: Core) -> None:
     assert len(core.tables.requests) == 256
 
 
-def test_returning_requests_are_let_in_past_a_queue_that_they_were_let_into_before() -> None:
-    from loopmux_broker.admission import Limits
+@pytest.mark.parametrize("workers", [0, 1])
+def test_returning_requests_are_let_in_past_a_queue_that_they_were_let_into_before(workers: int) -> None:
+    """A client had many running; now all of them queue, and none may be lost for it."""
+    core = Core(settle=30.0, limits=Limits(client_queued=2, queued=12))
+    core.hello()
+    for name in (WORKER,)[:workers]:
+        core.register(name)
+    for n in range(1, 21):
+        assert kinds(attach(core, bytes([n]) * 16, 0)) == [(CLIENT, Kind.ACCEPTED)]
+        core.wait(0.3)
+    [answer] = attach(core, bytes(16 * [99]), 0)
+    assert failure(answer)[3].message.startswith("20 requests of this client are back, the most allowed")
 
-    core = Core(settle=3.0, limits=Limits(client_queued=2))
+
+def test_what_others_have_not_read_does_not_keep_a_returning_request_out() -> None:
+    core = Core(settle=3.0, limits=Limits(output=1))
+    core.hello()
+    core.hello(OTHER)
+    core.register(slots=2)
+    core.submit(TWO, OTHER)
+    core.worker(tok(TWO, 0))
+    core.register(slots=2, held=1)
+    held(core, ONE, 0, 9)
+    assert attach(core, ONE, 5) == [accepted(ONE), replay(5)]
+
+
+@pytest.mark.parametrize("first", ["client", "worker"])
+def test_a_refusal_has_the_number_of_tokens_that_the_client_has(first: str) -> None:
+    """With any other the client would take it for a fault of the broker's."""
+    core = Core(settle=3.0, limits=Limits(held=1))
+    core.hello()
+    if first == "worker":
+        core.register(held=1)
+        held(core, ONE, 0, 9)
+    [answer] = attach(core, ONE, 5)
+    _, kind, seq, body = failure(answer)
+    assert (kind, seq, body.code) == (Kind.ERROR, 5, "overloaded")
+
+
+def test_a_queue_of_returning_requests_takes_no_new_ones() -> None:
+    core = Core(settle=30.0, limits=Limits(client_queued=2))
     core.hello()
     for n in range(1, 4):
-        assert kinds(attach(core, bytes([n]) * 16, 0)) == [(CLIENT, Kind.ACCEPTED)]
+        attach(core, bytes([n]) * 16, 0)
+    core.wait(0.3)
+    [answer] = core.submit(FOUR)
+    assert failure(answer)[3].code == "overloaded"

@@ -52,10 +52,9 @@ def audit(world: World) -> None:
             lambda: f"{world.story.names.get(request.id)}, {request.state.name}",
         )
     limits = tables.config.limits
-    running = (
-        sum(worker.slots for worker in pool.workers.values()) + 8
-    )  # those come back to the queue when they lose it
-    hold(admission.queued <= limits.queued + running, "limits are kept: queued", lambda: f"{admission.queued}")
+    calls = world.promise.calls  # those that ran before, or waited with another broker, were let in then
+    new = sum(r.state is State.QUEUED and not (r.attempt or calls[r.id].attached) for r in requests)
+    hold(new <= limits.queued, "limits are kept: queued", lambda: f"{new} of {admission.queued} never ran")
     hold(admission.held <= limits.held, "limits are kept: bodies", lambda: f"{admission.held} > {limits.held}")
     for worker in pool.workers.values():
         if worker.free > 0:

@@ -53,6 +53,7 @@ class Callers:
         hold(bool(ids), "P1 a delta has tokens", lambda: f"{call} at {position}")
         right = tuple(echo_token(call.id, position + i) for i in range(len(ids)))
         hold(ids == right, "P1 token i is f(request, i)", lambda: f"{call} at {position}: {ids}, expected {right}")
+        call.came = self._clock.now
         call.tokens += ids
         call.text += text
         if call.plain:
@@ -131,6 +132,7 @@ class Callers:
         hindered = self._promise.journal.count(
             ("kill broker", "freeze", "snap client", "hold client", "clog"), 0, math.inf
         )
+        hindered += client.gone <= self._clock.now  # it left with the question open
         hold(status is not None or hindered > 0, "a question is answered", f"that of {client} was not")
         if self._promise.resting and status is not None:
             told = (status.queued, status.running, {worker.name for worker in status.workers})
@@ -150,7 +152,7 @@ class Callers:
             case "bad_request":  # who may queue no more requests may cancel no unknown ones either
                 return call.cancelled <= self._clock.now and self._world.profile.narrow
             case "deadline":
-                quiet = call.idle_timeout is not None and self._clock.now >= call.moved + call.idle_timeout - TICK
+                quiet = call.idle_timeout is not None and self._clock.now >= call.came + call.idle_timeout - TICK
                 return quiet or self._clock.now >= call.deadline - TICK
             case "connection_lost":
                 return self._promise.hit(call, *AWAY, before=5.0) > 0
@@ -159,7 +161,8 @@ class Callers:
             case "overloaded":
                 return self._world.profile.narrow
             case "engine":
-                return self._promise.hit(call, "kill", "bad starts", before=60.0) >= 5 and "start" in error.message
+                bad = self._promise.hit(call, "bad starts", before=60.0) > 0  # one time of it is long enough to give up
+                return (bad or self._promise.hit(call, "kill", before=60.0) >= 5) and "start" in error.message
             case "model_not_found":
                 return (
                     self._promise.hit(call, "kill launcher", "stop launcher", "kill broker", "freeze", before=15.0) > 0

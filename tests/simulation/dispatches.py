@@ -35,14 +35,17 @@ class Dispatches:
             return
         self._known.add(key)
         call = self._world.promise.calls[header.request]
+        call.dealt = self._world.clock.now
         prefix = len(message.tokens) // 4
         self._world.story.tell(broker, f"{call} attempt {header.attempt} → {worker}, prefix {prefix}")
+        run = codec.unpack(Run, message.route)
+        self._world.promise.engines.given(call, run)
         tables = broker.core.tables
         place = tables.pool.workers.get(peer)
         if place is None:  # it was lost by the same event that gave it work
             return
         hold(len(place.leases) <= place.slots, "no more than the slots", lambda: f"{call} → {worker}")
-        self._in_time(call, codec.unpack(Run, message.route))
+        self._in_time(call, run)
         self._in_turn(call, tables)
         self._at_home(call, worker, header.attempt, tables)
 
@@ -99,6 +102,19 @@ class Dispatches:
             )
         self._home[key] = (worker.name, self._world.clock.now)
 
+    def over(self, owner: Endpoint, request: bytes) -> None:
+        """A terminal goes out: it takes a moment, and does not count again when it is repeated."""
+        call = self._world.promise.calls.get(request)
+        key = (request, 0, self._world.broker.born)
+        if call is not None and call.client is owner and key not in self._known:
+            self._known.add(key)
+            call.dealt = self._world.clock.now
+
+    def claimed(self, request: bytes) -> None:
+        """A worker goes on with what it has: its session may be there from now on, or where it was given since."""
+        call = self._world.promise.calls[request]
+        self._home.pop((call.client.name, call.submit.session or "", call.submit.model), None)
+
     def accepted(self, message: Message) -> None:
         """ACCEPTED goes out, with a place in the queue: behind those of its client, before the last of all."""
         tables, header = self._world.broker.core.tables, message.header
@@ -118,11 +134,12 @@ class Dispatches:
         tables = self._world.broker.core.tables
         limits, admission, size = tables.config.limits, tables.admission, len(call.body)
         client = tables.clients.by_peer[peer]
-        many = client.queued >= limits.client_queued or len(client.requests) >= 4 * limits.client_queued
-        full = admission.queued >= limits.queued or many
+        known = len(client.requests) - 4 * limits.client_queued
+        many = client.queued >= limits.client_queued or known >= 0 or admission.queued >= limits.queued
+        full = known >= limits.queued if call.attached else many
         heavy = admission.held + size > limits.held or client.held + size > limits.client_held
         hold(
-            full or heavy or admission.output > limits.output,
+            full or heavy or (admission.output > limits.output and not call.attached),
             "refused only where there is no room",
             lambda: f"{call}: {failure}",
         )

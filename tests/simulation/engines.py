@@ -44,17 +44,13 @@ class Engines:
         self._taken[key] = (record, worker.name)
         few = key[1] <= MOST_LOSSES or self._promise.hit(call, *MIGRATING, before=15.0)
         hold(key[1] >= 1 and few, "P4 at most three attempts", lambda: f"{call} has attempt {key[1]}")
-        call.moved = self._clock.now
+        call.dealt = self._clock.now
         self._promise.talk.workers.begins(worker, key)
         self._as_asked(call, worker, job)
         return call.plain
 
     def _as_asked(self, call: Call, worker: WorkerProcess, job: Job) -> None:
         submit, run = call.submit, job.run
-        if run.session is not None:
-            owner = self._sessions.setdefault(run.session, (call.client, submit.session))
-            same = owner == (call.client, submit.session)
-            hold(same, "P7 a session is one client's", lambda: f"{run.session} of {call} is that of {owner}")
         hold(
             (run.model, run.adapter, run.deterministic) == (submit.model, submit.adapter, submit.deterministic),
             "a request runs as it was asked",
@@ -64,6 +60,13 @@ class Engines:
         hold(job.generate == asked, "a request runs as it was asked", lambda: f"{call} on {worker}: {job.generate}")
         right = tuple(echo_token(call.id, i) for i in range(len(job.prefix)))
         hold(job.prefix == right, "P1 a prefix is what was produced", lambda: f"{call} on {worker}")
+
+    def given(self, call: Call, run: messages.Run) -> None:
+        """A request goes to a worker, which may be lost before it has it."""
+        if run.session is not None:
+            owner = self._sessions.setdefault(run.session, (call.client, call.submit.session))
+            same = owner == (call.client, call.submit.session)
+            hold(same, "P7 a session is one client's", lambda: f"{run.session} of {call} is that of {owner}")
 
     def hinted(self, worker: WorkerProcess, hint: messages.SessionHint) -> None:
         """An engine is told of a session."""
@@ -98,7 +101,7 @@ class Engines:
         running = {key.request for worker in self._world.workers for key in worker.engine._running}
         queued = {id_ for id_, r in self._world.broker.core.tables.requests.items() if r.state is State.QUEUED}
         for call in self._promise.calls.values():
-            quiet = now - max(call.moved, call.submitted)
+            quiet = now - max(call.moved, call.submitted, call.dealt)
             if not call.open or call.slow or call.id in queued or min(quiet, calm) < STALLED + self._under_way:
                 continue
             if not (call.collect and call.id in running):

@@ -62,7 +62,10 @@ class Talk:
         if message.kind is Kind.CREDIT:
             call.granted = max(call.granted, header.seq)
             window = self._world.profile.config.window
-            if not call.collect:
+            if call.collect:
+                if header.arg > call.read:
+                    call.read, call.dealt = header.arg, self._world.clock.now
+            else:
                 hold(
                     header.arg == len(call.tokens),
                     "what came is acknowledged",
@@ -84,9 +87,13 @@ class Talk:
     def broker_said(self, owner: Endpoint, peer: bytes, message: Message) -> None:
         """The broker sends a message."""
         self._rested("broker", message)
+        if message.kind in wire.TERMINALS:
+            self.dispatches.over(owner, message.header.request)
         match message.kind:
             case Kind.RUN:
                 self.dispatches.run(owner, peer, message)
+            case Kind.REPLAY:
+                self.dispatches.claimed(message.header.request)
             case Kind.ACCEPTED:
                 self.dispatches.accepted(message)
             case Kind.ERROR:
@@ -107,6 +114,9 @@ class Talk:
     def worker_said(self, worker: WorkerProcess, message: Message) -> None:
         """A worker sends a message."""
         self._rested(worker, message)
+        call = self._promise.calls.get(message.header.request)
+        if message.kind is Kind.TOK and call is not None and call.collect:  # whose caller hears nothing until the end
+            call.dealt = self._world.clock.now
         self.workers.said(worker, message)
 
     def may_be_refused(self, worker: WorkerProcess) -> bool:

@@ -163,6 +163,16 @@ def test_a_worker_whose_connection_breaks_is_a_lost_worker_to_its_requests_and_s
     at_rest(world)
 
 
+def test_a_worker_that_slept_through_run_and_stop_takes_the_request_up_afterwards() -> None:
+    world = settled_world(processes=1, slots=1, rate=50)
+    harm(world, "freeze worker")
+    world.workers[0].freeze(3.5)
+    call = ask(world, 60)
+    world.run(10.0)
+    assert outcome(call).attempts == 2
+    at_rest(world)
+
+
 def restart_broker(world: World, away: float) -> None:
     harm(world, "kill broker")
     world.broker.die()

@@ -1,3 +1,5 @@
+import pytest
+
 from loopmux.codec import BODY_LIMITS, pack, unpack
 from loopmux.errors import EngineError
 from loopmux.messages import (
@@ -345,6 +347,21 @@ def test_stop_while_held_is_answered():
     session.handle(welcome(NEXT_EPOCH), 1.2)
     stop = Received(message(Kind.STOP, REQUEST, arg=StopReason.SUPERSEDED))
     assert kinds(session.handle(stop, 1.3)) == [Kind.END]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_was_stopped_is_not_offered_to_a_broker(ended):
+    """It would be taken up, and the client told that it was cancelled."""
+    session = running()
+    stop = Received(message(Kind.STOP, REQUEST, arg=StopReason.SUPERSEDED))
+    session.handle(stop, 1.0)
+    if ended:
+        session.handle(Cancelled(KEY, None), 1.0)
+    [register] = [m for m in sent(session.handle(Received(message(Kind.WHO)), 1.1)) if m.kind is Kind.REGISTER]
+    assert unpack(Register, register.route).held == 0
+    assert session.handle(welcome(), 1.2) == []
+    assert session.handle(Cancelled(KEY, None), 1.3) == []
+    assert kinds(session.handle(stop, 2.0)) == [Kind.CANCELLED], "who still waits for it asks again"
 
 
 def test_without_a_broker_output_is_kept_up_to_a_limit(monkeypatch):

@@ -205,6 +205,7 @@ class Session:
 
     def _introduce(self, now: float) -> list[Action]:
         self._register_at = now + INTRODUCE_AGAIN
+        self._forget_stopped()
         register = replace(self._register, held=len(self._requests))
         return [Send(Message(Header(Kind.REGISTER), pack(register), self._report), lasting=False)]
 
@@ -222,9 +223,18 @@ class Session:
         if self._welcomed:
             return []
         self._welcomed, self._beat_at = True, now + welcome.heartbeat
+        self._forget_stopped()
         for request in self._requests.values():
             request.offered = True
         return self._offer(now)
+
+    def _forget_stopped(self) -> None:
+        """What a broker has stopped must not be offered: one that takes it up would take the end of it for its end.
+
+        A broker that still waits for that end says STOP again.
+        """
+        for key in [key for key, request in self._requests.items() if request.asked]:
+            del self._requests[key]
 
     def _offer(self, now: float) -> list[Action]:
         """Say what is here and may be nobody's, until the broker has said of each what it wants."""
