@@ -35,6 +35,7 @@ class Call:
         dealt: when it last came to a worker's turn, on its way there or there, or was over for the broker; of one that
             collects, also when its worker or its client last had more of it than before.
         granted: the most tokens that the broker was ever allowed to send.
+        acknowledged: the most tokens that its client ever said to have.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Call:
     came: float = 0.0
     dealt: float = 0.0
     granted: int = 0
+    acknowledged: int = 0
     read: int = 0
 
     def __str__(self) -> str:

@@ -84,6 +84,9 @@ def _outcome(run: subprocess.CompletedProcess[str]) -> tuple[str, str]:
 def _run(command: list[str], copy: Path) -> subprocess.CompletedProcess[str]:
     folders = [str(copy / package) for package in (*_PACKAGES, "tests")]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "PYTHONHASHSEED": "0"}
+    variables["GIT_CEILING_DIRECTORIES"] = str(
+        copy.parent
+    )  # inside a repository `git apply` would leave the copy alone
     return subprocess.run(command, cwd=copy, env=variables, capture_output=True, text=True, check=False)
 
 

@@ -60,7 +60,7 @@ class Talk:
         header = message.header
         call = client.calls.get(header.request)
         if message.kind is Kind.CREDIT:
-            call.granted = max(call.granted, header.seq)
+            call.granted, call.acknowledged = max(call.granted, header.seq), max(call.acknowledged, header.arg)
             window = self._world.profile.config.window
             if call.collect:
                 if header.arg > call.read:
@@ -78,6 +78,7 @@ class Talk:
                 )
         elif message.kind is Kind.ATTACH:
             call.attached, call.granted = True, max(call.granted, header.arg)
+            call.acknowledged = max(call.acknowledged, header.seq)
             hold(
                 call.collect or header.seq == len(call.tokens), "what came is acknowledged", lambda: f"{call}: {header}"
             )
@@ -92,12 +93,19 @@ class Talk:
         match message.kind:
             case Kind.RUN:
                 self.dispatches.run(owner, peer, message)
+            case Kind.TOKACK:
+                self._relayed(message.header)
             case Kind.REPLAY:
                 self.dispatches.claimed(message.header.request)
             case Kind.ACCEPTED:
                 self.dispatches.accepted(message)
             case Kind.ERROR:
                 self.dispatches.refused(owner, peer, message)
+
+    def _relayed(self, header: wire.Header) -> None:
+        call = self._promise.calls[header.request]
+        right = header.seq == header.arg <= call.acknowledged
+        hold(right, "acknowledgements are the client's", lambda: f"{call}: {header}, it said {call.acknowledged}")
 
     def worker_heard(self, worker: WorkerProcess, message: Message) -> None:
         """A message came to a worker."""
