@@ -36,6 +36,7 @@ class Recovery:
     ) -> None:
         self._t, self._entry, self._attempts = tables, entry, attempts
         self._leases, self._ends, self._waiting = leases, ends, waiting
+        self._told: set[bytes] = set()  # boots of lost workers that had said what they held from before
 
     # --- the client's half
 
@@ -153,7 +154,8 @@ class Recovery:
         """Nobody else has said anything of it yet."""
         client = self._t.clients.by_instance.get(held.client)
         full = len(worker.leases) >= max(_MOST_HELD, worker.slots)
-        if full or not worker.serves(held.model, held.adapter) or not self._may_come(client, now):
+        from_here = worker.register.boot in self._told or not self._may_come(client, now)
+        if full or from_here or not worker.serves(held.model, held.adapter):
             self._reset(worker, header)
             return
         if client is None:
@@ -166,6 +168,11 @@ class Recovery:
         lease.start, lease.prefix, lease.acknowledged = header.seq, header.arg, True
         self._t.requests[request.id] = client.requests[request.id] = request
         self._t.timers.set((Alarm.RECOVERY, request.id, 0), now + self._t.config.orphan_grace)
+
+    def lost(self, worker: Worker, now: float) -> None:
+        """A worker is gone. If it comes back, what is unknown here of that which it holds has ended here."""
+        if not worker.expected and now < self._t.identity.started + self._t.config.orphan_grace:
+            self._told.add(worker.register.boot)
 
     def _may_come(self, client: Client | None, now: float) -> bool:
         """Whether a client may still come with a request that is unknown here.

@@ -276,6 +276,7 @@ class WorkerSide:
         self._t.timers.cancel((Alarm.MEMBER_SILENT, member.peer, 0))
         self._t.pool.leave(member)
         if isinstance(member, Worker):
+            self._recovery.lost(member, now)
             for model in member.models:
                 self._waiting.model_changed(model, now)
             self._attempts.worker_lost(member, why, now, planned=why == "left")

@@ -177,6 +177,20 @@ def test_a_worker_that_was_away_when_its_request_ended_here(core: Core) -> None:
     core.assert_empty()
 
 
+def test_nor_for_one_that_has_left_with_its_answer(core: Core) -> None:
+    core.hello()
+    core.register(boot=b"1" * 16)
+    core.running()
+    core.lose(WORKER)
+    core.register(SECOND)
+    core.worker(end(ONE, 0, attempt=2), SECOND)
+    core.client(say(Kind.ENDACK, ONE))
+    core.client(say(Kind.BYE))
+    core.register(boot=b"1" * 16, held=1)
+    assert held(core, ONE, 0, 9) == [reset()]
+    core.assert_empty()
+
+
 def test_a_broker_that_has_been_up_for_long_waits_for_no_client_to_bring_what_only_a_worker_has(core: Core) -> None:
     core.register()
     core.wait(30)
