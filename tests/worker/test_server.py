@@ -160,7 +160,7 @@ def test_malformed_messages_of_a_broker_are_ignored(broker, endpoint):
         assert broker.output(REQUEST)[1].kind is Kind.END
 
 
-def test_a_restarted_broker_gets_a_clean_worker(endpoint):
+def test_a_restarted_broker_says_what_becomes_of_the_work(endpoint):
     first = FakeBroker(endpoint)
     with serving(endpoint, rate=20, tokens=10**6):
         first.welcome()
@@ -169,7 +169,10 @@ def test_a_restarted_broker_gets_a_clean_worker(endpoint):
         first.close()
         second = FakeBroker(endpoint, epoch=b"f" * 8)
         try:
-            second.welcome()
+            assert second.welcome().held == 1
+            held = second.expect(Kind.HELD)
+            assert (held.header.request, held.header.attempt) == (REQUEST, 1)
+            second.send(Kind.RESET, REQUEST, attempt=1)
             second.run(OTHER, Generate(prompt="x", max_new_tokens=3))
             tokens, end = second.output(OTHER)
             assert (end.kind, ids(tokens)) == (Kind.END, [echo_token(OTHER, i) for i in range(3)])
@@ -188,6 +191,9 @@ def test_a_broken_connection_loses_no_token(endpoint):
         same = FakeBroker(endpoint, epoch=b"e" * 8)
         try:
             same.welcome()
+            held = same.expect(Kind.HELD)
+            assert (held.header.request, held.header.seq) == (REQUEST, 1)
+            same.send(Kind.REPLAY, REQUEST, attempt=1, seq=1)
             found, end = same.output(REQUEST)
             by_position = {}
             for message in found:
