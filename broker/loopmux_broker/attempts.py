@@ -71,6 +71,8 @@ class Attempts:
 
     def _dispatch(self, request: Request, worker: Worker, now: float) -> None:
         request.attempt += 1
+        while (request.id, request.attempt) in self._t.pool.leases:
+            request.attempt += 1  # one that is still being stopped, of which the client has heard nothing
         request.move(Step.DISPATCHED)
         if not worker.leases:
             worker.moved = now  # it had nothing to do, so its standing still until now means nothing

@@ -91,8 +91,8 @@ class Ends:
         request.move(Step.ENDED)
         t.timers.cancel((Alarm.RECOVERY, request.id, 0))
         t.counters[_COUNTED[kind]] += 1
-        t.admission.ended(request.client, len(request.body), now)
-        request.body = b""
+        t.admission.ended(request.client, request.size, now)
+        request.body, request.brought = b"", 0
         request.output.ids.clear()
         t.timers.cancel((Alarm.DEADLINE, request.id, 0))
         self._bury(request, frames, now)

@@ -41,7 +41,7 @@ class Entry:
         t = self._t
         t.counters["submitted"] += 1
         t.requests[request.id] = request.client.requests[request.id] = request
-        t.admission.admit(request.client, len(request.body))
+        t.admission.admit(request.client, request.size)
         t.timers.set((Alarm.DEADLINE, request.id, 0), request.deadline)
 
     def accept(self, request: Request) -> None:

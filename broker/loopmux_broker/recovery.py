@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from loopmux.errors import ProtocolError
 from loopmux.messages import Held, Submit
 from loopmux.wire import Header, Kind, StopReason
 from loopmux_broker.attempts import Attempts
@@ -24,6 +25,8 @@ from loopmux_broker.requests import Request, State, Step
 from loopmux_broker.tables import Alarm, Tables
 from loopmux_broker.waiting import Waiting
 
+_LAST_ATTEMPT = 60_000
+"""The highest number that anybody may claim to have seen: the next ones have to fit into a header, too."""
 _MOST_HELD = 256
 """Attempts that one worker may claim to hold, slots or not: ended ones wait for their client there."""
 
@@ -45,7 +48,7 @@ class Recovery:
         output = Output(header.arg)
         output.restore(ids)
         request = Request(header.request, client, submit, body, now, now + submit.timeout, output, State.RECOVERING)
-        request.attempt = header.attempt
+        request.attempt, request.brought = _numbered(header), len(ids)
         if self._let_in(request, header.seq):
             self._t.counters["attached"] += 1
             self._t.timers.set((Alarm.RECOVERY, request.id, 0), now + self._t.config.claim_wait)
@@ -55,19 +58,21 @@ class Recovery:
         """The client of a request that only its worker knew."""
         worker_s = request.lease
         assert worker_s is not None
+        attempt = _numbered(header)
         request.submit, request.body, request.deadline = submit, body, now + submit.timeout
+        request.brought = len(ids)
         if not self._let_in(request, header.seq):
-            request.submit, request.body = Submit(submit.model), b""
+            request.submit, request.body, request.brought = Submit(submit.model), b"", 0
             return
         request.output.credit = header.arg
         request.output.restore(ids)
         self._t.timers.cancel((Alarm.RECOVERY, request.id, 0))
         self._entry.accept(request)
         total = request.output.total
-        if header.attempt <= worker_s.attempt and worker_s.start <= total <= worker_s.prefix:
+        if attempt <= worker_s.attempt and worker_s.start <= total <= worker_s.prefix:
             self._claimed(request, worker_s, now)
             return
-        request.lease, request.attempt = None, max(request.attempt, header.attempt)
+        request.lease, request.attempt = None, max(request.attempt, attempt)
         self._leases.stop(worker_s, StopReason.SUPERSEDED, now)
         self._begin_anew(request, now)
 
@@ -99,6 +104,7 @@ class Recovery:
 
     def held(self, worker: Worker, header: Header, held: Held, now: float) -> None:
         """A worker that has just introduced itself names an attempt that it has."""
+        _numbered(header)
         worker.expected = max(worker.expected - 1, 0)
         self._t.vacant[worker] = None
         lease = self._t.pool.leases.get((header.request, header.attempt))
@@ -192,3 +198,15 @@ class Recovery:
         if worker.expected:
             worker.expected = 0
             self._t.vacant[worker] = None
+
+
+def _numbered(header: Header) -> int:
+    """The attempt that a peer says it has seen.
+
+    Raises:
+        ProtocolError: no request was ever tried so often.
+    """
+    if header.attempt > _LAST_ATTEMPT:
+        found = f"{header.kind.name}: found attempt {header.attempt}, expected at most {_LAST_ATTEMPT}"
+        raise ProtocolError(found)
+    return header.attempt

@@ -69,6 +69,7 @@ class Request:
 
     Attributes:
         body: BODY of SUBMIT, kept until the end because another attempt needs it.
+        brought: bytes of the tokens that its client came back with.
         arrived, deadline: on the broker's clock.
         attempt: number of the last attempt, 0 before the first; never handed out twice, not even by two brokers.
         losses: attempts that ended because a worker was lost. After two the request runs ``alone``.
@@ -93,6 +94,7 @@ class Request:
     losses: int = 0
     alone: bool = False
     fingerprint: str | None = None
+    brought: int = 0
     lease: Lease | None = None
     avoid: str = ""
     held_by: Worker | None = None
@@ -108,6 +110,11 @@ class Request:
             KeyError: the table has no such step from here.
         """
         self.state = TRANSITIONS[self.state][step]
+
+    @property
+    def size(self) -> int:
+        """Bytes that it was let in with, which are held until its end."""
+        return len(self.body) + self.brought
 
     @property
     def lane(self) -> Lane:

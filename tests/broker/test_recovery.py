@@ -415,3 +415,39 @@ def test_a_queue_of_returning_requests_takes_no_new_ones() -> None:
     core.wait(0.3)
     [answer] = core.submit(FOUR)
     assert failure(answer)[3].code == "overloaded"
+
+
+@pytest.mark.parametrize("number", [60_001, 65_535])
+def test_nobody_has_seen_an_attempt_whose_next_one_has_no_number(core: Core, number: int) -> None:
+    core.hello()
+    core.register(held=1)
+    [answer] = attach(core, ONE, 0, attempt=number)
+    assert f"ATTACH: found attempt {number}, expected at most 60000" in failure(answer)[3].message
+    held(core, TWO, 0, 9, attempt=number)
+    assert not core.tables.requests
+    core.assert_empty()
+
+
+def test_the_tokens_that_a_request_comes_back_with_are_counted() -> None:
+    core = Core(settle=3.0, limits=Limits(held=len(BODY) + 4 * 5))
+    core.hello()
+    attach(core, ONE, 5)
+    [answer] = attach(core, TWO, 1)
+    assert failure(answer)[3].code == "overloaded"
+    core.client(say(Kind.CANCEL, ONE))
+    core.client(say(Kind.ENDACK, ONE))
+    attach(core, TWO, 5)
+    assert core.broker.tables.requests.keys() == {TWO}
+
+
+def test_an_attempt_that_is_still_being_stopped_keeps_its_number(core: Core) -> None:
+    """The client was away for long and heard nothing of the first attempt, which its worker has not let go of."""
+    core.hello()
+    core.register(slots=2)
+    core.running()
+    core.lose(CLIENT)
+    assert core.wait(3)[-1] == stop(ONE, 1)
+    core.hello()
+    attach(core, ONE, 0, attempt=0)
+    [run] = [s for s in core.wait(0.3) if isinstance(s, Send) and s.message.kind is Kind.RUN]
+    assert run.message.header.attempt == 2

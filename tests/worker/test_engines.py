@@ -192,6 +192,12 @@ def test_a_seed_makes_a_result_and_a_resumed_one_continues_it(engine):
         assert rest[0].logprobs[0].logprob == pytest.approx(whole[cut].logprobs[0].logprob, abs=1e-4)
 
 
+def test_a_prefix_of_another_vocabulary_is_refused(engine):
+    with pytest.raises(BadRequestError, match="found token 1000000 in what this request is to go on behind"):
+        engine.submit(job(prefix=(70, 10**6)))
+    assert engine.due() is None
+
+
 def test_a_prefix_that_holds_the_end_only_ends(engine):
     (end,) = answer(engine, job(prefix=(70, END)))
     assert (end.total, end.reason) == (2, "stop")

@@ -230,6 +230,11 @@ class Models:
                 "may differ; set dtype: float32 for it"
             )
         prompt = self._prompt(generate, model)
+        if job.prefix and max(job.prefix) >= loaded.vocabulary:
+            raise BadRequestError(
+                f"found token {max(job.prefix)} in what this request is to go on behind, this model's ids are below "
+                f"{loaded.vocabulary}"
+            )
         limit = admission.room_for(len(prompt), len(job.prefix), generate.max_new_tokens, loaded.context)
         sampler = Sampler(
             generate.sampling,
