@@ -180,7 +180,7 @@ class Storm:
         requests, admission = tables.requests.values(), tables.admission
         assert admission.queued == tables.queues.length == sum(r.state is State.QUEUED for r in requests)
         assert admission.output == sum(r.output.held for r in requests)
-        assert admission.held == sum(len(r.body) for r in requests)
+        assert admission.held == sum(r.size for r in requests)
         assert set(tables.pool.leases) == {key for w in tables.pool.workers.values() for key in w.leases}
         for worker in tables.pool.workers.values():
             assert worker.free >= 0

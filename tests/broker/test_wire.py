@@ -69,9 +69,8 @@ def test_two_doors_of_a_kind(tmp_path: Path) -> None:
             first.hello()
             second.hello()
             worker.register()
-            first.submit(ONE)
-            second.submit(TWO)
             for client, request in ((first, ONE), (second, TWO)):
+                client.submit(request)
                 worker.send(tok(worker.take().header.request, 0))
                 assert client.expect(Kind.TOK).header.request == request
 

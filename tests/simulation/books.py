@@ -26,7 +26,7 @@ def audit(world: World) -> None:
         "the books agree: queued",
         lambda: f"{admission.queued}, {tables.queues.length}, {queued}",
     )
-    output, held = sum(r.output.held for r in requests), sum(len(r.body) for r in requests)
+    output, held = sum(r.output.held for r in requests), sum(r.size for r in requests)
     hold(admission.output == output, "the books agree: output", lambda: f"{admission.output}, {output}")
     hold(admission.held == held, "the books agree: bodies", lambda: f"{admission.held}, {held}")
     leases = {key for worker in pool.workers.values() for key in worker.leases}
@@ -35,7 +35,7 @@ def audit(world: World) -> None:
         mine = client.requests.values()
         waiting = sum(r.state is State.QUEUED for r in mine)
         hold(client.queued == waiting, "the books agree: a client's queue", lambda: f"{client.queued}, {waiting}")
-        body = sum(len(r.body) for r in mine)
+        body = sum(r.size for r in mine)
         hold(client.held == body, "the books agree: a client's bodies", lambda: f"{client.held}, {body}")
     for request in requests:
         hold(

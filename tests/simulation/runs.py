@@ -14,8 +14,8 @@ import structlog
 from simulation.broken import BrokenError
 from simulation.nemesis import Nemesis
 
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))  # what fails on purpose is not news
-
+_QUIET = structlog.make_filtering_bound_logger(50)
+"""What fails on purpose is not news."""
 _LONGEST = 60
 """Seconds of processor time; a run takes a fraction of one, so a core that takes so long does not come back."""
 _TOLD = 25
@@ -36,6 +36,8 @@ class Run:
 
 def once(seed: int, *, messages: bool = False) -> tuple[Run, Nemesis]:
     """Run one seed, whatever comes of it."""
+    logging = structlog.get_config()
+    structlog.configure(wrapper_class=_QUIET)
     nemesis = Nemesis(seed, loud=messages)
     failure = ""
     signal.signal(signal.SIGVTALRM, _too_long)
@@ -48,6 +50,7 @@ def once(seed: int, *, messages: bool = False) -> tuple[Run, Nemesis]:
         failure = f"a core raised\n{traceback.format_exc()}"
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        structlog.configure(**logging)
     clock = nemesis.clock
     story = nemesis.story.text(_TOLD) if failure else ""
     return Run(seed, clock.events, nemesis.asked, clock.now, failure, story), nemesis
