@@ -132,7 +132,7 @@ class Dispatches:
         if failure.code != "overloaded" or call is None or call.client is not owner or not call.submit.wait:
             return
         tables = self._world.broker.core.tables
-        limits, admission, size = tables.config.limits, tables.admission, len(call.body)
+        limits, admission, size = tables.config.limits, tables.admission, len(call.body) + 4 * message.header.seq
         client = tables.clients.by_peer[peer]
         known = len(client.requests) - 4 * limits.client_queued
         many = client.queued >= limits.client_queued or known >= 0 or admission.queued >= limits.queued
