@@ -37,8 +37,10 @@ def inherited(arguments: Sequence[str], environment: Mapping[str, str]) -> list[
     found = [_take(*_split(argument)) for argument in arguments]
     if environment.get("LISTEN_PID") != str(os.getpid()):  # the variables are inherited too, and were for a parent
         return found
-    names = environment.get("LISTEN_FDNAMES", "").split(":")
-    for n in range(int(environment.get("LISTEN_FDS", "0"))):
+    count, names = environment.get("LISTEN_FDS", "0"), environment.get("LISTEN_FDNAMES", "").split(":")
+    if not count.isdecimal():
+        raise ConfigError(f"LISTEN_FDS: found {count!r}, expected the number of descriptors, as systemd sets it")
+    for n in range(int(count)):
         name = names[n] if n < len(names) else ""
         found.append(_take(name, _FIRST + n, "LISTEN_FDNAMES (FileDescriptorName= in the socket unit)"))
     return found

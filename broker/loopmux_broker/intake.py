@@ -21,8 +21,8 @@ _COLD_RETRY = 1.0
 def objection(pool: Pool, request: Request, *, settled: bool, returning: bool = False) -> LoopmuxError | None:
     """Why the request cannot run as things are, None if it can or may wait.
 
-    Before the broker has ``settled``, a model or adapter that nobody has named may still come. A request that is
-    ``returning`` ran before: its worker is on the way back.
+    Before the broker has ``settled``, a model or adapter that nobody has named may still come, and after that one whose
+    worker has had the request. One that is ``returning`` was let in before, so it waits whether it was asked to or not.
     """
     submit = request.submit
     try:
@@ -32,7 +32,7 @@ def objection(pool: Pool, request: Request, *, settled: bool, returning: bool = 
     if pool.serving(submit.model):
         return unknown_adapter(pool, request) if settled else None
     declared = pool.declared(submit.model)
-    if declared is None and settled:
+    if declared is None and settled and not request.attempt:
         return unknown_model(submit.model, pool.known())
     if declared is not None and declared.entry.phase == "failed":
         return failed_to_start(submit.model, declared.entry.detail)

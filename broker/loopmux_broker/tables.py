@@ -47,7 +47,9 @@ LIVENESS = frozenset(
         Alarm.MEMBER_SILENT,
         Alarm.RUN,
         Alarm.HELD,
+        Alarm.LAUNCHER,
         Alarm.RECOVERY,
+        Alarm.SETTLED,
         Alarm.STALL,
     }
 )

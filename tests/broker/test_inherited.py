@@ -118,6 +118,12 @@ def test_variables_that_were_for_somebody_else_are_ignored() -> None:
     assert inherited([], {"LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "clients"}) == []
 
 
+@pytest.mark.parametrize("count", ["many", "-1", "1.5"])
+def test_a_number_of_sockets_that_is_none(count: str) -> None:
+    with pytest.raises(ConfigError, match=f"LISTEN_FDS: found '{count}', expected the number of descriptors"):
+        inherited([], {"LISTEN_FDS": count, "LISTEN_PID": str(os.getpid())})
+
+
 def test_what_is_handed_over_says_where_it_listens(tmp_path: Path) -> None:
     one = Listening(f"ipc://{tmp_path}/b.ipc")
     try:

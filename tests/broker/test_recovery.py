@@ -31,7 +31,7 @@ from loopmux import codec
 from loopmux.messages import Held, Submit
 from loopmux.wire import Header, Kind, Message, pack_tokens
 from loopmux_broker.admission import Limits
-from loopmux_broker.events import Action, Send, say
+from loopmux_broker.events import Action, LoopStalled, Send, TimerDue, say
 
 
 @pytest.fixture
@@ -292,6 +292,25 @@ def test_what_nobody_serves_yet_is_waited_for_and_what_never_ran_is_not(core: Co
     actions = core.wait(3.25)
     assert [failure(a)[3].code for a in actions if kinds([a]) == [(CLIENT, Kind.ERROR)]] == ["model_not_found"]
     assert core.register()[-1] == run(ONE, attempt=2, prefix=5, timeout=596.75)
+
+
+def test_its_worker_may_need_longer_than_the_broker_to_be_back(core: Core) -> None:
+    core.hello()
+    core.wait(3)
+    assert attach(core, ONE, 5) == [accepted(ONE)]
+    [refused] = attach(core, TWO, 0, attempt=0)
+    assert failure(refused)[3].code == "model_not_found"
+    core.wait(20)
+    assert core.register()[-1] == run(ONE, attempt=2, prefix=5, timeout=580.0)
+
+
+def test_a_broker_that_was_away_just_after_its_start_goes_on_waiting_for_who_belongs_to_it(core: Core) -> None:
+    core.hello()
+    core.submit(ONE)
+    core.now += 60
+    core.handle(LoopStalled(60.0))
+    assert [a for a in core.handle(TimerDue()) if isinstance(a, Send)] == []
+    assert core.register()[-1] == run(ONE, timeout=540.0)
 
 
 def test_a_request_that_does_not_wait_for_a_model_waits_for_its_worker(core: Core) -> None:

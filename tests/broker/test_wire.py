@@ -336,6 +336,17 @@ JUNK = st.lists(
 )
 
 
+def served(client: Peer, worker: Peer) -> None:
+    """A request goes through, from its SUBMIT to its end."""
+    request = wire.new_id()
+    client.submit(request)
+    assert worker.take().header.request == request
+    worker.send(end(request, 0))
+    client.expect(Kind.END)
+    client.send(say(Kind.ENDACK, request))
+    worker.expect(Kind.ENDACK)
+
+
 @bounds(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(JUNK, min_size=1, max_size=5), st.booleans())
 def test_garbage_is_the_business_of_its_sender_alone(
@@ -345,13 +356,7 @@ def test_garbage_is_the_business_of_its_sender_alone(
     with Peer(running.workers if at_workers_door else running.clients) as stranger:
         for frames in messages:
             stranger.raw(frames)
-        request = wire.new_id()
-        client.submit(request)
-        assert worker.take().header.request == request
-        worker.send(end(request, 0))
-        client.expect(Kind.END)
-        client.send(say(Kind.ENDACK, request))
-        worker.expect(Kind.ENDACK)
+        served(client, worker)
     assert "internal_errors" not in client.status().counters
 
 
@@ -401,13 +406,7 @@ def test_raw_bytes_of_a_plain_socket_are_nobody_elses_business(
                 raw.sendall(piece)
         except OSError:
             pass  # it was cut off, as it should be
-        request = wire.new_id()
-        client.submit(request)
-        assert worker.take().header.request == request
-        worker.send(end(request, 0))
-        client.expect(Kind.END)
-        client.send(say(Kind.ENDACK, request))
-        worker.expect(Kind.ENDACK)
+        served(client, worker)
     assert "internal_errors" not in client.status().counters
 
 
