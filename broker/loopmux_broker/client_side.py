@@ -50,7 +50,7 @@ class ClientSide:
                 self._submit(client, request, message, now)
             case Kind.ENDACK:
                 if request is not None and request.state is State.DONE:
-                    self._ends.acknowledged(request)
+                    self._ends.acknowledged(request, now)
             case Kind.CANCEL:
                 self._cancel(client, request, message.header.request, now)
             case Kind.PING:

@@ -112,7 +112,7 @@ class Ends:
         self._t.requests[request_id] = client.requests[request_id] = request
         self._bury(request, frames, now)
 
-    def acknowledged(self, request: Request) -> None:
+    def acknowledged(self, request: Request, now: float) -> None:
         """The client has the terminal: tell the worker whose word it was, and forget the request."""
         origin = request.origin
         if origin is not None and self._t.pool.workers.get(origin.worker.peer) is origin.worker:
@@ -121,6 +121,7 @@ class Ends:
         if not request.submit.model and not self._t.settled:
             # Cancelled before anything was known of it: a worker of the former broker may still come with it.
             self._t.timers.cancel((Alarm.TERMINAL, request.id, 0))
+            self._t.timers.set((Alarm.TOMBSTONE, request.id, 0), now + self._t.config.settle)
         else:
             self.forget(request)
 
