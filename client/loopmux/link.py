@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 
 import zmq
@@ -10,7 +9,7 @@ import zmq
 from loopmux.endpoints import ipc_path
 from loopmux.errors import ConfigError
 from loopmux.events import Connected, Disconnected
-from loopmux.sockets import FAREWELL, dealer
+from loopmux.sockets import Dealer
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, Message, to_frames
 
 
@@ -27,16 +26,14 @@ class Link:
     def __init__(self, endpoint: str) -> None:
         ipc_path(endpoint)
         self._context = zmq.Context()
-        self.socket = dealer(self._context, CLIENT_MESSAGE_LIMIT)
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._dealer = Dealer(self._context, CLIENT_MESSAGE_LIMIT)
+        self.socket, self.monitor = self._dealer.socket, self._dealer.monitor
         self._unsent: deque[list[bytes]] = deque()
         try:
-            self.socket.connect(endpoint)
-        except zmq.ZMQError as error:
+            self._dealer.connect(endpoint)
+        except ConfigError:
             self.close()
-            raise ConfigError(
-                f"cannot connect to {endpoint!r}: {error}; expected as in tcp://127.0.0.1:7750"
-            ) from error
+            raise
 
     @property
     def descriptor(self) -> int:
@@ -47,12 +44,12 @@ class Link:
     def ready(self) -> bool:
         """Whether there is something to receive, or room for what waits to be sent."""
         events = int(self.socket.getsockopt(zmq.EVENTS))
-        return bool(events & zmq.POLLIN or (events & zmq.POLLOUT and self._unsent))
+        return bool(events & zmq.POLLIN or (events & zmq.POLLOUT and self.blocked))
 
     @property
     def blocked(self) -> bool:
-        """Whether something waits for the socket to take it."""
-        return bool(self._unsent)
+        """Whether something waits for room in the socket; without a connection it waits for ``news``."""
+        return bool(self._unsent) and self._dealer.connected
 
     def send(self, message: Message) -> None:
         """Send, or keep for ``flush``."""
@@ -66,32 +63,19 @@ class Link:
 
     def flush(self) -> None:
         """Send what waits, as far as the socket takes it."""
-        while self._unsent:
-            try:
-                self.socket.send_multipart(self._unsent[0], zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        while self._unsent and self._dealer.send(self._unsent[0]):
             self._unsent.popleft()
 
     def receive(self) -> list[bytes] | None:
         """The frames of the next message, or None."""
-        try:
-            return self.socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
+        return self._dealer.receive()
 
     def news(self) -> Connected | Disconnected | None:
         """What happened to the connection, one by one; None when that is all."""
-        try:
-            event, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
-        lost = int.from_bytes(event[:2], sys.byteorder) == zmq.EVENT_DISCONNECTED
-        return Disconnected() if lost else Connected()
+        connected = self._dealer.news()
+        return None if connected is None else Connected() if connected else Disconnected()
 
     def close(self) -> None:
         """Close the socket, letting what it has taken leave first."""
-        self.socket.disable_monitor()
-        self.monitor.close(0)
-        self.socket.close(linger=FAREWELL)
+        self._dealer.close()
         self._context.term()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Final
 
 import zmq
 
 from loopmux.cadence import HEARTBEAT, SILENT_HEARTBEATS
+from loopmux.errors import ConfigError
 
 FAREWELL: Final = 200
 """Milliseconds that a closing socket may take to hand CANCEL and BYE to the kernel; it takes well under one."""
@@ -21,15 +23,75 @@ COMMON: Final = {
 """Of both ends; times are milliseconds."""
 
 
-def dealer(context: zmq.Context[zmq.Socket[bytes]], largest: int) -> zmq.Socket[bytes]:
-    """A socket for a peer of the broker, not connected yet; ``largest`` is the longest message it takes, bytes."""
-    socket = context.socket(zmq.DEALER)
-    options = COMMON | {
-        zmq.IMMEDIATE: 1,  # without a connection a send fails instead of queueing for nobody
-        zmq.RECONNECT_IVL: 50,  # a broker that was started again is found at once
-        zmq.RECONNECT_IVL_MAX: 2000,  # one that stays away costs hundreds of peers little, and is found soon
-        zmq.MAXMSGSIZE: largest,
-    }
-    for option, value in options.items():
-        socket.setsockopt(option, value)
-    return socket
+class Dealer:
+    """A DEALER to the broker that knows whether it has a connection; belongs to one thread at a time.
+
+    Without one it takes nothing. libzmq has an option for that (IMMEDIATE), but with it a connection that closes while
+    the first frames of a message have been read ends the process ("Assertion failed: !_more", fq.cpp): a broker that is
+    killed would take busy clients and workers along.
+
+    Attributes:
+        socket: to be polled for input, and for output while something waits and there is a connection.
+        monitor: readable when there is ``news``.
+        connected: as of the news that was taken.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], largest: int) -> None:
+        """``largest`` is the longest message it takes, bytes."""
+        self.connected = False
+        self.socket = context.socket(zmq.DEALER)
+        options = COMMON | {
+            zmq.RECONNECT_IVL: 50,  # a broker that was started again is found at once
+            zmq.RECONNECT_IVL_MAX: 2000,  # one that stays away costs hundreds of peers little, and is found soon
+            zmq.MAXMSGSIZE: largest,
+        }
+        for option, value in options.items():
+            self.socket.setsockopt(option, value)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+
+    def connect(self, endpoint: str) -> None:
+        """Begin to connect, and go on until it is closed.
+
+        Raises:
+            ConfigError: the endpoint is not one that can be connected to.
+        """
+        try:
+            self.socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            expected = "expected as in tcp://127.0.0.1:7750"
+            raise ConfigError(f"cannot connect to {endpoint!r}: {error}; {expected}") from error
+
+    def send(self, frames: list[bytes]) -> bool:
+        """Send a message; False if there is no connection or no room.
+
+        What was taken just before the connection was lost may still arrive at the broker, over the next one.
+        """
+        if not self.connected:
+            return False
+        try:
+            self.socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self) -> list[bytes] | None:
+        """The frames of the next message, or None."""
+        try:
+            return self.socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    def news(self) -> bool | None:
+        """What happened to the connection, one by one: True, it is there; False, it is gone; None, that is all."""
+        try:
+            event, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        self.connected = int.from_bytes(event[:2], sys.byteorder) == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        return self.connected
+
+    def close(self) -> None:
+        """Close it, letting what it has taken leave first."""
+        self.socket.disable_monitor()
+        self.monitor.close(0)
+        self.socket.close(linger=FAREWELL)

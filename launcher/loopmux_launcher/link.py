@@ -98,6 +98,10 @@ class Link:
         leaves, self._left = self.welcome and not self._left, True
         return [Message(Header(Kind.BYE))] if leaves else []
 
+    def connected(self) -> None:
+        """There is a new connection: introduce ourselves over it."""
+        self._heartbeat, self._next = None, 0.0
+
     def lost(self) -> None:
         """The broker does not know us, or may have missed something: introduce ourselves again.
 

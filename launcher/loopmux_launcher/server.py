@@ -19,7 +19,7 @@ from loopmux.codec import plain
 from loopmux.errors import LoopmuxError, ProtocolError
 from loopmux.listening import Listening
 from loopmux.messages import Register
-from loopmux.sockets import FAREWELL, dealer
+from loopmux.sockets import Dealer
 from loopmux.wire import VERSIONS, WORKER_MESSAGE_LIMIT, Message, from_frames, new_id, to_frames
 from loopmux_launcher import places, workercode
 from loopmux_launcher.config import Configuration
@@ -106,8 +106,8 @@ class Launcher:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             with Signals(parent) as signals:
-                self._socket = dealer(context, WORKER_MESSAGE_LIMIT)
-                self._socket.connect(self._endpoint)
+                self._dealer = Dealer(context, WORKER_MESSAGE_LIMIT)
+                self._dealer.connect(self._endpoint)
                 self._handle(Began())
                 while self._exit is None:
                     self._turn(signals)
@@ -115,7 +115,7 @@ class Launcher:
         finally:
             self._abandon()
             self._send(self._link.bye())
-            self._socket.close(FAREWELL)
+            self._dealer.close()
             context.term()
             self._stop_listening()
 
@@ -144,7 +144,8 @@ class Launcher:
 
     def _wait(self, signals: Signals) -> tuple[set[int], set[int]]:
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._dealer.socket, zmq.POLLIN)
+        poller.register(self._dealer.monitor, zmq.POLLIN)
         for descriptor in signals.descriptors():
             poller.register(descriptor, zmq.POLLIN)
         for child in self._children.values():
@@ -301,10 +302,10 @@ class Launcher:
     # --- the broker's socket
 
     def _receive(self) -> None:
+        while (connected := self._dealer.news()) is not None:
+            self._link.connected() if connected else self._link.lost()
         for _ in range(_PER_TURN):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            if (frames := self._dealer.receive()) is None:
                 return
             try:
                 news = self._link.received(from_frames(frames), time.monotonic())
@@ -318,9 +319,7 @@ class Launcher:
 
     def _send(self, messages: list[Message]) -> None:
         for message in messages:
-            try:
-                self._socket.send_multipart(to_frames(message))
-            except zmq.Again:
+            if not self._dealer.send(to_frames(message)):
                 self._link.lost()  # not connected; REGISTER is repeated until somebody answers
 
 

@@ -14,13 +14,12 @@ from types import TracebackType
 
 import structlog
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 import loopmux
 from loopmux.codec import pack, shorten
 from loopmux.errors import ConfigError, EngineError, LoopmuxError, ProtocolError
 from loopmux.messages import LeftOut, Register, WorkerSpec
-from loopmux.sockets import FAREWELL, dealer
+from loopmux.sockets import Dealer
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, ROUTE_LIMIT, VERSIONS, Message, from_frames, new_id, to_frames
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Description, Engine
@@ -105,8 +104,7 @@ class Worker:
         self._driver = Driver(engine, self._wake)
         self._context = zmq.Context()
         # a prompt travels on with a few bytes of header and route
-        self._dealer = dealer(self._context, CLIENT_MESSAGE_LIMIT + ROUTE_LIMIT)
-        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._dealer = Dealer(self._context, CLIENT_MESSAGE_LIMIT + ROUTE_LIMIT)
         self._endpoint = spec.endpoint
         self._unsent: deque[list[bytes]] = deque()
         self._asked = False
@@ -127,15 +125,13 @@ class Worker:
             LoopmuxError: the broker refused this worker, or the engine's thread died.
         """
         self._driver.start()
-        try:
-            self._dealer.connect(self._endpoint)
-        except zmq.ZMQError as error:
-            raise ConfigError(f"cannot connect to {self._endpoint!r}: {error}") from error
+        self._dealer.connect(self._endpoint)
         poller = zmq.Poller()
-        poller.register(self._monitor, zmq.POLLIN)
+        poller.register(self._dealer.monitor, zmq.POLLIN)
         poller.register(self._ear, zmq.POLLIN)
         while self._left is None:
-            poller.register(self._dealer, zmq.POLLIN | (zmq.POLLOUT if self._unsent else 0))
+            blocked = self._unsent and self._dealer.connected
+            poller.register(self._dealer.socket, zmq.POLLIN | (zmq.POLLOUT if blocked else 0))
             wait = self._session.next_timer() - time.monotonic()
             poller.poll(max(0, math.ceil(wait * 1000)))
             self._turn()
@@ -155,9 +151,7 @@ class Worker:
     def close(self) -> bool:
         """Release everything; False if the engine is in a step that did not end in time."""
         ended = self._driver.stop(_ENGINE_STOP)
-        self._dealer.disable_monitor()
-        self._monitor.close(linger=0)
-        self._dealer.close(linger=FAREWELL)
+        self._dealer.close()
         self._context.term()
         if ended:  # else its thread may still ring
             self._bell.close()
@@ -166,9 +160,8 @@ class Worker:
 
     def _turn(self) -> None:
         self._hear()
-        while self._monitor.poll(0):
-            lost = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
-            self._handle(Disconnected() if lost else Connected())
+        while (connected := self._dealer.news()) is not None:
+            self._handle(Connected() if connected else Disconnected())
         self._flush()
         for _ in range(_PER_TURN):
             message = self._receive()
@@ -212,26 +205,23 @@ class Worker:
 
     def _send(self, frames: list[bytes], *, lasting: bool) -> None:
         """Send now, or keep what lasts in order until the connection takes it."""
-        if not self._unsent and _sent(self._dealer, frames):
+        if not self._unsent and self._dealer.send(frames):
             return
         if lasting:
             self._unsent.append(frames)
 
     def _flush(self) -> None:
-        while self._unsent and _sent(self._dealer, self._unsent[0]):
+        while self._unsent and self._dealer.send(self._unsent[0]):
             self._unsent.popleft()
 
     def _receive(self) -> Message | None:
         """The next well-formed message; None when there is none at hand."""
-        while True:
-            try:
-                frames = self._dealer.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return None
+        while (frames := self._dealer.receive()) is not None:
             try:
                 return from_frames(frames)
             except LoopmuxError as error:
                 _log.warning("malformed message from the broker", error=error.message)
+        return None
 
     def _wake(self) -> None:
         try:
@@ -254,11 +244,3 @@ def _about_process() -> dict[str, object]:
         "prefix": sys.prefix,
         "sys_path": list(sys.path),
     }
-
-
-def _sent(dealer: zmq.Socket[bytes], frames: list[bytes]) -> bool:
-    try:
-        dealer.send_multipart(frames, zmq.NOBLOCK, copy=True)
-    except zmq.Again:
-        return False
-    return True

@@ -1,0 +1,85 @@
+"""What a socket to the broker does when its connection goes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zmq
+from loopmux.sockets import Dealer
+
+FLOOD = """
+import sys
+import zmq
+
+router = zmq.Context().socket(zmq.ROUTER)
+router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+router.bind(sys.argv[1])
+peer, _ = router.recv_multipart()
+while True:
+    router.send_multipart([peer, b"h" * 34, b"b" * 20, b"t" * 4])
+"""
+
+READER = """
+import subprocess
+import sys
+import threading
+import time
+
+import zmq
+from loopmux.sockets import Dealer
+
+endpoint, flood = sys.argv[1:]
+dealer = Dealer(zmq.Context(), 1 << 20)
+dealer.connect(endpoint)
+for _ in range(20):
+    broker = subprocess.Popen([sys.executable, "-c", flood, endpoint])
+    while not dealer.send([b"here"]):
+        dealer.monitor.poll(100)
+        dealer.news()
+    while dealer.receive() is None:
+        time.sleep(0.001)
+    threading.Timer(0.02, broker.kill).start()
+    while dealer.connected:
+        while (frames := dealer.receive()) is not None:
+            assert len(frames) == 3
+        time.sleep(0.001)
+        dealer.news()
+    broker.wait()
+print("unharmed")
+"""
+
+
+def test_a_broker_that_is_killed_in_mid_message_takes_no_reader_along(tmp_path: Path) -> None:
+    """libzmq may end the reader's process, so it is one of its own here."""
+    command = [sys.executable, "-c", READER, f"ipc://{tmp_path}/s", FLOOD]
+    reader = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (reader.stdout, reader.returncode) == ("unharmed\n", 0), reader.stderr
+
+
+@pytest.fixture
+def context() -> zmq.Context[zmq.Socket[bytes]]:
+    with zmq.Context() as context:
+        yield context
+
+
+def test_nothing_is_taken_without_a_connection(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/s"
+    dealer = Dealer(context, 1 << 20)
+    dealer.connect(endpoint)
+    assert not dealer.send([b"to nobody"])
+    for _ in range(2):
+        router = context.socket(zmq.ROUTER)
+        router.bind(endpoint)
+        assert dealer.monitor.poll(5000)
+        assert dealer.news() is True
+        assert dealer.send([b"to the broker"])
+        assert router.recv_multipart()[1:] == [b"to the broker"]
+        router.close(0)
+        assert dealer.monitor.poll(5000)
+        assert dealer.news() is False
+        assert not dealer.send([b"to nobody"])
+    assert dealer.news() is None
+    dealer.close()
