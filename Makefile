@@ -1,5 +1,5 @@
 # make demo   the whole product on the demo model, shown and stopped again
-# make test   every test
+# make test   every test, one process a core (JOBS=n; ARGS="-n 0 -x tests/broker" for a part, in one process)
 # make simulate           the cores of all parts in a simulated world, 1 000 seeds (SEEDS=n; SEED=17 replays one and tells its story)
 # make simulate-planted   bugs put into the cores one at a time: does the simulation find them?
 # make chaos  kills, freezes and bad neighbours on a running stack; a quarter of an hour
@@ -31,7 +31,7 @@ demo: $(VENV)/.server
 	$(BIN)/python configs/demo/show.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 simulate: $(VENV)/.dev
 	$(SIMULATE) simulation $(or $(SEED),--seeds $(SEEDS) --jobs $(JOBS)) $(ARGS)

@@ -28,6 +28,10 @@ def examples():
     return json.loads(EXAMPLES.read_text())
 
 
+# half a minute of computing each, for one core that is not shared
+pytestmark = pytest.mark.timeout(300)
+
+
 def turn(engine, model, messages, tools=()):
     generate = Generate(
         messages=tuple(messages), tools=tuple(tools), max_new_tokens=400, sampling=Sampling(temperature=0)

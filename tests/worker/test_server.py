@@ -187,6 +187,9 @@ def test_a_broken_connection_loses_no_token(endpoint):
         first.run(REQUEST, Generate(prompt="x"))
         assert unpack_tokens(first.expect(Kind.TOK).tokens) == [echo_token(REQUEST, 0)]
         first.send(Kind.TOKACK, REQUEST, attempt=1, arg=1)
+        first.send(Kind.STOP, OTHER, attempt=1)
+        while first.receive().kind is not Kind.CANCELLED:  # the answer to what came behind the acknowledgement
+            pass
         first.close()
         same = FakeBroker(endpoint, epoch=b"e" * 8)
         try:
