@@ -7,6 +7,7 @@ import json
 import re
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,8 +171,7 @@ def test_ranges_are_found() -> None:
 def test_every_error_code_is_explained() -> None:
     rows = table(CLIENT, "code", "class").by("code")
     assert [(code, row["class"], row["retryable"]) for code, row in rows.items()] == [
-        (f"`{code}`", cls.__name__, "yes" if cls.default_retryable else "no")
-        for code, cls in errors.BY_CODE.items()
+        (f"`{code}`", cls.__name__, "yes" if cls.default_retryable else "no") for code, cls in errors.BY_CODE.items()
     ]
     assert all(row["when"] and row["what the application should do"] for row in rows.values())
 
@@ -224,3 +224,29 @@ def test_settings_of_the_broker() -> None:
         for name in setting.strip("`").split("."):
             found = getattr(found, name)
         assert value_of(value) == found, setting
+
+
+# --- vectors ----------------------------------------------------------------------------------------------------------
+
+
+def fields_in(kind: Any, value: Any, shown: set[tuple[str, str]]) -> None:
+    """Note which fields of which classes a value of this type has, all the way down."""
+    args = typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        for name, inner in value.items():
+            shown.add((kind.__name__, name))
+            fields_in(hints[name], inner, shown)
+    elif typing.get_origin(kind) is tuple:
+        for inner in value:
+            fields_in(args[0], inner, shown)
+    elif typing.get_origin(kind) in (typing.Union, types.UnionType):
+        fields_in(args[0], value, shown)
+
+
+def test_some_vector_shows_each_field_at_another_value_than_its_default() -> None:
+    shown: set[tuple[str, str]] = set()
+    for vector in json.loads((Path(__file__).parent / "vectors.json").read_text()):
+        for part in {"route", "body"} & vector.keys():
+            fields_in(ON_THE_WIRE[vector[part]["class"]], vector[part]["fields"], shown)
+    assert shown == {(name, f.name) for name, cls in ON_THE_WIRE.items() for f in dataclasses.fields(cls)}
