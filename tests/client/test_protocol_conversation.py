@@ -48,9 +48,8 @@ class Table:
     def heard(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, (Send, Push)) and action.peer == CLIENT:
-                frames = wire.to_frames(action.message) if isinstance(action, Send) else action.frames
-                self.said.append(("B", frames))
-                self.caller(events.Received(frames))
+                self.said.append(("B", action.frames))
+                self.caller(events.Received(action.frames))
 
     def produce(self, text: str, *ids: int, at: int, attempt: int) -> None:
         header = Header(Kind.TOK, REQUEST, at, len(ids), attempt)
