@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import zmq
 
-from plainclient import ATTACH, CANCELLED, CREDIT, END, ENDACK, ERROR, SUBMIT, Client, Request
+from plainclient import ATTACH, CANCELLED, CREDIT, END, ENDACK, ERROR, HELLO, SUBMIT, Client, Request
 
 WINDOW, ENDLESS = 32, 1_000_000
 
@@ -112,6 +113,22 @@ def test_refusals(client: Client) -> None:
         client.finish(client.start("echo", prompt="hello", max_new_tokens=ENDLESS, timeout=0.3))[1]["code"]
         == "deadline"
     )
+
+
+@pytest.mark.parametrize("away", [0.0, 2.5], ids=["at once", "when the broker has given it up"])
+def test_a_client_that_comes_back_over_another_connection(stack: Stack, client: Client, away: float) -> None:
+    request = client.start("echo", prompt="hello", max_new_tokens=600)
+    client.until(lambda: request.received > WINDOW)
+    client.socket.disconnect(stack.endpoint)
+    until = time.monotonic() + away
+    while time.monotonic() < until:
+        client.socket.getsockopt(zmq.EVENTS)  # ØMQ closes the connection in its own time, with the help of such calls
+        time.sleep(0.02)
+    client.socket.connect(stack.endpoint)
+    assert client.finish(request)[0] == END
+    assert (request.received, request.ids, len(request.text.split())) == (600, echoed(request), 600)
+    assert client.sent[HELLO] > 1
+    assert client.sent[ATTACH] == (1 if away else 0)
 
 
 @pytest.mark.parametrize("with_its_worker", [False, True], ids=["broker", "broker and worker"])
