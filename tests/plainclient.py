@@ -65,7 +65,7 @@ class Client:
         options = {"IMMEDIATE": 1, "SNDTIMEO": 0, "LINGER": 200, "RECONNECT_IVL": 50, "RECONNECT_IVL_MAX": 2000}
         for name, value in (options | {"HEARTBEAT_IVL": 1000, "HEARTBEAT_TIMEOUT": 3000}).items():
             self.socket.setsockopt(getattr(zmq, name), value)
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self.socket.connect(endpoint)
         self.instance, self.epoch, self.heartbeat, self.window = os.urandom(16), b"", 1.0, 1
         self.requests: dict[bytes, Request] = {}
@@ -113,7 +113,7 @@ class Client:
         self.socket.poll(10)
         while self.monitor.poll(0):
             self.monitor.recv_multipart()
-            self.greet()
+            self.greet()  # the connection is gone, or there is a new one
         while self.socket.poll(0):
             self.arrived(self.socket.recv_multipart())
         now = time.monotonic()
