@@ -63,9 +63,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture
 def client(stack: Stack) -> Iterator[Client]:
     made = Client(stack.endpoint)
-    made.until(lambda: any(model["id"] == "echo" and model["workers"] for model in made.status()["models"]))
-    yield made
-    made.close()
+    try:
+        made.until(lambda: any(model.get("workers") for model in made.status().get("models", ())))
+        yield made
+    finally:
+        made.close()
 
 
 def echoed(request: Request) -> bytes:
