@@ -13,7 +13,6 @@ from loopmux import codec, messages, wire
 from loopmux.errors import ProtocolError
 from loopmux.wire import FRAMES, Frame, Header, Kind, Message, from_frames, pack_header, to_frames, unpack_header
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "protocol.md"
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 
 u16, u32 = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1)
@@ -89,40 +88,6 @@ def test_damaged_messages_are_a_protocol_error_and_nothing_else(
 def test_what_is_wrong_is_named(frames: list[bytes], says: str) -> None:
     with pytest.raises(ProtocolError, match=re.escape(says)):
         from_frames(frames)
-
-
-# --- the document of record -------------------------------------------------------------------------------------------
-
-
-def table() -> dict[int, tuple[str, str]]:
-    """Number to (kind, frames), from the table of kinds."""
-    rows: dict[int, tuple[str, str]] = {}
-    for line in DOCUMENT.read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if not re.match(r"\d", cells[0]):
-            continue
-        first, *last = (int(n) for n in re.findall(r"\d+", cells[0]))
-        numbers = range(first, last[0] + 1) if "–" in cells[0] else [first, *last]
-        for number, kind in zip(numbers, cells[1].split(", "), strict=True):
-            rows[number] = (kind, cells[3])
-    return rows
-
-
-def test_the_document_lists_exactly_the_kinds_of_the_code() -> None:
-    assert {number: kind for number, (kind, _) in table().items()} == {int(k): k.name for k in Kind}
-
-
-def test_the_document_gives_each_kind_its_frames() -> None:
-    for number, (kind, frames) in table().items():
-        if frames:  # reserved kinds have none in the document yet
-            named = [f for f in Frame if re.search(rf"\b{f.name}\b", frames)]
-            assert sum(named) == FRAMES[Kind(number)], f"{kind}: {frames}"
-
-
-def test_the_document_names_message_classes_that_exist() -> None:
-    for _, frames in table().values():
-        for name in re.findall(r"`(\w+)`", frames):
-            assert hasattr(messages, name), name
 
 
 def test_every_kind_has_its_frames() -> None:
