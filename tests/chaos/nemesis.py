@@ -59,6 +59,8 @@ class Fault:
         strike: what is done now and then, or None.
         pest: who is beside all the time (``pests``), or None.
         hits: the streams a strike counts for: all, or those of one worker, which show it by a second attempt.
+        rounds: how many times the usual number of requests it takes to hit enough of them: a strike at one of three
+            workers meets a third of what runs.
         limit: the 99th percentile of the longest pauses that is to be reached, seconds; None for none.
     """
 
@@ -66,15 +68,16 @@ class Fault:
     strike: Strike | None = None
     pest: str | None = None
     hits: Literal["all", "rerun"] = "all"
+    rounds: int = 1
     limit: float | None = None
 
 
 FAULTS = (
     Fault("none"),
-    Fault("worker killed", _kill_worker, hits="rerun", limit=0.05),
+    Fault("worker killed", _kill_worker, hits="rerun", rounds=3, limit=0.05),
     Fault("broker killed", _kill_broker, limit=0.25),
     Fault("both killed", _kill_both),
-    Fault("worker frozen", _freeze_worker, hits="rerun", limit=3.5),
+    Fault("worker frozen", _freeze_worker, hits="rerun", rounds=3, limit=3.5),
     Fault("broker frozen", _freeze_broker),
     Fault("client never reads", pest="stuck"),
     Fault("flood", pest="flood"),

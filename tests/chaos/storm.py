@@ -85,7 +85,7 @@ async def storm(fault: Fault, load: Load) -> Row:
         before = house.memory()
         calls: list[Call] = []
         moments: list[float] = []
-        lengths = iter([load.tokens + n % 37 for n in range(load.requests)])  # ends and strikes meet in every way
+        lengths = iter([load.tokens + n % 37 for n in range(load.requests * fault.rounds)])  # ends and strikes meet in every way
         async with beside(house, fault.pest):
             striking = None
             if fault.strike is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,7 @@ LOAD = Load(clients=24, requests=32, tokens=100, pause=1.0)
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
 def test_every_token_once_and_nothing_left(fault: Fault) -> None:
-    row = asyncio.run(storm(fault, LOAD))
+    row = asyncio.run(storm(replace(fault, rounds=1), LOAD))
     assert row.exact, f"\n{table.head()}\n{table.line(row)}\n{row.errors} {row.troubles}"
     assert (fault.strike is None) == (row.strikes == 0)
     assert row.hit
