@@ -85,7 +85,9 @@ async def storm(fault: Fault, load: Load) -> Row:
         before = house.memory()
         calls: list[Call] = []
         moments: list[float] = []
-        lengths = iter([load.tokens + n % 37 for n in range(load.requests * fault.rounds)])  # ends and strikes meet in every way
+        lengths = iter(  # so that ends and strikes meet in every way
+            [load.tokens + n % 37 for n in range(load.requests * fault.rounds)]
+        )
         async with beside(house, fault.pest):
             striking = None
             if fault.strike is not None:
