@@ -104,6 +104,7 @@ class ClientProcess(Endpoint):
         self.closing = False
         self.gone = math.inf
         """When it left or died."""
+        self._said: list[wire.Message] = []
         self.core = Connection("sim://broker", self.clock.random.randbytes(16), CONNECT_TIMEOUT)
         self.wake_by(lambda: self.core.next_timer(), lambda: self.handle(events.TimePassed()))
         self.connect()
@@ -150,8 +151,11 @@ class ClientProcess(Endpoint):
     # --- the core
 
     def receive(self, frames: Frames) -> None:
-        self.world.promise.talk.client_heard(self, wire.from_frames(frames))
+        promise, message = self.world.promise, wire.from_frames(frames)
+        promise.talk.client_heard(self, message)
+        owed, self._said = promise.answers.of_client(self, message), []
         self.handle(events.Received(frames))
+        promise.answers.check(self, message, owed, self._said)
         if self.core.malformed:
             broken("no message of ours is malformed", f"{self} could not read what the broker sent")
 
@@ -171,9 +175,11 @@ class ClientProcess(Endpoint):
         match action:
             case events.Introduce(message):
                 self.unsend()
+                self._said.append(message)
                 self.put(message)
             case events.Send(message):
                 promise.talk.client_said(self, message)
+                self._said.append(message)
                 self.put(message)
             case events.Deliver(id_, event, report):
                 call = self.calls[id_]

@@ -26,6 +26,7 @@ class Stranger(Endpoint):
     """Says one thing after the other, then leaves."""
 
     from_worker = False
+    stranger = True
 
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name)

@@ -84,6 +84,7 @@ class WorkerProcess(Endpoint):
         self.wake_by(lambda: self.core.next_timer(), lambda: self.handle(events.Woke()))
         self._turning = False
         self._commanded = False
+        self._said: list[wire.Message] = []
         self.connect()
         self.look()
 
@@ -95,8 +96,11 @@ class WorkerProcess(Endpoint):
 
     def receive(self, frames: Frames) -> None:
         message = wire.from_frames(frames)
-        self.world.promise.talk.worker_heard(self, message)
+        promise = self.world.promise
+        promise.talk.worker_heard(self, message)
+        owed, self._said = promise.answers.of_worker(self, message), []
         self.handle(events.Received(message))
+        promise.answers.check(self, message, owed, self._said)
 
     def stop(self) -> None:
         """SIGTERM."""
@@ -109,6 +113,7 @@ class WorkerProcess(Endpoint):
             match action:
                 case events.Send(message, lasting):
                     self.world.promise.talk.worker_said(self, message)
+                    self._said.append(message)
                     self.put(message, lasting=lasting)
                 case events.Unsend():
                     self.unsend()
