@@ -16,7 +16,6 @@ from brokerkit import (
     accepted,
     end,
     failure,
-    instance,
     kinds,
     pushed,
     run,
@@ -269,16 +268,6 @@ def test_cancel_in_the_queue(core: Core) -> None:
         Failure("cancelled", "the client cancelled the request", model="m", usage=Usage()),
     )
     assert core.worker(end(ONE, 0)) == [pushed(end(ONE, 0))]
-
-
-def test_cancel_is_the_first_word_after_a_reconnection(core: Core) -> None:
-    core.running()
-    core.worker(tok(ONE, 0, 3))
-    core.hello(OTHER, instance(CLIENT))
-    halted, *answers = core.client(say(Kind.CANCEL, ONE), OTHER)
-    assert halted == stop(ONE, 1)
-    assert answers[0] == pushed(tok(ONE, 0, 3), OTHER)
-    assert failure(answers[1])[:3] == (OTHER, Kind.CANCELLED, 3)
 
 
 def test_cancel_before_runack(core: Core) -> None:
