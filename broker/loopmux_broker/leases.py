@@ -57,7 +57,7 @@ class Leases:
         self._t.out.append(Send(lease.worker.peer, say(Kind.STOP, lease.key[0], arg=reason, attempt=lease.attempt)))
 
     def begins(self, worker: Worker, now: float) -> None:
-        """A worker is about to be told something: if it had nothing to do, its standing still until now means nothing."""
+        """A worker is about to get something to do: if it had nothing, its standing still until now means nothing."""
         if self._t.config.stall.due(worker) is None:
             worker.moved = now
 

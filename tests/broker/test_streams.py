@@ -16,7 +16,6 @@ from brokerkit import (
     end,
     failure,
     instance,
-    kinds,
     pushed,
     run,
     stop,

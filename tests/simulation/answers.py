@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from loopmux import connection, wire
-from loopmux.wire import Kind, Message
+from loopmux.wire import Header, Kind, Message
 from loopmux_broker.requests import State
 from loopmux_worker.engine.base import Key
 from simulation.broken import hold
@@ -46,19 +46,19 @@ class Answers:
     def __init__(self, promise: Promise) -> None:
         self._world = promise.world
 
-    def check(self, who: Process, heard: Message, answered: Answered | None, said: Said) -> None:
+    def check(self, who: Process, heard: Header, answered: Answered | None, said: Said) -> None:
         """Hold what was said against what was owed."""
         hold(
             answered is None or answered(said),
             "whoever is asked answers",
-            lambda: f"{who} heard {heard.header}, said {[str(m.header) for m in said] or 'nothing'}",
+            lambda: f"{who} heard {heard}, said {[str(m.header) for m in said] or 'nothing'}",
         )
 
     # --- the broker
 
-    def of_broker(self, peer: bytes, message: Message, *, from_worker: bool) -> Answered | None:
+    def of_broker(self, peer: bytes, header: Header, *, from_worker: bool) -> Answered | None:
         """What the broker owes a peer."""
-        tables, kind, id_ = self._world.broker.core.tables, message.kind, message.header.request
+        tables, kind, id_ = self._world.broker.core.tables, header.kind, header.request
         if kind in _INTRODUCTIONS:
             met = _says(Kind.WELCOME, Kind.ERROR)
             return lambda said: met(said) or peer in tables.rivals
@@ -69,10 +69,10 @@ class Answers:
             return _says(Kind.PONG)
         if kind is Kind.STATUS:
             return _of(id_, Kind.REPORT)
-        return self._of_broker_to_worker(peer, message) if from_worker else self._of_broker_to_client(known, message)
+        return self._of_broker_to_worker(peer, header) if from_worker else self._of_broker_to_client(known, header)
 
-    def _of_broker_to_client(self, client: object, message: Message) -> Answered | None:
-        requests, id_ = self._world.broker.core.tables.requests, message.header.request
+    def _of_broker_to_client(self, client: object, header: Header) -> Answered | None:
+        requests, id_ = self._world.broker.core.tables.requests, header.request
         owner = requests[id_].client if id_ in requests else None
 
         def waits() -> bool:
@@ -80,7 +80,7 @@ class Answers:
             request = requests.get(id_)
             return request is not None and request.client is client and request.state is State.DONE
 
-        match message.kind:
+        match header.kind:
             case Kind.SUBMIT | Kind.ATTACH:
                 taken = _of(id_, Kind.ACCEPTED, *wire.TERMINALS)
                 return lambda said: taken(said) or waits()
@@ -91,13 +91,13 @@ class Answers:
                 return lambda said: over(said) or (waits() and client.blocked)
         return None
 
-    def _of_broker_to_worker(self, peer: bytes, message: Message) -> Answered | None:
-        tables, header = self._world.broker.core.tables, message.header
+    def _of_broker_to_worker(self, peer: bytes, header: Header) -> Answered | None:
+        tables = self._world.broker.core.tables
         key = (header.request, header.attempt)
         about = {"request": header.request, "attempt": header.attempt}
         lease = tables.pool.leases.get(key)
         mine = lease is not None and lease.worker.peer == peer
-        if message.kind is Kind.HELD:
+        if header.kind is Kind.HELD:
             decided = _says(Kind.REPLAY, Kind.RESET, Kind.STOP, **about)
 
             def waits() -> bool:
@@ -106,10 +106,10 @@ class Answers:
                 return taken is not None and taken.request.state is State.RECOVERING
 
             return lambda said: decided(said) or waits()
-        if message.kind not in _OF_ATTEMPTS:
+        if header.kind not in _OF_ATTEMPTS:
             return None
         if mine:
-            ended = message.kind in wire.TERMINALS and lease.stopping is not None
+            ended = header.kind in wire.TERMINALS and lease.stopping is not None
             return _says(Kind.ENDACK, **about) if ended else None
         request = tables.requests.get(header.request)
         origin = None if request is None else request.origin
@@ -118,11 +118,11 @@ class Answers:
 
     # --- workers and clients
 
-    def of_worker(self, worker: WorkerProcess, message: Message) -> Answered | None:
+    def of_worker(self, worker: WorkerProcess, header: Header) -> Answered | None:
         """What a worker owes the broker."""
-        core, header = worker.core, message.header
+        core = worker.core
         key, about = Key(header.request, header.attempt), {"request": header.request, "attempt": header.attempt}
-        match message.kind:
+        match header.kind:
             case Kind.WHO:
                 return _says(Kind.REGISTER)
             case Kind.DIE:
@@ -144,22 +144,24 @@ class Answers:
         request = worker.core._requests.get(key)
         return request is not None and (request.stream.terminal is None or not worker.core.welcomed)
 
-    def of_client(self, client: ClientProcess, message: Message) -> Answered | None:
+    def of_client(self, client: ClientProcess, header: Header) -> Answered | None:
         """What a client owes the broker."""
         if client.closing:
             return None
-        core, id_ = client.core, message.header.request
+        core, id_ = client.core, header.request
         exchange, call = core._exchanges.get(id_), client.calls.get(id_)
-        match message.kind:
+        match header.kind:
             case Kind.WHO if id_ == wire.NO_ID:
                 return _says(Kind.HELLO) if core.state is connection.State.READY else None
             case Kind.WHO if call is not None and call.open and call.cancelled > self._world.clock.now:
                 return _of(id_, Kind.ATTACH)
             case Kind.WELCOME if core.state is connection.State.GREETING:
                 asked = [each for each in core._exchanges if client.calls[each].open]
-                return lambda said: {m.header.request for m in said}.issuperset(i for i in asked if i in core._exchanges)
+                return lambda said: {m.header.request for m in said}.issuperset(
+                    i for i in asked if i in core._exchanges
+                )
             case kind if kind in wire.TERMINALS and id_ in client.calls:
                 acknowledged = _of(id_, Kind.ENDACK)
-                early = exchange is not None and message.header.seq > exchange.received
+                early = exchange is not None and header.seq > exchange.received
                 return lambda said: acknowledged(said) or (early and id_ in core._exchanges)
         return None

@@ -78,11 +78,11 @@ class BrokerProcess(Process):
         if owner.stranger:
             self.handle(event)
             return
-        message = wire.from_frames(event.frames)
-        owed = promise.answers.of_broker(peer, message, from_worker=owner.from_worker)
+        header = wire.unpack_header(event.frames[0])
+        owed = promise.answers.of_broker(peer, header, from_worker=owner.from_worker)
         self._said = []
         self.handle(event)
-        promise.answers.check(self, message, owed, [said for to, said in self._said if to == peer])
+        promise.answers.check(self, header, owed, [said for to, said in self._said if to == peer])
 
     def left(self, line: Line, after: float = 0.0) -> None:
         """The near end is gone: what is under way arrives, up to a point, then the news does."""
@@ -127,15 +127,15 @@ class BrokerProcess(Process):
                         broken("the broker's core raises nothing", str(fields["traceback"]))
                     self.world.story.tell(self, f"{level}: {text} {fields or ''}")
                 case _:
-                    self._send(action.peer, action.frames)
+                    self._send(action.peer, action.frames, action.message)
 
-    def _send(self, peer: bytes, frames: Frames) -> bool:
+    def _send(self, peer: bytes, frames: Frames, message: wire.Message | None = None) -> bool:
         """False if the peer's pipe is full. What is sent to one that is gone is lost."""
         line = self.lines.get(peer)
         if line is None:
             return True
         sent = line.down.send(frames)
-        message = wire.from_frames(frames)
+        message = message or wire.from_frames(frames)
         self._said.append((peer, message))
         self.world.promise.talk.broker_said(self.owner[peer], peer, message)
         if self.world.story.loud:

@@ -28,6 +28,7 @@ class Call:
     Attributes:
         wanted: how many tokens the answer has; None for a turn of a tool loop, which makes so many calls of ``tools``.
         may_fail: codes of errors that need no other cause than what was asked; ``must_fail`` if it cannot succeed.
+        fuse: seconds after its start in which it ends the process that runs it.
         read_in: seconds the reader takes over what it reports on; infinite for one that never reads.
         attempt: of the token that came last.
         attached: it was brought to a broker that was started again.
@@ -52,6 +53,7 @@ class Call:
     read_in: float = 0.001
     collect: bool = False
     idle_timeout: float | None = None
+    fuse: float | None = None
     cancelled: float = math.inf
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -84,8 +86,9 @@ class Call:
         what = f"{self.wanted} tokens" if self.plain else f"{self.tools} calls"
         adapter = f"+{submit.adapter}" if submit.adapter else ""
         session = f", {submit.session}{' on' if submit.continues else ''}" if submit.session else ""
+        fatal = "" if self.fuse is None else f", ends its workers after {self.fuse:.3f} s"
         reader = ", collects" if self.collect else f", reads in {self.read_in:g} s" if self.slow else ""
-        return f"{submit.model}{adapter}, {what} in {submit.timeout:.1f} s{session}{reader}"
+        return f"{submit.model}{adapter}, {what} in {submit.timeout:.1f} s{session}{reader}{fatal}"
 
     @property
     def open(self) -> bool:
@@ -153,9 +156,9 @@ class ClientProcess(Endpoint):
     def receive(self, frames: Frames) -> None:
         promise, message = self.world.promise, wire.from_frames(frames)
         promise.talk.client_heard(self, message)
-        owed, self._said = promise.answers.of_client(self, message), []
+        owed, self._said = promise.answers.of_client(self, message.header), []
         self.handle(events.Received(frames))
-        promise.answers.check(self, message, owed, self._said)
+        promise.answers.check(self, message.header, owed, self._said)
         if self.core.malformed:
             broken("no message of ours is malformed", f"{self} could not read what the broker sent")
 

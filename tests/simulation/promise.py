@@ -1,7 +1,7 @@
 """Everything that must hold in a world: each part watches its own, here they are put together.
 
-``callers`` what goes to callers · ``talk`` what processes say, ``answers`` what they owe each other · ``engines`` what runs · ``launches`` what is started ·
-``books`` whether the broker's tables agree.
+``callers`` what goes to callers · ``talk`` what processes say, ``answers`` what they owe each other · ``engines`` what
+runs · ``launches`` what is started · ``books`` whether the broker's tables agree.
 """
 
 from __future__ import annotations
