@@ -7,6 +7,7 @@ import random
 
 from loopmux.messages import SessionHint
 from simulation.broken import hold
+from simulation.broker import BrokerProcess
 from simulation.census import grown
 from simulation.client import Call, ClientProcess, plain_call, scripted_call
 from simulation.lines import Line
@@ -179,6 +180,7 @@ class Nemesis:
             "broker": [world.broker],
             "launcher": [world.launcher],
             "client": world.living,
+            "host": [world.broker],
         }[whom]
 
     def _note(self, what: str, process: Process, seconds: float = 0.0) -> None:
@@ -214,6 +216,17 @@ class Nemesis:
         self._note("freeze", process, seconds + 4.0)
         process.freeze(seconds)
 
+    def _suspend(self, broker: BrokerProcess) -> None:
+        """The host sleeps, connections and all; of its processes some get going later than others."""
+        seconds = self.dice.uniform(0.5, 6.0)
+        self._note("freeze", broker, seconds + 4.0)
+        broker.freeze(seconds)
+        for process in (*self.world.workers, *self.world.living):
+            if process.running:
+                longer = seconds + self.dice.choice((0.0, 0.2, 6.0)) * self.dice.random()
+                self._note("freeze", process, longer + 4.0)
+                process.freeze(longer)
+
     def _lines(self, process: Process) -> list[Line]:
         if process is self.world.broker:
             return list(self.world.broker.lines.values())
@@ -240,7 +253,7 @@ class Nemesis:
                     line.hold(self.clock.now + self.dice.uniform(0.5, 2.5))
                 else:
                     self.world.broker.snap(line, 0.0, self.dice.choice((0.0, 0.5)) * self.dice.random())
-            self.clock.after(self.dice.choice((shaking, seconds)) * self.dice.random(), shake)
+            self.clock.after(self.dice.choice((shaking, shaking, seconds)) * self.dice.random(), shake)
 
         shake()
 

@@ -39,6 +39,7 @@ FAULTS = (
     "slow worker",
     "stop worker",
     "stop launcher",
+    "suspend host",
     "bad starts",
     "poison",
     "close client",
