@@ -74,13 +74,12 @@ class Attempts:
         while (request.id, request.attempt) in self._t.pool.leases:
             request.attempt += 1  # one that is still being stopped, of which the client has heard nothing
         request.move(Step.DISPATCHED)
-        if not worker.leases:
-            worker.moved = now  # it had nothing to do, so its standing still until now means nothing
+        self._leases.begins(worker, now)
         lease = request.lease = self._t.pool.lease(request, worker, now)
         lease.charged = self._t.queues.charge(request)
         self._t.affinity.ran(request, worker.name)
         self._leases.run(lease, now)
-        self.watch(worker, now)
+        self._leases.watch(worker, now)
 
     def run_unanswered(self, lease: Lease, now: float) -> None:
         """RUN was not answered for a while: say it again, or give the attempt up."""
@@ -179,11 +178,3 @@ class Attempts:
             if not lease.stopping and lease.request.state is not State.RECOVERING:
                 self._leases.stop(lease, StopReason.SUPERSEDED, now)
                 self._lost(lease, "leaves", now, blamed=False)
-
-    # --- standing still
-
-    def watch(self, worker: Worker, now: float) -> None:
-        """See to it that somebody looks whether the engine gets on."""
-        due = self._t.config.stall.due(worker)
-        if due is not None:
-            self._t.timers.set((Alarm.STALL, worker.peer, 0), max(due, now))

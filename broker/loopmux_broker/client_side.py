@@ -154,6 +154,7 @@ class ClientSide:
     def _cancel(self, client: Client, request: Request | None, request_id: bytes, now: float) -> None:
         if request is not None:
             self._ends.cancel(request, now)
+            self._streams.resume(request, now)  # after a reconnection it has no more to say about where it is
         elif request_id not in self._t.requests and len(client.requests) < self._t.config.limits.client_queued:
             self._ends.cancel_unknown(client, request_id, now)
         else:

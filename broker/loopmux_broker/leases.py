@@ -1,4 +1,7 @@
-"""Saying to workers what concerns one attempt: run it, stop it, send it again, and the end of its slot."""
+"""Saying to workers what concerns one attempt: run it, stop it, send it again, and the end of its slot.
+
+What a worker's engine is told to do is watched: it has to get on, also with stopping.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from loopmux.messages import Run
 from loopmux.wire import Header, Kind, Message, StopReason
 from loopmux_broker.dispatch import session_of
 from loopmux_broker.events import Send, say
-from loopmux_broker.pool import Lease
+from loopmux_broker.pool import Lease, Worker
 from loopmux_broker.requests import Step
 from loopmux_broker.tables import Alarm, Tables
 
@@ -46,10 +49,23 @@ class Leases:
 
     def stop(self, lease: Lease, reason: StopReason, now: float) -> None:
         """Tell a worker to stop; its slot stays taken until it says that it has."""
+        self.begins(lease.worker, now)
         lease.stopping = reason
+        self.watch(lease.worker, now)
         self._t.timers.cancel((Alarm.RUN, *lease.key))
         self._t.timers.set((Alarm.STOP, *lease.key), now + self._t.config.resend)
         self._t.out.append(Send(lease.worker.peer, say(Kind.STOP, lease.key[0], arg=reason, attempt=lease.attempt)))
+
+    def begins(self, worker: Worker, now: float) -> None:
+        """A worker is about to get something to do: if it had nothing, its standing still until now means nothing."""
+        if self._t.config.stall.due(worker) is None:
+            worker.moved = now
+
+    def watch(self, worker: Worker, now: float) -> None:
+        """See to it that somebody looks whether the engine gets on."""
+        due = self._t.config.stall.due(worker)
+        if due is not None:
+            self._t.timers.set((Alarm.STALL, worker.peer, 0), max(due, now))
 
     def replay(self, lease: Lease) -> None:
         """Ask for everything behind what is here."""

@@ -154,7 +154,7 @@ class Recovery:
         self._t.affinity.ran(request, lease.worker.name)
         lease.worker.moved = now
         self._leases.replay(lease)
-        self._attempts.watch(lease.worker, now)
+        self._leases.watch(lease.worker, now)
 
     def _orphan(self, worker: Worker, header: Header, held: Held, now: float) -> None:
         """Nobody else has said anything of it yet."""

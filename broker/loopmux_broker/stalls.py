@@ -35,6 +35,10 @@ class Stall:
         return max(self.prefill, self.per_size * (lease.request.submit.prompt_size + 4 * lease.prefix))
 
     def due(self, worker: Worker) -> float | None:
-        """When a worker counts as hung unless its engine moves before; None while it has nothing to do."""
-        budgets = [self.budget(x) for x in worker.leases.values() if x.request.state is not State.RECOVERING]
+        """When a worker counts as hung unless its engine moves before; None while it has nothing to do.
+
+        What only the worker knows of (RECOVERING) may have ended there long ago; a STOP for it has to be answered.
+        """
+        leases = worker.leases.values()
+        budgets = [self.budget(x) for x in leases if x.stopping or x.request.state is not State.RECOVERING]
         return worker.moved + max(budgets) if budgets else None

@@ -143,7 +143,7 @@ class WorkerSide:
         worker.moved = now
         self._t.admission.output += output.add(seq, seq + count, frames)
         if seq == lease.prefix:  # from here on it may stand still for less long
-            self._attempts.watch(worker, now)
+            self._leases.watch(worker, now)
         if output.held > self._t.config.request_output:
             self._ends.slow_client(request, now)
         else:
@@ -243,7 +243,7 @@ class WorkerSide:
             for model in (*member.models, *(one.id for one in member.register.left_out)):
                 self._waiting.model_changed(model, now)
             self._t.vacant[member] = None
-            self._attempts.watch(member, now)
+            self._leases.watch(member, now)
         elif isinstance(member, Launcher):
             self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + _REDECLARE)
 

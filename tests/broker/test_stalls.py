@@ -6,9 +6,25 @@ import random
 
 import pytest
 
-from brokerkit import BODY, CLIENT, LAUNCHER, ONE, SECOND, TWO, WORKER, Core, end, pushed, run, tok
+from brokerkit import (
+    BODY,
+    CLIENT,
+    LAUNCHER,
+    ONE,
+    OTHER,
+    SECOND,
+    TWO,
+    WORKER,
+    Core,
+    end,
+    instance,
+    pushed,
+    run,
+    stop,
+    tok,
+)
 from loopmux import codec, messages
-from loopmux.messages import Heartbeat
+from loopmux.messages import Heartbeat, Held
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import LoopStalled, Send, TimerDue, say
 
@@ -146,3 +162,21 @@ def test_a_stalled_worker_s_restart_gets_work_again(core: Core) -> None:
     core.wait(15)
     assert core.register(WORKER, boot=b"n" * 16)[-1] == run(ONE, attempt=2, prefix=1, timeout=585.0)
     assert codec.unpack(messages.Generate, BODY, codec.BODY_LIMITS).prompt == "hello"
+
+
+def test_what_a_restarted_broker_does_not_know_yet_is_no_stall_of_who_has_it() -> None:
+    core = Core()
+    core.hello()
+    core.register(slots=2, held=1)
+    core.worker(Message(Header(Kind.HELD, ONE, 0, 5, 1), codec.pack(Held(instance(OTHER), "m"))))
+    core.running(TWO)
+    assert core.handle(TimerDue()) == []
+    assert core.worker(tok(TWO, 0)) == [pushed(tok(TWO, 0))]
+
+
+def test_a_worker_that_hangs_with_what_nobody_claims_is_lost(core: Core) -> None:
+    core.register(held=1)
+    core.worker(Message(Header(Kind.HELD, ONE, 0, 5, 1), codec.pack(Held(instance(OTHER), "m"))))
+    assert core.wait(30)[-1] == stop(ONE, 1)
+    said = [action for action in core.wait(60.5) if action != stop(ONE, 1)]
+    assert said == [Send(WORKER, say(Kind.DIE))]

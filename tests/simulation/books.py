@@ -8,6 +8,7 @@ from loopmux_broker.requests import State
 from simulation.broken import hold
 
 if TYPE_CHECKING:
+    from loopmux_broker.tables import Tables
     from simulation.world import World
 
 _ENFORCED = 0.1
@@ -31,6 +32,12 @@ def audit(world: World) -> None:
     hold(admission.held == held, "the books agree: bodies", lambda: f"{admission.held}, {held}")
     leases = {key for worker in pool.workers.values() for key in worker.leases}
     hold(set(pool.leases) == leases, "the books agree: leases", lambda: f"{pool.leases.keys()}, {leases}")
+    owned = [r for client in tables.clients.by_instance.values() for r in client.requests.values()]
+    hold(
+        len(owned) == len(requests) and all(tables.requests.get(r.id) is r for r in owned),
+        "P7 a request is one client's",
+        lambda: f"{len(requests)} requests, clients have {len(owned)}",
+    )
     for client in tables.clients.by_instance.values():
         mine = client.requests.values()
         waiting = sum(r.state is State.QUEUED for r in mine)
@@ -44,7 +51,10 @@ def audit(world: World) -> None:
             lambda: f"{request.output.held} bytes",
         )
     late = world.clock.now - _ENFORCED
-    for request in requests if world.broker.running and world.clock.now - world.broker.thawed_at > _ENFORCED else ():
+    awake = world.broker.running and world.clock.now - world.broker.thawed_at > _ENFORCED
+    if awake:
+        _judges(tables, late)
+    for request in requests if awake else ():
         in_time = request.state is State.DONE or request.deadline >= late
         hold(
             in_time,
@@ -64,6 +74,17 @@ def audit(world: World) -> None:
                 "nobody waits beside a free slot",
                 lambda: f"{world.story.names.get(waiting_one.id)} waits, {worker.name} has {worker.free} free",
             )
+
+
+def _judges(tables: Tables, late: float) -> None:
+    """Nobody who is lost is kept: silence and stalls are noticed in their time."""
+    pool, clients = tables.pool, tables.clients.by_peer.values()
+    for member in (*pool.workers.values(), *pool.launchers.values(), *clients):
+        silent = lambda: f"{member}, for {late - member.heard:.1f} s"  # noqa: E731
+        hold(member.heard + tables.patience >= late, "who is silent for three heartbeats is lost", silent)
+    for worker in pool.workers.values():
+        due = tables.config.stall.due(worker)
+        hold(due is None or due >= late, "a worker whose engine hangs is lost", worker.name)
 
 
 def at_rest(world: World) -> None:

@@ -28,6 +28,9 @@ class BrokerProcess(Process):
         super().__init__(world, "broker")
         self.lines: dict[bytes, Line] = {}
         self.owner: dict[bytes, Endpoint] = {}
+        self.spoke: dict[str, float] = {}
+        """When each endpoint was last heard."""
+        self._said: list[tuple[bytes, wire.Message]] = []
         self._full: set[bytes] = set()
         self.born = 0.0
         self.wake_by(lambda: self.core.next_timer(), lambda: self.handle(TimerDue()))
@@ -67,9 +70,19 @@ class BrokerProcess(Process):
         self.lines[peer], self.owner[peer] = line, endpoint
         return line
 
-    def _hear(self, line: Line, event: events.Event) -> None:
-        if line.far:
+    def _hear(self, line: Line, event: ClientSent | WorkerSent) -> None:
+        if not line.far:
+            return
+        peer, owner, promise = line.peer, self.owner[line.peer], self.world.promise
+        self.spoke[owner.name] = self.clock.now
+        if owner.stranger:
             self.handle(event)
+            return
+        header = wire.unpack_header(event.frames[0])
+        owed = promise.answers.of_broker(peer, header, from_worker=owner.from_worker)
+        self._said = []
+        self.handle(event)
+        promise.answers.check(self, header, owed, [said for to, said in self._said if to == peer])
 
     def left(self, line: Line, after: float = 0.0) -> None:
         """The near end is gone: what is under way arrives, up to a point, then the news does."""
@@ -114,15 +127,17 @@ class BrokerProcess(Process):
                         broken("the broker's core raises nothing", str(fields["traceback"]))
                     self.world.story.tell(self, f"{level}: {text} {fields or ''}")
                 case _:
-                    self._send(action.peer, action.frames)
+                    self._send(action.peer, action.frames, action.message)
 
-    def _send(self, peer: bytes, frames: Frames) -> bool:
+    def _send(self, peer: bytes, frames: Frames, message: wire.Message | None = None) -> bool:
         """False if the peer's pipe is full. What is sent to one that is gone is lost."""
         line = self.lines.get(peer)
         if line is None:
             return True
         sent = line.down.send(frames)
-        self.world.promise.talk.broker_said(self.owner[peer], peer, wire.from_frames(frames))
+        message = message or wire.from_frames(frames)
+        self._said.append((peer, message))
+        self.world.promise.talk.broker_said(self.owner[peer], peer, message)
         if self.world.story.loud:
             self.world.story.message(self, self.owner[peer], frames, lost=not sent)
         return sent

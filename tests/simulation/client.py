@@ -28,6 +28,7 @@ class Call:
     Attributes:
         wanted: how many tokens the answer has; None for a turn of a tool loop, which makes so many calls of ``tools``.
         may_fail: codes of errors that need no other cause than what was asked; ``must_fail`` if it cannot succeed.
+        fuse: seconds after its start in which it ends the process that runs it.
         read_in: seconds the reader takes over what it reports on; infinite for one that never reads.
         attempt: of the token that came last.
         attached: it was brought to a broker that was started again.
@@ -52,6 +53,7 @@ class Call:
     read_in: float = 0.001
     collect: bool = False
     idle_timeout: float | None = None
+    fuse: float | None = None
     cancelled: float = math.inf
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -84,8 +86,9 @@ class Call:
         what = f"{self.wanted} tokens" if self.plain else f"{self.tools} calls"
         adapter = f"+{submit.adapter}" if submit.adapter else ""
         session = f", {submit.session}{' on' if submit.continues else ''}" if submit.session else ""
+        fatal = "" if self.fuse is None else f", ends its workers after {self.fuse:.3f} s"
         reader = ", collects" if self.collect else f", reads in {self.read_in:g} s" if self.slow else ""
-        return f"{submit.model}{adapter}, {what} in {submit.timeout:.1f} s{session}{reader}"
+        return f"{submit.model}{adapter}, {what} in {submit.timeout:.1f} s{session}{reader}{fatal}"
 
     @property
     def open(self) -> bool:
@@ -104,6 +107,7 @@ class ClientProcess(Endpoint):
         self.closing = False
         self.gone = math.inf
         """When it left or died."""
+        self._said: list[wire.Message] = []
         self.core = Connection("sim://broker", self.clock.random.randbytes(16), CONNECT_TIMEOUT)
         self.wake_by(lambda: self.core.next_timer(), lambda: self.handle(events.TimePassed()))
         self.connect()
@@ -150,8 +154,11 @@ class ClientProcess(Endpoint):
     # --- the core
 
     def receive(self, frames: Frames) -> None:
-        self.world.promise.talk.client_heard(self, wire.from_frames(frames))
+        promise, message = self.world.promise, wire.from_frames(frames)
+        promise.talk.client_heard(self, message)
+        owed, self._said = promise.answers.of_client(self, message.header), []
         self.handle(events.Received(frames))
+        promise.answers.check(self, message.header, owed, self._said)
         if self.core.malformed:
             broken("no message of ours is malformed", f"{self} could not read what the broker sent")
 
@@ -171,9 +178,11 @@ class ClientProcess(Endpoint):
         match action:
             case events.Introduce(message):
                 self.unsend()
+                self._said.append(message)
                 self.put(message)
             case events.Send(message):
                 promise.talk.client_said(self, message)
+                self._said.append(message)
                 self.put(message)
             case events.Deliver(id_, event, report):
                 call = self.calls[id_]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from loopmux import codec, messages
@@ -30,6 +31,7 @@ class Engines:
     def __init__(self, promise: Promise) -> None:
         self._promise, self._world, self._clock = promise, promise.world, promise.world.clock
         self._taken: dict[tuple[bytes, int], tuple[object, str]] = {}
+        self._losses: Counter[object] = Counter()  # by the broker's record: another one counts from the start
         self._sessions: dict[str, tuple[ClientProcess, str | None]] = {}  # by the name that workers know
 
     def took(self, worker: WorkerProcess, job: Job) -> bool:
@@ -37,13 +39,23 @@ class Engines:
         key = (job.key.request, job.key.attempt)
         call = self._promise.calls.get(job.key.request)
         hold(call is not None, "only what was submitted runs", lambda: f"{worker} was given {job}")
-        record = self._world.broker.core.tables.requests.get(key[0])
+        tables = self._world.broker.core.tables
+        lease = tables.pool.leases.get(key)
+        # A broker that has forgotten the request counts from the start, and what a former one gave to a worker that was
+        # frozen since may have the same number.
+        record = lease.request if lease is not None and lease.worker.name == worker.name else None
         known, other = self._taken.get(key, (None, ""))
-        again = record is not None and known is record  # a broker that has forgotten the request counts from the start
+        again = record is not None and known is record
         hold(not again, "P4 no attempt runs twice", lambda: f"attempt {key[1]} of {call} on {other}, now on {worker}")
         self._taken[key] = (record, worker.name)
         few = key[1] <= MOST_LOSSES or self._promise.hit(call, *MIGRATING, before=15.0)
         hold(key[1] >= 1 and few, "P4 at most three attempts", lambda: f"{call} has attempt {key[1]}")
+        lost = self._losses[record]
+        hold(
+            record is None or lost < MOST_LOSSES,
+            "P4 three workers at most are lost with a request",
+            lambda: f"{call} ended {lost}",
+        )
         call.dealt = self._clock.now
         self._promise.talk.workers.begins(worker, key)
         self._as_asked(call, worker, job)
@@ -67,6 +79,14 @@ class Engines:
             owner = self._sessions.setdefault(run.session, (call.client, call.submit.session))
             same = owner == (call.client, call.submit.session)
             hold(same, "P7 a session is one client's", lambda: f"{run.session} of {call} is that of {owner}")
+
+    def killed(self, worker: WorkerProcess) -> None:
+        """A worker dies, whatever it runs for the broker with it."""
+        tables = self._world.broker.core.tables
+        for key in worker.engine._running:
+            lease = tables.pool.leases.get((key.request, key.attempt))
+            if lease is not None and lease.worker.name == worker.name and lease.request.lease is lease:
+                self._losses[lease.request] += 1
 
     def hinted(self, worker: WorkerProcess, hint: messages.SessionHint) -> None:
         """An engine is told of a session."""

@@ -7,6 +7,7 @@ import random
 
 from loopmux.messages import SessionHint
 from simulation.broken import hold
+from simulation.broker import BrokerProcess
 from simulation.census import grown
 from simulation.client import Call, ClientProcess, plain_call, scripted_call
 from simulation.lines import Line
@@ -24,6 +25,8 @@ _HEARTBEATS_MISSED = (3.0, 3.5)
 """Seconds until ØMQ closes the connection of a peer that does not answer."""
 _RETRY_WITHIN = 6.0
 """Seconds in which, after the last end and the last fault, what is acknowledged has been forgotten everywhere."""
+_POISON = 2
+"""Requests that end workers, in one run: more of them would leave no worker to see anything with."""
 _ENCORE = 16
 """Requests after the end of all faults."""
 _IDLE = 3.0
@@ -51,7 +54,7 @@ class Nemesis:
         self._end()
 
     def _burst(self) -> None:
-        for _ in range(self.dice.randint(8, 30)):
+        for _ in range(self.dice.randint(11, 36)):
             self.world.run(self.dice.choice((0.0, 0.02, 0.1, 0.3, 0.6)) * self.dice.random())
             if self.profile.faults and self.dice.random() < 0.3:
                 self._fault(self.dice.choice(self.profile.faults))
@@ -99,13 +102,17 @@ class Nemesis:
             options |= {"session": f"s{dice.randint(1, 3)}", "continues": dice.random() < 0.5}
         if dice.random() < 0.2:
             options |= dice.choice(({"adapter": ADAPTER}, {"model": ADAPTER}))
-        match dice.choices(("prompt", "collect", "slow", "never", "odd"), (60, 15, 6, 3, 6))[0]:
+        match dice.choices(("prompt", "collect", "slow", "never", "odd", "regret"), (60, 15, 6, 3, 6, 6))[0]:
             case "collect":
                 options["collect"] = True
             case "slow":
                 options |= {"read_in": dice.uniform(0.2, 2.0)}
             case "never":
                 options |= {"read_in": math.inf}
+            case "regret":
+                call = client.ask(plain_call(client, name, tokens, timeout, **options))
+                client.later(dice.choice((0.0, 0.01, 0.3)) * dice.random(), lambda: client.cancel(call))
+                return call
             case "odd":
                 options |= self._odd(dice.choice(("model", "adapter", "priority", "flaky", "flaky", "idle", "brief")))
         timeout = options.pop("timeout", timeout)
@@ -159,8 +166,8 @@ class Nemesis:
 
     def _fault(self, what: str) -> None:
         verb, _, whom = what.partition(" ")
-        if verb == "bad":
-            self._bad_starts()
+        if not whom or verb == "bad":
+            (self._bad_starts if whom else self._poison)()
             return
         targets = [p for p in self._of(whom) if p.running]
         if targets:
@@ -173,6 +180,7 @@ class Nemesis:
             "broker": [world.broker],
             "launcher": [world.launcher],
             "client": world.living,
+            "host": [world.broker],
         }[whom]
 
     def _note(self, what: str, process: Process, seconds: float = 0.0) -> None:
@@ -202,6 +210,23 @@ class Nemesis:
                 near, far = (self.dice.uniform(lowest, highest) for _ in range(2))
                 self.world.broker.snap(line, near, far)
 
+    def _stick(self, process: Process) -> None:
+        """Something in it does not come back, and ØMQ's own thread goes on answering: no connection breaks."""
+        seconds = self.dice.uniform(0.5, 8.0)
+        self._note("freeze", process, seconds + 4.0)
+        process.freeze(seconds)
+
+    def _suspend(self, broker: BrokerProcess) -> None:
+        """The host sleeps, connections and all; of its processes some get going later than others."""
+        seconds = self.dice.uniform(0.5, 6.0)
+        self._note("freeze", broker, seconds + 4.0)
+        broker.freeze(seconds)
+        for process in (*self.world.workers, *self.world.living):
+            if process.running:
+                longer = seconds + self.dice.choice((0.0, 0.2, 6.0)) * self.dice.random()
+                self._note("freeze", process, longer + 4.0)
+                process.freeze(longer)
+
     def _lines(self, process: Process) -> list[Line]:
         if process is self.world.broker:
             return list(self.world.broker.lines.values())
@@ -213,6 +238,24 @@ class Nemesis:
         self._note("snap", process, max(near, far) + 4.0)
         for line in self._lines(process):
             self.world.broker.snap(line, near, far)
+
+    def _flap(self, process: Endpoint) -> None:
+        """A network that is not back for good: connections break or stand still as their ends introduce themselves."""
+        seconds = self.dice.uniform(1.0, 4.0)
+        self._note("snap", process, seconds + 7.0)
+        until, shaking = self.clock.now + seconds, 6 * self.profile.latency[1] + 0.01
+
+        def shake() -> None:
+            if not process.alive or self.clock.now > until:
+                return
+            for line in self._lines(process):
+                if self.dice.random() < 0.5:
+                    line.hold(self.clock.now + self.dice.uniform(0.5, 2.5))
+                else:
+                    self.world.broker.snap(line, 0.0, self.dice.choice((0.0, 0.5)) * self.dice.random())
+            self.clock.after(self.dice.choice((shaking, shaking, seconds)) * self.dice.random(), shake)
+
+        shake()
 
     def _hold(self, process: Endpoint) -> None:
         """A partition, too short for the heartbeats or too long for them."""
@@ -227,7 +270,7 @@ class Nemesis:
 
     def _clog(self, process: Endpoint) -> None:
         """A peer reads so slowly that its pipe is full most of the time."""
-        seconds = self.dice.uniform(0.05, 2.0)
+        seconds = self.dice.choice((0.3, 2.0, 5.0)) * self.dice.random() + 0.02
         self._note("clog", process, seconds + 4.0)
         for line in self._lines(process):
             line.down.room = self.dice.choice((0, 1, 3))
@@ -256,6 +299,15 @@ class Nemesis:
     def _close(self, client: ClientProcess) -> None:
         self._note("close", client, 4.0)
         client.close()
+
+    def _poison(self) -> None:
+        """A request that ends every worker that runs it."""
+        world = self.world
+        if world.living and sum(call.fuse is not None for call in world.calls) < _POISON:
+            self.asked += 1
+            client, fuse = self.dice.choice(world.living), self.dice.choice((0.01, 0.5)) * self.dice.random()
+            fatal = {"fuse": fuse, "must_fail": True, "may_fail": frozenset({"worker_lost"})}
+            client.ask(plain_call(client, f"r{self.asked}", 10_000, self.dice.uniform(5, 25), **fatal))
 
     def _bad_starts(self) -> None:
         seconds = self.dice.uniform(1.0, 10.0)

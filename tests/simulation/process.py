@@ -93,6 +93,8 @@ class Endpoint(Process):
     """Connects to the broker, again whenever that breaks; what the socket does not take waits here."""
 
     from_worker: ClassVar[bool]
+    stranger: ClassVar[bool] = False
+    """Whether it is none of ours."""
 
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name)

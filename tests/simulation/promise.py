@@ -1,7 +1,7 @@
 """Everything that must hold in a world: each part watches its own, here they are put together.
 
-``callers`` what goes to callers · ``talk`` what processes say · ``engines`` what runs · ``launches`` what is started ·
-``books`` whether the broker's tables agree.
+``callers`` what goes to callers · ``talk`` what processes say, ``answers`` what they owe each other · ``engines`` what
+runs · ``launches`` what is started · ``books`` whether the broker's tables agree.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from simulation import books
+from simulation.answers import Answers
 from simulation.broken import hold
 from simulation.callers import Callers
 from simulation.census import census
@@ -34,6 +35,7 @@ class Promise:
         """Nobody has anything to say any more."""
         self.callers = Callers(self)
         self.talk = Talk(self)
+        self.answers = Answers(self)
         self.engines = Engines(self)
         self.launches = Launches(self)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from loopmux import codec, messages, wire
 from loopmux.wire import Header, Kind, Message
+from loopmux_broker.events import ClientSent
 from simulation.broken import hold
 from simulation.client import Call
 from simulation.lines import Frames
@@ -26,6 +27,7 @@ class Stranger(Endpoint):
     """Says one thing after the other, then leaves."""
 
     from_worker = False
+    stranger = True
 
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name)
@@ -50,6 +52,9 @@ class Stranger(Endpoint):
         """Say something about another client's request."""
         dice = self.clock.random
         have = len(call.tokens)
+        if dice.random() < 0.3:
+            self._usurp(call)
+            return
         submit = codec.pack(messages.Submit("echo", priority=1_000))  # refused even where the request has just ended
         told = dice.choice(
             (
@@ -61,6 +66,16 @@ class Stranger(Endpoint):
         )
         self.world.story.tell(self, f"says {told.kind.name} about {call}")
         self.put(told)
+
+    def _usurp(self, call: Call) -> None:
+        """Ask for something under the id of a request that runs, at this very moment: later it may have ended."""
+        broker, line = self.world.broker, self.line
+        if line is None or not line.far or not broker.running:
+            return
+        submit = codec.pack(messages.Submit(call.submit.model, timeout=5.0, max_new_tokens=5))
+        message = Message(Header(Kind.SUBMIT, call.id), submit, call.body)
+        self.world.story.tell(self, f"says SUBMIT about {call}")
+        broker.handle(ClientSent(line.peer, wire.to_frames(message)))
 
     def babble(self) -> None:
         """Say what is no message."""

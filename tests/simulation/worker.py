@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from loopmux import wire
@@ -36,9 +35,13 @@ class MarkedEcho(EchoEngine):
         self._turns = 0
 
     def submit(self, job: Job) -> None:
-        if self._worker.world.promise.engines.took(self._worker, job):
-            self._worker.plain.add(job.key)
+        worker = self._worker
+        if worker.world.promise.engines.took(worker, job):
+            worker.plain.add(job.key)
         super().submit(job)
+        fuse = worker.world.promise.calls[job.key.request].fuse
+        if fuse is not None:
+            worker.later(fuse, lambda: worker.end_by(job.key))
 
     def hint(self, hint: SessionHint) -> None:
         self._worker.world.promise.engines.hinted(self._worker, hint)
@@ -51,10 +54,11 @@ class MarkedEcho(EchoEngine):
         if not isinstance(output, Produced) or output.key not in self._worker.plain:
             return output
         text = "".join(f"{token}.{output.key.attempt} " for token in output.ids)
-        return dataclasses.replace(output, text=text)
+        return Produced(output.key, output.position, output.ids, text, output.calls, output.logprobs)
 
     def load(self) -> Load:
-        return dataclasses.replace(super().load(), progress=self._progress + self._turns)
+        load = super().load()
+        return Load(load.running, load.queued, load.progress + self._turns, load.cached, load.computed)
 
 
 class WorkerProcess(Endpoint):
@@ -84,6 +88,7 @@ class WorkerProcess(Endpoint):
         self.wake_by(lambda: self.core.next_timer(), lambda: self.handle(events.Woke()))
         self._turning = False
         self._commanded = False
+        self._said: list[wire.Message] = []
         self.connect()
         self.look()
 
@@ -95,8 +100,11 @@ class WorkerProcess(Endpoint):
 
     def receive(self, frames: Frames) -> None:
         message = wire.from_frames(frames)
-        self.world.promise.talk.worker_heard(self, message)
+        promise = self.world.promise
+        promise.talk.worker_heard(self, message)
+        owed, self._said = promise.answers.of_worker(self, message.header), []
         self.handle(events.Received(message))
+        promise.answers.check(self, message.header, owed, self._said)
 
     def stop(self) -> None:
         """SIGTERM."""
@@ -109,6 +117,7 @@ class WorkerProcess(Endpoint):
             match action:
                 case events.Send(message, lasting):
                     self.world.promise.talk.worker_said(self, message)
+                    self._said.append(message)
                     self.put(message, lasting=lasting)
                 case events.Unsend():
                     self.unsend()
@@ -136,7 +145,16 @@ class WorkerProcess(Endpoint):
 
     def die(self, news: float = 0.0) -> None:
         if self.alive:
+            self.world.promise.engines.killed(self)
             self._gone(-9, news)
+
+    def end_by(self, key: Key) -> None:
+        """Whatever a request does to the process that runs it, if it still does."""
+        if key in self.engine._running:
+            promise, call = self.world.promise, self.world.promise.calls[key.request]
+            promise.journal.note("kill worker", self.clock.now, 4.0)
+            self.world.story.tell("✗", f"{call} ends {self}")
+            self.die()
 
     # --- the engine's thread
 
