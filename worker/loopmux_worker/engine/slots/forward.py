@@ -116,6 +116,24 @@ def try_rows(
     return Trial(None, memory.size // (memory.rows * memory.context), plain)
 
 
+def positions_by_length(model: Any, context: int) -> str | None:
+    """Why sequences of up to ``context`` tokens cannot share a step, if a long one moves the positions of all.
+
+    With LongRoPE (https://arxiv.org/abs/2402.13753) transformers takes one set of frequencies for a whole call: that of
+    its longest sequence.
+    """
+    given = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    for rope in (given, *given.values()):  # one for all layers, or one for each kind of them
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            limit = rope["original_max_position_embeddings"]
+            if context > limit:
+                return (
+                    f"{type(model).__name__} places all tokens of a step by the longest sequence in it once that has "
+                    f"more than {limit} tokens (rope_type: longrope); with context: {limit} none has"
+                )
+    return None
+
+
 class _Watched(Memory):
     """Rows that note which windows the layers ask for."""
 
@@ -154,7 +172,8 @@ def _tried(forward: Forward, one: list[int], other: list[int]) -> list[Tensor]:
             segments.append(Segment(key, row, start, count, True, None))
             ids += tokens[start : start + count]
             positions += range(start, start + count)
-        out = forward(segments, ids, positions, list(range(len(ids))))
+        # Backwards, so that a model shows that gives logits of all tokens, whichever are asked for.
+        out = forward(segments, ids, positions, list(range(len(ids)))[::-1]).flip(0)
         cut = shares[0][1]
         logits[0].append(out[:cut])
         logits[1].append(out[cut:])
