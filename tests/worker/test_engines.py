@@ -429,7 +429,7 @@ def test_an_engine_that_is_closed_while_an_adapter_is_being_unloaded_ends(tiny_m
     assert driver.died is None
 
 
-def test_description(engine, kind):
+def test_description(engine, kind, reference):
     described = engine.describe()
     assert described.engine == kind
     assert described.slots == 1 if kind == "plain" else described.slots > 1
@@ -437,6 +437,12 @@ def test_description(engine, kind):
     assert len({m.fingerprint for m in described.models}) == 3
     assert described.report["dtype"] == "float32"
     assert described.report["why"]
+    parameters = sum(parameter.numel() for parameter in reference.parameters())
+    assert (described.report["parameters"], described.report["weights_bytes"]) == (parameters, 4 * parameters)
+    if kind == "slots":
+        config = reference.config
+        token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+        assert described.report["kv_bytes"] == described.report["kv_rows"] * described.report["kv_context"] * token
 
 
 def test_deterministic_only_in_float32(engine, tiny_model, kind, device):

@@ -93,10 +93,10 @@ def loaded(folder: Any, device: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @torch.inference_mode()
-def greedy(model: Any, prompt: list[int]) -> list[int]:
+def greedy(model: Any, prompt: list[int], wanted: int = WANTED) -> list[int]:
     """What ``generate()`` makes of a prompt."""
     ids = torch.tensor([prompt], device=model.device)
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=WANTED,
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=wanted,
                           eos_token_id=None, pad_token_id=0)  # fmt: skip
     return made[0, len(prompt) :].tolist()
 
@@ -116,6 +116,16 @@ def test_every_shape_gives_the_tokens_of_generate_alone_mixed_and_late(folder, d
         assert tokens == answer
     assert run(engine, [job(p) for p in PROMPTS])[0] == answers
     assert run(engine, [job(p) for p in PROMPTS], every=3)[0] == answers
+
+
+def test_every_shape_gives_the_log_probabilities_of_a_plain_forward(folder, device, answers):
+    """Those of what was chosen, in float32, within 1e-3."""
+    jobs = [job(prompt, logprobs=0) for prompt in PROMPTS]
+    outputs = play(opened(folder, device), jobs, every=2)
+    model = loaded(folder, device)
+    for one, prompt, answer in zip(jobs, PROMPTS, answers, strict=True):
+        ours = [each.logprob for output in of(one, outputs)[:-1] for each in output.logprobs]
+        assert ours == pytest.approx(known(model, prompt, answer), abs=1e-3)
 
 
 def test_every_shape_gathers_rows_that_lie_apart(folder, device, answers, monkeypatch):
@@ -258,7 +268,16 @@ def test_a_shape_with_two_sets_of_positions_has_rows_as_long_as_the_first_holds(
     folder = written(config(), tmp_path)
     engine = opened(folder, device, engine="auto", context=64)
     assert engine.describe().engine == "slots"
-    model = loaded(folder, device)
-    assert run(engine, [job(prompt) for prompt in PROMPTS[:3]])[0] == [
-        greedy(model, prompt)[: 64 - len(prompt)] for prompt in PROMPTS[:3]
-    ]
+    expected = [greedy(loaded(folder, device), prompt)[: 64 - len(prompt)] for prompt in PROMPTS[:3]]
+    assert run(engine, [job(prompt) for prompt in PROMPTS[:3]])[0] == expected
+
+
+def test_a_shape_with_fewer_positions_than_the_trial_takes_is_served_all_the_same(tmp_path):
+    folder = written(GPT2Config(vocab_size=272, n_embd=32, n_layer=2, n_head=4, n_positions=16, bos_token_id=None,
+                                eos_token_id=266), tmp_path)  # fmt: skip
+    engine = opened(folder, "cpu", engine="auto")
+    try:
+        expected = greedy(loaded(folder, "cpu"), PROMPTS[1], 9)
+        assert run(engine, [job(PROMPTS[1], max_new_tokens=9)])[0] == [expected]
+    finally:
+        engine.close()

@@ -192,7 +192,8 @@ class Memory:
             else:
                 mask = group.mask(sliding_window, heads // kv_heads, query.dtype)
                 parts.append(_folded(asked[0], *seen, mask, scaling))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
+        # Contiguous, as transformers' own: some models view it.
+        return (parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
 
     def _layer(self, module: torch.nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         index = getattr(module, "layer_idx", None)

@@ -93,11 +93,11 @@ def try_rows(
         return Trial(f"{type(model).__name__} has an attention of its own, which cannot be replaced", 0)
     one = [(7 * i + 3) % vocabulary for i in range(_TRIED)]
     other = [(11 * i + 5) % vocabulary for i in range(_TRIED)]
-    if not plain:
-        inputs = [torch.tensor([ids], device=device) for ids in (one, other)]
-        plain = tuple(model(input_ids=ids, use_cache=False).logits[0] for ids in inputs)
     memory = _Watched(2, _TRIED, device)
     try:
+        if not plain:
+            inputs = [torch.tensor([ids], device=device) for ids in (one, other)]
+            plain = tuple(model(input_ids=ids, use_cache=False).logits[0] for ids in inputs)
         found = _tried(Forward(model, memory, adapters), one, other)
     except (Unsupported, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         if ran_out(error) or device_lost(error):
