@@ -15,6 +15,7 @@ from transformers import (
     GPT2Config,
     Llama4TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
     Phi3Config,
@@ -27,6 +28,8 @@ from transformers import (
 import enginekit
 from enginekit import ids, of, play, run
 from loopmux.errors import ConfigError
+from loopmux_worker.engine.slots.forward import try_rows
+from loopmux_worker.engine.slots.lora import MixedAdapters
 from tinymodel import CONTEXT, write_tokenizer
 
 SIZE = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
@@ -281,3 +284,18 @@ def test_a_shape_with_fewer_positions_than_the_trial_takes_is_served_all_the_sam
         assert run(engine, [job(PROMPTS[1], max_new_tokens=9)])[0] == [expected]
     finally:
         engine.close()
+
+
+class Chatty(LlamaForCausalLM):
+    """Gives logits of all tokens, whichever are asked for, as models with code of their own may."""
+
+    def forward(self, logits_to_keep: Any = 0, **given: Any) -> Any:
+        return super().forward(**given)
+
+
+def test_a_shape_that_gives_other_logits_than_it_is_asked_for_cannot_be_run_over_rows():
+    torch.manual_seed(0)
+    model = Chatty(SHAPES["llama, grouped queries"]()).eval()
+    trial = try_rows(model, MixedAdapters(model), torch.device("cpu"), 272)
+    assert trial.why_not is not None
+    assert trial.why_not.startswith("Chatty gives other logits over rows")
