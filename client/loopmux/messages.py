@@ -19,6 +19,9 @@ DEFAULT_TIMEOUT = 600.0
 DEFAULT_MAX_NEW_TOKENS = 256
 TOKEN_LIMIT = 2**32
 """Token ids are below: they travel as unsigned 32-bit numbers. Each model's own limit is its vocabulary."""
+_DIGITS = len(str(TOKEN_LIMIT))
+MOST_STOPS = 256
+"""Stop strings of a request: each is looked for behind every token, while all other requests wait."""
 PRIORITY_LIMIT = 100
 """Priorities go from -100 to 100: at the broker's 30 s a step, more than an hour's head start is never meant."""
 
@@ -146,14 +149,14 @@ class Sampling:
         _in_range("top_p", self.top_p, 0, 1, above_low=True)
         _in_range("top_k", self.top_k, 0, 2**31 - 1)
         _in_range("min_p", self.min_p, 0, 1)
-        _in_range("repetition_penalty", self.repetition_penalty, 0, 100, above_low=True)
+        _in_range("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _in_range("presence_penalty", self.presence_penalty, -100, 100)
         _in_range("frequency_penalty", self.frequency_penalty, -100, 100)
         if self.seed is not None:
             _in_range("seed", self.seed, 0, 2**63 - 1)
         for token, bias in self.logit_bias.items():
-            if not token.isdecimal():
-                raise BadRequestError(f"logit_bias: found the key {token!r}, expected a token id such as '42'")
+            if not token.isdecimal() or len(token) > _DIGITS:
+                raise BadRequestError(f"logit_bias: found the key {token[:80]!r}, expected a token id such as '42'")
             _in_range(f"logit_bias[{token}]", bias, -1000, 1000)
 
 
@@ -201,6 +204,8 @@ class Generate:
         if self.prompt_token_ids is not None and (not self.prompt_token_ids or len(self.prompt_token_ids) % 4):
             raise BadRequestError("prompt_token_ids: expected at least one token id")
         _in_range("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
+        if len(self.stop) > MOST_STOPS:
+            raise BadRequestError(f"stop: found {len(self.stop)} texts, expected at most {MOST_STOPS}")
         if any(not s for s in self.stop):
             raise BadRequestError("stop: found an empty text, expected texts of at least one character")
         if self.logprobs is not None:

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from loopmux_worker.engine.base import Key
-from loopmux_worker.engine.slots.attention import Memory
+from loopmux_worker.engine.slots.attention import Memory, Unsupported
 from loopmux_worker.engine.slots.schedule import Segment
 
 SIZE = 8
@@ -59,3 +59,23 @@ def test_layers_of_one_window_that_differ_otherwise_get_masks_of_their_own(windo
                 expected.append(plain(query[:, s.start : stop], key[:, :stop], value[:, :stop], s.start, window))
             tolerance = 1e-5 if found.dtype == torch.float32 else 2e-2
             torch.testing.assert_close(found[0], torch.cat(expected), rtol=tolerance, atol=tolerance)
+
+
+def test_what_comes_out_can_be_viewed_whatever_the_step_is_made_of():
+    """Some models (AFMoE) call ``view`` on it."""
+    memory = Memory(2, 32, torch.device("cpu"))
+    one, both = [segment(0, 0, 7)], [segment(0, 7, 1), segment(1, 0, 5)]
+    for step in (one, both, [segment(0, 8, 3)], [segment(0, 11, 1), segment(1, 5, 1)]):
+        memory.prepare(step)
+        given = [torch.randn(1, heads, sum(s.count for s in step), SIZE) for heads in (4, 2, 2)]
+        found, _ = memory.attend(Layer(0), *given, None)
+        assert found.shape == (1, given[0].shape[2], 4, SIZE)
+        assert found.is_contiguous()
+
+
+def test_a_mask_that_a_model_makes_is_not_passed_over():
+    memory = Memory(1, 8, torch.device("cpu"))
+    memory.prepare([segment(0, 0, 3)])
+    given = torch.randn(1, 1, 3, SIZE)
+    with pytest.raises(Unsupported, match=r"a mask of its own, \(1, 1, 3, 3\)"):
+        memory.attend(Layer(0), given, given, given, torch.zeros(1, 1, 3, 3))

@@ -192,6 +192,26 @@ def test_a_seed_makes_a_result_and_a_resumed_one_continues_it(engine):
         assert rest[0].logprobs[0].logprob == pytest.approx(whole[cut].logprobs[0].logprob, abs=1e-4)
 
 
+def test_draws_are_the_same_alone_in_a_batch_of_16_and_resumed(engine):
+    """In float32, where another batch rounds so little otherwise that no draw changes sides."""
+    kinds = ({}, {"top_k": 20}, {"top_p": 0.8, "repetition_penalty": 1.2}, {"min_p": 0.02, "presence_penalty": 0.5})
+    wanted, cut = 16, 6
+
+    def one(i, prefix=()):
+        sampling = Sampling(temperature=0.5 + i / 8, seed=i, **kinds[i % len(kinds)])
+        prompt = pack_tokens([(7 * n * n + i) % 250 for n in range(5 + 3 * i)])
+        name = ("base", *ADAPTERS)[i % 3]
+        return job(
+            name, prompt_token_ids=prompt, sampling=sampling, max_new_tokens=wanted, ignore_eos=True, prefix=prefix
+        )
+
+    alone = [ids(answer(engine, one(i))) for i in range(16)]
+    assert len({tuple(tokens) for tokens in alone}) == 16
+    assert enginekit.run(engine, [one(i) for i in range(16)])[0] == alone
+    resumed = enginekit.run(engine, [one(i, tuple(alone[i][:cut])) for i in range(16)], every=1)[0]
+    assert resumed == [tokens[cut:] for tokens in alone]
+
+
 def test_a_prefix_of_another_vocabulary_is_refused(engine):
     with pytest.raises(BadRequestError, match="found token 1000000 in what this request is to go on behind"):
         engine.submit(job(prefix=(70, 10**6)))
@@ -409,7 +429,7 @@ def test_an_engine_that_is_closed_while_an_adapter_is_being_unloaded_ends(tiny_m
     assert driver.died is None
 
 
-def test_description(engine, kind):
+def test_description(engine, kind, reference):
     described = engine.describe()
     assert described.engine == kind
     assert described.slots == 1 if kind == "plain" else described.slots > 1
@@ -417,6 +437,12 @@ def test_description(engine, kind):
     assert len({m.fingerprint for m in described.models}) == 3
     assert described.report["dtype"] == "float32"
     assert described.report["why"]
+    parameters = sum(parameter.numel() for parameter in reference.parameters())
+    assert (described.report["parameters"], described.report["weights_bytes"]) == (parameters, 4 * parameters)
+    if kind == "slots":
+        config = reference.config
+        token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+        assert described.report["kv_bytes"] == described.report["kv_rows"] * described.report["kv_context"] * token
 
 
 def test_deterministic_only_in_float32(engine, tiny_model, kind, device):

@@ -193,6 +193,23 @@ def test_weights_that_are_no_numbers_fail_their_requests_with_the_reason_and_the
     assert run(engine, [job(PROMPTS[1])])[0] == [answers[1]]
 
 
+def test_no_numbers_that_are_left_in_a_row_reach_who_gets_it_next(tiny_model, answers):
+    """Rows of one call are read as far as the longest: the shorter ones hold what was there before."""
+    engine = opened(tiny_model)
+    engine.load_adapter("red", str(tiny_model.adapters["red"]))
+    next(iter(engine._models._adapters._layers.values())).pairs["red"].down.fill_(float("nan"))
+    cancelled = [job(PROMPTS[3] * 4, "red") for _ in PROMPTS]
+    for one in cancelled:
+        engine.submit(one)
+    engine.step()
+    for one in cancelled:
+        engine.cancel(one.key)
+    assert all(isinstance(end, Failed) for end in run(engine, [job(PROMPTS[3], "red") for _ in PROMPTS])[1])
+    tokens, ends = run(engine, [job(prompt) for prompt in PROMPTS])
+    assert [isinstance(end, Finished) for end in ends] == [True] * len(PROMPTS)
+    assert tokens == answers
+
+
 @pytest.mark.parametrize(
     ("prompt", "settings", "error", "field"),
     [

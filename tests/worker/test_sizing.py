@@ -38,6 +38,11 @@ def test_too_little_for_what_was_asked_for():
         sized(gib=2 / 1024, context=1500, most=2)
 
 
+def test_a_budget_of_one_token_is_too_little():
+    with pytest.raises(ConfigError, match=r"hold 1 tokens, which is 0 requests of 2 tokens; expected room for 1"):
+        sized(gib=1 / 1024, token=MIB)
+
+
 def test_more_than_is_free_is_refused():
     with pytest.raises(ConfigError, match=r"kv_cache_gib: 64 rows of 1024 tokens take 8.00 GiB; expected at most"):
         sized(free=6 * GIB, token=128 * 1024, gib=64)

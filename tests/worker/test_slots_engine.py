@@ -15,6 +15,8 @@ from transformers import (
     GPT2Config,
     Llama4TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
     MistralConfig,
     Phi3Config,
     PhiConfig,
@@ -25,6 +27,7 @@ from transformers import (
 
 import enginekit
 from enginekit import ids, of, play, run
+from loopmux.errors import ConfigError
 from loopmux_worker.engine.slots.forward import try_rows
 from loopmux_worker.engine.slots.lora import MixedAdapters
 from tinymodel import CONTEXT, write_tokenizer
@@ -37,6 +40,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+DYNAMIC = LINEAR | {"rope_type": "dynamic"}
 SHAPES: dict[str, Any] = {
     "llama, grouped queries": lambda: LlamaConfig(**SIZE, **HEADS),
     "llama, every head its own": lambda: LlamaConfig(**SIZE, num_attention_heads=4, num_key_value_heads=4),
@@ -44,6 +48,7 @@ SHAPES: dict[str, Any] = {
     "llama, rope of llama 3": lambda: LlamaConfig(**SIZE, **HEADS, rope_parameters=LLAMA3),
     "llama, rope of yarn": lambda: LlamaConfig(**SIZE, **HEADS, rope_parameters=YARN),
     "llama, linear rope": lambda: LlamaConfig(**SIZE, **HEADS, rope_parameters=LINEAR),
+    "llama, dynamic rope": lambda: LlamaConfig(**SIZE, **HEADS, rope_parameters=DYNAMIC),
     "qwen 2": lambda: Qwen2Config(**SIZE, **HEADS),
     "qwen 3": lambda: Qwen3Config(**SIZE, **HEADS, head_dim=16),
     "gemma": lambda: GemmaConfig(**SIZE, **HEADS, head_dim=16),
@@ -91,10 +96,10 @@ def loaded(folder: Any, device: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @torch.inference_mode()
-def greedy(model: Any, prompt: list[int]) -> list[int]:
+def greedy(model: Any, prompt: list[int], wanted: int = WANTED) -> list[int]:
     """What ``generate()`` makes of a prompt."""
     ids = torch.tensor([prompt], device=model.device)
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=WANTED,
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=wanted,
                           eos_token_id=None, pad_token_id=0)  # fmt: skip
     return made[0, len(prompt) :].tolist()
 
@@ -114,6 +119,16 @@ def test_every_shape_gives_the_tokens_of_generate_alone_mixed_and_late(folder, d
         assert tokens == answer
     assert run(engine, [job(p) for p in PROMPTS])[0] == answers
     assert run(engine, [job(p) for p in PROMPTS], every=3)[0] == answers
+
+
+def test_every_shape_gives_the_log_probabilities_of_a_plain_forward(folder, device, answers):
+    """Those of what was chosen, in float32, within 1e-3."""
+    jobs = [job(prompt, logprobs=0) for prompt in PROMPTS]
+    outputs = play(opened(folder, device), jobs, every=2)
+    model = loaded(folder, device)
+    for one, prompt, answer in zip(jobs, PROMPTS, answers, strict=True):
+        ours = [each.logprob for output in of(one, outputs)[:-1] for each in output.logprobs]
+        assert ours == pytest.approx(known(model, prompt, answer), abs=1e-3)
 
 
 def test_every_shape_gathers_rows_that_lie_apart(folder, device, answers, monkeypatch):
@@ -196,21 +211,11 @@ def known(model: Any, prompt: list[int], tokens: list[int]) -> list[float]:
     return logits.log_softmax(-1).gather(-1, torch.tensor(tokens, device=model.device)[:, None])[:, 0].tolist()
 
 
-def test_a_shape_with_softened_logits_is_served_by_the_plain_engine(tmp_path_factory, tmp_path):
-    torch.manual_seed(0)
-    config = Gemma2Config(**SIZE, **HEADS, head_dim=16, query_pre_attn_scalar=16)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    trial = try_rows(model, MixedAdapters(model), torch.device("cpu"), 272)
-    assert trial.why_not is not None
-    assert "softcap" in trial.why_not
-    before = greedy(model, PROMPTS[0])
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    fresh.load_state_dict(model.state_dict())
-    assert before == greedy(fresh, PROMPTS[0]), "the trial leaves the model as it was"
-
-
 TOLD = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
-LIMITED: dict[str, Any] = {
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+            "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}  # fmt: skip
+PLAIN: dict[str, Any] = {
+    "softened logits": (lambda: Gemma2Config(**SIZE, **HEADS, head_dim=16, query_pre_attn_scalar=16), "softcap"),
     "a window in the mask alone": (
         lambda: Qwen2MoeConfig(**SIZE, **HEADS, **TOLD, use_sliding_window=True, sliding_window=100),
         "does not tell its attention about its sliding window",
@@ -222,15 +227,75 @@ LIMITED: dict[str, Any] = {
         ),
         "has layers of the kind chunked_attention",
     ),
+    "positions by the longest of all": (
+        lambda: Phi3Config(**SIZE, **HEADS, rope_parameters=LONGROPE, original_max_position_embeddings=64),
+        "rope_type: longrope",
+    ),
+    "a state and no attention": (
+        lambda: MambaConfig(vocab_size=272, hidden_size=32, num_hidden_layers=2, state_size=8, eos_token_id=266,
+                            bos_token_id=None, pad_token_id=264),
+        "MambaForCausalLM",
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(LIMITED))
-def test_a_shape_that_limits_the_sight_of_tokens_in_an_unknown_way_is_served_by_the_plain_engine(kind):
-    """The limit is wider than the trial, whose logits are right."""
+def written(config: Any, folder: Any) -> Any:
+    """A random model of a configuration."""
     torch.manual_seed(0)
-    config, says = LIMITED[kind]
-    model = AutoModelForCausalLM.from_config(config(), dtype=torch.float32).eval()
+    write_tokenizer(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", list(PLAIN))
+def test_a_shape_that_rows_cannot_hold_is_served_by_the_plain_engine(kind, device, tmp_path):
+    """The trial is shorter than windows, chunks and the first 64 positions: its logits are right."""
+    config, says = PLAIN[kind]
+    folder = written(config(), tmp_path)
+    with pytest.raises(ConfigError, match=f"found slots, but .*{says}"):
+        opened(folder, device)
+    engine = opened(folder, device, engine="auto")
+    try:
+        described = engine.describe()
+        assert described.engine == "plain"
+        assert says in described.report["why"]
+        prompts = [PROMPTS[1], [(13 * i * i + 5 * i) % 250 for i in range(120)]]
+        model = loaded(folder, device)
+        assert run(engine, [job(prompt) for prompt in prompts])[0] == [greedy(model, prompt) for prompt in prompts]
+    finally:
+        engine.close()
+
+
+def test_a_shape_with_two_sets_of_positions_has_rows_as_long_as_the_first_holds(device, tmp_path):
+    config, _ = PLAIN["positions by the longest of all"]
+    folder = written(config(), tmp_path)
+    engine = opened(folder, device, engine="auto", context=64)
+    assert engine.describe().engine == "slots"
+    expected = [greedy(loaded(folder, device), prompt)[: 64 - len(prompt)] for prompt in PROMPTS[:3]]
+    assert run(engine, [job(prompt) for prompt in PROMPTS[:3]])[0] == expected
+
+
+def test_a_shape_with_fewer_positions_than_the_trial_takes_is_served_all_the_same(tmp_path):
+    folder = written(GPT2Config(vocab_size=272, n_embd=32, n_layer=2, n_head=4, n_positions=16, bos_token_id=None,
+                                eos_token_id=266), tmp_path)  # fmt: skip
+    engine = opened(folder, "cpu", engine="auto")
+    try:
+        expected = greedy(loaded(folder, "cpu"), PROMPTS[1], 9)
+        assert run(engine, [job(PROMPTS[1], max_new_tokens=9)])[0] == [expected]
+    finally:
+        engine.close()
+
+
+class Chatty(LlamaForCausalLM):
+    """Gives logits of all tokens, whichever are asked for, as models with code of their own may."""
+
+    def forward(self, logits_to_keep: Any = 0, **given: Any) -> Any:
+        return super().forward(**given)
+
+
+def test_a_shape_that_gives_other_logits_than_it_is_asked_for_cannot_be_run_over_rows():
+    torch.manual_seed(0)
+    model = Chatty(SHAPES["llama, grouped queries"]()).eval()
     trial = try_rows(model, MixedAdapters(model), torch.device("cpu"), 272)
     assert trial.why_not is not None
-    assert says in trial.why_not
+    assert trial.why_not.startswith("Chatty gives other logits over rows")

@@ -43,6 +43,8 @@ class Loaded:
         vocabulary: rows of the embedding: prompt ids are below.
         head: width of the logits.
         fingerprint: of the base's files, dtype and quantisation.
+        parameters: how many the base has.
+        weights_bytes: that they took when they were loaded.
         notes: what somebody who wonders about answers should know.
     """
 
@@ -55,6 +57,8 @@ class Loaded:
     dtype: torch.dtype
     fingerprint: str
     folder: Path
+    parameters: int
+    weights_bytes: int
     tokenizers: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -104,6 +108,8 @@ def _loaded(spec: WorkerSpec, folder: Path, model: Any, digest: Future[str]) -> 
         dtype=model.dtype,
         fingerprint=files.combined(parts),
         folder=folder,
+        parameters=sum(p.numel() for p in model.parameters()),
+        weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
     )
 
 

@@ -296,7 +296,6 @@ class Models:
 
     def _report(self) -> dict[str, Any]:
         loaded = self.loaded
-        parameters = list(loaded.model.parameters())
         return {
             "base_model": str(loaded.folder),
             "torch": torch.__version__,
@@ -305,8 +304,8 @@ class Models:
             "device": str(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "context": loaded.context,
-            "parameters": sum(p.numel() for p in parameters),
-            "weights_bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "parameters": loaded.parameters,
+            "weights_bytes": loaded.weights_bytes,
             "threads": torch.get_num_threads(),
             "adapters": {name: adapter.fingerprint for name, adapter in self._adapters.loaded.items()},
             "unloading": sorted(self._leaving),

@@ -16,7 +16,7 @@ from loopmux_worker.engine.models import Models
 from loopmux_worker.engine.plain import PlainEngine
 from loopmux_worker.engine.slots.attention import Memory
 from loopmux_worker.engine.slots.engine import SlotsEngine
-from loopmux_worker.engine.slots.forward import Forward, Trial, try_rows
+from loopmux_worker.engine.slots.forward import Forward, Trial, positions_by_length, try_rows
 from loopmux_worker.engine.slots.linears import alike, pack
 from loopmux_worker.engine.slots.lora import MixedAdapters
 from loopmux_worker.engine.slots.pairs import CannotMix, pairs_of
@@ -50,8 +50,8 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
         models = Models(spec, loaded, adapters, progress, why)
         forward = Forward(loaded.model, Memory(room.rows, room.context, loaded.device), adapters)
         engine: Engine = SlotsEngine(models, forward, room.most, torch.get_num_threads())
-        size = room.rows * room.context * trial.token_bytes / memory.MIB
-        expected = f"{size:.0f} MiB of attention state ({room.rows} rows of {room.context} tokens) and one step"
+        taken = room.rows * room.context * trial.token_bytes / memory.MIB
+        expected = f"{taken:.0f} MiB of attention state ({room.rows} rows of {room.context} tokens) and one step"
     else:
         one = Adapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
         models = Models(spec, loaded, one, progress, trial.why_not)
@@ -84,6 +84,8 @@ def _try(spec: WorkerSpec, loaded: Loaded) -> Trial:
             raise
         except ConfigError:
             continue  # it is left out with this reason, by whichever engine
+    if reason := positions_by_length(loaded.model, loaded.context):
+        return Trial(reason, 0)
     return _try_rows(loaded)
 
 

@@ -99,6 +99,7 @@ class Memory:
         self.gathers = device.type == "cuda"  # whether rows anywhere share a call; see ``_together``
         self.layout: Layout | None = None
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._reached = [0] * rows  # tokens behind which a row holds nothing but zeros
         self.name = f"loopmux_rows_{next(_NAMES)}"
         AttentionInterface.register(self.name, self.attend)
 
@@ -110,9 +111,21 @@ class Memory:
     def copy(self, copies: Sequence[Copy]) -> None:
         """Make copies, in order."""
         for copy in copies:
+            self._reached[copy.target] = max(self._reached[copy.target], copy.length)
             for layer in self._layers.values():
                 for tensor in layer:
                     tensor[copy.target, :, : copy.length] = tensor[copy.source, :, : copy.length]
+
+    def _clear_behind(self, row: int, tokens: int) -> None:
+        """Take out what an earlier sequence left behind a row's first tokens.
+
+        Rows of a call are read as far as the longest of them goes. What a mask hides counts nothing if it is a number;
+        one that is none makes all of the row none.
+        """
+        for layer in self._layers.values() if self._reached[row] > tokens else ():
+            for tensor in layer:
+                tensor[row, :, tokens : self._reached[row]] = 0
+        self._reached[row] = tokens
 
     def prepare(self, segments: Sequence[Segment]) -> None:
         """Say what the next forward computes; the order of its tokens is that of the segments."""
@@ -122,6 +135,7 @@ class Memory:
         for members in _together(segments, anywhere=self.gathers):
             start, count = len(rows), members[0].count
             for segment in members:
+                self._clear_behind(segment.row, segment.start + count)
                 rows += [segment.row] * count
                 positions += range(segment.start, segment.start + count)
             starts = tuple(segment.start for segment in members)
@@ -139,7 +153,7 @@ class Memory:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,  # noqa: ARG002 - the signature is that of transformers
+        attention_mask: Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,  # noqa: ARG002 - of training
         sliding_window: int | None = None,
@@ -158,6 +172,8 @@ class Memory:
         for name in _FOREIGN:
             if kwargs.get(name) is not None:
                 raise Unsupported(f"its attention uses {name}")
+        if attention_mask is not None:  # transformers makes none: it says what this function does not know
+            raise Unsupported(f"it makes a mask of its own, {tuple(attention_mask.shape)}")
         if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
             raise Unsupported(f"its attention is called with queries {tuple(query.shape)}, keys {tuple(key.shape)}")
         keys, values = self._layer(module, key, value)
@@ -176,7 +192,8 @@ class Memory:
             else:
                 mask = group.mask(sliding_window, heads // kv_heads, query.dtype)
                 parts.append(_folded(asked[0], *seen, mask, scaling))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
+        # Contiguous, as transformers' own: some models view it.
+        return (parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
 
     def _layer(self, module: torch.nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         index = getattr(module, "layer_idx", None)

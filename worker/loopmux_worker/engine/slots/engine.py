@@ -82,9 +82,9 @@ class SlotsEngine:
 
     def describe(self) -> Description:
         """What is loaded."""
-        return self._models.describe(
-            "slots", self._most, {"kv_rows": self._memory.rows, "kv_context": self._memory.context}
-        )
+        memory = self._memory
+        more = {"kv_rows": memory.rows, "kv_context": memory.context, "kv_bytes": memory.size}
+        return self._models.describe("slots", self._most, more)
 
     def submit(self, job: Job) -> None:
         """Take a request in; it joins the next step, or waits for a row."""

@@ -93,11 +93,11 @@ def try_rows(
         return Trial(f"{type(model).__name__} has an attention of its own, which cannot be replaced", 0)
     one = [(7 * i + 3) % vocabulary for i in range(_TRIED)]
     other = [(11 * i + 5) % vocabulary for i in range(_TRIED)]
-    if not plain:
-        inputs = [torch.tensor([ids], device=device) for ids in (one, other)]
-        plain = tuple(model(input_ids=ids, use_cache=False).logits[0] for ids in inputs)
     memory = _Watched(2, _TRIED, device)
     try:
+        if not plain:
+            inputs = [torch.tensor([ids], device=device) for ids in (one, other)]
+            plain = tuple(model(input_ids=ids, use_cache=False).logits[0] for ids in inputs)
         found = _tried(Forward(model, memory, adapters), one, other)
     except (Unsupported, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         if ran_out(error) or device_lost(error):
@@ -114,6 +114,24 @@ def try_rows(
             found_out = f"other logits over rows (by {worst:.3g} in a range of {extent:.3g})"
             return Trial(f"{type(model).__name__} gives {found_out}", 0)
     return Trial(None, memory.size // (memory.rows * memory.context), plain)
+
+
+def positions_by_length(model: Any, context: int) -> str | None:
+    """Why sequences of up to ``context`` tokens cannot share a step, if a long one moves the positions of all.
+
+    With LongRoPE (https://arxiv.org/abs/2402.13753) transformers takes one set of frequencies for a whole call: that of
+    its longest sequence.
+    """
+    given = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    for rope in (given, *given.values()):  # one for all layers, or one for each kind of them
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            limit = rope["original_max_position_embeddings"]
+            if context > limit:
+                return (
+                    f"{type(model).__name__} places all tokens of a step by the longest sequence in it once that has "
+                    f"more than {limit} tokens (rope_type: longrope); with context: {limit} none has"
+                )
+    return None
 
 
 class _Watched(Memory):
@@ -154,7 +172,8 @@ def _tried(forward: Forward, one: list[int], other: list[int]) -> list[Tensor]:
             segments.append(Segment(key, row, start, count, True, None))
             ids += tokens[start : start + count]
             positions += range(start, start + count)
-        out = forward(segments, ids, positions, list(range(len(ids))))
+        # Backwards, so that a model shows that gives logits of all tokens, whichever are asked for.
+        out = forward(segments, ids, positions, list(range(len(ids)))[::-1]).flip(0)
         cut = shares[0][1]
         logits[0].append(out[:cut])
         logits[1].append(out[cut:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from loopmux.errors import ConfigError
+from loopmux.messages import FEWEST_TOKENS
 
 MOST = 16
 """Requests at once where nobody says: beyond it a step on a CPU takes longer in proportion, and nobody gains."""
@@ -60,7 +61,7 @@ def size(
     else:
         budget = int((_UNKNOWN if free is None else free) * (_SHARE_OF_GPU if on_gpu else _SHARE))
     tokens = budget // token
-    length = context or min(model_context, max(tokens // (most or _FEWEST), 1))
+    length = context or min(model_context, max(tokens // (most or _FEWEST), FEWEST_TOKENS))
     rows = tokens // length
     if rows < max(1, most or 1):
         raise ConfigError(
