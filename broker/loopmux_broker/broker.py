@@ -150,7 +150,7 @@ class Broker:
     def _ring(self, key: TimerKey, now: float) -> None:
         alarm, whose, attempt = key
         if isinstance(whose, str):
-            self._workers.redeclared(whose, now)
+            (self._waiting.go_on if alarm is Alarm.ROUND else self._workers.redeclared)(whose, now)
         elif alarm in (Alarm.RUN, Alarm.STOP):
             self._lease_rings(alarm, whose, attempt, now)
         elif alarm in (Alarm.DEADLINE, Alarm.TERMINAL, Alarm.TOMBSTONE, Alarm.RECOVERY):
