@@ -77,7 +77,7 @@ class Attempts:
         if not worker.leases:
             worker.moved = now  # it had nothing to do, so its standing still until now means nothing
         lease = request.lease = self._t.pool.lease(request, worker, now)
-        lease.charged = self._t.queues.charge(request)
+        self._t.queues.charge(request)
         self._t.affinity.ran(request, worker.name)
         self._leases.run(lease, now)
         self.watch(worker, now)

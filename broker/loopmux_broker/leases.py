@@ -62,6 +62,6 @@ class Leases:
         self._t.timers.cancel((Alarm.RUN, *lease.key))
         self._t.timers.cancel((Alarm.STOP, *lease.key))
         self._t.pool.release(lease)
-        if lease.charged:
-            self._t.queues.settle(lease.request, lease.charged, max(lease.request.output.total - lease.prefix, 0))
+        if lease.request.lease in (lease, None):  # else another attempt runs
+            self._t.queues.settle(lease.request)
         self._t.vacant[lease.worker] = None

@@ -25,7 +25,8 @@ class Lease:
 
     Attributes:
         prefix: tokens that the request had produced before; what is beyond is this attempt's own.
-        charged: what its client was charged for it.
+        produced: the attempt has brought tokens of its own.
+        missing: its worker has registered again and has not named it yet.
         start: first token that the worker can still send. Of an attempt that only the worker knows, ``start`` to
             ``prefix`` is what it has.
     """
@@ -35,9 +36,10 @@ class Lease:
     worker: Worker
     since: float
     prefix: int = 0
-    charged: int = 0
     start: int = 0
     acknowledged: bool = False
+    missing: bool = False
+    produced: bool = False
     stopping: StopReason | None = None
 
     @property

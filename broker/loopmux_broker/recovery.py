@@ -150,7 +150,7 @@ class Recovery:
         request.move(Step.CLAIMED)
         self._t.counters["recovered"] += 1
         lease.acknowledged, lease.prefix = True, request.output.total
-        lease.charged = self._t.queues.charge(request)
+        self._t.queues.charge(request)
         self._t.affinity.ran(request, lease.worker.name)
         lease.worker.moved = now
         self._leases.replay(lease)

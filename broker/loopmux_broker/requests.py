@@ -69,6 +69,7 @@ class Request:
 
     Attributes:
         body: BODY of SUBMIT, kept until the end because another attempt needs it.
+        charged: tokens that its client was charged for it.
         brought: bytes of the tokens that its client came back with.
         arrived, deadline: on the broker's clock.
         attempt: number of the last attempt, 0 before the first; never handed out twice, not even by two brokers.
@@ -96,6 +97,7 @@ class Request:
     fingerprint: str | None = None
     brought: int = 0
     lease: Lease | None = None
+    charged: int = 0
     avoid: str = ""
     held_by: Worker | None = None
     terminal: list[bytes] | None = None

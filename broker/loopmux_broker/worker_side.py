@@ -142,7 +142,8 @@ class WorkerSide:
         worker.tokens += count
         worker.moved = now
         self._t.admission.output += output.add(seq, seq + count, frames)
-        if seq == lease.prefix:  # from here on it may stand still for less long
+        if not lease.produced:  # from here on it may stand still for less long
+            lease.produced = True
             self._attempts.watch(worker, now)
         if output.held > self._t.config.request_output:
             self._ends.slow_client(request, now)

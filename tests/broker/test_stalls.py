@@ -146,3 +146,20 @@ def test_a_stalled_worker_s_restart_gets_work_again(core: Core) -> None:
     core.wait(15)
     assert core.register(WORKER, boot=b"n" * 16)[-1] == run(ONE, attempt=2, prefix=1, timeout=585.0)
     assert codec.unpack(messages.Generate, BODY, codec.BODY_LIMITS).prompt == "hello"
+
+
+def test_what_a_worker_is_still_to_stop_is_waited_for_as_before() -> None:
+    """Its request has gone on elsewhere; what it produces there says nothing about the prompt that is read here."""
+    core = Core()
+    core.hello()
+    core.register(slots=2)
+    core.running(ONE)
+    core.running(TWO)
+    core.register(SECOND)
+    core.worker(tok(ONE, 5))  # output with a hole
+    core.worker(tok(ONE, 0, attempt=2), SECOND)
+    core.worker(end(ONE, 1, attempt=2), SECOND)
+    core.client(say(Kind.ENDACK, ONE))
+    core.worker(tok(TWO, 0))
+    assert Send(WORKER, say(Kind.DIE)) not in core.wait(59.75)
+    assert Send(WORKER, say(Kind.DIE)) in core.wait(0.25)
