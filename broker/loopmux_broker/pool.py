@@ -101,14 +101,11 @@ class Worker(Member):
     load: Heartbeat = field(default_factory=Heartbeat)
     models: dict[str, str | None] = field(default_factory=dict)
 
-    _prints: dict[str, str] = field(default_factory=dict)
-
     def __post_init__(self) -> None:
         self._read_models()
 
     def _read_models(self) -> None:
         self.models = {m.id: m.adapter for m in self.register.models}
-        self._prints = {m.id: m.fingerprint for m in self.register.models}
 
     def renew(self, peer: Peer, register: Register, now: float) -> None:
         """The same process registered again, perhaps over another connection or with other models."""
@@ -136,14 +133,7 @@ class Worker(Member):
             return False
         if adapter is not None and adapter != self.models[model] and adapter not in self.register.adapters:
             return False
-        return fingerprint is None or fingerprint == self.fingerprint(model, adapter)
-
-    def fingerprint(self, model: str, adapter: str | None) -> str:
-        """What names the weights that such a request runs on here."""
-        own = self._prints.get(model, "")
-        if adapter is None or adapter == self.models.get(model):
-            return own
-        return f"{own}+{self._prints.get(adapter, adapter)}"
+        return fingerprint is None or fingerprint == self.register.fingerprint(model, adapter)
 
 
 @dataclass(frozen=True, slots=True)

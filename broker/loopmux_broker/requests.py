@@ -74,6 +74,7 @@ class Request:
         arrived, deadline: on the broker's clock.
         attempt: number of the last attempt, 0 before the first; never handed out twice, not even by two brokers.
         losses: attempts that ended because a worker was lost. After two the request runs ``alone``.
+        mishaps: attempts that came to nothing with no worker lost.
         fingerprint: of the weights that produced its output; it goes on only where they are the same.
         lease: the worker's slot that runs it now.
         avoid: name of the worker that just failed it.
@@ -93,6 +94,7 @@ class Request:
     state: State = State.QUEUED
     attempt: int = 0
     losses: int = 0
+    mishaps: int = 0
     alone: bool = False
     fingerprint: str | None = None
     brought: int = 0

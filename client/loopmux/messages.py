@@ -344,6 +344,16 @@ class Heartbeat:
         computed_tokens: prompt tokens since the start that were computed; one that was computed again counts again.
     """
 
+    def fingerprint(self, model: str, adapter: str | None) -> str:
+        """What names the weights that a request for a model that is served here, and perhaps an adapter, runs on."""
+        served = {one.id: one for one in self.models}
+        if model not in served:
+            return ""
+        own = served[model]
+        if adapter is None or adapter == own.adapter:
+            return own.fingerprint
+        return f"{own.fingerprint}+{served[adapter].fingerprint if adapter in served else adapter}"
+
     running: int = 0
     queued: int = 0
     tokens_per_second: float = 0.0

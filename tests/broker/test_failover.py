@@ -136,8 +136,32 @@ def test_a_worker_that_does_not_have_what_it_was_given(core: Core) -> None:
     assert runs(core.worker(say(Kind.RESET, ONE, attempt=1))) == [(SECOND, ONE, 2)]
 
 
-def test_whatever_a_lost_worker_says_later_is_fenced(core: Core) -> None:
+def test_what_comes_to_nothing_with_no_worker_lost_does_not_look_like_a_request_that_kills(core: Core) -> None:
+    """It does not run alone for it; but it does not go on for ever either."""
     core.running()
+    core.worker(tok(ONE, 0))
+    there = WORKER
+    for attempt in range(1, 10):
+        [(there, _, _)] = runs(core.worker(say(Kind.RESET, ONE, attempt=attempt), there))
+    request = core.tables.requests[ONE]
+    assert (request.losses, request.mishaps, request.alone) == (0, 9, False)
+    [answer] = core.worker(say(Kind.RESET, ONE, attempt=10), there)
+    assert failure(answer)[:3] == (CLIENT, Kind.ERROR, 1)
+    assert (failure(answer)[3].code, failure(answer)[3].retryable) == ("engine", True)
+    assert core.counted["mishaps"] == 9
+    assert "poisoned" not in core.counted
+
+
+@pytest.mark.parametrize("wrong", [tok(ONE, 5), end(ONE, 4), say(Kind.RESET, ONE, attempt=1)])
+def test_nothing_that_its_worker_survives_is_a_loss(core: Core, wrong: Message) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    core.worker(wrong)
+    assert (core.tables.requests[ONE].losses, core.tables.requests[ONE].mishaps) == (0, 1)
+
+
+    core.running()
+def test_whatever_a_lost_worker_says_later_is_fenced(core: Core) -> None:
     core.worker(tok(ONE, 0))
     core.wait(3.25, silent=(WORKER,))
     assert core.worker(tok(ONE, 1)) == [Send(WORKER, say(Kind.WHO))]
