@@ -52,9 +52,9 @@ class Leases:
         self._t.out.append(Send(lease.worker.peer, say(Kind.STOP, lease.key[0], arg=reason, attempt=lease.attempt)))
 
     def replay(self, lease: Lease) -> None:
-        """Ask for everything behind what is here."""
-        total = lease.request.output.total
-        replay = say(Kind.REPLAY, lease.key[0], seq=total, attempt=lease.attempt)
+        """Ask for everything behind what is here. The worker keeps what the client does not have yet."""
+        output = lease.request.output
+        replay = say(Kind.REPLAY, lease.key[0], seq=output.total, arg=output.acknowledged, attempt=lease.attempt)
         self._t.out.append(Send(lease.worker.peer, replay))
 
     def end(self, lease: Lease) -> None:

@@ -237,6 +237,10 @@ class Queues:
         found = [entry[2] for line in lines for entry in reversed(line.entries)]
         return found + [request for request in self._alone.values() if request.submit.model == model]
 
+    def lanes(self, model: str) -> int:
+        """How many lanes of a model anybody waits in."""
+        return len(self._models.get(model, {}))
+
     def models(self) -> Iterator[str]:
         """The models that anybody waits for."""
         return iter(list(self._waiting))

@@ -97,9 +97,9 @@ class Request:
     mishaps: int = 0
     alone: bool = False
     fingerprint: str | None = None
+    charged: int = 0
     brought: int = 0
     lease: Lease | None = None
-    charged: int = 0
     avoid: str = ""
     held_by: Worker | None = None
     terminal: list[bytes] | None = None

@@ -17,6 +17,7 @@ from brokerkit import (
     accepted,
     end,
     failure,
+    held,
     instance,
     kinds,
     pushed,
@@ -160,8 +161,8 @@ def test_nothing_that_its_worker_survives_is_a_loss(core: Core, wrong: Message) 
     assert (core.tables.requests[ONE].losses, core.tables.requests[ONE].mishaps) == (0, 1)
 
 
-    core.running()
 def test_whatever_a_lost_worker_says_later_is_fenced(core: Core) -> None:
+    core.running()
     core.worker(tok(ONE, 0))
     core.wait(3.25, silent=(WORKER,))
     assert core.worker(tok(ONE, 1)) == [Send(WORKER, say(Kind.WHO))]
@@ -308,7 +309,8 @@ def test_a_leaving_worker_that_comes_over_a_new_connection_is_still_leaving(core
     core.running()
     core.worker(tok(ONE, 0))
     core.worker(say(Kind.DRAIN, arg=2000))
-    core.register(THIRD, name=WORKER.decode(), boot=instance(WORKER))
+    core.register(THIRD, name=WORKER.decode(), boot=instance(WORKER), held=1)
+    held(core, ONE, 0, 1, worker=THIRD)
     core.worker(say(Kind.DRAIN, arg=2000), THIRD)
     core.lose(WORKER)
     assert core.wait(0.75) == []

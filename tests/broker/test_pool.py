@@ -21,6 +21,7 @@ from brokerkit import (
     accepted,
     end,
     failure,
+    held,
     instance,
     kinds,
     pushed,
@@ -96,7 +97,8 @@ def test_the_same_worker_over_a_new_connection_keeps_its_requests(core: Core) ->
     core.register()
     core.running()
     core.worker(tok(ONE, 0))
-    core.register(b"w1'", name="w1", boot=instance(WORKER))
+    core.register(b"w1'", name="w1", boot=instance(WORKER), held=1)
+    held(core, ONE, 0, 2, worker=b"w1'")
     assert core.worker(tok(ONE, 1)) == [Send(WORKER, say(Kind.WHO))]
     assert core.worker(tok(ONE, 0), b"w1'") == []  # sent again, because it cannot know what arrived
     assert core.worker(tok(ONE, 1), b"w1'") == [pushed(tok(ONE, 1))]
