@@ -121,7 +121,7 @@ class Session:
             case Cancelled(key, usage):
                 return self._cancelled(key, usage, now)
             case Asked():
-                return self._asked(STOP_WITHIN, now)
+                return self._asked(now)
             case Woke():
                 return self._woke(now)
 
@@ -190,8 +190,6 @@ class Session:
                         del self._requests[request.stream.key]
             case Kind.SESSION:
                 return [Hint(unpack(SessionHint, message.route))]
-            case Kind.DRAIN:
-                return self._asked(header.arg / 1000, now)
             case Kind.DIE:
                 return [Leave()]
             case _:
@@ -262,11 +260,11 @@ class Session:
         """The present broker wants it of this worker."""
         request.offered, request.epoch = False, self._epoch
 
-    def _asked(self, within: float, now: float) -> list[Action]:
+    def _asked(self, now: float) -> list[Action]:
         """Leave once nothing runs here any more; at once when that is so already, or when asked again."""
         if self._leave_at is not None or not self._welcomed or not self._requests:
             return self._goodbye()
-        self._leave_at = now + within
+        self._leave_at = now + STOP_WITHIN
         return [self._drain(now)]
 
     def _drain(self, now: float) -> Action:
