@@ -54,6 +54,8 @@ class ClientSide:
             case Kind.CANCEL:
                 self._cancel(client, request, message.header.request, now)
             case Kind.PING:
+                if not client.complete:
+                    self._recovery.complete(client, now)
                 self._t.out.append(Send(peer, say(Kind.PONG)))
             case Kind.SESSION:
                 self._session(client, codec.unpack(SessionHint, message.route))

@@ -15,6 +15,7 @@ class Client:
     Attributes:
         instance: 16 random bytes that stay the same over its reconnections.
         heard: when it last said anything.
+        complete: it has brought all that it had with a former broker.
         requests: all of them, tombstones included.
         queued, held: what admission limits: waiting requests, and bytes of bodies of live ones.
         served: tokens it was served, as `queues` keeps account of them.
@@ -26,6 +27,7 @@ class Client:
     peer: Peer | None
     heard: float
     software: str = ""
+    complete: bool = False
     requests: dict[bytes, Request] = field(default_factory=dict)
     queued: int = 0
     held: int = 0

@@ -1,6 +1,7 @@
 """What a broker that was started again learns of requests from their clients (ATTACH) and their workers (HELD).
 
-Each half waits for the other: the client's for a moment, the worker's until clients have had the time to come back.
+Each half waits for the other: the client's for a moment, the worker's until its client has brought all that it has (it
+says ATTACH before its first PING), or all clients have had the time to come back.
 HELD has the epoch of the broker that last wanted the request, so what this one wanted and does not know any more has
 ended. If the halves fit, the worker goes on where the client is; if not, or if only the client comes, the request is
 given to a worker anew, with the tokens that the client has. An attempt's number is never given out twice: both say the
@@ -83,6 +84,12 @@ class Recovery:
         request.lease, request.attempt = None, max(request.attempt, attempt)
         self._leases.stop(worker_s, StopReason.SUPERSEDED, now)
         self._begin_anew(request, now)
+
+    def complete(self, client: Client, now: float) -> None:
+        """A client's first PING, which follows its ATTACHes: what only workers have of its requests, it does not want."""
+        client.complete = True
+        for request in [r for r in client.requests.values() if r.state is State.RECOVERING and r.lease is not None]:
+            self._ends.disown(request, now)
 
     def _let_in(self, request: Request, received: int) -> bool:
         t = self._t
@@ -174,11 +181,12 @@ class Recovery:
     def _orphan(self, worker: Worker, header: Header, held: Held, now: float) -> None:
         """Nothing is known of it here: it ended here, or its client has not come with it yet."""
         full = len(worker.leases) >= max(_MOST_HELD, worker.slots)
-        past = held.epoch == self._t.identity.epoch or now >= self.until
+        client = self._t.clients.by_instance.get(held.client)
+        complete = client is not None and client.complete
+        past = complete or held.epoch == self._t.identity.epoch or now >= self.until
         if past or full or not worker.serves(held.model, held.adapter):
             self._reset(worker, header)
             return
-        client = self._t.clients.by_instance.get(held.client)
         if client is None:
             client = self._t.clients.expect(held.client, now)
             self._t.timers.set((Alarm.CLIENT_GRACE, held.client, 0), self.until)

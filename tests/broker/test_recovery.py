@@ -148,13 +148,17 @@ def test_a_worker_alone_is_stopped_in_the_end(core: Core) -> None:
     assert core.tables.clients.by_instance == {}
 
 
-def test_so_it_is_when_the_client_is_there_and_does_not_want_it(core: Core) -> None:
+def test_and_at_once_when_the_client_is_there_and_did_not_bring_it(core: Core) -> None:
+    """It has its end, perhaps, and ENDACK was lost with the broker. ATTACH would have come before PING."""
     core.hello()
-    core.register(held=1)
+    core.register(slots=2, held=2)
     held(core, ONE, 0, 9)
-    assert core.wait(30)[-1] == stop(ONE, 1)
+    held(core, TWO, 0, 9)
+    attach(core, TWO, 5)
+    assert core.client(say(Kind.PING)) == [stop(ONE, 1), Send(CLIENT, say(Kind.PONG))]
     core.worker(stopped(ONE, 9))
-    core.assert_empty()
+    assert list(core.tables.requests) == [TWO]
+    assert held(core, ONE, 0, 9) == [reset()]
 
 
 def test_what_ended_here_while_its_worker_was_away_is_nobodys(core: Core) -> None:
@@ -173,9 +177,9 @@ def test_what_ended_here_while_its_worker_was_away_is_nobodys(core: Core) -> Non
     core.assert_empty()
 
 
-def test_a_client_that_is_there_already_may_come_with_it_later_than_its_worker(core: Core) -> None:
+def test_a_client_that_greets_may_come_with_it_later_than_its_worker(core: Core) -> None:
     core.hello()
-    core.wait(5)
+    core.now += 2
     core.register(held=1)
     assert held(core, ONE, 0, 9) == []
     assert attach(core, ONE, 5) == [accepted(ONE), replay(5)]
