@@ -86,7 +86,7 @@ class Recovery:
         self._begin_anew(request, now)
 
     def complete(self, client: Client, now: float) -> None:
-        """A client's first PING, which follows its ATTACHes: what only workers have of its requests, it does not want."""
+        """A client said its first PING, after all its ATTACHes: what only workers have of it, it does not want."""
         client.complete = True
         for request in [r for r in client.requests.values() if r.state is State.RECOVERING and r.lease is not None]:
             self._ends.disown(request, now)
