@@ -5,7 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from loopmux import codec, wire
-from loopmux.messages import Catalogue, End, Failure, Heartbeat, Hello, LeftOut, Register, Run, ServedModel, Submit, Tok
+from loopmux.messages import (
+    Catalogue,
+    End,
+    Failure,
+    Heartbeat,
+    Held,
+    Hello,
+    LeftOut,
+    Register,
+    Run,
+    ServedModel,
+    Submit,
+    Tok,
+)
 from loopmux.results import Timing, Usage
 from loopmux.wire import Header, Kind, Message, pack_tokens
 from loopmux_broker.broker import Broker
@@ -196,3 +209,18 @@ def failure(action: Action) -> tuple[bytes, Kind, int, Failure]:
 def kinds(actions: list[Action]) -> list[tuple[bytes, Kind]]:
     """Who gets what, without the details."""
     return [(a.peer, wire.from_frames(a.frames).kind) for a in actions if isinstance(a, (Push, Send))]
+
+
+def held(
+    core: Core,
+    request: bytes,
+    start: int,
+    end: int,
+    attempt: int = 1,
+    worker: bytes = WORKER,
+    client: bytes = CLIENT,
+    epoch: bytes = b"former--",
+) -> list[Action]:
+    """A worker names an attempt that it has; unless told otherwise, one that a former broker gave it."""
+    header = Header(Kind.HELD, request, start, end, attempt)
+    return core.worker(Message(header, codec.pack(Held(instance(client), "m", epoch=epoch))), worker)

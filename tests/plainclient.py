@@ -42,6 +42,7 @@ class Request:
     received: int = 0
     consumed: int = 0
     ids: bytes = b""
+    weights: dict[str, str] = field(default_factory=dict)
     limit: int = 0
     attempt: int = 0
     attached: bool = False
@@ -147,7 +148,8 @@ class Client:
         """SUBMIT; ATTACH once this request had to be attached."""
         now = time.monotonic()
         request.state, request.again_at = "sent", now + AGAIN
-        route = msgpack.packb({"model": request.model, "timeout": max(request.deadline - now, 0.001)})
+        left = max(request.deadline - now, 0.001)
+        route = msgpack.packb({"model": request.model, "timeout": left} | request.weights)
         request.limit = request.consumed + self.window
         if request.attached:
             position = {"seq": request.received, "arg": request.limit, "attempt": request.attempt}
@@ -230,7 +232,10 @@ class Client:
         else:
             request.received += arg
             request.ids += ids
-            request.text += msgpack.unpackb(body).get("text", "")
+            tok = msgpack.unpackb(body)
+            request.text += tok.get("text", "")
+            if "fingerprint" in tok:
+                request.weights = {"fingerprint": tok["fingerprint"]}
             if not request.paused:
                 self.take(request)
             if request.early is not None:

@@ -6,7 +6,9 @@ lost two workers gets the third for itself, so that a request that kills workers
 
 from __future__ import annotations
 
-from loopmux.errors import WorkerLostError
+from enum import Enum
+
+from loopmux.errors import EngineError, LoopmuxError, WorkerLostError
 from loopmux.results import Usage
 from loopmux.wire import Kind, StopReason
 from loopmux_broker.dispatch import choose, choose_alone
@@ -16,6 +18,21 @@ from loopmux_broker.pool import Lease, Worker
 from loopmux_broker.requests import Request, State, Step
 from loopmux_broker.tables import Alarm, Tables
 from loopmux_broker.waiting import Waiting
+
+_MISHAPS = 10
+"""Attempts at one request that may come to nothing while their workers live. Only a fault of a peer or of ours brings
+it there; it must not go on until the deadline, as fast as messages travel."""
+
+
+class Cause(Enum):
+    """Why an attempt is over before the request is; the value is the counter's name."""
+
+    LOST = "requeued"
+    """Its worker is gone, or does not answer: perhaps because of the request."""
+    LEFT = "migrated"
+    """Its worker leaves in good order."""
+    MISHAP = "mishaps"
+    """Its worker lives, but does not have it, or its output has a hole."""
 
 
 class Attempts:
@@ -76,7 +93,7 @@ class Attempts:
         request.move(Step.DISPATCHED)
         self._leases.begins(worker, now)
         lease = request.lease = self._t.pool.lease(request, worker, now)
-        lease.charged = self._t.queues.charge(request)
+        self._t.queues.charge(request)
         self._t.affinity.ran(request, worker.name)
         self._leases.run(lease, now)
         self._leases.watch(worker, now)
@@ -109,7 +126,7 @@ class Attempts:
             self._leases.end(lease)
         for lease in leases:
             if not lease.stopping:
-                self._lost(lease, why, now, blamed=not planned)
+                self._lost(lease, why, now, Cause.LEFT if planned else Cause.LOST)
         for other in self._t.pool.workers.values():
             self._t.vacant[other] = None  # whoever waited to run alone on the lost one needs another
 
@@ -117,45 +134,55 @@ class Attempts:
         """A worker does not have an attempt that it was thought to have."""
         self._leases.end(lease)
         if not lease.stopping:
-            self._lost(lease, "does not have it", now)
+            self._lost(lease, "does not have it", now, Cause.MISHAP)
 
     def output_broken(self, lease: Lease, why: str, now: float) -> None:
         """A worker's output for a request has a hole: nothing after it can be used."""
         self._t.counters["gaps"] += 1
         self._leases.stop(lease, StopReason.SUPERSEDED, now)
-        self._lost(lease, why, now)
+        self._lost(lease, why, now, Cause.MISHAP)
 
     def ended_short(self, lease: Lease, total: int, now: float) -> None:
         """A worker ended a request, but not all of its output arrived."""
         self._t.counters["gaps"] += 1
-        self._lost(lease, f"ended at {total} tokens of which {lease.request.output.total} arrived", now)
+        why = f"ended at {total} tokens of which {lease.request.output.total} arrived"
+        self._lost(lease, why, now, Cause.MISHAP)
 
-    def _lost(self, lease: Lease, why: str, now: float, *, blamed: bool = True) -> None:
+    def _lost(self, lease: Lease, why: str, now: float, cause: Cause = Cause.LOST) -> None:
         request, worker = lease.request, lease.worker
         request.lease, request.avoid = None, worker.name
         if request.state is State.RECOVERING:
             self._ends.disown(request, now)  # its client, if it lives, will submit it with its prefix
             return
         if request.output.total and request.fingerprint is None:
-            request.fingerprint = worker.fingerprint(request.submit.model, request.submit.adapter)
-        request.losses += blamed
-        if request.losses >= self._t.config.max_attempts:
+            request.fingerprint = worker.register.fingerprint(request.submit.model, request.submit.adapter)
+        request.losses += cause is Cause.LOST
+        request.mishaps += cause is Cause.MISHAP
+        if request.losses >= self._t.config.max_attempts or request.mishaps >= _MISHAPS:
             self._give_up(request, worker.name, why, now)
             return
-        self._t.counters["requeued" if blamed else "migrated"] += 1
+        self._t.counters[cause.value] += 1
         request.alone = request.losses >= max(self._t.config.max_attempts - 1, 1)
         request.move(Step.REQUEUED)
         self.place(request, self.worker_for(request), now)
         self._waiting.review(request, now)
 
     def _give_up(self, request: Request, worker: str, why: str, now: float) -> None:
-        self._t.counters["poisoned"] += 1
-        text = (
-            f"worker {worker!r} {why} after {request.output.total} tokens; it ran this request alone and is the "
-            f"{request.losses}. worker lost with it: the request itself may be what ends workers (poison), so it is "
-            "not tried again"
-        )
-        error = WorkerLostError(text, retryable=False)
+        found = f"worker {worker!r} {why} after {request.output.total} tokens"
+        error: LoopmuxError
+        if request.mishaps >= _MISHAPS:
+            error = EngineError(
+                f"{found}; {request.mishaps} attempts came to nothing while their workers lived, which is a fault of "
+                "Loopmux: submit the request again, and report this if it comes again",
+                retryable=True,
+            )
+        else:
+            self._t.counters["poisoned"] += 1
+            error = WorkerLostError(
+                f"{found}; it ran this request alone and is the {request.losses}. worker lost with it: the request "
+                "itself may be what ends workers (poison), so it is not tried again",
+                retryable=False,
+            )
         self._ends.end(request, Kind.ERROR, error, now, worker=worker, usage=Usage(0, request.output.total))
 
     # --- leaving in good order
@@ -177,4 +204,4 @@ class Attempts:
         for lease in list(worker.leases.values()):
             if not lease.stopping and lease.request.state is not State.RECOVERING:
                 self._leases.stop(lease, StopReason.SUPERSEDED, now)
-                self._lost(lease, "leaves", now, blamed=False)
+                self._lost(lease, "leaves", now, Cause.LEFT)

@@ -145,12 +145,13 @@ class Broker:
             worker.moved += gap
         for lease in tables.pool.leases.values():
             lease.since += gap
+        self._recovery.until += gap
         tables.timers.delay(lambda key: key[0] in LIVENESS, gap)
 
     def _ring(self, key: TimerKey, now: float) -> None:
         alarm, whose, attempt = key
         if isinstance(whose, str):
-            self._workers.redeclared(whose, now)
+            (self._waiting.go_on if alarm is Alarm.ROUND else self._workers.redeclared)(whose, now)
         elif alarm in (Alarm.RUN, Alarm.STOP):
             self._lease_rings(alarm, whose, attempt, now)
         elif alarm in (Alarm.DEADLINE, Alarm.TERMINAL, Alarm.TOMBSTONE, Alarm.RECOVERY):
@@ -192,7 +193,7 @@ class Broker:
             case Alarm.DRAIN if worker is not None:
                 self._attempts.hand_over(worker, now)
             case Alarm.HELD if worker is not None:
-                self._recovery.introduced(worker)
+                self._recovery.introduced(worker, now)
             case Alarm.CLIENT_SILENT:
                 self._clients.silent(whose, now)
             case Alarm.MEMBER_SILENT:

@@ -54,6 +54,8 @@ class ClientSide:
             case Kind.CANCEL:
                 self._cancel(client, request, message.header.request, now)
             case Kind.PING:
+                if not client.complete:
+                    self._recovery.complete(client, now)
                 self._t.out.append(Send(peer, say(Kind.PONG)))
             case Kind.SESSION:
                 self._session(client, codec.unpack(SessionHint, message.route))
@@ -125,7 +127,7 @@ class ClientSide:
         elif request is not None or header.request in self._t.requests:
             self._t.counters["mismatched"] += 1
             error = BadRequestError("the request id is taken by another request, expected 16 fresh random bytes")
-            self._entry.refuse(client, header.request, error, model=submit.model)
+            self._entry.refuse(client, header.request, error, model=submit.model, received=header.seq)
         elif header.kind is Kind.ATTACH:
             self._recovery.attach(client, header, submit, message.body, message.tokens, now)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from loopmux_broker.events import Peer
@@ -16,7 +15,7 @@ class Client:
     Attributes:
         instance: 16 random bytes that stay the same over its reconnections.
         heard: when it last said anything.
-        since: when it first said HELLO; infinity for one that only workers spoke of.
+        complete: it has brought all that it had with a former broker.
         requests: all of them, tombstones included.
         queued, held: what admission limits: waiting requests, and bytes of bodies of live ones.
         served: tokens it was served, as `queues` keeps account of them.
@@ -28,7 +27,7 @@ class Client:
     peer: Peer | None
     heard: float
     software: str = ""
-    since: float = math.inf
+    complete: bool = False
     requests: dict[bytes, Request] = field(default_factory=dict)
     queued: int = 0
     held: int = 0
@@ -53,7 +52,6 @@ class Clients:
         if moved and client.peer is not None:
             del self.by_peer[client.peer]
         client.peer, client.heard, client.blocked = peer, now, False
-        client.since = min(client.since, now)
         self.by_peer[peer] = client
         return client, moved
 

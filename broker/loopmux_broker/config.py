@@ -32,7 +32,7 @@ class BrokerConfig:
             a moment to join, above all a broker that was started again.
         grace: how long the requests of a client that went away live on.
         claim_wait: how long a request that a client brings to a broker that was started again waits for its worker.
-        orphan_grace: how long one that a worker brings waits for its client.
+        orphan_grace: how long after its start one that a worker brings waits for its client.
         max_attempts: workers that may be lost with a request; the last of them runs it alone.
         resend: interval of what is repeated until it is answered.
         run_timeout: after which an unanswered RUN is given up.

@@ -68,9 +68,9 @@ class Leases:
             self._t.timers.set((Alarm.STALL, worker.peer, 0), max(due, now))
 
     def replay(self, lease: Lease) -> None:
-        """Ask for everything behind what is here."""
-        total = lease.request.output.total
-        replay = say(Kind.REPLAY, lease.key[0], seq=total, attempt=lease.attempt)
+        """Ask for everything behind what is here. The worker keeps what the client does not have yet."""
+        output = lease.request.output
+        replay = say(Kind.REPLAY, lease.key[0], seq=output.total, arg=output.acknowledged, attempt=lease.attempt)
         self._t.out.append(Send(lease.worker.peer, replay))
 
     def end(self, lease: Lease) -> None:
@@ -78,6 +78,6 @@ class Leases:
         self._t.timers.cancel((Alarm.RUN, *lease.key))
         self._t.timers.cancel((Alarm.STOP, *lease.key))
         self._t.pool.release(lease)
-        if lease.charged:
-            self._t.queues.settle(lease.request, lease.charged, max(lease.request.output.total - lease.prefix, 0))
+        if lease.request.lease in (lease, None):  # else another attempt runs
+            self._t.queues.settle(lease.request)
         self._t.vacant[lease.worker] = None

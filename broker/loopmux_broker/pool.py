@@ -25,7 +25,8 @@ class Lease:
 
     Attributes:
         prefix: tokens that the request had produced before; what is beyond is this attempt's own.
-        charged: what its client was charged for it.
+        produced: the attempt has brought tokens of its own.
+        missing: its worker has registered again and has not named it yet.
         start: first token that the worker can still send. Of an attempt that only the worker knows, ``start`` to
             ``prefix`` is what it has.
     """
@@ -35,9 +36,10 @@ class Lease:
     worker: Worker
     since: float
     prefix: int = 0
-    charged: int = 0
     start: int = 0
     acknowledged: bool = False
+    missing: bool = False
+    produced: bool = False
     stopping: StopReason | None = None
 
     @property
@@ -99,14 +101,11 @@ class Worker(Member):
     load: Heartbeat = field(default_factory=Heartbeat)
     models: dict[str, str | None] = field(default_factory=dict)
 
-    _prints: dict[str, str] = field(default_factory=dict)
-
     def __post_init__(self) -> None:
         self._read_models()
 
     def _read_models(self) -> None:
         self.models = {m.id: m.adapter for m in self.register.models}
-        self._prints = {m.id: m.fingerprint for m in self.register.models}
 
     def renew(self, peer: Peer, register: Register, now: float) -> None:
         """The same process registered again, perhaps over another connection or with other models."""
@@ -134,14 +133,7 @@ class Worker(Member):
             return False
         if adapter is not None and adapter != self.models[model] and adapter not in self.register.adapters:
             return False
-        return fingerprint is None or fingerprint == self.fingerprint(model, adapter)
-
-    def fingerprint(self, model: str, adapter: str | None) -> str:
-        """What names the weights that such a request runs on here."""
-        own = self._prints.get(model, "")
-        if adapter is None or adapter == self.models.get(model):
-            return own
-        return f"{own}+{self._prints.get(adapter, adapter)}"
+        return fingerprint is None or fingerprint == self.register.fingerprint(model, adapter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,20 +187,25 @@ class Queues:
 
     # --- accounts
 
-    def charge(self, request: Request) -> int:
-        """A request gets a slot: what its client is charged for it, in tokens, until its end shows more."""
-        client = request.client
-        self._lift(client)
-        self._level = max(self._level, client.served)
-        cost = _cost(request, max(request.submit.max_new_tokens - request.output.total, 0))
-        self._serve(client, cost)
-        return cost
+    def charge(self, request: Request) -> None:
+        """A request gets a slot: its client is charged what the whole of it may cost, until its end shows more.
 
-    def settle(self, request: Request, charged: int, tokens: int) -> None:
-        """It gives the slot back after so many tokens."""
+        What it was charged for an attempt before is part of that: nobody pays twice because a worker was lost.
+        """
+        self._lift(request.client)
+        self._level = max(self._level, request.client.served)
+        self._bill(request, max(request.submit.max_new_tokens, request.output.total))
+
+    def settle(self, request: Request) -> None:
+        """It gives the slot back with the tokens that it has."""
+        if request.charged:
+            self._bill(request, request.output.total)
+
+    def _bill(self, request: Request, tokens: int) -> None:
         cost = _cost(request, tokens)
-        if cost != charged:
-            self._serve(request.client, cost - charged)
+        if cost != request.charged:
+            self._serve(request.client, cost - request.charged)
+            request.charged = cost
 
     def _lift(self, client: Client) -> None:
         if client.instance not in self._clients:
@@ -231,6 +236,10 @@ class Queues:
         lines = [line for queue in self._models.get(model, {}).values() for line in queue.lines.values()]
         found = [entry[2] for line in lines for entry in reversed(line.entries)]
         return found + [request for request in self._alone.values() if request.submit.model == model]
+
+    def lanes(self, model: str) -> int:
+        """How many lanes of a model anybody waits in."""
+        return len(self._models.get(model, {}))
 
     def models(self) -> Iterator[str]:
         """The models that anybody waits for."""

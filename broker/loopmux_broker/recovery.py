@@ -1,15 +1,18 @@
 """What a broker that was started again learns of requests from their clients (ATTACH) and their workers (HELD).
 
-Each half waits for the other: the client's for a moment, the worker's as long as a client may be away. If they fit, the
-worker goes on where the client is; if not, or if only the client comes, the request is given to a worker anew, with the
-tokens that the client has. An attempt's number is never given out twice: both say the highest that they have seen.
+Each half waits for the other: the client's for a moment, the worker's until its client has brought all that it has (it
+says ATTACH before its first PING), or all clients have had the time to come back.
+HELD has the epoch of the broker that last wanted the request, so what this one wanted and does not know any more has
+ended. If the halves fit, the worker goes on where the client is; if not, or if only the client comes, the request is
+given to a worker anew, with the tokens that the client has. An attempt's number is never given out twice: both say the
+highest that they have seen.
 """
 
 from __future__ import annotations
 
 import math
 
-from loopmux.errors import ProtocolError
+from loopmux.errors import OverloadedError, ProtocolError
 from loopmux.messages import Held, Submit
 from loopmux.wire import Header, Kind, StopReason
 from loopmux_broker.attempts import Attempts
@@ -27,6 +30,8 @@ from loopmux_broker.waiting import Waiting
 
 _LAST_ATTEMPT = 60_000
 """The highest number that anybody may claim to have seen: the next ones have to fit into a header, too."""
+_MOST_LANES = 1_000
+"""Lanes of one model, above which what a client calls its weights makes no new one: each dispatch looks at them all."""
 _MOST_HELD = 256
 """Attempts that one worker may claim to hold, slots or not: ended ones wait for their client there."""
 
@@ -39,7 +44,8 @@ class Recovery:
     ) -> None:
         self._t, self._entry, self._attempts = tables, entry, attempts
         self._leases, self._ends, self._waiting = leases, ends, waiting
-        self._told: set[bytes] = set()  # boots of lost workers that had said what they held from before
+        self.until = tables.identity.started + tables.config.orphan_grace
+        """When clients have had the time to come with what they had with a former broker."""
 
     # --- the client's half
 
@@ -49,6 +55,7 @@ class Recovery:
         output.restore(ids)
         request = Request(header.request, client, submit, body, now, now + submit.timeout, output, State.RECOVERING)
         request.attempt, request.brought = _numbered(header), len(ids)
+        request.fingerprint = submit.fingerprint
         if self._let_in(request, header.seq):
             self._t.counters["attached"] += 1
             self._t.timers.set((Alarm.RECOVERY, request.id, 0), now + self._t.config.claim_wait)
@@ -64,17 +71,25 @@ class Recovery:
         if not self._let_in(request, header.seq):
             request.submit, request.body, request.brought = Submit(submit.model), b"", 0
             return
+        request.fingerprint = submit.fingerprint
         request.output.credit = header.arg
         request.output.restore(ids)
         self._t.timers.cancel((Alarm.RECOVERY, request.id, 0))
         self._entry.accept(request)
         total = request.output.total
-        if attempt <= worker_s.attempt and worker_s.start <= total <= worker_s.prefix:
+        holds = attempt <= worker_s.attempt and worker_s.start <= total <= worker_s.prefix
+        if holds and worker_s.worker.serves(*request.lane):
             self._claimed(request, worker_s, now)
             return
         request.lease, request.attempt = None, max(request.attempt, attempt)
         self._leases.stop(worker_s, StopReason.SUPERSEDED, now)
         self._begin_anew(request, now)
+
+    def complete(self, client: Client, now: float) -> None:
+        """A client said its first PING, after all its ATTACHes: what only workers have of it, it does not want."""
+        client.complete = True
+        for request in [r for r in client.requests.values() if r.state is State.RECOVERING and r.lease is not None]:
+            self._ends.disown(request, now)
 
     def _let_in(self, request: Request, received: int) -> bool:
         t = self._t
@@ -96,8 +111,13 @@ class Recovery:
             self._ends.disown(request, now)
 
     def _begin_anew(self, request: Request, now: float) -> None:
+        worker = self._attempts.worker_for(request)
+        if worker is None and request.fingerprint and self._t.queues.lanes(request.submit.model) >= _MOST_LANES:
+            text = f"more than {_MOST_LANES} kinds of weights are waited for at this model: try again later"
+            self._ends.end(request, Kind.ERROR, OverloadedError(text, retry_after=self._t.admission.retry_after()), now)
+            return
         request.move(Step.REQUEUED)
-        self._attempts.place(request, self._attempts.worker_for(request), now)
+        self._attempts.place(request, worker, now)
         self._waiting.review(request, now)
 
     # --- the worker's half
@@ -105,11 +125,10 @@ class Recovery:
     def held(self, worker: Worker, header: Header, held: Held, now: float) -> None:
         """A worker that has just introduced itself names an attempt that it has."""
         _numbered(header)
-        worker.expected = max(worker.expected - 1, 0)
-        self._t.vacant[worker] = None
         lease = self._t.pool.leases.get((header.request, header.attempt))
         request = self._t.requests.get(header.request)
         if lease is not None and lease.worker is worker:
+            lease.missing = False
             self._again(lease, now)
         elif request is None:
             self._orphan(worker, header, held, now)
@@ -118,6 +137,9 @@ class Recovery:
         else:
             request.attempt = max(request.attempt, header.attempt)
             self._reset(worker, header)
+        worker.expected = max(worker.expected - 1, 0)
+        if not worker.expected:
+            self.introduced(worker, now)
 
     def _again(self, lease: Lease, now: float) -> None:
         """It is known to have it, but over an older connection."""
@@ -150,54 +172,42 @@ class Recovery:
         request.move(Step.CLAIMED)
         self._t.counters["recovered"] += 1
         lease.acknowledged, lease.prefix = True, request.output.total
-        lease.charged = self._t.queues.charge(request)
+        self._t.queues.charge(request)
         self._t.affinity.ran(request, lease.worker.name)
         lease.worker.moved = now
         self._leases.replay(lease)
         self._leases.watch(lease.worker, now)
 
     def _orphan(self, worker: Worker, header: Header, held: Held, now: float) -> None:
-        """Nobody else has said anything of it yet."""
-        client = self._t.clients.by_instance.get(held.client)
+        """Nothing is known of it here: it ended here, or its client has not come with it yet."""
         full = len(worker.leases) >= max(_MOST_HELD, worker.slots)
-        from_here = worker.register.boot in self._told or not self._may_come(client, now)
-        if full or from_here or not worker.serves(held.model, held.adapter):
+        client = self._t.clients.by_instance.get(held.client)
+        complete = client is not None and client.complete
+        past = complete or held.epoch == self._t.identity.epoch or now >= self.until
+        if past or full or not worker.serves(held.model, held.adapter):
             self._reset(worker, header)
             return
         if client is None:
             client = self._t.clients.expect(held.client, now)
-            self._t.timers.set((Alarm.CLIENT_GRACE, held.client, 0), now + self._t.config.orphan_grace)
+            self._t.timers.set((Alarm.CLIENT_GRACE, held.client, 0), self.until)
         submit = Submit(held.model, held.adapter)
         request = Request(header.request, client, submit, b"", now, math.inf, Output(0), State.RECOVERING)
         request.attempt = header.attempt
         request.lease = lease = self._t.pool.lease(request, worker, now)
         lease.start, lease.prefix, lease.acknowledged = header.seq, header.arg, True
         self._t.requests[request.id] = client.requests[request.id] = request
-        self._t.timers.set((Alarm.RECOVERY, request.id, 0), now + self._t.config.orphan_grace)
-
-    def lost(self, worker: Worker, now: float) -> None:
-        """A worker is gone. If it comes back, what is unknown here of that which it holds has ended here."""
-        if not worker.expected and now < self._t.identity.started + self._t.config.orphan_grace:
-            self._told.add(worker.register.boot)
-
-    def _may_come(self, client: Client | None, now: float) -> bool:
-        """Whether a client may still come with a request that is unknown here.
-
-        If not, it is one that ended here: its worker was away then.
-        """
-        if now >= self._t.identity.started + self._t.config.orphan_grace:
-            return False
-        return client is None or now < client.since + self._t.config.resend
+        self._t.timers.set((Alarm.RECOVERY, request.id, 0), self.until)
 
     def _reset(self, worker: Worker, header: Header) -> None:
         self._t.counters["fenced"] += 1
         self._t.out.append(Send(worker.peer, say(Kind.RESET, header.request, attempt=header.attempt)))
 
-    def introduced(self, worker: Worker) -> None:
-        """A worker has had its time to say what it has."""
-        if worker.expected:
-            worker.expected = 0
-            self._t.vacant[worker] = None
+    def introduced(self, worker: Worker, now: float) -> None:
+        """A worker has said what it has, or has had its time to: what it did not name of its own it has no more."""
+        worker.expected = 0
+        self._t.vacant[worker] = None
+        for lease in [x for x in worker.leases.values() if x.missing]:
+            self._attempts.not_there(lease, now)
 
 
 def _numbered(header: Header) -> int:

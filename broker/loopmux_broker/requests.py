@@ -69,10 +69,12 @@ class Request:
 
     Attributes:
         body: BODY of SUBMIT, kept until the end because another attempt needs it.
+        charged: tokens that its client was charged for it.
         brought: bytes of the tokens that its client came back with.
         arrived, deadline: on the broker's clock.
         attempt: number of the last attempt, 0 before the first; never handed out twice, not even by two brokers.
         losses: attempts that ended because a worker was lost. After two the request runs ``alone``.
+        mishaps: attempts that came to nothing with no worker lost.
         fingerprint: of the weights that produced its output; it goes on only where they are the same.
         lease: the worker's slot that runs it now.
         avoid: name of the worker that just failed it.
@@ -92,8 +94,10 @@ class Request:
     state: State = State.QUEUED
     attempt: int = 0
     losses: int = 0
+    mishaps: int = 0
     alone: bool = False
     fingerprint: str | None = None
+    charged: int = 0
     brought: int = 0
     lease: Lease | None = None
     avoid: str = ""

@@ -29,8 +29,7 @@ class Stall:
 
     def budget(self, lease: Lease) -> float:
         """For how long the engine may stand still because of one attempt."""
-        output = lease.request.output
-        if output.total > lease.prefix:
+        if lease.produced:  # what its request has may be another attempt's since
             return self.decode
         return max(self.prefill, self.per_size * (lease.request.submit.prompt_size + 4 * lease.prefix))
 

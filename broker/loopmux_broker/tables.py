@@ -38,6 +38,7 @@ class Alarm(IntEnum):
     HELD = 14  # peer
     STALL = 15  # peer
     DRAIN = 16  # peer
+    ROUND = 17  # model
 
 
 LIVENESS = frozenset(

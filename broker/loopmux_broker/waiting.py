@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 
 from loopmux import codec
 from loopmux.errors import ModelNotFoundError, failed_to_start, unknown_model
@@ -12,8 +15,12 @@ from loopmux_broker.ends import Ends
 from loopmux_broker.events import Send
 from loopmux_broker.intake import unknown_adapter
 from loopmux_broker.requests import Request, State
-from loopmux_broker.tables import Tables
+from loopmux_broker.tables import Alarm, Tables
 
+_SLICE = 64
+"""Requests that are looked at in one go. A model may have 10 000 waiting; all at once would hold everybody else up."""
+_PAUSE = 0.001
+"""Seconds between two of these, for others to be heard."""
 _UNLIKE = "the request goes on where the same weights are loaded that began it"
 
 
@@ -22,11 +29,33 @@ class Waiting:
 
     def __init__(self, tables: Tables, ends: Ends) -> None:
         self._t, self._ends = tables, ends
+        self._rounds: dict[str, Callable[[float], bool]] = {}  # by model: goes on with a round, and says if it is over
+
+    def _each(self, model: str, look: Callable[[Request, float], None], now: float) -> None:
+        """Look at everybody who waits for a model, some now and the rest soon, instead of whatever was under way."""
+        waiting = iter(self._t.queues.of_model(model))
+
+        def some(now: float) -> bool:
+            part = list(islice(waiting, _SLICE))
+            for request in part:
+                if request.state is State.QUEUED:
+                    look(request, now)
+            return len(part) < _SLICE
+
+        self._rounds[model] = some
+        self.go_on(model, now)
+
+    def go_on(self, model: str, now: float) -> None:
+        """Look at the next of those who wait for a model."""
+        if self._rounds[model](now):
+            del self._rounds[model]
+            self._t.timers.cancel((Alarm.ROUND, model, 0))
+        else:
+            self._t.timers.set((Alarm.ROUND, model, 0), now + _PAUSE)
 
     def model_changed(self, model: str, now: float) -> None:
         """A model's phase or its workers changed: tell who waits for it, or fail them where waiting is in vain."""
-        for request in self._t.queues.of_model(model):
-            self.review(request, now)
+        self._each(model, self.review, now)
 
     def review(self, request: Request, now: float) -> None:
         """If the request waits: for what, and whether that can come."""
@@ -49,9 +78,11 @@ class Waiting:
             if self._t.pool.knows(model):
                 self.model_changed(model, now)
                 continue
-            for request in self._t.queues.of_model(model):
-                if not request.attempt:  # one that ran before waits for a worker to come back
-                    self._ends.end(request, Kind.ERROR, unknown_model(model, self._t.pool.known()), now)
+            self._each(model, partial(self._unknown, unknown_model(model, self._t.pool.known())), now)
+
+    def _unknown(self, error: ModelNotFoundError, request: Request, now: float) -> None:
+        if not request.attempt:  # one that ran before waits for a worker to come back
+            self._ends.end(request, Kind.ERROR, error, now)
 
     def model_left(self, model: str, now: float) -> None:
         """A worker left in good order: whoever waits for its model waits in vain if its launcher took it back too."""
@@ -63,9 +94,8 @@ class Waiting:
         if self._t.pool.knows(model):
             self.model_changed(model, now)
             return
-        for request in self._t.queues.of_model(model):
-            error = ModelNotFoundError(f"model {model!r} is gone: its launcher left, and no worker serves it any more")
-            self._ends.end(request, Kind.ERROR, error, now)
+        error = ModelNotFoundError(f"model {model!r} is gone: its launcher left, and no worker serves it any more")
+        self._each(model, lambda request, now: self._ends.end(request, Kind.ERROR, error, now), now)
 
     def _tell_phase(self, request: Request, now: float) -> None:
         pool, model, peer = self._t.pool, request.submit.model, request.client.peer

@@ -142,7 +142,8 @@ class WorkerSide:
         worker.tokens += count
         worker.moved = now
         self._t.admission.output += output.add(seq, seq + count, frames)
-        if seq == lease.prefix:  # from here on it may stand still for less long
+        if not lease.produced:  # from here on it may stand still for less long
+            lease.produced = True
             self._leases.watch(worker, now)
         if output.held > self._t.config.request_output:
             self._ends.slow_client(request, now)
@@ -232,6 +233,9 @@ class WorkerSide:
                 member.report = report
         if isinstance(member, Worker):
             member.expected = register.held
+            for lease in member.leases.values():
+                # A RUN that was not answered is said again anyway: it may have been given after this REGISTER was sent.
+                lease.missing = lease.acknowledged or lease.stopping is not None
             if register.held:
                 self._t.timers.set((Alarm.HELD, peer, 0), now + self._t.config.claim_wait)
         pool.join(member)
@@ -242,7 +246,8 @@ class WorkerSide:
         if isinstance(member, Worker):
             for model in (*member.models, *(one.id for one in member.register.left_out)):
                 self._waiting.model_changed(model, now)
-            self._t.vacant[member] = None
+            if not member.expected:
+                self._recovery.introduced(member, now)
             self._leases.watch(member, now)
         elif isinstance(member, Launcher):
             self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + _REDECLARE)
@@ -276,7 +281,6 @@ class WorkerSide:
         self._t.timers.cancel((Alarm.MEMBER_SILENT, member.peer, 0))
         self._t.pool.leave(member)
         if isinstance(member, Worker):
-            self._recovery.lost(member, now)
             for model in member.models:
                 self._waiting.model_changed(model, now)
             self._attempts.worker_lost(member, why, now, planned=why == "left")

@@ -61,7 +61,7 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """ROUTE of SUBMIT: what the broker needs to admit, queue and place a request without reading its prompt.
+    """ROUTE of SUBMIT and ATTACH: what the broker needs to admit, queue and place a request without reading its prompt.
 
     Attributes:
         timeout: seconds until the deadline, from now.
@@ -69,6 +69,7 @@ class Submit:
         hashes: chained hashes of the messages, for routing to come.
         continues: a later turn of a tool loop; goes before first turns of the same priority.
         wait: queue for a model that is not loaded yet instead of failing at once.
+        fingerprint: of the weights that ATTACH's tokens came from; it goes on only where they are the same.
     """
 
     model: str
@@ -83,6 +84,7 @@ class Submit:
     wait: bool = True
     deterministic: bool = False
     trace: str | None = None
+    fingerprint: str | None = None
 
     def check(self) -> None:
         """Refuse what no broker could place.
@@ -114,11 +116,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """ROUTE of HELD: a request that a worker still has while it introduces itself, as RUN named it."""
+    """ROUTE of HELD: a request that a worker still has while it introduces itself, as RUN named it.
+
+    ``epoch`` is that of the broker that last wanted it of this worker (RUN, REPLAY).
+    """
 
     client: bytes
     model: str
     adapter: str | None = None
+    epoch: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,11 +263,15 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Tok:
-    """BODY of TOK: what the tokens of the message mean to a reader; text may lag behind tokens, never lead."""
+    """BODY of TOK: what the tokens of the message mean to a reader; text may lag behind tokens, never lead.
+
+    ``fingerprint``, with an attempt's first tokens, names the weights that they came from: ATTACH gives it back.
+    """
 
     text: str = ""
     calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +348,16 @@ class Register:
     software: str = ""
     left_out: tuple[LeftOut, ...] = ()
     held: int = 0
+
+    def fingerprint(self, model: str, adapter: str | None) -> str:
+        """What names the weights that a request for a model that is served here, and perhaps an adapter, runs on."""
+        served = {one.id: one for one in self.models}
+        if model not in served:
+            return ""
+        own = served[model]
+        if adapter is None or adapter == own.adapter:
+            return own.fingerprint
+        return f"{own.fingerprint}+{served[adapter].fingerprint if adapter in served else adapter}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,7 @@ class Exchange:
         self._cancelling = False
         self._settled = False
         self._attaching = False  # SUBMIT was sent to a broker that is gone
+        self._fingerprint: str | None = None  # of the weights that the tokens came from
         self._attempt = 0  # the highest one that anything came from
         self._quiet = False  # nothing came since the last PONG
         self._early: Message | None = None  # a terminal that came before the tokens it counts
@@ -165,7 +166,8 @@ class Exchange:
         self.stage = Stage.SUBMITTED
         self._resend_at = now + RESEND
         left = max(self.request.deadline - now, 0.001)  # the broker takes no time that is not positive
-        route = codec.pack(dataclasses.replace(self.request.submit, timeout=left))
+        submit = dataclasses.replace(self.request.submit, timeout=left, fingerprint=self._fingerprint)
+        route = codec.pack(submit)
         if not self._attaching:
             return Send(Message(Header(Kind.SUBMIT, self.request.id), route, self.request.body))
         self._limit = self._consumed + self._window
@@ -223,6 +225,7 @@ class Exchange:
                 f"expected one that starts at {self.received}"
             )
         tok = codec.unpack(Tok, message.body, codec.BODY_LIMITS)
+        self._fingerprint = tok.fingerprint or self._fingerprint
         self.received += count
         self._texts.append(tok.text)
         self._ids += ids

@@ -23,6 +23,7 @@ from brokerkit import (
     failure,
     kinds,
     run,
+    stopped,
     tok,
 )
 from loopmux import codec
@@ -170,8 +171,9 @@ def operations_per_dispatch(queued: int, clients: int, dispatches: int = 50) -> 
             request = queues.next_for(worker)
             assert request is not None
             queues.remove(request)
-            charged = queues.charge(request)
-            queues.settle(request, charged, 10)
+            queues.charge(request)
+            request.output.total = 10
+            queues.settle(request)
     finally:
         sys.settrace(before)
     return (Counted.comparisons + lines) / dispatches
@@ -206,7 +208,9 @@ def test_a_queue_gives_everybody_exactly_once_whatever_is_taken_out_in_between()
             mine = [r for r in waiting.values() if r.client is taken.client]
             assert all(r.rank < taken.rank for r in mine)
             queues.remove(taken)
-            queues.settle(taken, queues.charge(taken), dice.randint(0, 300))
+            queues.charge(taken)
+            taken.output.total = dice.randint(0, 300)
+            queues.settle(taken)
         assert queues.length == queues.waiting("m") == len(waiting)
         assert all(1 <= queues.position(r) <= len(waiting) for r in list(waiting.values())[:3])
     assert sorted(r.id for r in queues.of_model("m")) == sorted(waiting)
@@ -254,6 +258,32 @@ def test_what_was_expected_and_not_used_is_given_back(core: Core) -> None:
     core.worker(tok(ONE, 0, 7))
     core.worker(end(ONE, 7))
     assert account.served == 7
+
+
+def test_nobody_pays_twice_because_a_worker_was_lost(core: Core) -> None:
+    core.register()
+    core.register(SECOND)
+    account = core.tables.clients.by_peer[CLIENT]
+    core.submit(ONE, prompt_size=400, max_new_tokens=50)
+    core.worker(tok(ONE, 0, 7))
+    core.lose(WORKER)
+    assert account.served == 100 + 50
+    core.worker(tok(ONE, 7, 3, attempt=2), SECOND)
+    core.worker(end(ONE, 10, attempt=2), SECOND)
+    assert account.served == 100 + 10
+
+
+def test_nor_for_what_another_worker_produces_while_the_first_is_still_being_stopped(core: Core) -> None:
+    core.register()
+    core.register(SECOND)
+    account = core.tables.clients.by_peer[CLIENT]
+    core.submit(ONE, prompt_size=400, max_new_tokens=50)
+    core.worker(tok(ONE, 5))  # output with a hole
+    core.worker(tok(ONE, 0, 10, attempt=2), SECOND)
+    core.worker(stopped(ONE), WORKER)
+    assert account.served == 100 + 50
+    core.worker(end(ONE, 10, attempt=2), SECOND)
+    assert account.served == 100 + 10
 
 
 def test_time_away_is_no_credit(core: Core) -> None:

@@ -17,6 +17,7 @@ from brokerkit import (
     accepted,
     end,
     failure,
+    held,
     instance,
     kinds,
     pushed,
@@ -134,6 +135,30 @@ def test_a_worker_that_does_not_have_what_it_was_given(core: Core) -> None:
     core.running()
     core.worker(tok(ONE, 0))
     assert runs(core.worker(say(Kind.RESET, ONE, attempt=1))) == [(SECOND, ONE, 2)]
+
+
+def test_what_comes_to_nothing_with_no_worker_lost_does_not_look_like_a_request_that_kills(core: Core) -> None:
+    """It does not run alone for it; but it does not go on for ever either."""
+    core.running()
+    core.worker(tok(ONE, 0))
+    there = WORKER
+    for attempt in range(1, 10):
+        [(there, _, _)] = runs(core.worker(say(Kind.RESET, ONE, attempt=attempt), there))
+    request = core.tables.requests[ONE]
+    assert (request.losses, request.mishaps, request.alone) == (0, 9, False)
+    [answer] = core.worker(say(Kind.RESET, ONE, attempt=10), there)
+    assert failure(answer)[:3] == (CLIENT, Kind.ERROR, 1)
+    assert (failure(answer)[3].code, failure(answer)[3].retryable) == ("engine", True)
+    assert core.counted["mishaps"] == 9
+    assert "poisoned" not in core.counted
+
+
+@pytest.mark.parametrize("wrong", [tok(ONE, 5), end(ONE, 4), say(Kind.RESET, ONE, attempt=1)])
+def test_nothing_that_its_worker_survives_is_a_loss(core: Core, wrong: Message) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    core.worker(wrong)
+    assert (core.tables.requests[ONE].losses, core.tables.requests[ONE].mishaps) == (0, 1)
 
 
 def test_whatever_a_lost_worker_says_later_is_fenced(core: Core) -> None:
@@ -284,7 +309,8 @@ def test_a_leaving_worker_that_comes_over_a_new_connection_is_still_leaving(core
     core.running()
     core.worker(tok(ONE, 0))
     core.worker(say(Kind.DRAIN, arg=2000))
-    core.register(THIRD, name=WORKER.decode(), boot=instance(WORKER))
+    core.register(THIRD, name=WORKER.decode(), boot=instance(WORKER), held=1)
+    held(core, ONE, 0, 1, worker=THIRD)
     core.worker(say(Kind.DRAIN, arg=2000), THIRD)
     core.lose(WORKER)
     assert core.wait(0.75) == []

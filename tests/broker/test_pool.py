@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from brokerkit import (
@@ -19,6 +21,7 @@ from brokerkit import (
     accepted,
     end,
     failure,
+    held,
     instance,
     kinds,
     pushed,
@@ -28,7 +31,7 @@ from brokerkit import (
 from loopmux import codec, wire
 from loopmux.messages import Heartbeat, ModelStatus, Phase, Register, ServedModel, Status, Welcome
 from loopmux.wire import Header, Kind, Message
-from loopmux_broker.events import Action, LoopStalled, Send, say
+from loopmux_broker.events import Action, LoopStalled, Send, TimerDue, say
 
 
 @pytest.fixture
@@ -94,7 +97,8 @@ def test_the_same_worker_over_a_new_connection_keeps_its_requests(core: Core) ->
     core.register()
     core.running()
     core.worker(tok(ONE, 0))
-    core.register(b"w1'", name="w1", boot=instance(WORKER))
+    core.register(b"w1'", name="w1", boot=instance(WORKER), held=1)
+    held(core, ONE, 0, 2, worker=b"w1'")
     assert core.worker(tok(ONE, 1)) == [Send(WORKER, say(Kind.WHO))]
     assert core.worker(tok(ONE, 0), b"w1'") == []  # sent again, because it cannot know what arrived
     assert core.worker(tok(ONE, 1), b"w1'") == [pushed(tok(ONE, 1))]
@@ -465,3 +469,61 @@ def test_a_model_that_is_still_unknown_when_the_broker_has_settled_is_refused() 
     assert (refusal[1], refusal[3].code) == (Kind.ERROR, "model_not_found")
     assert status_of(core).settled
     assert failure(core.submit(TWO, model="tols")[0])[3].code == "model_not_found"
+
+
+# --- many who wait
+
+
+def test_who_waits_is_told_in_slices() -> None:
+    """Ten thousand told in one go would hold up everybody else for a fifth of a second."""
+    core = Core()
+    core.hello()
+    core.launcher()
+    core.declare("m", "loading")
+    waiting = [n.to_bytes(16) for n in range(1, 201)]
+    for request in waiting:
+        core.submit(request)
+    rounds = [core.declare("m", "warming")]
+    while (due := core.broker.next_timer()) is not None and due < core.now + 0.1:
+        core.now = due
+        rounds.append(core.handle(TimerDue()))
+    assert [len(r) for r in rounds] == [64, 64, 64, 8]
+    told = [a.message.header.request for r in rounds for a in r if isinstance(a, Send)]
+    assert sorted(told) == waiting
+
+
+def test_news_about_a_model_take_the_place_of_older_ones() -> None:
+    core = Core()
+    core.hello()
+    core.launcher()
+    core.declare("m", "loading")
+    for n in range(1, 101):
+        core.submit(n.to_bytes(16))
+    core.declare("m", "warming")
+    assert [p.phase for p in phases(core.declare("m", "loading"))] == ["loading"] * 64
+    assert [p.phase for p in phases(core.wait(0.25))] == ["loading"] * 36
+
+
+def test_who_has_a_worker_or_an_end_before_their_turn_is_not_told() -> None:
+    core = Core()
+    core.hello()
+    core.launcher()
+    core.declare("m", "loading")
+    for n in range(1, 71):
+        core.submit(n.to_bytes(16))
+    core.declare("m", "warming")
+    for n in range(65, 71):
+        core.client(say(Kind.CANCEL, n.to_bytes(16)))
+    assert phases(core.wait(0.25)) == []
+
+
+def test_a_model_that_is_gone_ends_all_who_wait_for_it() -> None:
+    core = Core()
+    core.hello()
+    core.launcher()
+    core.declare("m", "loading")
+    for n in range(1, 101):
+        core.submit(n.to_bytes(16))
+    actions = core.declare("m", "loading", removed=True)
+    actions += core.client(say(Kind.CANCEL, (90).to_bytes(16))) + core.wait(0.25)
+    assert Counter(failure(a)[3].code for a in actions) == {"model_not_found": 99, "cancelled": 1}

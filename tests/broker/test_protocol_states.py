@@ -128,6 +128,7 @@ EVENTS: dict[str, Callable[[Core], list[Action]]] = {
     "CREDIT": credit,
     "CANCEL": lambda core: core.client(say(Kind.CANCEL, ONE)),
     "ENDACK": lambda core: core.client(say(Kind.ENDACK, ONE)),
+    "its first PING": lambda core: core.client(say(Kind.PING)),
     "BYE, or lost for 2 s": lambda core: core.client(say(Kind.BYE)),
     "its deadline": lambda core: core.wait(10.0),
 }

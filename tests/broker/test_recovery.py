@@ -9,6 +9,7 @@ import pytest
 from brokerkit import (
     BODY,
     CLIENT,
+    EPOCH,
     FOUR,
     ONE,
     OTHER,
@@ -19,7 +20,7 @@ from brokerkit import (
     accepted,
     end,
     failure,
-    instance,
+    held,
     kinds,
     pushed,
     run,
@@ -28,7 +29,7 @@ from brokerkit import (
     tok,
 )
 from loopmux import codec
-from loopmux.messages import Held, Submit
+from loopmux.messages import Submit
 from loopmux.wire import Header, Kind, Message, pack_tokens
 from loopmux_broker.admission import Limits
 from loopmux_broker.events import Action, LoopStalled, Send, TimerDue, say
@@ -48,15 +49,11 @@ def attach(
     return core.client(message, peer)
 
 
-def held(
-    core: Core, request: bytes, start: int, end: int, attempt: int = 1, worker: bytes = WORKER, client: bytes = CLIENT
-) -> list[Action]:
-    header = Header(Kind.HELD, request, start, end, attempt)
-    return core.worker(Message(header, codec.pack(Held(instance(client), "m"))), worker)
-
-
-def replay(start: int, request: bytes = ONE, attempt: int = 1, worker: bytes = WORKER) -> Send:
-    return Send(worker, say(Kind.REPLAY, request, seq=start, attempt=attempt))
+def replay(
+    start: int, request: bytes = ONE, attempt: int = 1, worker: bytes = WORKER, acknowledged: int | None = None
+) -> Send:
+    known = start if acknowledged is None else acknowledged
+    return Send(worker, say(Kind.REPLAY, request, seq=start, arg=known, attempt=attempt))
 
 
 def reset(request: bytes = ONE, attempt: int = 1, worker: bytes = WORKER) -> Send:
@@ -96,7 +93,7 @@ def test_what_was_asked_for_and_did_not_come_is_asked_for_again(core: Core) -> N
     attach(core, ONE, 5)
     assert held(core, ONE, 0, 9) == [replay(5)]
     core.worker(tok(ONE, 5))
-    assert held(core, ONE, 0, 9) == [replay(6)]
+    assert held(core, ONE, 0, 9) == [replay(6, acknowledged=5)], "the client may never get what is here"
 
 
 def test_a_client_alone_waits_a_moment_for_its_worker(core: Core) -> None:
@@ -151,44 +148,51 @@ def test_a_worker_alone_is_stopped_in_the_end(core: Core) -> None:
     assert core.tables.clients.by_instance == {}
 
 
-def test_so_it_is_when_the_client_is_there_and_does_not_want_it(core: Core) -> None:
+def test_and_at_once_when_the_client_is_there_and_did_not_bring_it(core: Core) -> None:
+    """It has its end, perhaps, and ENDACK was lost with the broker. ATTACH would have come before PING."""
     core.hello()
-    core.register(held=1)
+    core.register(slots=2, held=2)
     held(core, ONE, 0, 9)
-    assert core.wait(30)[-1] == stop(ONE, 1)
+    held(core, TWO, 0, 9)
+    attach(core, TWO, 5)
+    assert core.client(say(Kind.PING)) == [stop(ONE, 1), Send(CLIENT, say(Kind.PONG))]
     core.worker(stopped(ONE, 9))
-    core.assert_empty()
+    assert list(core.tables.requests) == [TWO]
+    assert held(core, ONE, 0, 9) == [reset()]
 
 
-def test_a_worker_that_was_away_when_its_request_ended_here(core: Core) -> None:
-    """It was frozen, its request went to another; nobody waits for a client that has its answer."""
+def test_what_ended_here_while_its_worker_was_away_is_nobodys(core: Core) -> None:
+    """It was frozen and its request went to another; it says which broker wanted it, and that was this one."""
     core.hello()
     core.register()
     core.running()
     core.register(SECOND)
     core.lose(WORKER)
-    core.worker(say(Kind.RUNACK, ONE, attempt=2), SECOND)
-    core.wait(1)
     core.worker(end(ONE, 0, attempt=2), SECOND)
     core.register(held=1)
-    assert held(core, ONE, 0, 9) == [reset()], "its end is still here"
-    core.client(say(Kind.ENDACK, ONE))
-    assert held(core, ONE, 0, 9) == [reset()], "nothing of it is here any more"
-    core.assert_empty()
-
-
-def test_nor_for_one_that_has_left_with_its_answer(core: Core) -> None:
-    core.hello()
-    core.register(boot=b"1" * 16)
-    core.running()
-    core.lose(WORKER)
-    core.register(SECOND)
-    core.worker(end(ONE, 0, attempt=2), SECOND)
+    assert held(core, ONE, 0, 9, epoch=EPOCH) == [reset()], "its end is still here"
     core.client(say(Kind.ENDACK, ONE))
     core.client(say(Kind.BYE))
-    core.register(boot=b"1" * 16, held=1)
-    assert held(core, ONE, 0, 9) == [reset()]
+    assert held(core, ONE, 0, 9, epoch=EPOCH) == [reset()], "nothing of it is here any more"
     core.assert_empty()
+
+
+def test_a_client_that_greets_may_come_with_it_later_than_its_worker(core: Core) -> None:
+    core.hello()
+    core.now += 2
+    core.register(held=1)
+    assert held(core, ONE, 0, 9) == []
+    assert attach(core, ONE, 5) == [accepted(ONE), replay(5)]
+
+
+def test_a_worker_that_was_lost_again_may_still_be_asked_for_what_it_holds(core: Core) -> None:
+    core.register(held=1)
+    held(core, ONE, 0, 9)
+    core.lose(WORKER)
+    core.register(held=1)
+    assert held(core, ONE, 0, 9) == []
+    core.hello()
+    assert attach(core, ONE, 5) == [accepted(ONE), replay(5)]
 
 
 def test_a_broker_that_has_been_up_for_long_waits_for_no_client_to_bring_what_only_a_worker_has(core: Core) -> None:
@@ -197,6 +201,13 @@ def test_a_broker_that_has_been_up_for_long_waits_for_no_client_to_bring_what_on
     core.register(held=1)
     assert held(core, ONE, 0, 9) == [reset()]
     core.assert_empty()
+
+
+def test_time_in_which_the_broker_itself_was_away_is_not_part_of_that(core: Core) -> None:
+    core.now += 60
+    core.handle(LoopStalled(60.0))
+    core.register(held=1)
+    assert held(core, ONE, 0, 9) == []
 
 
 @pytest.mark.parametrize(("start", "end", "attempt"), [(6, 9, 1), (0, 4, 1), (0, 9, 0)])
@@ -341,6 +352,15 @@ def test_attach_with_more_than_there_is_is_malformed(core: Core) -> None:
     assert failure(answer)[3].code == "protocol"
 
 
+def test_attach_to_another_request_under_a_taken_id_is_refused_with_the_tokens_that_the_client_has(core: Core) -> None:
+    """With any other number the client would take it for a fault of the broker's."""
+    core.hello()
+    core.register()
+    core.running(body=b"another")
+    [answer] = attach(core, ONE, 2)
+    assert (failure(answer)[2], failure(answer)[3].code) == (2, "bad_request")
+
+
 def test_attach_after_the_request_was_given_up(core: Core) -> None:
     core.hello()
     core.register()
@@ -364,8 +384,7 @@ def test_a_cancel_that_comes_before_its_worker(core: Core) -> None:
     core.client(say(Kind.ENDACK, ONE))
     core.register(held=1)
     assert held(core, ONE, 0, 9) == [reset()]
-    core.wait(3.25)  # settled: from now on a worker's word alone brings nothing back
-    assert held(core, ONE, 0, 9) == [reset()]
+    core.wait(3.25)
     core.assert_empty()
 
 
@@ -471,3 +490,85 @@ def test_an_attempt_that_is_still_being_stopped_keeps_its_number(core: Core) -> 
     attach(core, ONE, 0, attempt=0)
     [run] = [s for s in core.wait(0.3) if isinstance(s, Send) and s.message.kind is Kind.RUN]
     assert run.message.header.attempt == 2
+
+
+# --- a worker that introduces itself again to the broker that knows it
+
+
+def test_what_a_worker_does_not_name_when_it_is_back_it_does_not_have(core: Core) -> None:
+    core.hello()
+    core.register(slots=2)
+    core.register(SECOND, slots=2)
+    core.running(ONE)
+    core.worker(tok(ONE, 0))
+    core.running(TWO, worker=SECOND)
+    assert core.register(SECOND, slots=2, held=0)[1:] == [run(TWO, attempt=2)]
+    assert core.register(slots=2, held=1)[1:] == [], "it has not said yet what it has"
+    assert held(core, TWO, 0, 0, attempt=2, epoch=EPOCH)[1:] == [run(ONE, SECOND, attempt=2, prefix=1)]
+    assert [core.tables.requests[r].losses for r in (ONE, TWO)] == [0, 0], "no worker died"
+
+
+def test_nor_what_it_has_not_named_in_time(core: Core) -> None:
+    core.hello()
+    core.register()
+    core.running()
+    core.register(held=1)
+    core.register(SECOND)
+    assert core.wait(0.25) == [run(ONE, SECOND, attempt=2, timeout=599.75)]
+    assert held(core, ONE, 0, 9, epoch=EPOCH) == [reset()]
+
+
+def test_what_it_was_given_just_now_it_may_not_have_known_then(core: Core) -> None:
+    """It says REGISTER until it hears WELCOME, and RUN may follow that."""
+    core.hello()
+    core.register()
+    core.submit(ONE)
+    assert kinds(core.register()) == [(WORKER, Kind.WELCOME)]
+    assert core.wait(1) == [run(ONE, timeout=599.0)]
+
+
+def test_a_slot_is_free_when_what_was_being_stopped_there_is_not_there_any_more(core: Core) -> None:
+    core.hello()
+    core.register()
+    core.running()
+    core.client(say(Kind.CANCEL, ONE))
+    core.client(say(Kind.ENDACK, ONE))
+    core.submit(TWO)
+    assert core.register()[1:] == [run(TWO)]
+
+
+# --- the weights that a client's tokens came from
+
+
+def test_a_returning_request_goes_on_only_where_the_same_weights_are_loaded(core: Core) -> None:
+    core.hello()
+    core.register(fingerprint="other")
+    attach(core, ONE, 5, fingerprint="f")
+    [phase] = core.wait(0.25)
+    assert kinds([phase]) == [(CLIENT, Kind.PHASE)]
+    assert core.register(SECOND)[1:] == [run(ONE, SECOND, attempt=2, prefix=5, timeout=599.75)]
+
+
+@pytest.mark.parametrize("first", ["client", "worker"])
+def test_nor_is_it_claimed_by_a_worker_with_other_weights(core: Core, first: str) -> None:
+    core.hello()
+    core.register(slots=2, fingerprint="other", held=1)
+    if first == "client":
+        attach(core, ONE, 5, fingerprint="f")
+        assert held(core, ONE, 0, 9) == [reset()]
+    else:
+        held(core, ONE, 0, 9)
+        assert stop(ONE, 3) in attach(core, ONE, 5, fingerprint="f")
+    core.wait(0.25)
+    assert core.tables.requests[ONE].lease is None
+
+
+def test_weights_that_nobody_has_make_a_limited_number_of_queues() -> None:
+    core = Core(settle=3.0, limits=Limits(queued=2_000))
+    core.hello()
+    core.register(fingerprint="other")
+    for n in range(1, 1_102):
+        attach(core, n.to_bytes(16), 1, fingerprint=f"print {n}")
+    errors = [failure(a)[3] for a in core.wait(0.25) if Kind.ERROR in dict(kinds([a])).values()]
+    assert [e.code for e in errors] == ["overloaded"] * 101
+    assert core.tables.queues.lanes("m") == 1_000

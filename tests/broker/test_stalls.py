@@ -180,3 +180,20 @@ def test_a_worker_that_hangs_with_what_nobody_claims_is_lost(core: Core) -> None
     assert core.wait(30)[-1] == stop(ONE, 1)
     said = [action for action in core.wait(60.5) if action != stop(ONE, 1)]
     assert said == [Send(WORKER, say(Kind.DIE))]
+
+
+def test_what_a_worker_is_still_to_stop_is_waited_for_as_before() -> None:
+    """Its request has gone on elsewhere; what it produces there says nothing about the prompt that is read here."""
+    core = Core()
+    core.hello()
+    core.register(slots=2)
+    core.running(ONE)
+    core.running(TWO)
+    core.register(SECOND)
+    core.worker(tok(ONE, 5))  # output with a hole
+    core.worker(tok(ONE, 0, attempt=2), SECOND)
+    core.worker(end(ONE, 1, attempt=2), SECOND)
+    core.client(say(Kind.ENDACK, ONE))
+    core.worker(tok(TWO, 0))
+    assert Send(WORKER, say(Kind.DIE)) not in core.wait(59.75)
+    assert Send(WORKER, say(Kind.DIE)) in core.wait(0.25)

@@ -90,9 +90,9 @@ def accepted(position: int = 0) -> Arrived:
     return Arrived(Message(Header(Kind.ACCEPTED, ID, arg=position)))
 
 
-def tok(start: int, count: int = 1, calls: tuple[ToolCall, ...] = ()) -> Arrived:
+def tok(start: int, count: int = 1, calls: tuple[ToolCall, ...] = (), fingerprint: str = "") -> Arrived:
     ids = list(range(start, start + count))
-    body = codec.pack(Tok("".join(f"{i}." for i in ids), calls))
+    body = codec.pack(Tok("".join(f"{i}." for i in ids), calls, fingerprint=fingerprint))
     return Arrived(Message(Header(Kind.TOK, ID, start, count, 1), body=body, tokens=pack_tokens(ids)))
 
 
@@ -413,6 +413,15 @@ def test_an_idle_stream_ends_but_a_slow_reader_is_no_idle_stream() -> None:
 
 
 # --- the broker comes and goes ----------------------------------------------------------------------------------------
+
+
+def test_a_new_broker_is_told_which_weights_the_tokens_came_from() -> None:
+    story = begun()
+    story.do(tok(0, fingerprint="f"))
+    story.do(tok(1))
+    story.do(Detached())
+    [attach] = story.do(ATTACHED)
+    assert codec.unpack(Submit, attach.route).fingerprint == "f"
 
 
 def test_a_new_broker_is_given_the_request_again_until_it_answers() -> None:

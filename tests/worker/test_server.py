@@ -195,7 +195,8 @@ def test_a_broken_connection_loses_no_token(endpoint):
         try:
             same.welcome()
             held = same.expect(Kind.HELD)
-            assert (held.header.request, held.header.seq) == (REQUEST, 1)
+            assert held.header.request == REQUEST
+            assert held.header.seq in (0, 1)  # TOKACK may have been lost with the connection
             same.send(Kind.REPLAY, REQUEST, attempt=1, seq=1)
             found, end = same.output(REQUEST)
             by_position = {}

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from loopmux.codec import BODY_LIMITS, pack, unpack
@@ -277,17 +279,45 @@ def test_acknowledged_output_is_not_kept_and_the_rest_comes_again_unchanged():
     assert [(m.kind, m.header.seq) for m in again] == [(Kind.TOK, 8), (Kind.TOK, 16), (Kind.END, 24)]
 
 
-def replay(start, request=REQUEST, attempt=1):
-    return Received(message(Kind.REPLAY, request, seq=start, attempt=attempt))
+def replay(start, request=REQUEST, attempt=1, acknowledged=0):
+    return Received(message(Kind.REPLAY, request, seq=start, arg=acknowledged, attempt=attempt))
 
 
-def test_a_replay_names_what_the_client_has_and_that_is_let_go():
+def test_a_replay_names_what_the_client_has_and_only_that_is_let_go():
+    """What the broker alone has is not sent again, and kept: the broker may die with it."""
     session = running()
-    session.handle(stepped(produced(0, 8)), 1.0)
-    session.handle(stepped(produced(8, 8)), 1.1)
+    for n in range(3):
+        session.handle(stepped(produced(8 * n, 8)), 1.0 + n / 10)
     session.handle(Disconnected(), 1.3)
-    session.handle(welcome(NEXT_EPOCH), 1.6)
-    assert [m.header.seq for m in sent(session.handle(replay(8), 1.7))] == [8]
+    session.handle(welcome(), 1.4)
+    assert [m.header.seq for m in sent(session.handle(replay(16, acknowledged=8), 1.5))] == [16]
+    session.handle(Disconnected(), 1.6)
+    [held] = sent(session.handle(welcome(NEXT_EPOCH), 1.7))
+    assert held.header == Header(Kind.HELD, REQUEST, seq=8, arg=24, attempt=1)
+    assert [m.header.seq for m in sent(session.handle(replay(8, acknowledged=8), 1.8))] == [8, 16]
+
+
+def test_the_first_tokens_of_an_attempt_come_with_the_name_of_the_weights():
+    session = running(prefix=(7, 7))
+    first = sent(session.handle(stepped(produced(2, 1)), 1.0))
+    more = sent(session.handle(stepped(produced(3, 8)), 1.1))
+    assert [unpack(Tok, m.body).fingerprint for m in first + more] == ["f", ""]
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "expected"),
+    [
+        ("m", None, "f"),
+        ("a", None, "g"),
+        ("a", "red", "g"),
+        ("m", "a", "f+g"),
+        ("m", "blue", "f+blue"),
+        ("n", None, ""),
+    ],
+)
+def test_what_names_the_weights(model, adapter, expected):
+    served = (ServedModel("m", "f"), ServedModel("a", "g", adapter="red"))
+    assert replace(REGISTER, models=served).fingerprint(model, adapter) == expected
 
 
 def test_what_is_held_is_announced_and_repeated_until_the_broker_has_said_what_it_wants():
@@ -298,12 +328,15 @@ def test_what_is_held_is_announced_and_repeated_until_the_broker_has_said_what_i
     assert unpack(Register, register.route).held == 2
     held = sent(session.handle(welcome(NEXT_EPOCH), 1.2))
     assert [(m.kind, m.header.request) for m in held] == [(Kind.HELD, REQUEST), (Kind.HELD, OTHER)]
-    assert unpack(Held, held[1].route) == Held(b"c" * 16, "m")
+    assert unpack(Held, held[1].route) == Held(b"c" * 16, "m", epoch=EPOCH)
     assert session.handle(stepped(produced(0, 8)), 1.3) == []  # not before it is asked for
     assert [m.header.seq for m in sent(session.handle(replay(0), 1.4))] == [0]
     assert session.handle(Received(message(Kind.RESET, OTHER)), 1.5) == [Cancel(Key(OTHER, 1))]
     assert Kind.HELD not in kinds(session.handle(Woke(), 2.5))
     assert session.requests == 1
+    session.handle(Disconnected(), 2.6)
+    [again] = sent(session.handle(welcome(b"g" * 8), 2.7))
+    assert unpack(Held, again.route).epoch == NEXT_EPOCH, "that of the broker that asked for it"
 
 
 def test_held_is_repeated():

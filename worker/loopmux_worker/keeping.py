@@ -43,6 +43,8 @@ class OutputStream:
 
     def __init__(self, key: Key, start: int) -> None:
         self.key = key
+        self.fingerprint = ""
+        """Of the weights that produce it; said with the first tokens."""
         self.end = start
         """Index behind the last token that was added."""
         self.terminal: Message | None = None
@@ -92,7 +94,8 @@ class OutputStream:
         """
         if not self._ids:
             return []
-        body = pack(Tok("".join(self._text), tuple(self._calls), tuple(self._logprobs)))
+        fingerprint = self.fingerprint if self._sent_at is None else ""
+        body = pack(Tok("".join(self._text), tuple(self._calls), tuple(self._logprobs), fingerprint))
         ids, start = self._ids, self._sent
         self._ids, self._text, self._calls, self._logprobs = [], [], [], []
         if len(body) > WORKER_MESSAGE_LIMIT:
@@ -128,9 +131,9 @@ class OutputStream:
         """Index of the first token that can still be sent."""
         return self._kept[0].message.header.seq if self._kept else self._sent
 
-    def resend(self, now: float) -> list[Message]:
-        """Everything that was sent and not acknowledged, as it first was."""
-        messages = [kept.message for kept in self._kept]
+    def resend(self, start: int, now: float) -> list[Message]:
+        """Everything from the token ``start`` on that was sent, as it first was."""
+        messages = [kept.message for kept in self._kept if kept.end > start]
         return [*messages, *self.terminal_again(now)]
 
     def due(self) -> float:

@@ -57,6 +57,7 @@ class _Request:
     stream: OutputStream
     run: Run
     deadline: float
+    epoch: bytes  # of the broker that last wanted it of this worker
     stopping: str | None = None  # the error code that the end is to carry once the engine let go
     offered: bool = False  # HELD was said, and the broker has not said yet what it wants of it
     asked: bool = False  # by the broker, which then gets CANCELLED; a deadline that the worker noticed is an ERROR
@@ -78,6 +79,7 @@ class Session:
         self._load = Load(0, 0, 0)
         self._tokens = 0  # since the last heartbeat
         self._welcomed = False
+        self._epoch = b""
         self._heartbeat = HEARTBEAT
         self._now = now
         self._heard = now
@@ -119,7 +121,7 @@ class Session:
             case Cancelled(key, usage):
                 return self._cancelled(key, usage, now)
             case Asked():
-                return self._asked(STOP_WITHIN, now)
+                return self._asked(now)
             case Woke():
                 return self._woke(now)
 
@@ -188,8 +190,6 @@ class Session:
                         del self._requests[request.stream.key]
             case Kind.SESSION:
                 return [Hint(unpack(SessionHint, message.route))]
-            case Kind.DRAIN:
-                return self._asked(header.arg / 1000, now)
             case Kind.DIE:
                 return [Leave()]
             case _:
@@ -220,6 +220,7 @@ class Session:
         if welcome.version not in VERSIONS:
             return [Leave(ProtocolError(f"the broker chose protocol {welcome.version}, spoken here: {VERSIONS}"))]
         self._heartbeat = max(welcome.heartbeat, _FASTEST_HEARTBEAT)
+        self._epoch = welcome.epoch
         if self._welcomed:
             return []
         self._welcomed, self._beat_at = True, now + welcome.heartbeat
@@ -244,21 +245,26 @@ class Session:
     def _held(self, request: _Request) -> Action:
         stream, run = request.stream, request.run
         header = Header(Kind.HELD, stream.key.request, stream.start, stream.end, stream.key.attempt)
-        return Send(Message(header, route=pack(Held(run.client, run.model, run.adapter))), lasting=False)
+        held = Held(run.client, run.model, run.adapter, request.epoch)
+        return Send(Message(header, route=pack(held)), lasting=False)
 
     def _replay(self, header: Header, now: float) -> list[Action]:
         request = self._requests.get(Key(header.request, header.attempt))
         if request is None:
             return [_not_here(header)]
-        request.offered = False
-        request.stream.acknowledge(header.seq)
-        return self._send(request, request.stream.resend(now))
+        self._wanted(request)
+        request.stream.acknowledge(header.arg)
+        return self._send(request, request.stream.resend(header.seq, now))
 
-    def _asked(self, within: float, now: float) -> list[Action]:
+    def _wanted(self, request: _Request) -> None:
+        """The present broker wants it of this worker."""
+        request.offered, request.epoch = False, self._epoch
+
+    def _asked(self, now: float) -> list[Action]:
         """Leave once nothing runs here any more; at once when that is so already, or when asked again."""
         if self._leave_at is not None or not self._welcomed or not self._requests:
             return self._goodbye()
-        self._leave_at = now + within
+        self._leave_at = now + STOP_WITHIN
         return [self._drain(now)]
 
     def _drain(self, now: float) -> Action:
@@ -285,14 +291,15 @@ class Session:
         if known is not None and not known.offered:
             return [acknowledged]
         if known is not None and known.stream.start == len(prefix):  # a new broker asks for what is here already
-            known.offered = False
-            return [acknowledged, *self._send(known, known.stream.resend(now))]
+            self._wanted(known)
+            return [acknowledged, *self._send(known, known.stream.resend(len(prefix), now))]
         if known is not None:  # numbered alike by two brokers that did not know of each other: another number, please
             return [*self._drop(key), _not_here(header)]
-        request = _Request(OutputStream(key, len(prefix)), Run(model=""), float("inf"))
+        request = _Request(OutputStream(key, len(prefix)), Run(model=""), float("inf"), self._epoch)
         self._requests[key] = request
         try:
-            request.run = unpack(Run, message.route)
+            request.run = run = unpack(Run, message.route)
+            request.stream.fingerprint = self._register.fingerprint(run.model, run.adapter)
             request.deadline = now + request.run.timeout + DEADLINE_GRACE
             generate = unpack(Generate, message.body, BODY_LIMITS)
         except ProtocolError as error:
