@@ -183,7 +183,10 @@ class Attempts:
     # --- standing still
 
     def watch(self, worker: Worker, now: float) -> None:
-        """See to it that somebody looks whether the engine gets on."""
-        due = self._t.config.stall.due(worker)
-        if due is not None:
-            self._t.timers.set((Alarm.STALL, worker.peer, 0), max(due, now))
+        """See to it that somebody looks whether the engine gets on: as soon as any attempt's budget can be used up.
+
+        What the budgets are is looked up then: a worker's attempts are many, and come and go.
+        """
+        alarm = (Alarm.STALL, worker.peer, 0)
+        if worker.leases and alarm not in self._t.timers:
+            self._t.timers.set(alarm, now + self._t.config.stall.shortest)

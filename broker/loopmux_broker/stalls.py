@@ -34,6 +34,11 @@ class Stall:
             return self.decode
         return max(self.prefill, self.per_size * (lease.request.submit.prompt_size + 4 * lease.prefix))
 
+    @property
+    def shortest(self) -> float:
+        """The least that any budget can be."""
+        return min(self.decode, self.prefill)
+
     def due(self, worker: Worker) -> float | None:
         """When a worker counts as hung unless its engine moves before; None while it has nothing to do."""
         budgets = [self.budget(x) for x in worker.leases.values() if x.request.state is not State.RECOVERING]

@@ -142,8 +142,6 @@ class WorkerSide:
         worker.tokens += count
         worker.moved = now
         self._t.admission.output += output.add(seq, seq + count, frames)
-        if seq == lease.prefix:  # from here on it may stand still for less long
-            self._attempts.watch(worker, now)
         if output.held > self._t.config.request_output:
             self._ends.slow_client(request, now)
         else:
@@ -291,7 +289,7 @@ class WorkerSide:
         if worker is None or due is None:
             return
         if now < due:
-            self._t.timers.set((Alarm.STALL, peer, 0), due)
+            self._t.timers.set((Alarm.STALL, peer, 0), min(due, now + self._t.config.stall.shortest))
             return
         self._t.counters["stalled"] += 1
         # Its own thread lives and can end the process, which no signal to the engine could.
