@@ -267,15 +267,44 @@ def _next(caller: zmq.Socket[bytes]) -> Header | None:
 
 @dataclass
 class _Line:
-    """One HTTP connection and what came of the present answer."""
+    """One HTTP connection, and what of the present answer came and was not taken yet."""
 
     socket: socket.socket
     came: bytes = b""
     begun: float = 0.0
 
+    def ask(self, request: bytes) -> None:
+        """Send the next request."""
+        self.came, self.begun = b"", time.perf_counter()
+        self.socket.sendall(request)
+
+    def read(self) -> None:
+        """Take in what has arrived."""
+        first = not self.came
+        self.came += self.socket.recv(1 << 16)
+        if first and not self.came.startswith(b"HTTP/1.1 200"):
+            raise SystemExit(f"the server answered {self.came[:200]!r}")
+
+    def take_events(self) -> int:
+        """Take out each server-sent event that is whole, as a reader gets them, and count them."""
+        *whole, rest = self.came.split(b"\n\n")
+        self.came = rest or b"\n"  # never empty, as before an answer
+        return sum(b"data: " in piece for piece in whole)
+
+    def ended(self, *, streamed: bool) -> bool:
+        """Whether the answer is complete."""
+        if streamed:
+            return self.came.endswith(b"0\r\n\r\n")
+        head, _, body = self.came.partition(b"\r\n\r\n")
+        at = head.lower().find(b"content-length:")
+        return at >= 0 and len(body) >= int(head[at + 15 :].split(b"\r", 1)[0])
+
 
 class HttpCallers:
-    """Callers over HTTP/1.1: kept connections, requests encoded once, answers read no further than they must be."""
+    """Callers over HTTP/1.1: kept connections, requests encoded once, answers read no further than they must be.
+
+    A chunk is a server-sent event with the text and the token ids that a TOK has, counted when it has come.
+    """
 
     def __init__(self, port: int, connections: int) -> None:
         self._lines: dict[int, _Line] = {}
@@ -288,7 +317,8 @@ class HttpCallers:
 
     def run(self, again: Again, chunks: int, *, at_once: int) -> Took:
         """See ``Callers``; a request without chunks is answered whole."""
-        body = json.dumps({"text": TEXT, "chunks": chunks}).encode()
+        text = json.dumps({"text": TEXT, "token_ids": list(range(CHUNK))}) if chunks else TEXT
+        body = json.dumps({"text": text, "chunks": chunks}).encode()
         head = f"POST /{'stream' if chunks else 'echo'} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         request = head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
         begun, latencies, came, busy = time.perf_counter(), list[float](), 0, 0
@@ -300,19 +330,18 @@ class HttpCallers:
                 raise SystemExit(f"nothing came for {PATIENCE:.0f} s: the server is gone")
             for descriptor, _ in ready:
                 line = self._lines[descriptor]
-                line.came += line.socket.recv(1 << 16)
-                if not _whole(line.came, streamed=bool(chunks)):
-                    continue
-                latencies.append(time.perf_counter() - line.begun)
-                came += line.came.count(b"data: ")
-                busy -= not self._ask(line, request, again)
+                line.read()
+                if chunks:
+                    came += line.take_events()
+                if line.ended(streamed=bool(chunks)):
+                    latencies.append(time.perf_counter() - line.begun)
+                    busy -= not self._ask(line, request, again)
         return Took(time.perf_counter() - begun, latencies, came)
 
     def _ask(self, line: _Line, request: bytes, again: Again) -> bool:
         if not again():
             return False
-        line.came, line.begun = b"", time.perf_counter()
-        line.socket.sendall(request)
+        line.ask(request)
         return True
 
     def close(self) -> None:
@@ -320,14 +349,3 @@ class HttpCallers:
         self._epoll.close()
         for line in self._lines.values():
             line.socket.close()
-
-
-def _whole(answer: bytes, *, streamed: bool) -> bool:
-    """Whether an answer has all arrived."""
-    if not answer.startswith(b"HTTP/1.1 200"):
-        raise SystemExit(f"the server answered {answer[:200]!r}")
-    if streamed:
-        return answer.endswith(b"0\r\n\r\n")
-    head, _, body = answer.partition(b"\r\n\r\n")
-    at = head.lower().find(b"content-length:")
-    return at >= 0 and len(body) >= int(head[at + 15 :].split(b"\r", 1)[0])
