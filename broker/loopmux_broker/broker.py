@@ -54,7 +54,7 @@ class Broker:
         self._recovery = Recovery(t, entry, self._attempts, self._leases, self._ends, self._waiting)
         self._clients = ClientSide(t, entry, self._recovery, self._ends, self._streams)
         self._workers = WorkerSide(
-            t, self._attempts, self._leases, self._recovery, self._ends, self._waiting, self._streams
+            t, entry, self._attempts, self._leases, self._recovery, self._ends, self._waiting, self._streams
         )
         if config.settle > 0:
             self.tables.timers.set((Alarm.SETTLED, b"", 0), now + config.settle)

@@ -21,6 +21,8 @@ _MOST_FRAMES = 5
 """Frames kept of a message, one more than any has: enough to see that it is malformed."""
 
 
+_EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)
+"""Plain numbers: an enum's `&` costs as much as asking the socket."""
 _EVENT = struct.Struct("=Hi")
 """First frame of a monitor's message: event number and descriptor."""
 
@@ -48,7 +50,8 @@ class Door:
         self.endpoint = ""
         self._suffix = bytes([number])
         self._descriptors: dict[int, Peer] = {}
-        self._lost: list[Peer] = []
+        self.lost: list[Peer] = []
+        """Introduced peers whose connections have closed, until somebody takes them out."""
         self.socket = context.socket(zmq.ROUTER)
         limit = CLIENT_MESSAGE_LIMIT if side is Side.CLIENTS else WORKER_MESSAGE_LIMIT
         options = COMMON | {
@@ -62,8 +65,9 @@ class Door:
         for option, value in options.items():
             self.socket.setsockopt(option, value)
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        # The compiled method itself: what zmq.Socket wraps around it is for other socket types and doubles the cost.
+        # The compiled methods themselves: what zmq.Socket wraps around them is for other types and doubles the cost.
         self._send = super(zmq.Socket, self.socket).send
+        self._get = super(zmq.Socket, self.socket).get
 
     def bind(self, endpoint: str, descriptor: int | None = None) -> None:
         """Listen, on a socket that listens already if there is one. The file of an ipc endpoint is this user's alone.
@@ -86,6 +90,11 @@ class Door:
         # With port 0 the system has chosen one.
         bound = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.endpoint = endpoint if endpoints.ipc_path(endpoint) else bound.rstrip("\0")
+
+    @property
+    def readable(self) -> bool:
+        """Whether there is a message to receive."""
+        return bool(self._get(_EVENTS) & _READABLE)
 
     def receive(self) -> tuple[Peer, list[bytes]] | None:
         """The next message (its sender, its frames), None if there is none now."""
@@ -130,14 +139,9 @@ class Door:
                 event, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
                 peer = self._descriptors.pop(_EVENT.unpack(event)[1], None)
                 if peer is not None:
-                    self._lost.append(peer)
+                    self.lost.append(peer)
         except zmq.Again:
             return
-
-    def lost(self) -> list[Peer]:
-        """Take the introduced peers whose connections have closed since the last time."""
-        lost, self._lost = self._lost, []
-        return lost
 
     def close(self) -> None:
         """Stop listening; the socket file goes with it."""

@@ -36,13 +36,16 @@ class Leases:
         self._t.out.append(Send(lease.worker.peer, message))
         self._t.timers.set((Alarm.RUN, *lease.key), now + self._t.config.resend)
 
-    def started(self, lease: Lease) -> None:
-        """The worker has the request: RUNACK, or output came."""
-        if not lease.acknowledged:
-            lease.acknowledged = True
-            self._t.timers.cancel((Alarm.RUN, *lease.key))
-            if not lease.stopping:
-                lease.request.move(Step.STARTED)
+    def started(self, lease: Lease) -> bool:
+        """The worker has the request: RUNACK, or output came. Returns whether it is the first that is heard of it."""
+        if lease.acknowledged:
+            return False
+        lease.acknowledged = True
+        self._t.timers.cancel((Alarm.RUN, *lease.key))
+        if lease.stopping:
+            return False
+        lease.request.move(Step.STARTED)
+        return True
 
     def stop(self, lease: Lease, reason: StopReason, now: float) -> None:
         """Tell a worker to stop; its slot stays taken until it says that it has."""

@@ -11,6 +11,7 @@ from loopmux.wire import ID_SIZE, Kind, Message
 from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import agree, no_common_version, welcome
 from loopmux_broker.ends import Ends, protocol_failure
+from loopmux_broker.entry import Entry
 from loopmux_broker.events import Log, Peer, Send, say
 from loopmux_broker.leases import Leases
 from loopmux_broker.pool import Launcher, Lease, Worker
@@ -34,6 +35,7 @@ class WorkerSide:
     def __init__(
         self,
         tables: Tables,
+        entry: Entry,
         attempts: Attempts,
         leases: Leases,
         recovery: Recovery,
@@ -41,7 +43,7 @@ class WorkerSide:
         waiting: Waiting,
         streams: Streams,
     ) -> None:
-        self._t, self._attempts, self._leases, self._recovery = tables, attempts, leases, recovery
+        self._t, self._entry, self._attempts, self._leases, self._recovery = tables, entry, attempts, leases, recovery
         self._ends, self._waiting, self._streams = ends, waiting, streams
 
     def hear(self, peer: Peer, message: Message, frames: list[bytes], now: float) -> None:
@@ -72,8 +74,8 @@ class WorkerSide:
                 self._terminal(worker, message, frames, now)
             case Kind.RUNACK:
                 lease = self._lease(worker, message)
-                if lease is not None:
-                    self._leases.started(lease)
+                if lease is not None and self._leases.started(lease):
+                    self._entry.accept(lease.request)
             case Kind.HB:
                 worker.load = codec.unpack(Heartbeat, message.route)
                 if message.header.seq != worker.progress:

@@ -79,8 +79,6 @@ class Echo:
         if message.kind not in (Kind.RUN, Kind.SUBMIT):
             return
         wish = codec.decode(message.body, codec.ROUTE_LIMITS)
-        if message.kind is Kind.RUN:
-            self._send([], Message(Header(Kind.RUNACK, message.header.request, attempt=message.header.attempt)))
         self.jobs[message.header.request] = Job(frames[: self.depth], message.header, wish["chunks"], wish["width"])
         self.pace = 1 / wish["rate"] if wish["rate"] else 0.0
 
@@ -212,8 +210,11 @@ class WireCallers:
                         came += 1
                         self._credit(caller, header)
                     elif header.kind is Kind.END:
-                        latencies.append(time.perf_counter() - self._begun.pop(header.request))
+                        begun_at = self._begun.pop(header.request, None)
                         self._say(caller, Kind.ENDACK, header.request)
+                        if begun_at is None:
+                            continue  # said again, because ENDACK took long
+                        latencies.append(time.perf_counter() - begun_at)
                         if again():
                             self._submit(caller, body)
                     elif header.kind in wire.TERMINALS or header.kind is Kind.WHO:
