@@ -65,14 +65,21 @@ class Echo:
         """Run until killed. Streams take turns, so that many are under way at once."""
         beat = time.monotonic()
         while True:
-            while self.socket.poll(0 if self.jobs else 200):
-                self._receive(self.socket.recv_multipart())
+            if self.jobs or self.socket.poll(200):
+                self._take()
             if time.monotonic() > beat + 0.5:
                 beat = time.monotonic()
                 if not self.depth:  # the other end is a broker
                     self.socket.send_multipart(wire.to_frames(Message(Header(Kind.HB), route=codec.pack({}))))
             for job in list(self.jobs.values()):
                 self._step(job)
+
+    def _take(self) -> None:
+        try:
+            while True:
+                self._receive(self.socket.recv_multipart(zmq.NOBLOCK))
+        except zmq.Again:
+            return
 
     def _receive(self, frames: list[bytes]) -> None:
         message = wire.from_frames(frames[self.depth :])

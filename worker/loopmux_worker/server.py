@@ -135,10 +135,11 @@ class Worker:
         poller.register(self._monitor, zmq.POLLIN)
         poller.register(self._ear, zmq.POLLIN)
         while self._left is None:
+            left = self._session.next_timer() - time.monotonic()  # once a turn: every request is asked
+            if left <= 0:
+                self._handle(Woke())
             poller.register(self._dealer, zmq.POLLIN | (zmq.POLLOUT if self._unsent else 0))
-            wait = self._session.next_timer() - time.monotonic()
-            poller.poll(max(0, math.ceil(wait * 1000)))
-            self._turn()
+            self._turn({source for source, _ in poller.poll(max(0, math.ceil(left * 1000)))})
         if self._left.error is not None:
             raise self._left.error
 
@@ -164,9 +165,10 @@ class Worker:
         self._ear.close()
         return ended
 
-    def _turn(self) -> None:
-        self._hear()
-        while self._monitor.poll(0):
+    def _turn(self, readable: set[object]) -> None:
+        if self._ear.fileno() in readable:
+            self._ear.recv(4096)
+        if self._monitor in readable:  # one a turn: more of them keep it readable
             lost = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
             self._handle(Disconnected() if lost else Connected())
         self._flush()
@@ -185,8 +187,6 @@ class Worker:
         if self._asked:
             self._asked = False
             self._handle(Asked())
-        if time.monotonic() >= self._session.next_timer():
-            self._handle(Woke())
 
     def _handle(self, event: Event) -> None:
         if self._left is not None:
@@ -238,12 +238,6 @@ class Worker:
             self._bell.send(b"!")
         except BlockingIOError:
             pass  # it is full of unheard rings, so the loop is about to wake anyway
-
-    def _hear(self) -> None:
-        try:
-            self._ear.recv(4096)
-        except BlockingIOError:
-            pass  # something else woke the loop
 
 
 def _about_process() -> dict[str, object]:

@@ -46,7 +46,7 @@ STOP_WITHIN = 1.5
 BUFFER = 64 * 1024 * 1024
 """Bytes of output that are kept while no broker takes them; then the engine has to wait."""
 ACKNOWLEDGE_WITHIN = 0.05
-"""Seconds until RUNACK, unless output goes out before and says the same: far below `RESEND`, after which RUN comes again."""
+"""Seconds until RUNACK, unless output goes out before and says as much; far below ``RESEND`` of RUN."""
 _FASTEST_HEARTBEAT = 0.05
 """Seconds; a broker that asks for more is mistaken."""
 _ABSENCE = 2.0
