@@ -94,7 +94,7 @@ class Door:
     @property
     def readable(self) -> bool:
         """Whether there is a message to receive."""
-        return bool(self._get(_EVENTS) & _READABLE)
+        return int(self._get(_EVENTS)) & _READABLE != 0
 
     def receive(self) -> tuple[Peer, list[bytes]] | None:
         """The next message (its sender, its frames), None if there is none now."""
