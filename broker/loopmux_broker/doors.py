@@ -11,7 +11,7 @@ import zmq
 from loopmux import endpoints
 from loopmux.claims import BusyError
 from loopmux.errors import ConfigError
-from loopmux.sockets import COMMON
+from loopmux.sockets import COMMON, readable, send
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, HEADER_SIZE, WORKER_MESSAGE_LIMIT, Kind
 from loopmux_broker.events import Peer
 
@@ -21,8 +21,6 @@ _MOST_FRAMES = 5
 """Frames kept of a message, one more than any has: enough to see that it is malformed."""
 
 
-_EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)
-"""Plain numbers: an enum's `&` costs as much as asking the socket."""
 _EVENT = struct.Struct("=Hi")
 """First frame of a monitor's message: event number and descriptor."""
 
@@ -65,9 +63,6 @@ class Door:
         for option, value in options.items():
             self.socket.setsockopt(option, value)
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        # The compiled methods themselves: what zmq.Socket wraps around them is for other types and doubles the cost.
-        self._send = super(zmq.Socket, self.socket).send
-        self._get = super(zmq.Socket, self.socket).get
 
     def bind(self, endpoint: str, descriptor: int | None = None) -> None:
         """Listen, on a socket that listens already if there is one. The file of an ipc endpoint is this user's alone.
@@ -94,7 +89,7 @@ class Door:
     @property
     def readable(self) -> bool:
         """Whether there is a message to receive."""
-        return int(self._get(_EVENTS)) & _READABLE != 0
+        return readable(self.socket)
 
     def receive(self) -> tuple[Peer, list[bytes]] | None:
         """The next message (its sender, its frames), None if there is none now."""
@@ -118,18 +113,14 @@ class Door:
 
     def send(self, peer: Peer, frames: list[bytes]) -> SendOutcome:
         """Send at once or not at all."""
-        send = self._send
         try:
-            send(peer[:-1], zmq.SNDMORE)
+            send(self.socket, [peer[:-1], *frames])
         except zmq.Again:
             return SendOutcome.FULL
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
             return SendOutcome.GONE
-        for frame in frames[:-1]:
-            send(frame, zmq.SNDMORE)
-        send(frames[-1])
         return SendOutcome.SENT
 
     def watch(self) -> None:

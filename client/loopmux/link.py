@@ -10,7 +10,7 @@ import zmq
 from loopmux.endpoints import ipc_path
 from loopmux.errors import ConfigError
 from loopmux.events import Connected, Disconnected
-from loopmux.sockets import FAREWELL, dealer
+from loopmux.sockets import FAREWELL, dealer, readable, receive, send
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, Message, to_frames
 
 
@@ -50,6 +50,11 @@ class Link:
         return bool(events & zmq.POLLIN or (events & zmq.POLLOUT and self._unsent))
 
     @property
+    def readable(self) -> bool:
+        """Whether there is something to receive."""
+        return readable(self.socket)
+
+    @property
     def blocked(self) -> bool:
         """Whether something waits for the socket to take it."""
         return bool(self._unsent)
@@ -68,17 +73,14 @@ class Link:
         """Send what waits, as far as the socket takes it."""
         while self._unsent:
             try:
-                self.socket.send_multipart(self._unsent[0], zmq.NOBLOCK)
+                send(self.socket, self._unsent[0])
             except zmq.Again:
                 return
             self._unsent.popleft()
 
     def receive(self) -> list[bytes] | None:
         """The frames of the next message, or None."""
-        try:
-            return self.socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
+        return receive(self.socket)
 
     def news(self) -> Connected | Disconnected | None:
         """What happened to the connection, one by one; None when that is all."""

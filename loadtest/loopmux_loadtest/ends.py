@@ -15,7 +15,7 @@ from typing import Protocol
 
 import zmq
 
-from loopmux import codec, wire
+from loopmux import codec, sockets, wire
 from loopmux.cadence import HEARTBEAT
 from loopmux.messages import End, Hello, Register, ServedModel, Submit, Tok, Welcome
 from loopmux.results import Timing, Usage
@@ -75,11 +75,8 @@ class Echo:
                 self._step(job)
 
     def _take(self) -> None:
-        try:
-            while True:
-                self._receive(self.socket.recv_multipart(zmq.NOBLOCK))
-        except zmq.Again:
-            return
+        while (frames := sockets.receive(self.socket)) is not None:
+            self._receive(frames)
 
     def _receive(self, frames: list[bytes]) -> None:
         message = wire.from_frames(frames[self.depth :])
@@ -105,7 +102,7 @@ class Echo:
         del self.jobs[request]
 
     def _send(self, prefix: list[bytes], message: Message) -> None:
-        self.socket.send_multipart([*prefix, *wire.to_frames(message)])
+        sockets.send(self.socket, [*prefix, *wire.to_frames(message)])
 
 
 def _sleep_exactly(seconds: float) -> None:
@@ -232,7 +229,7 @@ class WireCallers:
     def _submit(self, caller: zmq.Socket[bytes], body: bytes) -> None:
         request = wire.new_id()
         self._begun[request] = time.perf_counter()
-        caller.send_multipart([wire.pack_header(Header(Kind.SUBMIT, request)), _ROUTE, body])
+        sockets.send(caller, [wire.pack_header(Header(Kind.SUBMIT, request)), _ROUTE, body])
 
     def _credit(self, caller: zmq.Socket[bytes], header: Header) -> None:
         received = header.seq + header.arg
@@ -241,7 +238,7 @@ class WireCallers:
 
     def _say(self, caller: zmq.Socket[bytes], kind: Kind, request: bytes, seq: int = 0, arg: int = 0) -> None:
         if self._introduce:
-            caller.send_multipart([wire.pack_header(Header(kind, request, seq, arg))])
+            sockets.send(caller, [wire.pack_header(Header(kind, request, seq, arg))])
 
     def _wait(self) -> list[int]:
         """The connections on which something came; now and then it is said that the callers are there."""
@@ -267,10 +264,8 @@ def _round_and_round(sockets: dict[int, zmq.Socket[bytes]]) -> Iterator[zmq.Sock
 
 
 def _next(caller: zmq.Socket[bytes]) -> Header | None:
-    try:
-        return wire.unpack_header(caller.recv_multipart(zmq.NOBLOCK)[0])
-    except zmq.Again:
-        return None
+    frames = sockets.receive(caller)
+    return None if frames is None else wire.unpack_header(frames[0])
 
 
 @dataclass

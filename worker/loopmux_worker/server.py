@@ -17,10 +17,10 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 import loopmux
+from loopmux import sockets
 from loopmux.codec import pack, shorten
 from loopmux.errors import ConfigError, EngineError, LoopmuxError, ProtocolError
 from loopmux.messages import LeftOut, Register, WorkerSpec
-from loopmux.sockets import FAREWELL, dealer
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, ROUTE_LIMIT, VERSIONS, Message, from_frames, new_id, to_frames
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Description, Engine
@@ -105,7 +105,7 @@ class Worker:
         self._driver = Driver(engine, self._wake)
         self._context = zmq.Context()
         # a prompt travels on with a few bytes of header and route
-        self._dealer = dealer(self._context, CLIENT_MESSAGE_LIMIT + ROUTE_LIMIT)
+        self._dealer = sockets.dealer(self._context, CLIENT_MESSAGE_LIMIT + ROUTE_LIMIT)
         self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._endpoint = spec.endpoint
         self._unsent: deque[list[bytes]] = deque()
@@ -158,7 +158,7 @@ class Worker:
         ended = self._driver.stop(_ENGINE_STOP)
         self._dealer.disable_monitor()
         self._monitor.close(linger=0)
-        self._dealer.close(linger=FAREWELL)
+        self._dealer.close(linger=sockets.FAREWELL)
         self._context.term()
         if ended:  # else its thread may still ring
             self._bell.close()
@@ -172,7 +172,9 @@ class Worker:
             lost = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
             self._handle(Disconnected() if lost else Connected())
         self._flush()
-        for _ in range(_PER_TURN):
+        for taken in range(_PER_TURN if self._dealer in readable else 0):
+            if taken == 1 and not sockets.readable(self._dealer):
+                break  # mostly it is one message that comes, and asking costs less than to be refused
             message = self._receive()
             if message is None:
                 break
@@ -224,9 +226,8 @@ class Worker:
     def _receive(self) -> Message | None:
         """The next well-formed message; None when there is none at hand."""
         while True:
-            try:
-                frames = self._dealer.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            frames = sockets.receive(self._dealer)
+            if frames is None:
                 return None
             try:
                 return from_frames(frames)
@@ -252,7 +253,7 @@ def _about_process() -> dict[str, object]:
 
 def _sent(dealer: zmq.Socket[bytes], frames: list[bytes]) -> bool:
     try:
-        dealer.send_multipart(frames, zmq.NOBLOCK, copy=True)
+        sockets.send(dealer, frames)
     except zmq.Again:
         return False
     return True
