@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import select
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -126,6 +127,7 @@ def work(endpoint: str, how: str) -> None:
         register = Register("worker", "bench", wire.new_id(), wire.VERSIONS, models=served, slots=SLOTS)
         worker.send_multipart(wire.to_frames(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({}))))
         worker.recv_multipart()
+        print("ready", file=sys.stderr, flush=True)
     Echo(worker, 0 if how == "joined" else 1).serve()
 
 
