@@ -20,8 +20,8 @@ from loopmux_broker.tables import Alarm, Tables
 from loopmux_broker.waiting import Waiting
 
 _MISHAPS = 10
-"""Attempts at one request that may come to nothing while their workers live. Only a fault of a peer or of ours brings
-it there; it must not go on until the deadline, as fast as messages travel."""
+"""Attempts at one request that may come to nothing by no fault of its own. Only many workers that go together, or a fault
+of a peer or of ours, bring it there; it must not go on until the deadline, as fast as messages travel."""
 
 
 class Cause(Enum):
@@ -32,7 +32,18 @@ class Cause(Enum):
     LEFT = "migrated"
     """Its worker leaves in good order."""
     MISHAP = "mishaps"
-    """Its worker lives, but does not have it, or its output has a hole."""
+    """Not by the request: its worker lives, but does not have it, or its output has a hole; or the worker was gone, or
+    did not answer, before it said that it has it."""
+
+
+def _blame(lease: Lease) -> Cause:
+    """Why an attempt is over whose worker is gone or does not answer.
+
+    Workers may go together, when their launcher or host does: then a request is given to one after the other of them
+    before it is known. From the second attempt on a worker acknowledges before it begins, so one that did not is not
+    lost by the request.
+    """
+    return Cause.LOST if lease.acknowledged or lease.attempt == 1 else Cause.MISHAP
 
 
 class Attempts:
@@ -104,7 +115,7 @@ class Attempts:
             self._leases.run(lease, now)
             return
         self._leases.stop(lease, StopReason.SUPERSEDED, now)
-        self._lost(lease, f"did not answer within {self._t.config.run_timeout:g} s", now)
+        self._lost(lease, f"did not answer within {self._t.config.run_timeout:g} s", now, _blame(lease))
 
     def release(self, lease: Lease) -> None:
         """A worker gives a slot back."""
@@ -126,7 +137,7 @@ class Attempts:
             self._leases.end(lease)
         for lease in leases:
             if not lease.stopping:
-                self._lost(lease, why, now, Cause.LEFT if planned else Cause.LOST)
+                self._lost(lease, why, now, Cause.LEFT if planned else _blame(lease))
         for other in self._t.pool.workers.values():
             self._t.vacant[other] = None  # whoever waited to run alone on the lost one needs another
 
@@ -148,7 +159,7 @@ class Attempts:
         why = f"ended at {total} tokens of which {lease.request.output.total} arrived"
         self._lost(lease, why, now, Cause.MISHAP)
 
-    def _lost(self, lease: Lease, why: str, now: float, cause: Cause = Cause.LOST) -> None:
+    def _lost(self, lease: Lease, why: str, now: float, cause: Cause) -> None:
         request, worker = lease.request, lease.worker
         request.lease, request.avoid = None, worker.name
         if request.state is State.RECOVERING:
@@ -172,8 +183,8 @@ class Attempts:
         error: LoopmuxError
         if request.mishaps >= _MISHAPS:
             error = EngineError(
-                f"{found}; {request.mishaps} attempts came to nothing while their workers lived, which is a fault of "
-                "Loopmux: submit the request again, and report this if it comes again",
+                f"{found}; {request.mishaps} attempts came to nothing, and not by the request: workers did not answer, or "
+                "did not have it, or lost output of it. Submit it again when they run",
                 retryable=True,
             )
         else:

@@ -54,7 +54,7 @@ class Broker:
         self._recovery = Recovery(t, entry, self._attempts, self._leases, self._ends, self._waiting)
         self._clients = ClientSide(t, entry, self._recovery, self._ends, self._streams)
         self._workers = WorkerSide(
-            t, self._attempts, self._leases, self._recovery, self._ends, self._waiting, self._streams
+            t, entry, self._attempts, self._leases, self._recovery, self._ends, self._waiting, self._streams
         )
         if config.settle > 0:
             self.tables.timers.set((Alarm.SETTLED, b"", 0), now + config.settle)
@@ -80,8 +80,10 @@ class Broker:
 
     def _handle(self, event: Event, now: float) -> None:
         match event:
-            case WorkerSent(peer, frames) | ClientSent(peer, frames):
-                self._hear(peer, frames, isinstance(event, WorkerSent), now)
+            case WorkerSent(peer, frames):
+                self._hear(peer, frames, now, from_worker=True)
+            case ClientSent(peer, frames):
+                self._hear(peer, frames, now, from_worker=False)
             case PushBlocked(peer, request, seq):
                 self._blocked(peer, request, seq, now)
             case TimerDue():
@@ -92,7 +94,7 @@ class Broker:
             case LoopStalled(gap):
                 self._stalled(gap)
 
-    def _hear(self, peer: Peer, frames: list[bytes], from_worker: bool, now: float) -> None:
+    def _hear(self, peer: Peer, frames: list[bytes], now: float, *, from_worker: bool) -> None:
         if self.tables.strikes and self.tables.strikes.ignored(peer, now):
             return
         try:

@@ -11,7 +11,7 @@ import zmq
 from loopmux import endpoints
 from loopmux.claims import BusyError
 from loopmux.errors import ConfigError
-from loopmux.sockets import COMMON
+from loopmux.sockets import COMMON, readable, send
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, HEADER_SIZE, WORKER_MESSAGE_LIMIT, Kind
 from loopmux_broker.events import Peer
 
@@ -48,7 +48,8 @@ class Door:
         self.endpoint = ""
         self._suffix = bytes([number])
         self._descriptors: dict[int, Peer] = {}
-        self._lost: list[Peer] = []
+        self.lost: list[Peer] = []
+        """Introduced peers whose connections have closed, until somebody takes them out."""
         self.socket = context.socket(zmq.ROUTER)
         limit = CLIENT_MESSAGE_LIMIT if side is Side.CLIENTS else WORKER_MESSAGE_LIMIT
         options = COMMON | {
@@ -62,8 +63,6 @@ class Door:
         for option, value in options.items():
             self.socket.setsockopt(option, value)
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        # The compiled method itself: what zmq.Socket wraps around it is for other socket types and doubles the cost.
-        self._send = super(zmq.Socket, self.socket).send
 
     def bind(self, endpoint: str, descriptor: int | None = None) -> None:
         """Listen, on a socket that listens already if there is one. The file of an ipc endpoint is this user's alone.
@@ -87,6 +86,11 @@ class Door:
         bound = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.endpoint = endpoint if endpoints.ipc_path(endpoint) else bound.rstrip("\0")
 
+    @property
+    def readable(self) -> bool:
+        """Whether there is a message to receive."""
+        return readable(self.socket)
+
     def receive(self) -> tuple[Peer, list[bytes]] | None:
         """The next message (its sender, its frames), None if there is none now."""
         receive = self.socket.recv
@@ -109,18 +113,14 @@ class Door:
 
     def send(self, peer: Peer, frames: list[bytes]) -> SendOutcome:
         """Send at once or not at all."""
-        send = self._send
         try:
-            send(peer[:-1], zmq.SNDMORE)
+            send(self.socket, [peer[:-1], *frames])
         except zmq.Again:
             return SendOutcome.FULL
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
             return SendOutcome.GONE
-        for frame in frames[:-1]:
-            send(frame, zmq.SNDMORE)
-        send(frames[-1])
         return SendOutcome.SENT
 
     def watch(self) -> None:
@@ -130,14 +130,9 @@ class Door:
                 event, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
                 peer = self._descriptors.pop(_EVENT.unpack(event)[1], None)
                 if peer is not None:
-                    self._lost.append(peer)
+                    self.lost.append(peer)
         except zmq.Again:
             return
-
-    def lost(self) -> list[Peer]:
-        """Take the introduced peers whose connections have closed since the last time."""
-        lost, self._lost = self._lost, []
-        return lost
 
     def close(self) -> None:
         """Stop listening; the socket file goes with it."""

@@ -100,9 +100,10 @@ class Ends:
     def _bury(self, request: Request, frames: list[bytes], now: float) -> None:
         """Keep a request's terminal until the client acknowledges it."""
         request.terminal = frames
-        self._t.timers.set((Alarm.TERMINAL, request.id, 0), now + self._t.config.resend)
         self._t.timers.set((Alarm.TOMBSTONE, request.id, 0), now + self._t.config.tombstone)
         self._streams.push(request, now)
+        if not request.told:
+            self._t.timers.set((Alarm.TERMINAL, request.id, 0), now + self._t.config.resend)
 
     def cancel_unknown(self, client: Client, request_id: bytes, now: float) -> None:
         """A client cancels what is not here: say so, and refuse the SUBMIT if it comes after all."""

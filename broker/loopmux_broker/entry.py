@@ -33,8 +33,9 @@ class Entry:
             return
         self.admit(request)
         self._attempts.place(request, worker, now)
-        self.accept(request)
-        self._waiting.review(request, now)
+        if worker is None:  # else the client hears from the worker: output, or that it has the request
+            self.accept(request)
+            self._waiting.review(request, now)
 
     def admit(self, request: Request) -> None:
         """It is in: count what it holds, and note when its time is over."""

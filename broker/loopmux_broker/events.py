@@ -17,7 +17,7 @@ Peer = bytes
 # --- events -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ClientSent:
     """Frames came in on a client socket (without the routing id), unchecked."""
 
@@ -25,7 +25,7 @@ class ClientSent:
     frames: list[bytes]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WorkerSent:
     """Frames came in on a worker socket, from a worker or a launcher (without the routing id), unchecked."""
 
@@ -66,7 +66,7 @@ Event = ClientSent | WorkerSent | ConnectionLost | PushBlocked | TimerDue | Loop
 # --- actions ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Send:
     """Send a message that its receiver, or a timer, asks for again when it gets lost."""
 
@@ -79,7 +79,7 @@ class Send:
         return wire.to_frames(self.message)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Push:
     """Send a piece of a stream, frames as they came; if the pipe is full, say so with ``PushBlocked``."""
 

@@ -12,6 +12,7 @@ from loopmux_broker.dispatch import session_of
 from loopmux_broker.events import Send, say
 from loopmux_broker.pool import Lease, Worker
 from loopmux_broker.requests import Step
+from loopmux_broker.stalls import busy
 from loopmux_broker.tables import Alarm, Tables
 
 
@@ -39,13 +40,16 @@ class Leases:
         self._t.out.append(Send(lease.worker.peer, message))
         self._t.timers.set((Alarm.RUN, *lease.key), now + self._t.config.resend)
 
-    def started(self, lease: Lease) -> None:
-        """The worker has the request: RUNACK, or output came."""
-        if not lease.acknowledged:
-            lease.acknowledged = True
-            self._t.timers.cancel((Alarm.RUN, *lease.key))
-            if not lease.stopping:
-                lease.request.move(Step.STARTED)
+    def started(self, lease: Lease) -> bool:
+        """The worker has the request: RUNACK, or output came. Returns whether it is the first that is heard of it."""
+        if lease.acknowledged:
+            return False
+        lease.acknowledged = True
+        self._t.timers.cancel((Alarm.RUN, *lease.key))
+        if lease.stopping:
+            return False
+        lease.request.move(Step.STARTED)
+        return True
 
     def stop(self, lease: Lease, reason: StopReason, now: float) -> None:
         """Tell a worker to stop; its slot stays taken until it says that it has."""
@@ -58,14 +62,17 @@ class Leases:
 
     def begins(self, worker: Worker, now: float) -> None:
         """A worker is about to get something to do: if it had nothing, its standing still until now means nothing."""
-        if self._t.config.stall.due(worker) is None:
+        if not busy(worker):
             worker.moved = now
 
     def watch(self, worker: Worker, now: float) -> None:
-        """See to it that somebody looks whether the engine gets on."""
-        due = self._t.config.stall.due(worker)
-        if due is not None:
-            self._t.timers.set((Alarm.STALL, worker.peer, 0), max(due, now))
+        """See to it that somebody looks whether the engine gets on: as soon as any attempt's budget can be used up.
+
+        What the budgets are is looked up then: a worker's attempts are many, and come and go.
+        """
+        alarm = (Alarm.STALL, worker.peer, 0)
+        if alarm not in self._t.timers and busy(worker):
+            self._t.timers.set(alarm, now + self._t.config.stall.shortest)
 
     def replay(self, lease: Lease) -> None:
         """Ask for everything behind what is here. The worker keeps what the client does not have yet."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Collection
 from types import FrameType, TracebackType
 
 from loopmux.errors import LoopmuxError
@@ -62,8 +63,8 @@ class Lifeline:
         """Whether the parent's death shows only by asking ``check`` now and then."""
         return self._parent is not None and self._process is None
 
-    def check(self, readable: set[int]) -> str | None:
-        """The reason to end, if there is one; ``readable`` are the descriptors that the poller found readable."""
+    def check(self, readable: Collection[object]) -> str | None:
+        """The reason to end, if there is one; ``readable`` is all that the poller found readable."""
         if self._process in readable or (self.must_ask and not _alive(self._parent or 0)):
             self.reason = self.reason or PARENT_DIED
         return self.reason

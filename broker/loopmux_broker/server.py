@@ -100,7 +100,7 @@ class Server:
         )
         while True:
             readable = self._wait()
-            reason = self._lifeline.check({s for s in readable if isinstance(s, int)})
+            reason = self._lifeline.check(readable)
             if reason is not None:
                 self._orphaned = reason == PARENT_DIED
                 self._log.info("stopping", reason=reason)
@@ -147,12 +147,13 @@ class Server:
             return min(max(due - now, 0.0), self._config.heartbeat / 2)
         return _LONGEST_POLL if self._lifeline.must_ask else None
 
-    def _note_gap(self, expected: float) -> None:
-        """If this process was stopped or starved, peers were not silent in that time."""
+    def _note_gap(self, expected: float) -> float:
+        """If this process was stopped or starved, peers were not silent in that time. Returns what time it is."""
         now = time.monotonic()
         if now - expected > 2 * self._config.heartbeat:
             self._log.warning("loop stalled", seconds=round(now - expected, 3))
             self._handle(LoopStalled(now - expected), now)
+        return now
 
     def _turn(self, readable: set[zmq.Socket[bytes] | int]) -> None:
         begun = time.monotonic()
@@ -160,22 +161,24 @@ class Server:
         for door in self.doors:
             if door.monitor in readable:
                 door.watch()
-            lost = door.lost()
-            self._leaving.update((peer, _PATIENCE) for peer in lost)
-            if door.socket in readable or lost or self._leaving:
+            if door.lost:
+                self._leaving.update(dict.fromkeys(door.lost, _PATIENCE))
+                door.lost.clear()
+            if door.socket in readable or self._leaving:
                 self._drain(door)
-        self._note_gap(begun)  # before the timers, which judge peers by their silence
+        now = self._note_gap(begun)  # before the timers, which judge peers by their silence
         due = self._broker.next_timer()
-        now = time.monotonic()
         if due is not None and due <= now:
             self._handle(TimerDue(), now)
             self._note_gap(now)
 
     def _drain(self, door: Door) -> None:
         """Hand over what came in, then the news of connections whose last message that was."""
-        leaving = [peer for peer in self._leaving if peer[-1] == door.number]
+        leaving = [peer for peer in self._leaving if peer[-1] == door.number] if self._leaving else []
         sent = ClientSent if door.side is Side.CLIENTS else WorkerSent
-        for _ in range(_DRAIN):
+        for taken in range(_DRAIN):
+            if taken == 1 and not door.readable:
+                break  # mostly it is one message that comes, and asking costs less than to be refused
             received = door.receive()
             if received is None:
                 break

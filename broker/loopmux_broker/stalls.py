@@ -33,11 +33,22 @@ class Stall:
             return self.decode
         return max(self.prefill, self.per_size * (lease.request.submit.prompt_size + 4 * lease.prefix))
 
-    def due(self, worker: Worker) -> float | None:
-        """When a worker counts as hung unless its engine moves before; None while it has nothing to do.
+    @property
+    def shortest(self) -> float:
+        """The least that any budget can be."""
+        return min(self.decode, self.prefill)
 
-        What only the worker knows of (RECOVERING) may have ended there long ago; a STOP for it has to be answered.
-        """
-        leases = worker.leases.values()
-        budgets = [self.budget(x) for x in leases if x.stopping or x.request.state is not State.RECOVERING]
+    def due(self, worker: Worker) -> float | None:
+        """When a worker counts as hung unless its engine moves before; None while it has nothing to do."""
+        budgets = [self.budget(lease) for lease in worker.leases.values() if _counts(lease)]
         return worker.moved + max(budgets) if budgets else None
+
+
+def busy(worker: Worker) -> bool:
+    """Whether its engine has something to do."""
+    return any(map(_counts, worker.leases.values()))
+
+
+def _counts(lease: Lease) -> bool:
+    """What only the worker knows of (RECOVERING) may have ended there long ago; a STOP for it has to be answered."""
+    return lease.stopping is not None or lease.request.state is not State.RECOVERING

@@ -11,6 +11,7 @@ from loopmux.wire import ID_SIZE, Kind, Message
 from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import agree, no_common_version, welcome
 from loopmux_broker.ends import Ends, protocol_failure
+from loopmux_broker.entry import Entry
 from loopmux_broker.events import Log, Peer, Send, say
 from loopmux_broker.leases import Leases
 from loopmux_broker.pool import Launcher, Lease, Worker
@@ -34,6 +35,7 @@ class WorkerSide:
     def __init__(
         self,
         tables: Tables,
+        entry: Entry,
         attempts: Attempts,
         leases: Leases,
         recovery: Recovery,
@@ -41,7 +43,7 @@ class WorkerSide:
         waiting: Waiting,
         streams: Streams,
     ) -> None:
-        self._t, self._attempts, self._leases, self._recovery = tables, attempts, leases, recovery
+        self._t, self._entry, self._attempts, self._leases, self._recovery = tables, entry, attempts, leases, recovery
         self._ends, self._waiting, self._streams = ends, waiting, streams
 
     def hear(self, peer: Peer, message: Message, frames: list[bytes], now: float) -> None:
@@ -72,8 +74,8 @@ class WorkerSide:
                 self._terminal(worker, message, frames, now)
             case Kind.RUNACK:
                 lease = self._lease(worker, message)
-                if lease is not None:
-                    self._leases.started(lease)
+                if lease is not None and self._leases.started(lease):
+                    self._entry.accept(lease.request)
             case Kind.HB:
                 worker.load = codec.unpack(Heartbeat, message.route)
                 if message.header.seq != worker.progress:
@@ -142,9 +144,7 @@ class WorkerSide:
         worker.tokens += count
         worker.moved = now
         self._t.admission.output += output.add(seq, seq + count, frames)
-        if not lease.produced:  # from here on it may stand still for less long
-            lease.produced = True
-            self._leases.watch(worker, now)
+        lease.produced = True
         if output.held > self._t.config.request_output:
             self._ends.slow_client(request, now)
         else:
@@ -295,7 +295,7 @@ class WorkerSide:
         if worker is None or due is None:
             return
         if now < due:
-            self._t.timers.set((Alarm.STALL, peer, 0), due)
+            self._t.timers.set((Alarm.STALL, peer, 0), min(due, now + self._t.config.stall.shortest))
             return
         self._t.counters["stalled"] += 1
         # Its own thread lives and can end the process, which no signal to the engine could.

@@ -50,7 +50,7 @@ class Refused:
     error: LoopmuxError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Arrived:
     """A message of this request came."""
 
@@ -119,7 +119,7 @@ class Connected:
     """The socket has a connection, perhaps to another process than before."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Received:
     """A message came from the socket."""
 
@@ -138,14 +138,14 @@ ConnectionEvent = (
 # --- actions ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Send:
     """Send this to the broker."""
 
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Deliver:
     """Hand the event to the reader. ``report`` is the total to answer with in ``Consumed``, or 0 for no answer."""
 

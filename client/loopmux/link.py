@@ -47,6 +47,11 @@ class Link:
         return bool(events & zmq.POLLIN or (events & zmq.POLLOUT and self.blocked))
 
     @property
+    def readable(self) -> bool:
+        """Whether there is something to receive."""
+        return self._dealer.readable
+
+    @property
     def blocked(self) -> bool:
         """Whether something waits for room in the socket; without a connection it waits for ``news``."""
         return bool(self._unsent) and self._dealer.connected

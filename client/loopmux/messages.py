@@ -2,7 +2,8 @@
 
 Classes whose docstring starts with ROUTE are read by the broker and must stay within ``wire.ROUTE_LIMIT`` and
 ``codec.ROUTE_LIMITS``; those that start with BODY are for the endpoints. Times are seconds and relative: no two
-processes share a clock.
+processes share a clock. What is made for every request or chunk is not frozen, here and in ``wire`` and the ``events``
+of all parts: it would cost some four times as much to make, and nobody changes one.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Welcome:
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Submit:
     """ROUTE of SUBMIT and ATTACH: what the broker needs to admit, queue and place a request without reading its prompt.
 
@@ -97,7 +98,7 @@ class Submit:
         _in_range("priority", self.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
     """ROUTE of RUN: a submitted request on its way to a worker; the TOKENS frame holds the prefix to resume from.
 
@@ -261,7 +262,7 @@ class Phase:
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tok:
     """BODY of TOK: what the tokens of the message mean to a reader; text may lag behind tokens, never lead.
 

@@ -138,14 +138,18 @@ class Pump:
         while True:
             want = zmq.POLLIN | zmq.POLLOUT if self._link.blocked else zmq.POLLIN
             poller.register(self._link.socket, want)
-            for ready, _ in poller.poll(self._nap()):
-                if ready == self._bell.fileno():
-                    self._bell.recv(4096)
+            readable = False
+            for ready, event in poller.poll(self._nap()):
+                if ready is self._link.socket:
+                    readable = bool(event & zmq.POLLIN)
                 elif ready is self._link.monitor:
                     self._take_news()
+                else:
+                    self._bell.recv(4096)
             self._asleep = False
             self._link.flush()
-            self._take_messages()
+            if readable:
+                self._take_messages()
             if not self._take_posted():
                 return
             now = time.monotonic()
@@ -161,7 +165,9 @@ class Pump:
         return -1 if math.isinf(left) else max(0, math.ceil(left * 1000))
 
     def _take_messages(self) -> None:
-        for _ in range(_DRAIN):
+        for taken in range(_DRAIN):
+            if taken == 1 and not self._link.readable:
+                return  # mostly it is one message that comes, and asking costs less than to be refused
             frames = self._link.receive()
             if frames is None:
                 return

@@ -153,7 +153,7 @@ TERMINALS: Final = frozenset({Kind.END, Kind.ERROR, Kind.CANCELLED, Kind.EXPIRED
 """The kinds that end a request; each request gets exactly one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Header:
     """The 34 bytes in front of every message.
 
@@ -173,7 +173,7 @@ class Header:
     version: int = VERSION
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Message:
     """One message, header decoded and the other frames as they came (empty where the kind has none)."""
 

@@ -3,6 +3,7 @@
 A real broker process, an echo worker process that does nothing but speak the wire, and callers in this process that do
 the same, all over ipc. Nothing of the client or the engine is measured.
 
+- ``core``: processor time of the core per event, without sockets (see ``bench_core``).
 - ``round_trip``: one request of one token, from SUBMIT to END, through the broker and over a direct DEALER-ROUTER pair
   to the same worker loop; alternating rounds, medians over the rounds.
 - ``chunk_cpu``: processor time of the broker process per forwarded chunk (TOK of 8 tokens), when the worker sends as
@@ -35,6 +36,7 @@ from typing import Any
 import zmq
 
 from loopmux_loadtest import middles
+from loopmux_loadtest.bench_core import core
 from loopmux_loadtest.ends import WireCallers, lasting, times, work
 from loopmux_loadtest.middles import Middle, processor_time
 
@@ -196,6 +198,7 @@ def main() -> None:
 
 def _cases(folder: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield _versions(options.peers)
+    yield core(options.rounds)
     yield from _alone(folder, options.rounds, options.scale)
     if options.clients:
         yield from loads(folder, options.peers, options.rounds, 2 * options.scale, options.clients)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import select
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Protocol
 
 import zmq
 
-from loopmux import codec, wire
+from loopmux import codec, sockets, wire
 from loopmux.cadence import HEARTBEAT
 from loopmux.messages import End, Hello, Register, ServedModel, Submit, Tok, Welcome
 from loopmux.results import Timing, Usage
@@ -65,8 +66,8 @@ class Echo:
         """Run until killed. Streams take turns, so that many are under way at once."""
         beat = time.monotonic()
         while True:
-            while self.socket.poll(0 if self.jobs else 200):
-                self._receive(self.socket.recv_multipart())
+            if self.jobs or self.socket.poll(200):
+                self._take()
             if time.monotonic() > beat + 0.5:
                 beat = time.monotonic()
                 if not self.depth:  # the other end is a broker
@@ -74,13 +75,15 @@ class Echo:
             for job in list(self.jobs.values()):
                 self._step(job)
 
+    def _take(self) -> None:
+        while (frames := sockets.receive(self.socket)) is not None:
+            self._receive(frames)
+
     def _receive(self, frames: list[bytes]) -> None:
         message = wire.from_frames(frames[self.depth :])
         if message.kind not in (Kind.RUN, Kind.SUBMIT):
             return
         wish = codec.decode(message.body, codec.ROUTE_LIMITS)
-        if message.kind is Kind.RUN:
-            self._send([], Message(Header(Kind.RUNACK, message.header.request, attempt=message.header.attempt)))
         self.jobs[message.header.request] = Job(frames[: self.depth], message.header, wish["chunks"], wish["width"])
         self.pace = 1 / wish["rate"] if wish["rate"] else 0.0
 
@@ -100,7 +103,7 @@ class Echo:
         del self.jobs[request]
 
     def _send(self, prefix: list[bytes], message: Message) -> None:
-        self.socket.send_multipart([*prefix, *wire.to_frames(message)])
+        sockets.send(self.socket, [*prefix, *wire.to_frames(message)])
 
 
 def _sleep_exactly(seconds: float) -> None:
@@ -124,6 +127,7 @@ def work(endpoint: str, how: str) -> None:
         register = Register("worker", "bench", wire.new_id(), wire.VERSIONS, models=served, slots=SLOTS)
         worker.send_multipart(wire.to_frames(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({}))))
         worker.recv_multipart()
+        print("ready", file=sys.stderr, flush=True)
     Echo(worker, 0 if how == "joined" else 1).serve()
 
 
@@ -212,8 +216,11 @@ class WireCallers:
                         came += 1
                         self._credit(caller, header)
                     elif header.kind is Kind.END:
-                        latencies.append(time.perf_counter() - self._begun.pop(header.request))
+                        begun_at = self._begun.pop(header.request, None)
                         self._say(caller, Kind.ENDACK, header.request)
+                        if begun_at is None:
+                            continue  # said again, because ENDACK took long
+                        latencies.append(time.perf_counter() - begun_at)
                         if again():
                             self._submit(caller, body)
                     elif header.kind in wire.TERMINALS or header.kind is Kind.WHO:
@@ -224,7 +231,7 @@ class WireCallers:
     def _submit(self, caller: zmq.Socket[bytes], body: bytes) -> None:
         request = wire.new_id()
         self._begun[request] = time.perf_counter()
-        caller.send_multipart([wire.pack_header(Header(Kind.SUBMIT, request)), _ROUTE, body])
+        sockets.send(caller, [wire.pack_header(Header(Kind.SUBMIT, request)), _ROUTE, body])
 
     def _credit(self, caller: zmq.Socket[bytes], header: Header) -> None:
         received = header.seq + header.arg
@@ -233,7 +240,7 @@ class WireCallers:
 
     def _say(self, caller: zmq.Socket[bytes], kind: Kind, request: bytes, seq: int = 0, arg: int = 0) -> None:
         if self._introduce:
-            caller.send_multipart([wire.pack_header(Header(kind, request, seq, arg))])
+            sockets.send(caller, [wire.pack_header(Header(kind, request, seq, arg))])
 
     def _wait(self) -> list[int]:
         """The connections on which something came; now and then it is said that the callers are there."""
@@ -259,23 +266,50 @@ def _round_and_round(sockets: dict[int, zmq.Socket[bytes]]) -> Iterator[zmq.Sock
 
 
 def _next(caller: zmq.Socket[bytes]) -> Header | None:
-    try:
-        return wire.unpack_header(caller.recv_multipart(zmq.NOBLOCK)[0])
-    except zmq.Again:
-        return None
+    frames = sockets.receive(caller)
+    return None if frames is None else wire.unpack_header(frames[0])
 
 
 @dataclass
 class _Line:
-    """One HTTP connection and what came of the present answer."""
+    """One HTTP connection, and what of the present answer came and was not taken yet."""
 
     socket: socket.socket
     came: bytes = b""
     begun: float = 0.0
 
+    def ask(self, request: bytes) -> None:
+        """Send the next request."""
+        self.came, self.begun = b"", time.perf_counter()
+        self.socket.sendall(request)
+
+    def read(self) -> None:
+        """Take in what has arrived."""
+        first = not self.came
+        self.came += self.socket.recv(1 << 16)
+        if first and not self.came.startswith(b"HTTP/1.1 200"):
+            raise SystemExit(f"the server answered {self.came[:200]!r}")
+
+    def take_events(self) -> int:
+        """Take out each server-sent event that is whole, as a reader gets them, and count them."""
+        *whole, rest = self.came.split(b"\n\n")
+        self.came = rest or b"\n"  # never empty, as before an answer
+        return sum(b"data: " in piece for piece in whole)
+
+    def ended(self, *, streamed: bool) -> bool:
+        """Whether the answer is complete."""
+        if streamed:
+            return self.came.endswith(b"0\r\n\r\n")
+        head, _, body = self.came.partition(b"\r\n\r\n")
+        at = head.lower().find(b"content-length:")
+        return at >= 0 and len(body) >= int(head[at + 15 :].split(b"\r", 1)[0])
+
 
 class HttpCallers:
-    """Callers over HTTP/1.1: kept connections, requests encoded once, answers read no further than they must be."""
+    """Callers over HTTP/1.1: kept connections, requests encoded once, answers read no further than they must be.
+
+    A chunk is a server-sent event with the text and the token ids that a TOK has, counted when it has come.
+    """
 
     def __init__(self, port: int, connections: int) -> None:
         self._lines: dict[int, _Line] = {}
@@ -288,7 +322,8 @@ class HttpCallers:
 
     def run(self, again: Again, chunks: int, *, at_once: int) -> Took:
         """See ``Callers``; a request without chunks is answered whole."""
-        body = json.dumps({"text": TEXT, "chunks": chunks}).encode()
+        text = json.dumps({"text": TEXT, "token_ids": list(range(CHUNK))}) if chunks else TEXT
+        body = json.dumps({"text": text, "chunks": chunks}).encode()
         head = f"POST /{'stream' if chunks else 'echo'} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         request = head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
         begun, latencies, came, busy = time.perf_counter(), list[float](), 0, 0
@@ -300,19 +335,18 @@ class HttpCallers:
                 raise SystemExit(f"nothing came for {PATIENCE:.0f} s: the server is gone")
             for descriptor, _ in ready:
                 line = self._lines[descriptor]
-                line.came += line.socket.recv(1 << 16)
-                if not _whole(line.came, streamed=bool(chunks)):
-                    continue
-                latencies.append(time.perf_counter() - line.begun)
-                came += line.came.count(b"data: ")
-                busy -= not self._ask(line, request, again)
+                line.read()
+                if chunks:
+                    came += line.take_events()
+                if line.ended(streamed=bool(chunks)):
+                    latencies.append(time.perf_counter() - line.begun)
+                    busy -= not self._ask(line, request, again)
         return Took(time.perf_counter() - begun, latencies, came)
 
     def _ask(self, line: _Line, request: bytes, again: Again) -> bool:
         if not again():
             return False
-        line.came, line.begun = b"", time.perf_counter()
-        line.socket.sendall(request)
+        line.ask(request)
         return True
 
     def close(self) -> None:
@@ -320,14 +354,3 @@ class HttpCallers:
         self._epoll.close()
         for line in self._lines.values():
             line.socket.close()
-
-
-def _whole(answer: bytes, *, streamed: bool) -> bool:
-    """Whether an answer has all arrived."""
-    if not answer.startswith(b"HTTP/1.1 200"):
-        raise SystemExit(f"the server answered {answer[:200]!r}")
-    if streamed:
-        return answer.endswith(b"0\r\n\r\n")
-    head, _, body = answer.partition(b"\r\n\r\n")
-    at = head.lower().find(b"content-length:")
-    return at >= 0 and len(body) >= int(head[at + 15 :].split(b"\r", 1)[0])

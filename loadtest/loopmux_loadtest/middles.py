@@ -73,11 +73,11 @@ def _with_children(processes: list[int]) -> list[int]:
 
 @contextlib.contextmanager
 def program(*command: str, ready: bool = False) -> Iterator[subprocess.Popen[str]]:
-    """A process for as long as the block runs; ``ready``: from its first line of log on."""
+    """A process for as long as the block runs; ``ready``: from its first line of log on, which has that word."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE if ready else None, text=True, start_new_session=True)
     try:
         if ready and process.stderr is not None and "ready" not in (line := process.stderr.readline()):
-            raise SystemExit(f"the broker did not start: {line}{process.stderr.read()}")
+            raise SystemExit(f"{' '.join(command)} did not start: {line}{process.stderr.read()}")
         yield process
     finally:
         family = _with_children([process.pid])
@@ -104,9 +104,8 @@ def loopmux(folder: str) -> Iterator[Middle]:
     front, back = f"ipc://{folder}/front", f"ipc://{folder}/back"
     with (
         _module("loopmux_broker", "--endpoint", front, "--worker-endpoint", back, *_OURS, ready=True) as broker,
-        _module("loopmux_loadtest.bench_broker", "--worker", back, "joined") as worker,
+        _module("loopmux_loadtest.bench_broker", "--worker", back, "joined", ready=True) as worker,
     ):
-        # a broker that has just started queues what nobody serves yet
         yield _answering(Middle("loopmux", front, [broker.pid, worker.pid], broker.pid))
 
 

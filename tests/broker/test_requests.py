@@ -43,8 +43,8 @@ def core() -> Core:
 
 
 def test_a_whole_life(core: Core) -> None:
-    assert core.submit(ONE) == [run(ONE), accepted(ONE)]
-    assert core.worker(say(Kind.RUNACK, ONE, attempt=1)) == []
+    assert core.submit(ONE) == [run(ONE)]
+    assert core.worker(say(Kind.RUNACK, ONE, attempt=1)) == [accepted(ONE)]
     assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0))]
     assert core.worker(tok(ONE, 1, 2)) == [pushed(tok(ONE, 1, 2))]
     credit = say(Kind.CREDIT, ONE, seq=1027, arg=3)
@@ -127,9 +127,15 @@ def test_an_answer_after_the_attempt_was_given_up_counts_for_nothing(core: Core)
 
 
 def test_output_is_as_good_as_runack(core: Core) -> None:
-    core.submit(ONE)
-    core.worker(tok(ONE, 0))
+    assert core.submit(ONE) == [run(ONE)]
+    assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0))]
+    assert core.worker(say(Kind.RUNACK, ONE, attempt=1)) == []
     assert core.wait(2.5) == []
+
+
+def test_whoever_asks_again_before_the_worker_has_answered_is_told_too(core: Core) -> None:
+    core.submit(ONE)
+    assert core.submit(ONE) == [accepted(ONE)]
 
 
 # --- workers that die

@@ -27,6 +27,8 @@ from loopmux import codec, messages
 from loopmux.messages import Heartbeat, Held
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import LoopStalled, Send, TimerDue, say
+from loopmux_broker.pool import Lease
+from loopmux_broker.stalls import Stall
 
 
 @pytest.fixture
@@ -81,6 +83,19 @@ def test_another_request_s_prefill_is_waited_for_too() -> None:
     core.running(TWO)
     assert core.wait(59.75) == []
     assert core.wait(0.25)[0] == Send(WORKER, say(Kind.DIE))
+
+
+def test_what_a_dispatch_costs_does_not_grow_with_what_the_worker_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core()
+    core.hello()
+    core.register(slots=100)
+    looked: list[Lease] = []
+    budget = Stall.budget
+    monkeypatch.setattr(Stall, "budget", lambda stall, lease: looked.append(lease) or budget(stall, lease))
+    for number in range(100):
+        core.running(bytes([number]) * 16)
+        core.worker(tok(bytes([number]) * 16, 0))
+    assert looked == []
 
 
 def test_an_idle_engine_moves_nothing_and_is_not_hung(core: Core) -> None:

@@ -48,8 +48,8 @@ def test_a_whole_request(anywhere: Process) -> None:
         assert client.hello().max_message == wire.CLIENT_MESSAGE_LIMIT
         assert worker.register().max_message == wire.WORKER_MESSAGE_LIMIT
         client.submit(ONE)
-        assert client.expect(Kind.ACCEPTED).header.arg == 0
         run = worker.take()
+        assert client.expect(Kind.ACCEPTED).header.arg == 0
         assert run.header == Header(Kind.RUN, ONE, attempt=1)
         assert run.body == codec.pack({"prompt": "hello"})
         for seq in range(5):

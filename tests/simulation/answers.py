@@ -82,8 +82,13 @@ class Answers:
 
         match header.kind:
             case Kind.SUBMIT | Kind.ATTACH:
-                taken = _of(id_, Kind.ACCEPTED, *wire.TERMINALS)
-                return lambda said: taken(said) or waits()
+                taken, new = _of(id_, Kind.ACCEPTED, *wire.TERMINALS), owner is None
+
+                def given() -> bool:
+                    """It went to a worker at once: the answer is that one's first word."""
+                    return new and id_ in requests and requests[id_].lease is not None
+
+                return lambda said: taken(said) or waits() or given()
             case Kind.CREDIT if owner is not client:
                 return _of(id_, Kind.WHO)
             case Kind.CANCEL:
@@ -129,8 +134,13 @@ class Answers:
                 return lambda _: not worker.alive
             case Kind.WELCOME if not core.welcomed:
                 return lambda said: not worker.alive or sum(m.kind is Kind.HELD for m in said) == core.requests
+            case Kind.RUN if core.welcomed and (key in core._requests or header.attempt > 1):
+                return _says(Kind.RUNACK, Kind.RESET, *wire.TERMINALS, **about)
             case Kind.RUN if core.welcomed:
-                return _says(Kind.RUNACK, Kind.RESET, **about)
+                over = _says(Kind.RESET, *wire.TERMINALS, **about)
+                return lambda said: (
+                    over(said) or key in core._requests
+                )  # it says RUNACK soon, unless output comes first
             case Kind.STOP:
                 stopped = _says(*wire.TERMINALS, **about)
                 return lambda said: stopped(said) or self._stops(worker, key)

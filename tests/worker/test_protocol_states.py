@@ -13,7 +13,7 @@ from loopmux.results import Timing, Usage
 from loopmux.wire import Header, Kind, Message
 from loopmux_worker.engine.base import Finished, Key, Load, Produced
 from loopmux_worker.events import Cancel, Cancelled, Connected, Disconnected, Received, Send, Stepped, Woke
-from loopmux_worker.session import Session
+from loopmux_worker.session import ACKNOWLEDGE_WITHIN, Session
 from protocolpages import WORKER, table
 
 KEY = Key(b"r" * 16, 1)
@@ -85,6 +85,7 @@ def test_what_a_worker_answers(event: str, state: str, cell: str) -> None:
     actions = session.handle(EVENTS[event], 0.1)
     for stopped in [action.key for action in actions if isinstance(action, Cancel)]:
         actions += session.handle(Cancelled(stopped, Usage()), 0.1)
+    actions += session.handle(Woke(), 0.1 + ACKNOWLEDGE_WITHIN)
     first = cell.split("; or")[0].replace("terminal", "END")
     promised = {Kind[word] for word in re.findall(r"\b[A-Z]{3,}\b", first)}
     assert {action.message.kind for action in actions if isinstance(action, Send)} == promised

@@ -35,7 +35,7 @@ from loopmux_worker.events import (
     Unsend,
     Woke,
 )
-from loopmux_worker.session import Session
+from loopmux_worker.session import ACKNOWLEDGE_WITHIN, Session
 
 REQUEST, OTHER = b"r" * 16, b"o" * 16
 EPOCH, NEXT_EPOCH = b"e" * 8, b"f" * 8
@@ -92,6 +92,7 @@ def joined(at=0.0):
 def running(at=0.0, **options):
     session = joined(at)
     session.handle(run(**options), at)
+    assert kinds(session.handle(run(**options), at)) == [Kind.RUNACK]
     return session
 
 
@@ -130,12 +131,31 @@ def test_heartbeats_carry_load_progress_and_rate():
     assert unpack(Heartbeat, beat.route).tokens_per_second == 0
 
 
-def test_run_is_acknowledged_and_submitted_once():
+def test_run_is_submitted_once_and_acknowledged_where_no_output_does_so():
     session = joined()
-    acknowledged, submit = session.handle(run(prefix=(5, 6)), 0.0)
-    assert acknowledged.message.header == Header(Kind.RUNACK, REQUEST, attempt=1)
-    assert submit == Submit(Job(KEY, Run("m"), Generate(prompt="hi"), (5, 6)))
-    assert session.handle(run(prefix=(5, 6)), 1.0) == [acknowledged]
+    assert session.handle(run(prefix=(5, 6)), 0.0) == [Submit(Job(KEY, Run("m"), Generate(prompt="hi"), (5, 6)))]
+    assert session.next_timer() == ACKNOWLEDGE_WITHIN
+    acknowledged = Send(Message(Header(Kind.RUNACK, REQUEST, attempt=1)))
+    assert session.handle(Woke(), ACKNOWLEDGE_WITHIN) == [acknowledged]
+    assert session.next_timer() == 1.0  # the heartbeat
+    assert session.handle(run(prefix=(5, 6)), 0.9) == [acknowledged]
+
+
+def test_output_is_as_good_as_runack():
+    session = joined()
+    session.handle(run(), 0.0)
+    assert kinds(session.handle(stepped(produced(0, 1)), 0.01)) == [Kind.TOK]
+    assert session.next_timer() == 1.0
+    assert session.handle(Woke(), ACKNOWLEDGE_WITHIN) == []
+
+
+def test_what_could_not_go_out_acknowledges_nothing():
+    session = joined()
+    session.handle(run(), 0.0)
+    session.handle(Disconnected(), 0.01)
+    assert session.handle(stepped(produced(0, 1)), 0.02) == []
+    session.handle(welcome(), 0.03)
+    assert kinds(session.handle(replay(0), 0.04)) == [Kind.TOK]
 
 
 def test_two_attempts_of_one_request_live_side_by_side():
@@ -147,12 +167,11 @@ def test_two_attempts_of_one_request_live_side_by_side():
 def test_an_unreadable_body_is_an_error_for_its_sender_alone():
     session = joined()
     broken = Message(Header(Kind.RUN, REQUEST, attempt=1), route=pack(Run("m")), body=b"\xc1")
-    acknowledged, error = sent(session.handle(Received(broken), 0.0))
-    assert acknowledged.kind is Kind.RUNACK
+    (error,) = sent(session.handle(Received(broken), 0.0))
     assert error.kind is Kind.ERROR
     failure = unpack(Failure, error.body)
     assert (failure.code, failure.worker) == ("bad_request", "w1")
-    assert kinds(session.handle(run(request=OTHER), 0.0)) == [Kind.RUNACK]
+    assert session.handle(run(request=OTHER), 0.0) != []
 
 
 def test_the_first_token_goes_at_once_then_eight_or_twenty_milliseconds():

@@ -13,7 +13,7 @@ from loopmux_worker.engine.base import Job, Key, Load, Output
 # --- events -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Received:
     """A well-formed message came from the broker."""
 
@@ -30,7 +30,7 @@ class Disconnected:
     """The connection to the broker broke; another one is being made."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stepped:
     """The engine made a step, or took a request in that it refused."""
 
@@ -61,7 +61,7 @@ Event = Received | Connected | Disconnected | Stepped | Cancelled | Asked | Woke
 # --- actions ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Send:
     """Send a message. One that is not ``lasting`` is dropped where it cannot go out now: it comes again by itself."""
 

@@ -138,7 +138,7 @@ class OutputStream:
 
     def due(self) -> float:
         """When ``tick`` has something to do."""
-        times = [kept.since + KEPT for kept in list(self._kept)[:1]]
+        times = [self._kept[0].since + KEPT] if self._kept else []
         if self.terminal is not None:
             return min(self._again_at, self._forget_at, *times)
         flush_at = self.flush_at()

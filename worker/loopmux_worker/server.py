@@ -130,11 +130,12 @@ class Worker:
         poller.register(self._dealer.monitor, zmq.POLLIN)
         poller.register(self._ear, zmq.POLLIN)
         while self._left is None:
+            left = self._session.next_timer() - time.monotonic()  # once a turn: every request is asked
+            if left <= 0:
+                self._handle(Woke())
             blocked = self._unsent and self._dealer.connected
             poller.register(self._dealer.socket, zmq.POLLIN | (zmq.POLLOUT if blocked else 0))
-            wait = self._session.next_timer() - time.monotonic()
-            poller.poll(max(0, math.ceil(wait * 1000)))
-            self._turn()
+            self._turn({source for source, _ in poller.poll(max(0, math.ceil(left * 1000)))})
         if self._left.error is not None:
             raise self._left.error
 
@@ -158,12 +159,16 @@ class Worker:
         self._ear.close()
         return ended
 
-    def _turn(self) -> None:
-        self._hear()
-        while (connected := self._dealer.news()) is not None:
-            self._handle(Connected() if connected else Disconnected())
+    def _turn(self, readable: set[object]) -> None:
+        if self._ear.fileno() in readable:
+            self._ear.recv(4096)
+        if self._dealer.monitor in readable:
+            while (connected := self._dealer.news()) is not None:
+                self._handle(Connected() if connected else Disconnected())
         self._flush()
-        for _ in range(_PER_TURN):
+        for taken in range(_PER_TURN if self._dealer.socket in readable else 0):
+            if taken == 1 and not self._dealer.readable:
+                break  # mostly it is one message that comes, and asking costs less than to be refused
             message = self._receive()
             if message is None:
                 break
@@ -178,8 +183,6 @@ class Worker:
         if self._asked:
             self._asked = False
             self._handle(Asked())
-        if time.monotonic() >= self._session.next_timer():
-            self._handle(Woke())
 
     def _handle(self, event: Event) -> None:
         if self._left is not None:
@@ -228,12 +231,6 @@ class Worker:
             self._bell.send(b"!")
         except BlockingIOError:
             pass  # it is full of unheard rings, so the loop is about to wake anyway
-
-    def _hear(self) -> None:
-        try:
-            self._ear.recv(4096)
-        except BlockingIOError:
-            pass  # something else woke the loop
 
 
 def _about_process() -> dict[str, object]:

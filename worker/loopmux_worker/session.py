@@ -8,7 +8,8 @@ worker says what it has (HELD), and sends nothing of a request until the broker 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +45,8 @@ STOP_WITHIN = 1.5
 """Seconds that a worker takes to leave: half of it for what runs to end here, the rest for it to go on elsewhere."""
 BUFFER = 64 * 1024 * 1024
 """Bytes of output that are kept while no broker takes them; then the engine has to wait."""
+ACKNOWLEDGE_WITHIN = 0.05
+"""Seconds until RUNACK of a first attempt, unless output goes out before and says as much; far below ``RESEND``."""
 _FASTEST_HEARTBEAT = 0.05
 """Seconds; a broker that asks for more is mistaken."""
 _ABSENCE = 2.0
@@ -58,6 +61,7 @@ class _Request:
     run: Run
     deadline: float
     epoch: bytes  # of the broker that last wanted it of this worker
+    acknowledge_at: float = math.inf
     stopping: str | None = None  # the error code that the end is to carry once the engine let go
     offered: bool = False  # HELD was said, and the broker has not said yet what it wants of it
     asked: bool = False  # by the broker, which then gets CANCELLED; a deadline that the worker noticed is an ERROR
@@ -137,7 +141,7 @@ class Session:
         for request in self._requests.values():
             # While the broker is away, output waits: only what expires needs the clock.
             if self._flows(request):
-                times.append(request.stream.due())
+                times += (request.stream.due(), request.acknowledge_at)
             if request.stopping is None and request.stream.terminal is None:
                 times.append(request.deadline)
         return min(times)
@@ -285,17 +289,17 @@ class Session:
     def _run(self, message: Message, now: float) -> list[Action]:
         header = message.header
         key = Key(header.request, header.attempt)
-        acknowledged = Send(Message(Header(Kind.RUNACK, header.request, attempt=header.attempt)))
         prefix = tuple(unpack_tokens(message.tokens))
         known = self._requests.get(key)
         if known is not None and not known.offered:
-            return [acknowledged]
+            return [_acknowledged(known)]
         if known is not None and known.stream.start == len(prefix):  # a new broker asks for what is here already
             self._wanted(known)
-            return [acknowledged, *self._send(known, known.stream.resend(len(prefix), now))]
+            return [_acknowledged(known), *self._send(known, known.stream.resend(len(prefix), now))]
         if known is not None:  # numbered alike by two brokers that did not know of each other: another number, please
             return [*self._drop(key), _not_here(header)]
-        request = _Request(OutputStream(key, len(prefix)), Run(model=""), float("inf"), self._epoch)
+        acknowledge_at = now + ACKNOWLEDGE_WITHIN
+        request = _Request(OutputStream(key, len(prefix)), Run(model=""), math.inf, self._epoch, acknowledge_at)
         self._requests[key] = request
         try:
             request.run = run = unpack(Run, message.route)
@@ -304,8 +308,10 @@ class Session:
             generate = unpack(Generate, message.body, BODY_LIMITS)
         except ProtocolError as error:
             refusal = BadRequestError(f"the request cannot be read: {error.message}")
-            return [acknowledged, *self._fail(request, refusal, Usage(), now)]
-        return [acknowledged, Submit(Job(key, request.run, generate, prefix))]
+            return self._fail(request, refusal, Usage(), now)
+        # Where a worker was lost before, the broker judges by the acknowledgement whether this one is lost by the request.
+        acknowledged = [_acknowledged(request)] if key.attempt > 1 else []
+        return [*acknowledged, Submit(Job(key, request.run, generate, prefix))]
 
     def _stop(self, header: Header, now: float) -> list[Action]:
         key = Key(header.request, header.attempt)
@@ -379,8 +385,11 @@ class Session:
             failed = EngineError(error.message)
             return [Cancel(request.stream.key), *self._fail(request, failed, Usage(), now)]
 
-    def _send(self, request: _Request, messages: Iterable[Message]) -> list[Action]:
-        return [Send(message) for message in messages] if self._flows(request) else []
+    def _send(self, request: _Request, messages: list[Message]) -> list[Action]:
+        if not messages or not self._flows(request):
+            return []
+        request.acknowledge_at = math.inf
+        return [Send(message) for message in messages]
 
     # --- the clock ----------------------------------------------------------------------------------------------------
 
@@ -415,7 +424,11 @@ class Session:
         if request.stream.terminal is None and request.stopping is None and now >= request.deadline:
             request.stopping = "deadline"
             return [Cancel(request.stream.key)]
-        return self._guarded(request, lambda: request.stream.tick(now), now) if self._flows(request) else []
+        if not self._flows(request):
+            return []
+        if now >= request.acknowledge_at:
+            return [_acknowledged(request)]
+        return self._guarded(request, lambda: request.stream.tick(now), now)
 
     def _beat(self, now: float) -> Action:
         elapsed = max(now - self._beat_at + self._heartbeat, 1e-3)
@@ -425,6 +438,13 @@ class Session:
         self._tokens, self._beat_at = 0, now + self._heartbeat
         header = Header(Kind.HB, seq=load.progress % 2**32)
         return Send(Message(header, route=pack(beat)), lasting=False)
+
+
+def _acknowledged(request: _Request) -> Send:
+    """This worker has the attempt."""
+    request.acknowledge_at = math.inf
+    key = request.stream.key
+    return Send(Message(Header(Kind.RUNACK, key.request, attempt=key.attempt)))
 
 
 def _not_here(header: Header) -> Send:
