@@ -219,6 +219,34 @@ def test_a_third_loss_alone_is_its_fault(core: Core) -> None:
     core.assert_empty()
 
 
+def test_workers_that_go_together_are_not_lost_by_the_request(core: Core) -> None:
+    """Their launcher was killed: one after the other is found gone, with what was just given to it."""
+    core.register(SECOND)
+    core.register(THIRD)
+    core.running(ONE)
+    core.worker(tok(ONE, 0))
+    assert runs(core.lose(WORKER)) == [(SECOND, ONE, 2)]
+    assert runs(core.lose(SECOND)) == [(THIRD, ONE, 3)]
+    assert runs(core.lose(THIRD)) == []
+    assert (core.counted["requeued"], core.counted["mishaps"]) == (1, 2)
+    assert runs(core.register(FOURTH)) == [(FOURTH, ONE, 4)]
+    core.worker(tok(ONE, 1, attempt=4), FOURTH)
+    core.worker(end(ONE, 2, attempt=4), FOURTH)
+    core.client(say(Kind.ENDACK, ONE))
+    core.assert_empty()
+
+
+def test_a_worker_that_never_answers_a_second_attempt_is_not_lost_by_it(core: Core) -> None:
+    core.running(ONE)
+    core.lose(WORKER)
+    core.register(THIRD)
+    core.register(FOURTH)
+    core.wait(5.0)
+    assert core.tables.requests[ONE].attempt == 4
+    assert core.tables.requests[ONE].losses == 1
+    assert not core.tables.requests[ONE].alone
+
+
 def test_its_neighbours_are_not_blamed() -> None:
     """A request that kills every worker it is on takes two others' attempts along, and none of their lives."""
     core = Core()
@@ -230,7 +258,8 @@ def test_its_neighbours_are_not_blamed() -> None:
     core.lose(WORKER)
     core.register(THIRD, slots=4)
     core.register(FOURTH, slots=4)
-    core.worker(say(Kind.RUNACK, ONE, attempt=2), SECOND)
+    for request in (ONE, TWO, THREE):
+        core.worker(say(Kind.RUNACK, request, attempt=2), SECOND)
     core.lose(SECOND)  # all three have lost two workers now: each gets one for itself
     alone = [[x.request.id for x in core.tables.pool.workers[w].leases.values()] for w in (THIRD, FOURTH)]
     assert sorted(map(len, alone)) == [1, 1]

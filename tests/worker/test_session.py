@@ -141,6 +141,13 @@ def test_run_is_submitted_once_and_acknowledged_where_no_output_does_so():
     assert session.handle(run(prefix=(5, 6)), 0.9) == [acknowledged]
 
 
+def test_a_later_attempt_is_acknowledged_before_it_begins():
+    """The broker tells by it whether a worker that is lost then was lost with the request."""
+    acknowledged, *begun = joined().handle(run(attempt=2), 0.0)
+    assert acknowledged == Send(Message(Header(Kind.RUNACK, REQUEST, attempt=2)))
+    assert [type(action) for action in begun] == [Submit]
+
+
 def test_output_is_as_good_as_runack():
     session = joined()
     session.handle(run(), 0.0)
