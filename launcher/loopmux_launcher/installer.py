@@ -105,6 +105,7 @@ class Installation:
             files = [self._written(requirements.generated(self._environment))]
         else:
             files = [self._written(requirements.index(self._environment)), lock]
+            self._variables.pop("UV_CONSTRAINT", None)  # it has been heeded, and uv wants hashes of constraints too
         command = self._tool.install(self._python, files, locked=lock is not None)
         self._run(command, f"{self._tool.name} could not install it", self._report)
         shutil.rmtree(self._scratch)

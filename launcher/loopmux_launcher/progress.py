@@ -17,7 +17,7 @@ class Progress:
 
     def __init__(self, target: Path, scratch: Path, report: Report) -> None:
         self._target, self._scratch, self._report = target, scratch, report
-        self._looked_at = 0
+        self._looked_at = self._resolved = 0
         self._file, self._megabytes = "", 0.0
         self._total, self._before = 0, 0
 
@@ -64,10 +64,11 @@ class Progress:
         what = rest.split()[0]
         size = _SIZE.search(rest)
         if verb == "Resolved":
+            self._resolved = int(what)
             self._report(f"resolved {what} packages")
         elif verb == "Prepared":
-            self._total, self._before = int(what), self._installed()
-            self._report(f"installing {what} packages")
+            self._total, self._before = self._resolved, self._installed()  # more than those that had to be prepared
+            self._report(f"installing {self._total} packages")
         elif verb == "Downloading" and size:
             self._report(f"downloading {what}, {size[1]} {size[2]}B")
         elif verb == "Downloaded":

@@ -152,13 +152,17 @@ def test_an_index_that_cannot_be_reached_is_told(site: Site, installer: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(UV is None, reason="uv is not installed")
-def test_uv_goes_by_pips_settings(site: Site) -> None:
-    conf = site.folder / "pip.conf"
-    conf.write_text(f"[global]\nno-index = yes\nfind-links =\n    {site.wheels}\n    {site.needs}\n")
-    site.declare("dd", installer="uv", index_options=[])
+@EITHER
+def test_pips_settings_are_gone_by(site: Site, installer: str) -> None:
+    conf, bounds = site.folder / "pip.conf", site.folder / "bounds.txt"
+    links = f"find-links =\n    {site.wheels}\n    {site.needs}\n"
+    conf.write_text(f"[global]\nno-index = yes\nconstraint = {bounds}\n{links}")
+    bounds.write_text("cc<2\n")
+    write_wheel(site.wheels, "cc", "2.0")
+    site.declare("dd", installer=installer, index_options=[])
+    site.env("lock", PIP_CONFIG_FILE=str(conf))
     site.env("build", PIP_CONFIG_FILE=str(conf))
-    assert site.version("dd") == "1.0"
+    assert (site.version("dd"), site.version("cc")) == ("1.0", "1.0")
 
 
 def test_uv_that_is_asked_for_and_not_there_is_named(

@@ -117,7 +117,7 @@ def test_a_kill_is_told_as_such() -> None:
         (["Building wheel for x (pyproject.toml): started"], ["building x from source"]),
         (["Requirement already satisfied: y"], []),
         (["Resolved 9 packages in 2ms", "Downloading torch (200.1MiB)", " Downloaded torch",
-          "Prepared 9 packages in 1s"],
+          "Prepared 8 packages in 1s"],
          ["resolved 9 packages", "downloading torch, 200.1 MB", "downloaded torch", "installing 9 packages"]),
     ],
 )  # fmt: skip
