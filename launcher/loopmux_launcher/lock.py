@@ -26,15 +26,15 @@ def locked(path: Path, waiting: Callable[[str], None] = lambda _: None) -> Itera
         file.truncate(0)
 
 
-def _acquire(path: Path, waiting: Callable[[str], None]) -> IO[str]:
+def _acquire(path: Path, waiting: Callable[[str], None]) -> IO[bytes]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+")
+    file = path.open("a+b", buffering=0)
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            waiting(file.read().strip() or "?")
+            waiting(file.read().decode(errors="replace").strip() or "?")
             fcntl.flock(file, fcntl.LOCK_EX)
     except BaseException:
         file.close()
@@ -42,16 +42,15 @@ def _acquire(path: Path, waiting: Callable[[str], None]) -> IO[str]:
     return file
 
 
-def _sign(file: IO[str]) -> None:
+def _sign(file: IO[bytes]) -> None:
     try:
         file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        file.write(str(os.getpid()).encode())
     except OSError:
         pass  # a full disk: the lock holds all the same, only its holder stays unnamed
 
 
-def _is_still(path: Path, file: IO[str]) -> bool:
+def _is_still(path: Path, file: IO[bytes]) -> bool:
     try:
         there = path.stat()
     except FileNotFoundError:

@@ -346,6 +346,34 @@ def test_a_disk_that_fills_up_leaves_nothing_half(site: Site, installer: str, ro
     assert done.stdout.splitlines()[-2:] == ["code 1", ".lock"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="a small disk cannot be mounted here")
+def test_what_is_built_is_found_and_pruned_on_a_full_disk(site: Site, home: Path) -> None:
+    site.declare("cc")
+    other = site.folder / "other.yaml"
+    other.write_text("environments: {e: {}}\nmodels: {a: {engine: echo, environment: e}}\n")
+    data = home / "data"
+    data.mkdir()
+    env = f"{sys.executable} -m loopmux_launcher env"
+    script = f"""
+        set -e
+        mount -t tmpfs -o size=100m small {data}
+        {env} build e --config {site.file} --log-format plain
+        dd if=/dev/zero of={data}/rest bs=64k 2>/dev/null || true
+        {env} path e --config {site.file}
+        {env} verify e --config {site.file}
+        {env} list --config {site.file}
+        mv {site.file} {site.file}.gone
+        {env} prune --config {other}
+        ls {data}/loopmux/envs
+    """
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "good: Python" in done.stdout
+    assert " MB freed\n" in done.stdout
+    assert done.stdout.endswith("freed\n")  # nothing is left
+
+
 def test_a_file_that_is_no_lock_is_named(site: Site) -> None:
     site.declare("cc")
     site.lock.write_text("cc==1.0\n")
