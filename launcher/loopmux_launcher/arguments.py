@@ -43,15 +43,34 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         "file", nargs="?", type=Path, metavar="FILE"
     )
     add("config schema", "print the JSON schema of the file, for editors")
-    build = add("env build", "build one environment, or all", file, parent, form)
-    build.add_argument("name", nargs="?", metavar="NAME")
-    add("env list", "what is built, and where", file)
-    add("env path", "print an environment's interpreter", file).add_argument("name", metavar="NAME")
+    _add_env(add, file, parent, form)
     logs = add("logs", "show the end of a log", endpoint)
     logs.add_argument("name", nargs="?", metavar="NAME", help="a worker, broker, or env-NAME; default: list them all")
     logs.add_argument("-n", "--lines", type=int, default=50, help="how many (%(default)s)")
     logs.add_argument("-f", "--follow", action="store_true", help="print what is added, until Ctrl-C")
     return top
+
+
+def _add_env(
+    add: Callable[..., argparse.ArgumentParser],
+    file: argparse.ArgumentParser,
+    parent: argparse.ArgumentParser,
+    form: argparse.ArgumentParser,
+) -> None:
+    one = argparse.ArgumentParser(add_help=False)
+    one.add_argument("name", metavar="NAME")
+    some = argparse.ArgumentParser(add_help=False)
+    some.add_argument("name", nargs="?", metavar="NAME", help="default: all that the configuration declares")
+    build = add("env build", "build one environment, or all; undoes a rollback", file, parent, form, some)
+    build.add_argument("--anew", action="store_true", help="build again beside one that is damaged")
+    add("env lock", "write exact versions and hashes next to the configuration", file, form, some)
+    add("env verify", "look at every file of an environment and probe it", file, form, some)
+    listing = add("env list", "what is built: size, state, who uses it", file)
+    listing.add_argument("--json", action="store_true", help="one JSON document")
+    add("env path", "print an environment's interpreter", file, one)
+    add("env rollback", "go back to the build that was in use before", file, form, one)
+    prune = add("env prune", "remove what no configuration and no process uses", file)
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
 
 def _option(name: str, **settings: Any) -> argparse.ArgumentParser:

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from loopmux.errors import ConfigError
 from loopmux_launcher.schema import ModelEntry
 
+Installer = Literal["auto", "uv", "pip"]
 CONFIG_VARIABLE = "LOOPMUX_CONFIG"
 DEFAULT = "default"
 """The environment of models that name none."""
@@ -26,6 +28,8 @@ class Environment:
         python: version or absolute path of the interpreter to build with.
         requirements: lines of a requirements file; ``requirements_file`` stands for them if set.
         root: folder that relative requirements are relative to.
+        index_options: lines of a requirements file that say where packages come from.
+        file: the configuration that declares it; a lock file stands beside it.
     """
 
     name: str
@@ -35,6 +39,14 @@ class Environment:
     requirements_file: Path | None = None
     path: Path | None = None
     variables: Mapping[str, str] = field(default_factory=dict)
+    index_options: tuple[str, ...] = ()
+    installer: Installer = "auto"
+    file: Path | None = None
+
+    @property
+    def lock_file(self) -> Path | None:
+        """Where ``env lock`` writes what it resolved, and ``env build`` looks for it."""
+        return self.file and self.file.with_name(f"{self.file.stem}.{self.name}.lock")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,10 @@ _QUESTION = (
     "import json, platform, sys, sysconfig; print(json.dumps([platform.python_version(), sys.implementation.name,"
     " getattr(sys, '_base_executable', None) or sys.executable, sysconfig.get_platform()]))"
 )
-# What would let the application's modules or settings into another interpreter. pip's own settings stay.
+# What would let the application's modules or settings into another interpreter. The installers' own settings stay.
 _FOREIGN = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE", "PYTHONSAFEPATH", "PYTHONPLATLIBDIR",
-            "VIRTUAL_ENV", "__PYVENV_LAUNCHER__", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_PYTHON")  # fmt: skip
+            "VIRTUAL_ENV", "__PYVENV_LAUNCHER__", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_PYTHON", "UV_PYTHON",
+            "UV_SYSTEM_PYTHON", "UV_PROJECT_ENVIRONMENT")  # fmt: skip
 
 
 class EnvironmentUnusable(LoopmuxError):
@@ -67,6 +68,19 @@ def find(wanted: str) -> Interpreter:
         f"Python {wanted}: found only {', '.join(seen)} on PATH, expected {wanted}: install it, or set `python:` to "
         "another version or to the path of an interpreter"
     )
+
+
+def has_pip(python: Path, oldest: tuple[int, int]) -> bool:
+    """Whether an interpreter has pip of its own, of some version at least."""
+    try:
+        done = subprocess.run(
+            [python, "-I", "-c", "import pip; print(pip.__version__)"], capture_output=True, timeout=_LIMIT,
+            env=clean_variables(), check=True, text=True,
+        )  # fmt: skip
+        major, minor = done.stdout.split(".")[:2]
+        return (int(major), int(minor)) >= oldest
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return False
 
 
 def _candidates(wanted: str) -> Iterator[Path]:

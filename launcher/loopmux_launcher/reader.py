@@ -25,6 +25,10 @@ from loopmux_launcher.schema import EnvironmentEntry, FileEntry, ModelEntry
 T = TypeVar("T")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_INDEX_OPTION = re.compile(
+    r"(-i|-f|--index-url|--extra-index-url|--find-links|--trusted-host|--no-binary|--only-binary)[ =]\S+"
+    r"|--no-index$|--pre$|--prefer-binary$"
+)
 _PYTHON_VERSION = re.compile(r"\d+\.\d+(\.\d+)?")
 
 
@@ -48,7 +52,8 @@ class _Reader:
 
     def __init__(self, document: Document) -> None:
         self.document = document
-        self.root = document.file.resolve().parent
+        self.file = document.file.resolve()
+        self.root = self.file.parent
         self.problems: list[Problem] = []
         self.notes: list[str] = []
 
@@ -153,13 +158,19 @@ class _Reader:
     def _environment(self, name: str, entry: EnvironmentEntry) -> Environment:
         where = ("environments", name)
         if entry.path is not None:
-            for other in ("python", "requirements"):
+            for other in ("python", "requirements", "index_options"):
                 if getattr(entry, other):
                     self._refuse((*where, other), f"{other} beside path", "one of the two", "path is used as it is")
             return Environment(name, self.root, path=self._interpreter_of(where, entry.path), variables=entry.variables)
         lines, file = self._requirements(where, entry.requirements)
-        python = self._python(where, entry.python)
-        return Environment(name, self.root, python, lines, file, None, entry.variables)
+        for i, option in enumerate(entry.index_options):
+            if not _INDEX_OPTION.match(option):
+                expected = "an option such as --extra-index-url URL, --index-url URL, --find-links DIR or --no-index"
+                self._refuse((*where, "index_options", i), show(option), expected)
+        return Environment(
+            name, self.root, self._python(where, entry.python), lines, file, variables=entry.variables,
+            index_options=entry.index_options, installer=entry.installer, file=self.file,
+        )  # fmt: skip
 
     def _interpreter_of(self, where: Where, text: str) -> Path:
         # not resolved: the interpreter of a virtual environment is a link, and following it leaves the environment
@@ -223,7 +234,7 @@ class _Reader:
             name in self.document.value["environments"]  # one that is there but wrong is reported where it stands
         )
         if name == DEFAULT and not declared:
-            known[DEFAULT] = Environment(DEFAULT, self.root, requirements=DEFAULT_REQUIREMENTS)
+            known[DEFAULT] = Environment(DEFAULT, self.root, requirements=DEFAULT_REQUIREMENTS, file=self.file)
         elif not declared:
             names = sorted({*known, DEFAULT})
             expected = "one of " + ", ".join(names)

@@ -52,7 +52,12 @@ class EnvironmentEntry:
     path: str | None = key(
         None, "An existing virtual environment, or its interpreter: probed and used, never modified."
     )
-    variables: dict[str, str] = key({}, "Environment variables for pip and for the workers.")
+    index_options: tuple[str, ...] = key(
+        (),
+        'Where packages come from, as lines of a requirements file: "--extra-index-url https://…", "--find-links DIR".',
+    )
+    installer: Literal["auto", "uv", "pip"] = key("auto", "auto: uv where it is installed, else venv and pip.")
+    variables: dict[str, str] = key({}, "Environment variables for the installer and for the workers.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -264,6 +264,7 @@ def test_its_neighbours_are_not_blamed() -> None:
     alone = [[x.request.id for x in core.tables.pool.workers[w].leases.values()] for w in (THIRD, FOURTH)]
     assert sorted(map(len, alone)) == [1, 1]
     culprit = next(w for w, ids in zip((THIRD, FOURTH), alone, strict=True) if ONE in ids)
+    core.worker(say(Kind.RUNACK, ONE, attempt=3), culprit)
     [answer, *_] = core.lose(culprit)
     assert failure(answer)[3].code == "worker_lost"
     other = THIRD if culprit == FOURTH else FOURTH

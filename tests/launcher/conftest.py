@@ -10,6 +10,15 @@ from pathlib import Path
 import pytest
 
 from fakemodels import write_adapter, write_model
+from launcher.wheels import write_workers_needs
+
+
+@pytest.fixture(scope="session")
+def needs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with wheels of what the worker needs."""
+    folder = tmp_path_factory.mktemp("needs")
+    write_workers_needs(folder)
+    return folder
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from typing import TypeVar
 import psutil
 
 T = TypeVar("T")
+BUILD_LIMIT = 200.0
+"""Seconds for a command that may build an environment, which takes five on an idle machine."""
 LIMIT = 30.0
 """Seconds that a test waits for something that takes one on an idle machine."""
 
@@ -116,6 +118,6 @@ def program(*words: str, module: str = "loopmux_launcher") -> Iterator[Program]:
 def launch(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "loopmux_launcher", *words], capture_output=True, text=True, timeout=60, check=False,
-        env={**os.environ, **variables},
+        [sys.executable, "-m", "loopmux_launcher", *words], capture_output=True, text=True, check=False,
+        timeout=BUILD_LIMIT, env={**os.environ, **variables},
     )  # fmt: skip

@@ -169,6 +169,10 @@ def test_a_wrong_model_entry_is_named(write: Write, entry: str, where: str, foun
         ('{requirements: ["torch=2.13.0"]}', "requirements[0]", "torch=2.13.0"),
         ("{requirements: [1]}", "requirements[0]", "1 (int)"),
         ("{variables: {A: 1}}", "variables.A", "1 (int)"),
+        ("{index_options: [https://x.invalid/simple]}", "index_options[0]", "https://x.invalid/simple"),
+        ('{index_options: ["--no-index", "--target /"]}', "index_options[1]", "--target /"),
+        ('{path: "%s", index_options: ["--no-index"]}', "index_options", "index_options beside path"),
+        ("{installer: conda}", "installer", "'conda'"),
     ],
 )
 def test_a_wrong_environment_is_named(write: Write, entry: str, where: str, found: str) -> None:
@@ -189,6 +193,14 @@ def test_options_and_paths_among_requirements_are_left_to_pip(write: Write) -> N
     lines = ["--extra-index-url https://x.invalid/simple", "./here", "pkg @ https://x.invalid/p.whl", "numpy>=2"]
     found = load(write(f"models: {{a: {{engine: echo}}}}\nenvironments: {{own: {{requirements: {lines!r}}}}}"))
     assert found.environments["own"].requirements == tuple(lines)
+
+
+def test_where_packages_come_from_and_what_installs_them(write: Write, models: Path) -> None:
+    options = ["--extra-index-url=https://x.invalid/simple", "-f wheels", "--no-index", "--pre"]
+    own = f"{{installer: pip, index_options: {options!r}}}"
+    found = load(write(f"models: {{a: {{engine: echo}}}}\nenvironments: {{own: {own}}}")).environments["own"]
+    assert (found.installer, found.index_options) == ("pip", tuple(options))
+    assert found.lock_file == models / "llm_backends.own.lock"
 
 
 def test_an_environment_name_that_is_no_folder_name_is_refused(write: Write) -> None:

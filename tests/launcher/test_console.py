@@ -8,7 +8,6 @@ import pytest
 
 from loopmux_launcher.console import Console
 from loopmux_launcher.events import Announce
-from loopmux_launcher.installer import _progress
 
 
 def say(console: Console, *news: tuple[str, str, str]) -> None:
@@ -54,21 +53,3 @@ def test_a_pipe_without_a_reader_is_no_trouble(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(sys, "stdout", Broken())
     say(Console("plain"), ("a", "started", "info"))
-
-
-@pytest.mark.parametrize(
-    ("line", "told"),
-    [
-        ("Collecting torch==2.13.0 (from -r x (line 1))", ["collecting torch==2.13.0"]),
-        ("Processing /wheels/torch-2.13.0-cp311.whl (from -r x)", ["collecting torch-2.13.0-cp311.whl"]),
-        ("  Downloading transformers-5.whl (13.3 MB)", ["downloading transformers-5.whl, 13.3 MB"]),
-        ("  Downloading typer-0.29.2-py3-none-any.whl (121 kB)", []),
-        ("Installing collected packages: a, b, c", ["installing 3 packages"]),
-        ("Building wheel for x (pyproject.toml): started", ["building x from source"]),
-        ("Requirement already satisfied: y", []),
-    ],
-)
-def test_pips_lines_become_progress(line: str, told: list[str]) -> None:
-    found: list[str] = []
-    _progress(line, found.append)
-    assert found == told

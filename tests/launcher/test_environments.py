@@ -15,38 +15,40 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.programs import Program, alive, launch, program, wait_for
-from loopmux_launcher import environments, interpreters, places, workercode
+from launcher.programs import BUILD_LIMIT, Program, alive, launch, program, wait_for
+from loopmux_launcher import environments, envstore, interpreters, places, workercode
 from loopmux_launcher.config import Environment
 from loopmux_launcher.interpreters import EnvironmentUnusable
 from loopmux_launcher.probe import probe, worker_command, worker_variables
+from loopmux_launcher.reader import load
 
+pytestmark = pytest.mark.timeout(400)
 TINY = """
-environments: {tiny: {python: "%s"}}
+environments: {tiny: {python: "%s", installer: pip, index_options: [--no-index, "--find-links %s"]}}
 models: {echo: {engine: echo, environment: tiny}}
 """
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 @pytest.fixture
-def tiny(home: Path) -> Path:
+def tiny(home: Path, needs: Path) -> Path:
     file = home / "tiny.yaml"
-    file.write_text(TINY % VERSION)
+    file.write_text(TINY % (VERSION, needs))
     return file
 
 
 @pytest.fixture(scope="module")
-def built() -> Iterator[tuple[Path, list[Program]]]:
+def built(needs: Path) -> Iterator[tuple[Path, list[Program]]]:
     """A folder for user data with the environment ``tiny``, which two processes wanted to build at once."""
     with tempfile.TemporaryDirectory(prefix="lmxb-") as name, pytest.MonkeyPatch.context() as patch:
         folder = Path(name)
         patch.setenv("XDG_DATA_HOME", str(folder))
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))
         file = folder / "tiny.yaml"
-        file.write_text(TINY % VERSION)
+        file.write_text(TINY % (VERSION, needs))
         words = ("env", "build", "--config", str(file), "--log-format", "plain")
         with program(*words) as first, program(*words) as second:
-            assert (first.wait(), second.wait()) == (0, 0), first.text + second.text
+            assert (first.wait(BUILD_LIMIT), second.wait(BUILD_LIMIT)) == (0, 0), first.text + second.text
         yield folder, [first, second]
 
 
@@ -61,7 +63,7 @@ def test_of_two_builders_one_builds_and_the_other_waits(built: tuple[Path, list[
     home = folder / "loopmux" / "envs" / "tiny"
     (made,) = [p for p in home.iterdir() if p.is_dir() and not p.is_symlink()]
     assert (home / "current").resolve() == made
-    assert environments.read_marker(made) is not None
+    assert envstore.read_marker(made) is not None
     assert not (made / "tmp").exists()
 
 
@@ -117,7 +119,7 @@ def test_what_lacks_torch_is_refused_for_a_model_that_needs_it(
     built: tuple[Path, list[Program]], tmp_path: Path
 ) -> None:
     folder, _ = built
-    environment = Environment("tiny", folder, VERSION)
+    environment = load(folder / "tiny.yaml").environments["tiny"]
     with pytest.raises(EnvironmentUnusable) as caught:
         environments.prepare(
             environment,
@@ -133,14 +135,15 @@ def test_what_lacks_torch_is_refused_for_a_model_that_needs_it(
 
 @pytest.mark.slow
 def test_a_requirement_that_cannot_be_had_leaves_nothing_and_says_why(tiny: Path) -> None:
-    tiny.write_text('environments: {bad: {requirements: ["msgpack==0.0.0"]}}\nmodels: {a: {engine: echo}}\n')
+    text = tiny.read_text().replace("{python", '{requirements: ["msgpack==0.0.0"], python')
+    tiny.write_text(text)
     done = launch("env", "build", "--config", str(tiny))
     assert done.returncode == 1
     assert "msgpack==0.0.0" in done.stderr
     assert "Traceback" not in done.stderr
     log = Path(done.stderr.rsplit("full log: ")[1].strip())
     assert "msgpack==0.0.0" in log.read_text()
-    left = sorted(p.name for p in (places.data() / "envs" / "bad").iterdir())
+    left = sorted(p.name for p in (places.data() / "envs" / "tiny").iterdir())
     assert left == [".lock"]
 
 
@@ -150,7 +153,7 @@ def _environment_folders() -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "moment"), [(signal.SIGTERM, "collecting"), (signal.SIGKILL, "building with")])
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGTERM, "resolving"), (signal.SIGKILL, "building with")])
 def test_an_interrupted_build_is_never_taken_for_an_environment(
     tiny: Path, number: signal.Signals, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +162,7 @@ def test_an_interrupted_build_is_never_taken_for_an_environment(
     monkeypatch.setenv("TMPDIR", str(temporary))
     words = ("env", "build", "--config", str(tiny), "--log-format", "plain")
     with program(*words) as build:
-        build.line(moment)
+        build.line(moment, BUILD_LIMIT)
         installer = wait_for(lambda: build.family()[1:], "the installer")
         build.process.send_signal(number)
         code = build.wait()
@@ -180,7 +183,7 @@ def test_an_interrupted_build_is_never_taken_for_an_environment(
 
 
 def test_an_interpreter_that_is_not_there_is_named_with_what_is(tiny: Path) -> None:
-    tiny.write_text(TINY % "3.99")
+    tiny.write_text(TINY % ("3.99", tiny.parent))
     done = launch("env", "build", "--config", str(tiny))
     assert done.returncode == 78  # the configuration is wrong here, and nothing is begun
     assert "Python 3.99" in done.stderr

@@ -299,7 +299,7 @@ def test_environments_are_built_by_up_and_workers_run_in_them(config: Path, endp
 
 
 def test_killing_up_during_a_build_leaves_nothing(config: Path, endpoint: str, home: Path) -> None:
-    config.write_text("environments: {e: {}}\nmodels: {a: {engine: echo, environment: e}}\n")
+    config.write_text("environments: {e: {installer: pip}}\nmodels: {a: {engine: echo, environment: e}}\n")
     with program("up", "--config", str(config), "--endpoint", endpoint) as up:
         up.line("building with")
         wait_for(lambda: len(up.family()) >= 4, "the installer")
@@ -311,7 +311,7 @@ def test_killing_up_during_a_build_leaves_nothing(config: Path, endpoint: str, h
 
 
 def test_stopping_during_a_build_stops_it(config: Path, endpoint: str, home: Path) -> None:
-    config.write_text("environments: {e: {}}\nmodels: {a: {engine: echo, environment: e}}\n")
+    config.write_text("environments: {e: {installer: pip}}\nmodels: {a: {engine: echo, environment: e}}\n")
     with program("up", "--config", str(config), "--endpoint", endpoint) as up:
         up.line("building with")
         family = up.family()
