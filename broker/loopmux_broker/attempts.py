@@ -20,8 +20,8 @@ from loopmux_broker.tables import Alarm, Tables
 from loopmux_broker.waiting import Waiting
 
 _MISHAPS = 10
-"""Attempts at one request that may come to nothing by no fault of its own. Only many workers that go together, or a fault
-of a peer or of ours, bring it there; it must not go on until the deadline, as fast as messages travel."""
+"""Attempts at one request that may come to nothing by no fault of its own. Only many workers that go together, or a
+fault of a peer or of ours, bring it there; it must not go on until the deadline, as fast as messages travel."""
 
 
 class Cause(Enum):
@@ -183,8 +183,8 @@ class Attempts:
         error: LoopmuxError
         if request.mishaps >= _MISHAPS:
             error = EngineError(
-                f"{found}; {request.mishaps} attempts came to nothing, and not by the request: workers did not answer, or "
-                "did not have it, or lost output of it. Submit it again when they run",
+                f"{found}; {request.mishaps} attempts came to nothing, and not by the request: workers did not answer, "
+                "or did not have it, or lost output of it. Submit it again when they run",
                 retryable=True,
             )
         else:

@@ -309,7 +309,7 @@ class Session:
         except ProtocolError as error:
             refusal = BadRequestError(f"the request cannot be read: {error.message}")
             return self._fail(request, refusal, Usage(), now)
-        # Where a worker was lost before, the broker judges by the acknowledgement whether this one is lost by the request.
+        # Where a worker was lost before, the broker judges by this whether the next one is lost by the request.
         acknowledged = [_acknowledged(request)] if key.attempt > 1 else []
         return [*acknowledged, Submit(Job(key, request.run, generate, prefix))]
 
