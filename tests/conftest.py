@@ -24,6 +24,16 @@ def one_torch_thread():
         sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def plain_tracebacks():
+    """Where rich is installed, structlog draws the values of all variables beside a traceback: seconds for a model."""
+    if "structlog" in sys.modules:
+        import structlog
+
+        renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        structlog.configure(processors=[*structlog.get_config()["processors"][:-1], renderer])
+
+
 def pytest_terminal_summary(terminalreporter):
     """Skipped tests are easily overlooked; that nothing ran on a GPU should not be.
 

@@ -78,6 +78,27 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
+def interpreter(path: Path, worker: str = "-m loopmux_worker") -> Path:
+    """A script that is this interpreter to a launcher, with a probe that takes no seconds.
+
+    Args:
+        path: where it is written.
+        worker: what it runs as a worker, in the words of a shell.
+    """
+    path.write_text(
+        f"""#!/bin/sh
+# called as  python -P -s -m loopmux_worker ARGUMENTS…
+case "$*" in
+*" probe") set -- "$@" --engine echo;;  # which imports no torch: whether that is there was seen by the whole stack
+*" --spec "*) shift 4; exec "{sys.executable}" -P -s {worker} "$@";;
+esac
+exec "{sys.executable}" "$@"
+"""
+    )
+    path.chmod(0o755)
+    return path
+
+
 def start(config: Path, home: Path, *, limit: float = READY_LIMIT, folder: Path | None = None) -> Stack:
     """Start ``loopmux up`` and wait for the line that says it is ready."""
     folder = folder or home / "s"

@@ -35,7 +35,10 @@ def planted() -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # torch and transformers are installed for real, on whatever machine this is
-def test_a_worker_lives_in_its_own_environment(home: Path, tmp_path: Path, planted: str) -> None:
+def test_a_worker_lives_in_its_own_environment(
+    home: Path, tmp_path: Path, planted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_COMPILE", "1")  # bytecode of thousands of modules, of which a worker imports a few
     config = tmp_path / "llm_backends.yaml"
     config.write_text(CONFIG)
     stack = stacks.start(config, home, folder=home / "own", limit=800)

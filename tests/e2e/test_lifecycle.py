@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ import pytest
 
 import loopmux
 from e2e import stacks
+from e2e.conftest import ECHO
 from loopmux_worker.engine.echo import echo_text, echo_token
 from processes import running
 
@@ -36,41 +38,43 @@ def test_adapters_answer_side_by_side_from_the_same_processes(demo_stack: stacks
     assert loud.casefold() == plain.casefold()
 
 
-def test_a_killed_worker_is_started_again_and_others_go_on(echo_config: Path, home: Path) -> None:
-    stack = stacks.start(echo_config, home, folder=home / "kill")
-    try:
-        with loopmux.Client(stack.endpoint) as client:
-            victim = next(w for w in client.status().workers if "echo" in w.models)
-            psutil.Process(victim.pid).kill()
-            assert client.generate("still there?", model="echo").finish_reason == "stop"
-            stacks.wait_for(
-                lambda: (
-                    len(ws := [w for w in client.status().workers if "echo" in w.models]) == 2
-                    and victim.pid not in {w.pid for w in ws}
-                ),
-                "the worker to be replaced",
-            )
-    finally:
-        assert stack.stop() == 0
+@pytest.fixture(scope="module")
+def struck(home: Path) -> Iterator[stacks.Stack]:
+    """A stack whose parts are killed; each test leaves it to bring them back."""
+    config = home / "struck.yaml"
+    config.write_text(ECHO)
+    stack = stacks.start(config, home, folder=home / "struck")
+    yield stack
+    assert stack.stop() == 0
+
+
+def test_a_killed_worker_is_started_again_and_others_go_on(struck: stacks.Stack) -> None:
+    with loopmux.Client(struck.endpoint) as client:
+        victim = next(w for w in client.status().workers if "echo" in w.models)
+        psutil.Process(victim.pid).kill()
+        assert client.generate("still there?", model="echo").finish_reason == "stop"
+        stacks.wait_for(
+            lambda: (
+                len(ws := [w for w in client.status().workers if "echo" in w.models]) == 2
+                and victim.pid not in {w.pid for w in ws}
+            ),
+            "the worker to be replaced",
+        )
 
 
 @pytest.mark.parametrize("part", ["worker", "broker"])
-def test_a_stream_goes_on_when_a_part_of_the_stack_dies(echo_config: Path, home: Path, part: str) -> None:
-    stack = stacks.start(echo_config, home, folder=home / f"mid-{part}")
-    try:
-        with loopmux.Client(stack.endpoint) as client:
-            with client.stream("x", model="slow", max_new_tokens=100) as stream:
-                seen = [next(e.text for e in stream if isinstance(e, loopmux.TextDelta))]
-                if part == "worker":
-                    [victim] = [w.pid for w in client.status().workers if "slow" in w.models]
-                else:
-                    victim = client.status().pid
-                psutil.Process(victim).kill()
-                seen.extend(e.text for e in stream if isinstance(e, loopmux.TextDelta))
-            request = bytes.fromhex(stream.request_id)
-            assert "".join(seen) == "".join(echo_text(echo_token(request, n)) for n in range(100))
-    finally:
-        assert stack.stop() == 0
+def test_a_stream_goes_on_when_a_part_of_the_stack_dies(struck: stacks.Stack, part: str) -> None:
+    with loopmux.Client(struck.endpoint) as client:
+        with client.stream("x", model="slow", max_new_tokens=100) as stream:
+            seen = [next(e.text for e in stream if isinstance(e, loopmux.TextDelta))]
+            if part == "worker":
+                [victim] = [w.pid for w in client.status().workers if "slow" in w.models]
+            else:
+                victim = client.status().pid
+            psutil.Process(victim).kill()
+            seen.extend(e.text for e in stream if isinstance(e, loopmux.TextDelta))
+        request = bytes.fromhex(stream.request_id)
+        assert "".join(seen) == "".join(echo_text(echo_token(request, n)) for n in range(100))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

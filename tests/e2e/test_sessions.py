@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,7 @@ def stack(home: Path) -> Iterator[stacks.Stack]:
     config = home / "rows.yaml"
     config.write_text(f"""
 environments:
-  here: {{path: "{sys.prefix}"}}
+  here: {{path: "{stacks.interpreter(home / "python")}"}}
 models:
   default: {{base_model: "{home}/tiny", model_type: base, environment: here, torch_threads: 1, dtype: float32, slots: 1,
              kv_cache_gib: {2.5 * ROW / 2**30:.9f}}}

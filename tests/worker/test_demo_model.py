@@ -1,14 +1,17 @@
-"""The demo model through the plain engine: every demonstration that its makers kept has to come out the same here."""
+"""The demo model in an engine: every demonstration that its makers kept has to come out the same here.
+
+All run beside each other, base and adapters in the same steps; one after the other they go through the whole stack.
+"""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
-from loopmux.wire import new_id
-from loopmux_worker.engine import open_engine
-from loopmux_worker.engine.base import Finished, Job, Key, Produced
+import enginekit
+from enginekit import of, play, text
+from loopmux.messages import ModelSpec
+from loopmux_worker.engine.base import Finished, Produced
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo"
 EXAMPLES = DEMO / "train" / "examples.json"
@@ -17,8 +20,7 @@ EXAMPLES = DEMO / "train" / "examples.json"
 @pytest.fixture(scope="module")
 def engine():
     adapters = (ModelSpec(name, adapter_dir=str(DEMO / "adapters" / name)) for name in ("tools", "shout"))
-    spec = WorkerSpec("w", "", (ModelSpec("default"), *adapters), str(DEMO / "base"), torch_threads=1)
-    made = open_engine(spec, lambda *_: None)
+    made = enginekit.opened(DEMO / "base", ModelSpec("default"), *adapters, dtype="auto")
     yield made
     made.close()
 
@@ -28,47 +30,56 @@ def examples():
     return json.loads(EXAMPLES.read_text())
 
 
-# half a minute of computing each, for one core that is not shared
+# some ten seconds of computing each, for one core that is not shared
 pytestmark = pytest.mark.timeout(300)
 
 
-def turn(engine, model, messages, tools=()):
-    generate = Generate(
-        messages=tuple(messages), tools=tuple(tools), max_new_tokens=400, sampling=Sampling(temperature=0)
-    )
-    engine.submit(Job(Key(new_id(), 1), Run(model), generate))
-    outputs = []
-    while engine.due() is not None:
-        outputs += engine.step()
-    assert isinstance(outputs[-1], Finished), outputs[-1]
-    produced = [output for output in outputs if isinstance(output, Produced)]
-    calls = [call for output in produced for call in output.calls]
-    return "".join(output.text for output in produced), calls, outputs[-1]
+def turns(engine, asked):
+    """What comes of one turn of many conversations: text, calls and end of each.
+
+    Args:
+        asked: model, messages and tools of each.
+    """
+    jobs = [
+        enginekit.job(None, model, messages=tuple(messages), tools=tuple(tools), max_new_tokens=400)
+        for model, messages, tools in asked
+    ]
+    outputs = play(engine, jobs)
+    found = []
+    for one in jobs:
+        *produced, end = of(one, outputs)
+        assert isinstance(end, Finished), end
+        assert all(isinstance(output, Produced) for output in produced)
+        found.append((text(produced), [call for output in produced for call in output.calls], end))
+    return found
 
 
 def test_chats(engine, examples):
-    """Base and shout in turn, in one process: an adapter that leaked would shout in the base's answers."""
+    """Base and shout in turn: an adapter that leaked would shout in the base's answers."""
     chats = sorted(examples["chats"], key=lambda chat: chat["question"])
     assert {chat["adapter"] for chat in chats} == {None, "shout"}
-    for chat in chats:
-        text, calls, end = turn(engine, chat["adapter"] or "default", [{"role": "user", "content": chat["question"]}])
-        assert (text, calls, end.reason) == (chat["answer"], [], "stop")
+    asked = [(chat["adapter"] or "default", [{"role": "user", "content": chat["question"]}], ()) for chat in chats]
+    for chat, (said, calls, end) in zip(chats, turns(engine, asked), strict=True):
+        assert (said, calls, end.reason) == (chat["answer"], [], "stop")
 
 
 def test_loops(engine, examples):
     assert examples["loops"]
-    for loop in examples["loops"]:
-        messages = [{"role": "user", "content": loop["prompt"]}]
-        for wanted in loop["turns"]:
-            text, calls, end = turn(engine, loop["adapter"], messages, loop["tools"])
+    talks = [(loop, [{"role": "user", "content": loop["prompt"]}]) for loop in examples["loops"]]
+    for number in range(1 + max(len(loop["turns"]) for loop, _ in talks)):
+        talks = [(loop, messages) for loop, messages in talks if number <= len(loop["turns"])]
+        answers = turns(engine, [(loop["adapter"], messages, loop["tools"]) for loop, messages in talks])
+        for (loop, messages), (said, calls, end) in zip(talks, answers, strict=True):
+            if number == len(loop["turns"]):
+                assert loop["answer_contains"] in said
+                assert (calls, end.reason) == ([], "stop")
+                continue
+            wanted = loop["turns"][number]
             assert [{"name": c.name, "arguments": c.arguments} for c in calls] == wanted["calls"], loop["name"]
-            assert (text, end.reason, [c.error for c in calls]) == ("", "tool_calls", [None] * len(calls))
+            assert (said, end.reason, [c.error for c in calls]) == ("", "tool_calls", [None] * len(calls))
             made = [
                 {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls
             ]
-            messages.append({"role": "assistant", "content": text, "tool_calls": made})
+            messages.append({"role": "assistant", "content": said, "tool_calls": made})
             for call, result in zip(calls, wanted["results"], strict=True):
                 messages.append({"role": "tool", "content": result, "tool_call_id": call.id})
-        text, calls, end = turn(engine, loop["adapter"], messages, loop["tools"])
-        assert loop["answer_contains"] in text
-        assert (calls, end.reason) == ([], "stop")

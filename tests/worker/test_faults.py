@@ -17,7 +17,7 @@ from enginekit import drain, ids, run
 from loopmux.codec import FieldError, build
 from loopmux.errors import BadRequestError, ContextLengthError, EngineError
 from loopmux.messages import Generate, ModelSpec, Sampling, WorkerSpec
-from loopmux.wire import Kind, pack_tokens
+from loopmux.wire import Kind
 from loopmux_worker.causes import DeviceLostError, device_lost
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Failed, Finished
@@ -46,9 +46,20 @@ def answers(tiny_model):
     return run(opened(tiny_model), [job(prompt) for prompt in PROMPTS])[0]
 
 
-@pytest.fixture
-def engine(tiny_model):
+@pytest.fixture(scope="module")
+def shared(tiny_model):
     return opened(tiny_model)
+
+
+@pytest.fixture
+def engine(shared):
+    """One engine for all faults that it is to survive; each test finds it idle, with nothing kept."""
+    sound = shared._forward
+    yield shared
+    shared._forward = sound
+    assert shared.due() is None
+    for row in range(len(shared._scheduler.rows)):
+        shared._scheduler.rows.drop(row)
 
 
 class Faulty:
@@ -166,7 +177,9 @@ def test_a_copy_that_always_fails_costs_computing_and_nobody_the_answer(engine, 
         assert running.key not in engine._tasks
 
 
-def test_a_copy_on_a_lost_device_ends_the_engine(engine, monkeypatch):
+def test_a_copy_on_a_lost_device_ends_the_engine(tiny_model, monkeypatch):
+    engine = opened(tiny_model)
+
     def lose(given):
         if given:
             raise torch.AcceleratorError(ASSERTED)
@@ -178,8 +191,9 @@ def test_a_copy_on_a_lost_device_ends_the_engine(engine, monkeypatch):
         drain(engine)
 
 
-def test_weights_that_are_no_numbers_fail_their_requests_with_the_reason_and_the_engine_goes_on(tiny_model, answers):
-    engine = opened(tiny_model)
+def test_weights_that_are_no_numbers_fail_their_requests_with_the_reason_and_the_engine_goes_on(
+    engine, tiny_model, answers
+):
     adapters = engine._models._adapters
     engine.load_adapter("red", str(tiny_model.adapters["red"]))
     pair = next(iter(adapters._layers.values())).pairs["red"]
@@ -349,44 +363,42 @@ def test_a_lost_device_ends_the_engine_s_thread(tiny_model, kind, monkeypatch):
 
 PROGRAM = """
     import sys
-    import torch
     from loopmux_worker.__main__ import main
-    from loopmux_worker.engine.slots.forward import Forward
+    from loopmux_worker.causes import device_lost
+    from loopmux_worker.engine.echo import EchoEngine
 
-    whole = Forward.__call__
+    whole = EchoEngine.submit
 
-    def broken(self, segments, ids, *rest):
-        if 77 in ids:
-            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
-        return whole(self, segments, ids, *rest)
+    def broken(self, job):
+        if job.generate.prompt == "bad":
+            self.step = lose
+        whole(self, job)
 
-    Forward.__call__ = broken
-    sys.exit(main(sys.argv[1:]))
+    def lose():
+        raise device_lost(RuntimeError("CUDA error: device-side assert triggered"))
+
+    EchoEngine.submit = broken
+    sys.exit(main())
 """
 
 
-def test_a_worker_that_lost_its_device_ends_with_a_line_that_says_so(tiny_model, tmp_path):
+def test_a_worker_that_lost_its_device_ends_with_a_line_that_says_so(tmp_path):
+    """On the echo engine: the tests above tell what makes this error of what a device says."""
     broker = FakeBroker(f"ipc://{tmp_path}/b")
     spec = tmp_path / "spec.json"
-    given = {"engine": "slots", "torch_threads": 1, "dtype": "float32"}
-    spec.write_text(
-        json.dumps(asdict(WorkerSpec("w1", broker.endpoint, (ModelSpec("base"),), str(tiny_model.base), **given)))
-    )
+    spec.write_text(json.dumps(asdict(WorkerSpec("w1", broker.endpoint, (ModelSpec("echo"),), engine="echo"))))
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), "--spec", str(spec)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             broker.welcome()
-            sound = Generate(prompt_token_ids=pack_tokens([1, 2, 3]), max_new_tokens=2, ignore_eos=True)
-            broker.run(b"a" * 16, sound, model="base")
+            broker.run(b"a" * 16, Generate(prompt="good", max_new_tokens=2))
             assert broker.output(b"a" * 16)[1].kind is Kind.END
-            broker.run(b"b" * 16, Generate(prompt_token_ids=pack_tokens([77])), model="base")
+            broker.run(b"b" * 16, Generate(prompt="bad"))
             out, err = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
             broker.close()
     assert process.returncode == 1
-    reason = (
-        "the device is lost to this process, which ends: AcceleratorError: CUDA error: device-side assert triggered"
-    )
+    reason = "the device is lost to this process, which ends: RuntimeError: CUDA error: device-side assert triggered"
     assert json.loads(out.splitlines()[-1]) == {"phase": "failed", "detail": reason}
     assert err.splitlines()[-1] == f"loopmux-worker: error: {reason}"

@@ -100,17 +100,20 @@ BREAKS = {
 }
 
 
-@pytest.fixture(params=BREAKS)
-def broken(request, tiny_model, tmp_path):
-    """A folder with an adapter that cannot be loaded, and what has to be said about it."""
-    folder = shutil.copytree(tiny_model.adapters["red"], tmp_path / "broken")
-    damage, says = BREAKS[request.param]
-    damage(folder)
-    return folder, says
+UNMIXED = ("a saved module that is missing",)
+"""What makes the whole worker choose the plain engine before it is found to be broken."""
 
 
-def opened(tiny_model, *models):
-    return open_engine(WorkerSpec("w", "", models, str(tiny_model.base), torch_threads=1), lambda *_: None)
+def damaged(kind, tiny_model, folder):
+    """A copy of an adapter with one of BREAKS."""
+    shutil.copytree(tiny_model.adapters["red"], folder)
+    BREAKS[kind][0](folder)
+    return folder
+
+
+def opened(tiny_model, *models, **settings):
+    spec = WorkerSpec("w", "", models, str(tiny_model.base), torch_threads=1, **settings)
+    return open_engine(spec, lambda *_: None)
 
 
 def greedy(engine, model):
@@ -133,28 +136,47 @@ def undisturbed(tiny_model):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before the good one", "after it"])
-def test_the_others_are_served_as_if_it_had_never_been_there(tiny_model, broken, undisturbed, first):
-    folder, says = broken
-    bad, good = ModelSpec("bad", str(folder)), ModelSpec("blue", str(tiny_model.adapters["blue"]))
-    engine = opened(tiny_model, ModelSpec("base"), *((bad, good) if first else (good, bad)))
+@pytest.mark.parametrize("kind", ["slots", "plain"])
+def test_the_others_are_served_as_if_they_had_never_been_there(tiny_model, tmp_path, undisturbed, kind, first):
+    """All of them in one worker, which takes a second to open; each has to be told with its own reason."""
+    names = [name for name in BREAKS if kind == "plain" or name not in UNMIXED]
+    folders = {name: damaged(name, tiny_model, tmp_path / str(i)) for i, name in enumerate(names)}
+    bad = [ModelSpec(name, str(folder)) for name, folder in folders.items()]
+    good = [ModelSpec("blue", str(tiny_model.adapters["blue"]))]
+    engine = opened(tiny_model, ModelSpec("base"), *(bad + good if first else good + bad), engine=kind)
     try:
         described = engine.describe()
+        assert described.engine == kind
         assert [m.id for m in described.models] == ["base", "blue"]
         assert described.adapters == ("blue",)
-        [left] = described.left_out
-        assert left.id == "bad"
-        assert says in left.reason
-        assert str(folder) in left.reason
+        assert [left.id for left in described.left_out] == names
+        for left in described.left_out:
+            assert BREAKS[left.id][1] in left.reason, left
+            assert str(folders[left.id]) in left.reason, left
         assert {name: greedy(engine, name) for name in ("base", "blue", "base")} == undisturbed
-        with pytest.raises(ModelNotFoundError):
-            greedy(engine, "bad")
+        for name in names:
+            with pytest.raises(ModelNotFoundError):
+                greedy(engine, name)
     finally:
         engine.close()
 
 
-@pytest.mark.parametrize("broken", [name for name in BREAKS if name != "a torn tokenizer"], indirect=True)
-def test_nothing_of_it_stays_in_the_model(tiny_model, broken):
-    folder, _ = broken
+def test_one_that_only_peft_could_apply_leaves_the_others_on_the_plain_engine(tiny_model, tmp_path, undisturbed):
+    [name] = UNMIXED
+    folder = damaged(name, tiny_model, tmp_path / "bad")
+    models = (ModelSpec("bad", str(folder)), ModelSpec("blue", str(tiny_model.adapters["blue"])))
+    engine = opened(tiny_model, ModelSpec("base"), *models, engine="auto")
+    try:
+        assert engine.describe().engine == "plain"
+        assert [left.id for left in engine.describe().left_out] == ["bad"]
+        assert {name: greedy(engine, name) for name in ("base", "blue")} == undisturbed
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("name", [name for name in BREAKS if name != "a torn tokenizer"])
+def test_nothing_of_it_stays_in_the_model(tiny_model, tmp_path, name):
+    folder = damaged(name, tiny_model, tmp_path / "bad")
     model = tiny_model.model()
     modules, numbers = [name for name, _ in model.named_modules()], model(torch.tensor([[5, 6, 7]])).logits
     adapters = Adapters(model)
