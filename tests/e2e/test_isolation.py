@@ -38,7 +38,7 @@ def planted() -> Iterator[str]:
 def test_a_worker_lives_in_its_own_environment(
     home: Path, tmp_path: Path, planted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PIP_NO_COMPILE", "1")  # bytecode of thousands of modules, of which a worker imports a few
+    monkeypatch.setenv("PIP_COMPILE", "0")  # bytecode of thousands of modules, of which a worker imports a few
     config = tmp_path / "llm_backends.yaml"
     config.write_text(CONFIG)
     stack = stacks.start(config, home, folder=home / "own", limit=800)
