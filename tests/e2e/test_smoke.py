@@ -21,16 +21,19 @@ def run(stack: stacks.Stack, *words: str, stdin: str | None = None) -> subproces
     return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=60)
 
 
-def test_every_known_answer_of_base_and_shout(demo_stack: stacks.Stack, examples: dict[str, Any]) -> None:
+def test_known_answers_of_base_and_shout(demo_stack: stacks.Stack, examples: dict[str, Any]) -> None:
+    chats = examples["chats"][::3]  # the engine's own tests ask for all
+    assert {chat["adapter"] for chat in chats} == {None, "shout"}
+
     async def ask() -> list[str]:
         async with loopmux.AsyncClient(demo_stack.endpoint, temperature=0) as client:
-            return await asyncio.gather(*(one(client, chat) for chat in examples["chats"]))
+            return await asyncio.gather(*(one(client, chat) for chat in chats))
 
     async def one(client: loopmux.AsyncClient, chat: dict[str, Any]) -> str:
         result = await client.generate(chat["question"], model=chat["adapter"] or "default", max_new_tokens=400)
         return result.text
 
-    assert asyncio.run(ask()) == [chat["answer"] for chat in examples["chats"]]
+    assert asyncio.run(ask()) == [chat["answer"] for chat in chats]
 
 
 def test_the_deltas_of_a_stream_are_the_text(demo_stack: stacks.Stack) -> None:
