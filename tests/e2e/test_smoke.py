@@ -22,7 +22,7 @@ def run(stack: stacks.Stack, *words: str, stdin: str | None = None) -> subproces
 
 
 def test_known_answers_of_base_and_shout(demo_stack: stacks.Stack, examples: dict[str, Any]) -> None:
-    chats = examples["chats"][::3]  # the engine's own tests ask for all
+    chats = examples["chats"][1::3]  # none of the longest; the engine's own tests ask for all
     assert {chat["adapter"] for chat in chats} == {None, "shout"}
 
     async def ask() -> list[str]:

@@ -17,8 +17,10 @@ def loops(examples: dict[str, Any]) -> list[dict[str, Any]]:
     return [e for e in examples["loops"] if e["turns"]]
 
 
-def test_every_example_loop_makes_its_calls_and_answers(demo_stack: stacks.Stack, loops: list[dict[str, Any]]) -> None:
-    assert len(loops) >= 8
+def test_example_loops_make_their_calls_and_answer(demo_stack: stacks.Stack, loops: list[dict[str, Any]]) -> None:
+    """All of several turns, some of one; the engine's own tests go through all."""
+    loops = [loop for i, loop in enumerate(loops) if len(loop["turns"]) > 1 or i % 3 == 0]
+    assert len(loops) >= 24
 
     def play(example: dict[str, Any]) -> loopmux.ToolLoopResult:
         return client.run_tools(
