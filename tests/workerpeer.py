@@ -12,6 +12,8 @@ from loopmux.wire import Header, Kind, Message, from_frames, pack_tokens, to_fra
 
 PATIENCE = 20.0
 """Seconds after which a message that does not come is a failure; generous, the machine is shared."""
+LOADING = 60.0
+"""The same for a worker that imports torch first."""
 
 
 class FakeBroker:
@@ -71,15 +73,15 @@ class FakeBroker:
             else:
                 return message
 
-    def expect(self, kind: Kind) -> Message:
-        message = self.receive()
+    def expect(self, kind: Kind, patience: float = PATIENCE) -> Message:
+        message = self.receive(patience)
         assert message.kind is kind, message
         return message
 
-    def welcome(self) -> Register:
+    def welcome(self, patience: float = PATIENCE) -> Register:
         """Wait for REGISTER and answer it."""
         self._welcomed = (b"", b"")
-        message = self.expect(Kind.REGISTER)
+        message = self.expect(Kind.REGISTER, patience)
         self.registered, self._welcomed = unpack(Register, message.route), (self.peer, message.route)
         self._send_welcome()
         return self.registered

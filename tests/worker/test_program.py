@@ -16,7 +16,7 @@ from loopmux.messages import Generate, ModelSpec, Sampling, WorkerSpec
 from loopmux.wire import Kind, unpack_tokens
 from loopmux_worker.oneshot import one_shot
 from processes import running
-from workerpeer import PATIENCE, FakeBroker
+from workerpeer import LOADING, PATIENCE, FakeBroker
 
 PROGRAM = [sys.executable, "-m", "loopmux_worker"]
 REQUEST, OTHER = b"r" * 16, b"o" * 16
@@ -109,7 +109,7 @@ def test_a_model_is_loaded_announced_and_served_and_a_broken_adapter_told(broker
         tmp_path, broker.endpoint, models=models, engine="auto", base_model=str(tiny_model.base), torch_threads=1
     )
     with start("--spec", spec) as process:
-        register = broker.welcome()
+        register = broker.welcome(LOADING)
         assert [m.id for m in register.models] == ["base", "red"]
         assert (register.adapters, register.slots, register.engine) == (("red",), 16, "slots")
         [left] = register.left_out
@@ -142,7 +142,7 @@ def test_the_plain_engine_is_served_and_writes_nothing_to_standard_error(broker,
         torch_threads=1,
     )  # fmt: skip
     with start("--spec", spec) as process:
-        broker.welcome()
+        broker.welcome(LOADING)
         out, err = stopped_while_it_generates(broker, process, "m")
     assert [json.loads(line)["phase"] for line in out.splitlines()][-2:] == ["warming", "ready"]
     assert err == ""
