@@ -298,8 +298,8 @@ def test_a_shape_with_two_sets_of_positions_has_rows_as_long_as_the_first_holds(
     folder = written(config(), tmp_path)
     engine = opened(folder, device, engine="auto", context=64)
     assert engine.describe().engine == "slots"
-    expected = [greedy(loaded(folder, device), prompt)[: 64 - len(prompt)] for prompt in PROMPTS[:3]]
-    assert run(engine, [job(prompt) for prompt in PROMPTS[:3]])[0] == expected
+    expected = [greedy(loaded(folder, device), prompt, 64 - len(prompt)) for prompt in PROMPTS[:3]]
+    assert run(engine, [job(prompt, max_new_tokens=64) for prompt in PROMPTS[:3]])[0] == expected
 
 
 def test_a_shape_with_fewer_positions_than_the_trial_takes_is_served_all_the_same(tmp_path):
