@@ -206,6 +206,12 @@ def failure(action: Action) -> tuple[bytes, Kind, int, Failure]:
     return action.peer, message.kind, message.header.seq, codec.unpack(Failure, message.body)
 
 
+def runs(actions: list[Action]) -> list[tuple[bytes, bytes, int]]:
+    """Who is given what, in which attempt."""
+    found = [(a.peer, a.message.header) for a in actions if isinstance(a, Send) and a.message.kind is Kind.RUN]
+    return [(peer, header.request, header.attempt) for peer, header in found]
+
+
 def kinds(actions: list[Action]) -> list[tuple[bytes, Kind]]:
     """Who gets what, without the details."""
     return [(a.peer, wire.from_frames(a.frames).kind) for a in actions if isinstance(a, (Push, Send))]

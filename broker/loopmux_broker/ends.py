@@ -151,6 +151,7 @@ class Ends:
         for request in list(client.requests.values()):
             if request.state is not State.DONE:
                 self.cancel(request, now, "the client went away")
+            self._t.abandon(request)
             self.forget(request)
         self._t.clients.forget(client)
 

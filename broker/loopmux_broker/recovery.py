@@ -54,8 +54,8 @@ class Recovery:
         output = Output(header.arg)
         output.restore(ids)
         request = Request(header.request, client, submit, body, now, now + submit.timeout, output, State.RECOVERING)
-        request.attempt, request.brought = _numbered(header), len(ids)
-        request.fingerprint = submit.fingerprint
+        request.attempt = max(_numbered(header), self._t.abandoned.pop(request.id, 0))
+        request.brought, request.fingerprint = len(ids), submit.fingerprint
         if self._let_in(request, header.seq):
             self._t.counters["attached"] += 1
             self._t.timers.set((Alarm.RECOVERY, request.id, 0), now + self._t.config.claim_wait)
@@ -75,15 +75,17 @@ class Recovery:
         request.output.credit = header.arg
         request.output.restore(ids)
         self._t.timers.cancel((Alarm.RECOVERY, request.id, 0))
-        self._entry.accept(request)
         total = request.output.total
         holds = attempt <= worker_s.attempt and worker_s.start <= total <= worker_s.prefix
         if holds and worker_s.worker.serves(*request.lane):
+            self._entry.accept(request)
             self._claimed(request, worker_s, now)
             return
         request.lease, request.attempt = None, max(request.attempt, attempt)
         self._leases.stop(worker_s, StopReason.SUPERSEDED, now)
         self._begin_anew(request, now)
+        if request.state is not State.DONE:
+            self._entry.accept(request)
 
     def complete(self, client: Client, now: float) -> None:
         """A client said its first PING, after all its ATTACHes: what only workers have of it, it does not want."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -17,6 +17,9 @@ from loopmux_broker.queues import Queues
 from loopmux_broker.requests import Request
 from loopmux_broker.strikes import Strikes
 from loopmux_broker.timers import Timers
+
+_ABANDONED = 10_000
+"""Requests of lost clients whose last attempts are remembered, the longest forgotten first."""
 
 
 class Alarm(IntEnum):
@@ -87,6 +90,9 @@ class Tables:
     settled: bool = False
     """Whether whoever belongs to this broker has had the time to join."""
     rivals: dict[Peer, float] = field(default_factory=dict)
+    abandoned: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
+    """The last attempts of requests whose client was given up: if it comes with them again, their numbers go on, since
+    a worker may still say something of the former ones."""
     vacant: dict[Worker, None] = field(default_factory=dict)
     """Workers that may have got a free slot by the event that is being handled."""
     counters: Counter[str] = field(default_factory=Counter)
@@ -110,6 +116,13 @@ class Tables:
             request.held_by.held_for = None
             self.vacant[request.held_by] = None
             request.held_by = None
+
+    def abandon(self, request: Request) -> None:
+        """Nobody waits for a request any more; remember the number of its last attempt."""
+        if request.attempt:
+            self.abandoned[request.id] = request.attempt
+            if len(self.abandoned) > _ABANDONED:
+                self.abandoned.popitem(last=False)
 
     @property
     def patience(self) -> float:

@@ -74,7 +74,7 @@ class WorkerSide:
                 self._terminal(worker, message, frames, now)
             case Kind.RUNACK:
                 lease = self._lease(worker, message)
-                if lease is not None and self._leases.started(lease):
+                if lease is not None and self._leases.started(lease) and not lease.request.output.total:
                     self._entry.accept(lease.request)
             case Kind.HB:
                 worker.load = codec.unpack(Heartbeat, message.route)
@@ -234,8 +234,8 @@ class WorkerSide:
         if isinstance(member, Worker):
             member.expected = register.held
             for lease in member.leases.values():
-                # A RUN that was not answered is said again anyway: it may have been given after this REGISTER was sent.
-                lease.missing = lease.acknowledged or lease.stopping is not None
+                # RUN and STOP are said again until they are answered: they may have been sent after this REGISTER was.
+                lease.missing = lease.acknowledged and lease.stopping is None
             if register.held:
                 self._t.timers.set((Alarm.HELD, peer, 0), now + self._t.config.claim_wait)
         pool.join(member)

@@ -22,6 +22,7 @@ from brokerkit import (
     kinds,
     pushed,
     run,
+    runs,
     stop,
     stopped,
     tok,
@@ -29,7 +30,7 @@ from brokerkit import (
 from loopmux import codec, wire
 from loopmux.messages import Phase
 from loopmux.wire import Kind, Message
-from loopmux_broker.events import Action, Send, say
+from loopmux_broker.events import Send, say
 
 FOURTH = b"w4"
 
@@ -42,12 +43,6 @@ def core() -> Core:
     core.register()
     core.register(SECOND)
     return core
-
-
-def runs(actions: list[Action]) -> list[tuple[bytes, bytes, int]]:
-    """Who is given what, in which attempt."""
-    found = [(a.peer, a.message.header) for a in actions if isinstance(a, Send) and a.message.kind is Kind.RUN]
-    return [(peer, header.request, header.attempt) for peer, header in found]
 
 
 # --- a stream goes on

@@ -24,6 +24,7 @@ from brokerkit import (
     kinds,
     pushed,
     run,
+    runs,
     stop,
     stopped,
     tok,
@@ -527,14 +528,42 @@ def test_what_it_was_given_just_now_it_may_not_have_known_then(core: Core) -> No
     assert core.wait(1) == [run(ONE, timeout=599.0)]
 
 
-def test_a_slot_is_free_when_what_was_being_stopped_there_is_not_there_any_more(core: Core) -> None:
+def test_what_is_being_stopped_has_its_slot_until_the_worker_answers_whatever_it_names(core: Core) -> None:
+    """The answer may have been under way when it registered again, and must meet no other attempt of that number."""
     core.hello()
     core.register()
     core.running()
     core.client(say(Kind.CANCEL, ONE))
     core.client(say(Kind.ENDACK, ONE))
     core.submit(TWO)
-    assert core.register()[1:] == [run(TWO)]
+    assert runs(core.register()) == []
+    assert stop(ONE, 1) in core.wait(1.0)
+    assert runs(core.worker(stopped(ONE, 0))) == [(WORKER, TWO, 1)]
+
+
+def test_a_request_that_comes_again_after_its_client_was_given_up_goes_on_counting(core: Core) -> None:
+    """What a worker may still say of the former attempts is none of the new one's."""
+    core.hello()
+    core.register()
+    core.running()
+    core.lose(CLIENT)
+    core.wait(2.0)
+    core.worker(stopped(ONE, 0))
+    core.assert_empty()
+    core.hello()
+    assert runs(core.submit(ONE)) == [(WORKER, ONE, 2)]
+    assert core.worker(stopped(ONE, 0)) == [reset()]
+    assert core.tables.requests[ONE].terminal is None
+
+
+def test_a_returning_request_that_is_queued_anew_hears_its_place(core: Core) -> None:
+    core.register(held=1)
+    held(core, ONE, 5, 9)
+    core.hello(b"c2", b"o" * 16)
+    core.hello()
+    core.submit(TWO, b"c2")
+    place = [a.message.header.arg for a in attach(core, ONE, 2) if kinds([a]) == [(CLIENT, Kind.ACCEPTED)]]  # type: ignore[union-attr]
+    assert place == [core.broker.tables.queues.position(core.tables.requests[ONE])]
 
 
 # --- the weights that a client's tokens came from

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loopmux import wire
+from loopmux import codec, wire
+from loopmux.messages import SessionHint
+from loopmux.wire import Kind
 from loopmux_broker import events
 from loopmux_broker.broker import Broker
 from loopmux_broker.events import ClientSent, ConnectionLost, Log, LoopStalled, Push, PushBlocked, TimerDue, WorkerSent
@@ -79,6 +81,8 @@ class BrokerProcess(Process):
             self.handle(event)
             return
         header = wire.unpack_header(event.frames[0])
+        if header.kind is Kind.SESSION and codec.unpack(SessionHint, event.frames[1]).state == "done":
+            promise.talk.dispatches.forget(owner.name, codec.unpack(SessionHint, event.frames[1]).session)
         owed = promise.answers.of_broker(peer, header, from_worker=owner.from_worker)
         self._said = []
         self.handle(event)

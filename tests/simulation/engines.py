@@ -31,6 +31,7 @@ class Engines:
     def __init__(self, promise: Promise) -> None:
         self._promise, self._world, self._clock = promise, promise.world, promise.world.clock
         self._taken: dict[tuple[bytes, int], tuple[object, str]] = {}
+        self._first: dict[object, int] = {}  # attempt, by the broker's record
         self._losses: Counter[object] = Counter()  # by the broker's record: another one counts from the start
         self._sessions: dict[str, tuple[ClientProcess, str | None]] = {}  # by the name that workers know
 
@@ -48,7 +49,11 @@ class Engines:
         again = record is not None and known is record
         hold(not again, "P4 no attempt runs twice", lambda: f"attempt {key[1]} of {call} on {other}, now on {worker}")
         self._taken[key] = (record, worker.name)
-        few = key[1] <= MOST_LOSSES or self._promise.hit(call, *MIGRATING, before=15.0)
+        # A broker that meets a request again counts from there. What a worker did not acknowledge before it went is no
+        # loss by the request.
+        before = 0 if record is None else self._first.setdefault(record, key[1]) - 1
+        most = MOST_LOSSES + before + (0 if record is None else record.mishaps)
+        few = key[1] <= most or self._promise.hit(call, *MIGRATING, before=15.0)
         hold(key[1] >= 1 and few, "P4 at most three attempts", lambda: f"{call} has attempt {key[1]}")
         lost = self._losses[record]
         hold(
@@ -85,7 +90,8 @@ class Engines:
         tables = self._world.broker.core.tables
         for key in worker.engine._running:
             lease = tables.pool.leases.get((key.request, key.attempt))
-            if lease is not None and lease.worker.name == worker.name and lease.request.lease is lease:
+            heard = lease is not None and (lease.acknowledged or lease.attempt == 1)
+            if heard and lease.worker.name == worker.name and lease.request.lease is lease:
                 self._losses[lease.request] += 1
 
     def hinted(self, worker: WorkerProcess, hint: messages.SessionHint) -> None:

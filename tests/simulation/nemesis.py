@@ -89,8 +89,6 @@ class Nemesis:
                 client.question(dice.uniform(2, 8))
             case "hint":
                 name, state = f"s{dice.randint(1, 3)}", dice.choice(("waiting_on_tool", "done"))
-                if state == "done":
-                    self.world.promise.talk.dispatches.forget(client.name, name)
                 client.hint(SessionHint(name, state, dice.choice((None, 2.0))))
 
     def _ask(self, client: ClientProcess) -> Call:
