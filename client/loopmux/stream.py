@@ -94,6 +94,7 @@ class Exchange:
         self._attaching = False  # SUBMIT was sent to a broker that is gone
         self._fingerprint: str | None = None  # of the weights that the tokens came from
         self._attempt = 0  # the highest one that anything came from
+        self._submitted = 0  # times
         self._quiet = False  # nothing came since the last PONG
         self._early: Message | None = None  # a terminal that came before the tokens it counts
         self._resend_at = math.inf
@@ -164,6 +165,7 @@ class Exchange:
 
     def _submit(self, now: float) -> Send:
         self.stage = Stage.SUBMITTED
+        self._submitted += 1
         self._resend_at = now + RESEND
         left = max(self.request.deadline - now, 0.001)  # the broker takes no time that is not positive
         submit = dataclasses.replace(self.request.submit, timeout=left, fingerprint=self._fingerprint)
@@ -284,7 +286,11 @@ class Exchange:
     def _conclude(self, message: Message) -> list[RequestAction]:
         outcome = [] if self._settled else self._outcome(message)
         self.stage = Stage.DONE
-        return [self._bare(Kind.ENDACK), *outcome]
+        acknowledged = [self._bare(Kind.ENDACK)]
+        if message.kind is Kind.ERROR and self._submitted > 1:
+            # A refusal may have crossed the repeated SUBMIT, and that one may have been let in.
+            acknowledged.append(self._bare(Kind.CANCEL))
+        return [*acknowledged, *outcome]
 
     def _outcome(self, message: Message) -> list[RequestAction]:
         if message.kind is not Kind.END:

@@ -510,3 +510,18 @@ def test_a_refused_request_fails_with_the_reason() -> None:
     story.do(Refused(errors.AuthError("who are you")))
     assert isinstance(story.error, errors.AuthError)
     assert story.exchange.stage is Stage.DONE
+
+
+def test_a_refusal_that_crossed_a_repeated_submit_is_followed_by_a_cancel() -> None:
+    """The broker remembers no refusal: it may have let the second one in."""
+    story = Story()
+    story.do(ATTACHED)
+    assert story.wait(RESEND) == [Kind.SUBMIT]
+    assert story.kinds(failure(Kind.ERROR, 0, "overloaded")) == [Kind.ENDACK, Kind.CANCEL]
+    assert isinstance(story.error, errors.OverloadedError)
+
+
+def test_a_refusal_of_the_only_submit_is_acknowledged_and_no_more() -> None:
+    story = Story()
+    story.do(ATTACHED)
+    assert story.kinds(failure(Kind.ERROR, 0, "overloaded")) == [Kind.ENDACK]
