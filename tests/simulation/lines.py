@@ -55,7 +55,7 @@ class Pipe:
         return True
 
     def cut(self, flushed: float = -math.inf) -> None:
-        """It breaks here and now: of what is under way the last part never arrives, of what was sent after ``flushed``."""
+        """It breaks here and now: of what was sent after ``flushed`` and is under way, the last part never arrives."""
         arrives = self._taken + sum(sent <= flushed for sent in self._times)
         self._limit = min(self._limit, self._clock.random.randint(arrives, self._sent))
 
