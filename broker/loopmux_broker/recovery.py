@@ -72,7 +72,7 @@ class Recovery:
             request.submit, request.body, request.brought = Submit(submit.model), b"", 0
             return
         request.fingerprint = submit.fingerprint
-        request.output.credit = header.arg
+        request.output.credit = header.arg if header.kind is Kind.ATTACH else self._t.config.window
         request.output.restore(ids)
         self._t.timers.cancel((Alarm.RECOVERY, request.id, 0))
         total = request.output.total
@@ -132,6 +132,8 @@ class Recovery:
         if lease is not None and lease.worker is worker:
             lease.missing = False
             self._again(lease, now)
+        elif lease is not None:  # another worker's: two brokers that did not know of each other gave it the same number
+            self._reset(worker, header)
         elif request is None:
             self._orphan(worker, header, held, now)
         elif self._fits(request, worker, header, held):

@@ -74,7 +74,7 @@ class Request:
         arrived, deadline: on the broker's clock.
         attempt: number of the last attempt, 0 before the first; never handed out twice, not even by two brokers.
         losses: attempts that ended because a worker was lost. After two the request runs ``alone``.
-        mishaps: attempts that came to nothing with no worker lost.
+        mishaps: attempts that came to nothing by no fault of the request.
         fingerprint: of the weights that produced its output; it goes on only where they are the same.
         lease: the worker's slot that runs it now.
         avoid: name of the worker that just failed it.

@@ -493,6 +493,33 @@ def test_an_attempt_that_is_still_being_stopped_keeps_its_number(core: Core) -> 
     assert run.message.header.attempt == 2
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_number_that_two_brokers_gave_out_belongs_to_who_has_it_here(core: Core, known: bool) -> None:
+    """The client had heard of no attempt that the former broker made, so the number was given out again."""
+    core.hello()
+    core.register()
+    core.running()
+    if known:
+        core.worker(tok(ONE, 1))
+        assert core.tables.requests[ONE].attempt == 1, "it waits for a worker while the first one stops"
+    else:
+        core.lose(CLIENT)
+        core.wait(3)
+        assert ONE not in core.tables.requests
+    core.register(SECOND, held=1)
+    assert held(core, ONE, 0, 9, worker=SECOND)[0] == reset(worker=SECOND)
+    assert core.worker(stopped(ONE))[0] == Send(WORKER, say(Kind.ENDACK, ONE, attempt=1))
+    assert not any(lease.stopping for worker in core.tables.pool.workers.values() for lease in worker.leases.values())
+
+
+def test_a_client_may_say_submit_for_what_only_its_worker_knew(core: Core) -> None:
+    core.register(held=1)
+    held(core, ONE, 0, 9)
+    core.hello()
+    assert core.submit(ONE) == [accepted(ONE), replay(0)]
+    goes_on(core, 0)
+
+
 # --- a worker that introduces itself again to the broker that knows it
 
 

@@ -128,7 +128,7 @@ class Answers:
         core = worker.core
         key, about = Key(header.request, header.attempt), {"request": header.request, "attempt": header.attempt}
         match header.kind:
-            case Kind.WHO:
+            case Kind.WHO if core.welcomed:
                 return _says(Kind.REGISTER)
             case Kind.DIE:
                 return lambda _: not worker.alive
@@ -141,18 +141,18 @@ class Answers:
                 return lambda said: (
                     over(said) or key in core._requests
                 )  # it says RUNACK soon, unless output comes first
-            case Kind.STOP:
+            case Kind.STOP if core.welcomed:
                 stopped = _says(*wire.TERMINALS, **about)
                 return lambda said: stopped(said) or self._stops(worker, key)
-            case Kind.REPLAY:
+            case Kind.REPLAY if core.welcomed:
                 absent = _says(Kind.RESET, **about)
                 return lambda said: absent(said) or key in core._requests
         return None
 
     def _stops(self, worker: WorkerProcess, key: Key) -> bool:
-        """The engine has not let go of it yet; or the end waits for a broker that knows the worker."""
+        """The engine has not let go of it yet."""
         request = worker.core._requests.get(key)
-        return request is not None and (request.stream.terminal is None or not worker.core.welcomed)
+        return request is not None and request.stream.terminal is None
 
     def of_client(self, client: ClientProcess, header: Header) -> Answered | None:
         """What a client owes the broker."""

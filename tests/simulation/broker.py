@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from loopmux import codec, wire
@@ -88,9 +89,9 @@ class BrokerProcess(Process):
         self.handle(event)
         promise.answers.check(self, header, owed, [said for to, said in self._said if to == peer])
 
-    def left(self, line: Line, after: float = 0.0) -> None:
-        """The near end is gone: what is under way arrives, up to a point, then the news does."""
-        line.cut()
+    def left(self, line: Line, after: float = 0.0, flushed: float = -math.inf) -> None:
+        """The near end is gone: what is under way arrives, up to a point after ``flushed``, then the news does."""
+        line.cut(flushed)
         when = max(self.clock.now + after + self.clock.random.uniform(*_CLOSE), line.up.last)
         self.clock.at(when, lambda: self.act(lambda: self._lose(line)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 
 from simulation.clock import Clock
@@ -28,6 +29,7 @@ class Pipe:
         """When the latest message arrives."""
         self._sent = self._taken = 0
         self._limit = math.inf
+        self._times: deque[float] = deque()  # when what is under way was sent
 
     @property
     def full(self) -> bool:
@@ -41,18 +43,21 @@ class Pipe:
         clock = self._clock
         self.last = max(self.last, self.held_until, clock.now + clock.random.uniform(*self._latency))
         number, self._sent = self._sent, self._sent + 1
+        self._times.append(clock.now)
 
         def taken() -> None:
             self._taken += 1
+            self._times.popleft()
             if number < self._limit:
                 self._hear(frames)
 
         clock.at(self.last, lambda: self._act(taken))
         return True
 
-    def cut(self) -> None:
-        """It breaks here and now: of what is under way the last part never arrives."""
-        self._limit = min(self._limit, self._clock.random.randint(self._taken, self._sent))
+    def cut(self, flushed: float = -math.inf) -> None:
+        """It breaks here and now: of what was sent after ``flushed`` and is under way, the last part never arrives."""
+        arrives = self._taken + sum(sent <= flushed for sent in self._times)
+        self._limit = min(self._limit, self._clock.random.randint(arrives, self._sent))
 
 
 class Line:
@@ -62,9 +67,9 @@ class Line:
         self.peer, self.up, self.down = peer, up, down
         self.near = self.far = True
 
-    def cut(self) -> None:
-        """Nothing passes from now on; who has not noticed yet may go on sending into it."""
-        self.up.cut()
+    def cut(self, flushed: float = -math.inf) -> None:
+        """Nothing passes from now on, but up what was sent until ``flushed``; who has not noticed may go on sending."""
+        self.up.cut(flushed)
         self.down.cut()
         self.up.room = self.down.room = math.inf
 

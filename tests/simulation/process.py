@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 _RECONNECT = (0.05, 2.0)
 """First and longest pause between two tries to connect, seconds: RECONNECT_IVL and its maximum."""
+_HAND_OVER = 0.001
+"""Seconds until the system has what a socket took."""
 _POLLOUT = 0.005
 """Seconds after which a socket that was full is tried again."""
 
@@ -134,7 +137,9 @@ class Endpoint(Process):
         super().die()
         if self.line is not None:
             self.line.near = False
-            self.world.broker.left(self.line, news)
+            # A host that lives delivers what a process had handed to it; ØMQ's own thread takes a moment to do that.
+            flushed = -math.inf if news else self.clock.now - _HAND_OVER
+            self.world.broker.left(self.line, news, flushed)
             self.line = None
 
     def heard(self, line: Line, frames: Frames) -> None:

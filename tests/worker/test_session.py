@@ -443,6 +443,34 @@ def test_who_makes_the_worker_introduce_itself():
     assert session.requests == 1
 
 
+def test_who_while_it_introduces_itself_answers_what_the_connection_before_left_behind():
+    """A thousand TOK may reach the next broker before REGISTER does: each is answered with WHO."""
+    session = running()
+    session.handle(Disconnected(), 1.0)
+    assert kinds(session.handle(Connected(), 1.1)) == [Kind.REGISTER]
+    assert session.handle(Received(message(Kind.WHO)), 1.2) == []
+    assert kinds(session.handle(welcome(NEXT_EPOCH), 1.3)) == [Kind.HELD]
+
+
+@pytest.mark.parametrize("kind", [Kind.STOP, Kind.REPLAY])
+def test_what_was_asked_before_the_worker_introduced_itself_again_is_not_answered_behind_it(kind):
+    """The broker may have given the same attempt out again by then, and would take the answer for its end."""
+    session = joined()
+    asked = Received(message(kind, REQUEST, arg=1))
+    assert kinds(session.handle(Received(message(Kind.WHO)), 1.0)) == [Kind.REGISTER]
+    assert session.handle(asked, 1.1) == []
+    session.handle(welcome(), 1.2)
+    assert len(sent(session.handle(asked, 1.3))) == 1
+
+
+def test_register_waits_for_room_before_all_else():
+    session = running()
+    session.handle(Disconnected(), 1.0)
+    unsend, register = session.handle(Connected(), 1.1)
+    assert unsend == Unsend()
+    assert register.lasting
+
+
 def test_three_silent_heartbeats_make_it_pause_and_register():
     session = running()
     for at in (1.0, 2.0):

@@ -118,7 +118,8 @@ class Session:
             case Connected():
                 return [] if self._welcomed else self._introduce(now)
             case Disconnected():
-                return self._lost(now)
+                self._lost(now)
+                return [Unsend()]
             case Stepped(outputs, load):
                 self._load = load
                 return [action for output in outputs for action in self._output(output, now)]
@@ -172,8 +173,9 @@ class Session:
         match header.kind:
             case Kind.WELCOME:
                 return self._welcome(unpack(Welcome, message.route), now)
-            case Kind.WHO:
-                return [*self._lost(now), *self._introduce(now)]
+            case Kind.WHO if self._welcomed:  # else REGISTER is on its way, behind what this one answers
+                self._lost(now)
+                return self._introduce(now)
             case Kind.ERROR if header.request == NO_ID and not self._welcomed:
                 failure = unpack(Failure, message.body)
                 return [Leave(ProtocolError(f"the broker refused this worker: {failure.message}"))]
@@ -211,14 +213,14 @@ class Session:
         self._register_at = now + INTRODUCE_AGAIN
         self._forget_stopped()
         register = replace(self._register, held=len(self._requests))
-        return [Send(Message(Header(Kind.REGISTER), pack(register), self._report), lasting=False)]
+        # It goes before all else, and waits for room where what the last connection left behind fills the socket.
+        return [Unsend(), Send(Message(Header(Kind.REGISTER), pack(register), self._report))]
 
-    def _lost(self, now: float) -> list[Action]:
+    def _lost(self, now: float) -> None:
         """Nothing but REGISTER goes out until the broker answers; output is kept."""
         if self._welcomed:
             self._welcomed, self._lost_since = False, now
         self._register_at = now
-        return [Unsend()]
 
     def _welcome(self, welcome: Welcome, now: float) -> list[Action]:
         if welcome.version not in VERSIONS:
@@ -255,7 +257,7 @@ class Session:
     def _replay(self, header: Header, now: float) -> list[Action]:
         request = self._requests.get(Key(header.request, header.attempt))
         if request is None:
-            return [_not_here(header)]
+            return self._unless_stale([_not_here(header)])
         self._wanted(request)
         request.stream.acknowledge(header.arg)
         return self._send(request, request.stream.resend(header.seq, now))
@@ -321,7 +323,7 @@ class Session:
             # Forgotten, or never here: the broker asks until it hears an end for this attempt
             unknown = Failure(code, "this worker does not run the request", worker=self._name)
             terminal = Header(Kind.CANCELLED, header.request, attempt=header.attempt)
-            return [Send(Message(terminal, body=pack(unknown)))]
+            return self._unless_stale([Send(Message(terminal, body=pack(unknown)))])
         request.offered = False
         if request.stream.terminal is not None:
             return self._send(request, request.stream.terminal_again(now))  # who stops a request wants no output of it
@@ -330,6 +332,12 @@ class Session:
             return []
         request.stopping = code
         return [Cancel(key)]
+
+    def _unless_stale(self, answer: list[Action]) -> list[Action]:
+        """The answer to what was asked before the broker knew this worker as it is now: behind REGISTER it might be
+        taken for one about an attempt that is given out since.
+        """
+        return answer if self._welcomed else []
 
     def _drop(self, key: Key) -> list[Action]:
         request = self._requests.pop(key, None)
@@ -396,7 +404,7 @@ class Session:
     def _woke(self, now: float) -> list[Action]:
         actions: list[Action] = []
         if self._welcomed and now >= self._heard + SILENT_HEARTBEATS * self._heartbeat:
-            actions += self._lost(now)
+            self._lost(now)
         if not self._welcomed:
             if now >= self._register_at:
                 actions += self._introduce(now)
