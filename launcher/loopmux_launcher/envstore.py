@@ -74,7 +74,7 @@ def folders(home: Path) -> list[str]:
     """All folders of a name, finished or not."""
     try:
         return sorted(p.name for p in home.iterdir() if p.is_dir() and not p.is_symlink())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # whoever builds there says what is in the way
         return []
 
 
