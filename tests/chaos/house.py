@@ -28,8 +28,9 @@ FAST = "fast"
 """The model that bad neighbours use: more than any of them takes."""
 READY_LIMIT = 120.0
 """Seconds until everything serves; loading torch three times on a busy machine takes most of it."""
-_EMPTY_LIMIT = 20.0
-"""Seconds after the last client's goodbye in which the tables must have emptied."""
+_EMPTY_LIMIT = 40.0
+"""Seconds after the last client's goodbye in which the tables must have emptied. What a worker brings a broker that was
+started again, and whose client has left meanwhile, is kept for 30."""
 _AGAIN = 0.2
 """Seconds between two attempts of a process that does not even start."""
 

@@ -23,12 +23,16 @@ NARROW = {"window": 128, "request_output": 65_536}
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much a storm has: clients at once, requests in all, tokens of the shortest, seconds between strikes."""
+    """How much a storm has: clients at once, requests in all, tokens of the shortest, seconds between strikes.
+
+    They are more than a stream takes: one that is hit twice waits for a worker to be emptied for it, which is another
+    thing than a kill, and three times is what the broker calls poison.
+    """
 
     clients: int = 64
     requests: int = 800
     tokens: int = 150
-    pause: float = 3.0
+    pause: float = 6.0
     workers: int = 3
 
 
