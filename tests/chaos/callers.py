@@ -29,6 +29,7 @@ class Call:
         lost, repeated, wrong: tokens that were passed over, came again, or are not what the engine makes.
         attempts: workers that ran it.
         error: what it failed with; empty for a good end.
+        over: whether it has ended, well or not.
     """
 
     wanted: int
@@ -40,6 +41,7 @@ class Call:
     wrong: int = 0
     attempts: int = 1
     error: str = ""
+    over: bool = False
 
     def took(self, request: bytes, delta: loopmux.TextDelta) -> None:
         """Note a piece of output."""
@@ -78,6 +80,7 @@ async def crowd(endpoint: str, clients: int, lengths: Iterator[int], calls: list
                 call = Call(length, time.monotonic())
                 calls.append(call)
                 await _make(client, call)
+                call.over = True
 
     await asyncio.gather(*(one() for _ in range(clients)))
 

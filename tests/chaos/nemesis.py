@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from chaos.house import House
+from chaos.callers import Call
+from chaos.house import READY_LIMIT, House, until
 
 Strike = Callable[[House, int], Awaitable[None]]
 """Does the n-th harm to a house and returns when the processes may recover."""
@@ -85,15 +88,26 @@ FAULTS = (
 )
 
 
-async def strikes(house: House, strike: Strike, pause: float, moments: list[float]) -> None:
-    """Strike again and again, a while after everything was whole; notes when. Runs until it is cancelled."""
-    n = 0
+async def strikes(house: House, strike: Strike, calls: Sequence[Call], moments: list[float]) -> None:
+    """Strike again and again, when everything is whole; notes when. Runs until it is cancelled.
+
+    No stream is struck twice, however slow the machine is: one that is hit again waits for a worker to be emptied for
+    it, which is another thing than a kill, and three times is what the broker calls poison.
+    """
+    whole = -math.inf
     while True:
-        await asyncio.sleep(pause)
+        await until(partial(_ripe, calls, whole), "streams to strike", READY_LIMIT)
         moments.append(time.monotonic())
-        await strike(house, n)
+        await strike(house, len(moments) - 1)
         await house.whole()
-        n += 1
+        whole = time.monotonic()
+
+
+async def _ripe(calls: Sequence[Call], whole: float) -> bool:
+    """Whether no stream runs that was there before everything was whole again, and most are well under way."""
+    running = [call for call in calls if not call.over]
+    under_way = sum(4 * call.position > call.wanted for call in running)
+    return all(call.began > whole for call in running) and 2 * under_way > len(running)
 
 
 @contextlib.asynccontextmanager

@@ -23,16 +23,11 @@ NARROW = {"window": 128, "request_output": 65_536}
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much a storm has: clients at once, requests in all, tokens of the shortest, seconds between strikes.
-
-    They are more than a stream takes: one that is hit twice waits for a worker to be emptied for it, which is another
-    thing than a kill, and three times is what the broker calls poison.
-    """
+    """How much a storm has: clients at once, requests in all, tokens of the shortest, workers."""
 
     clients: int = 64
     requests: int = 800
     tokens: int = 150
-    pause: float = 6.0
     workers: int = 3
 
 
@@ -95,7 +90,7 @@ async def storm(fault: Fault, load: Load) -> Row:
         async with beside(house, fault.pest):
             striking = None
             if fault.strike is not None:
-                striking = asyncio.create_task(strikes(house, fault.strike, load.pause, moments))
+                striking = asyncio.create_task(strikes(house, fault.strike, calls, moments))
             await crowd(house.endpoint, load.clients, lengths, calls)
             if striking is not None:
                 await _finish(striking, house)

@@ -11,7 +11,7 @@ from chaos import demo, table
 from chaos.nemesis import FAULTS, Fault
 from chaos.storm import Load, storm
 
-LOAD = Load(clients=24, requests=32, tokens=100, pause=1.0)
+LOAD = Load(clients=24, requests=32, tokens=100)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
