@@ -212,6 +212,29 @@ def test_draws_are_the_same_alone_in_a_batch_of_16_and_resumed(engine):
     assert resumed == [tokens[cut:] for tokens in alone]
 
 
+def test_a_deterministic_request_is_the_same_to_the_last_bit(engine):
+    """Alone, beside others, behind a prefix of its output, and where others have computed its beginning."""
+    prompt = pack_tokens([(5 * n * n + 7) % 250 for n in range(150)])
+
+    def one(i, prefix=()):
+        sampling = Sampling(temperature=1.1, seed=i)
+        name = ("base", *ADAPTERS)[i % 3]
+        more = {"max_new_tokens": 24, "ignore_eos": True, "logprobs": 3, "deterministic": True}
+        return job(name, prompt_token_ids=prompt, sampling=sampling, prefix=prefix, **more)
+
+    def seen(jobs, every=0, beside=()):
+        outputs = enginekit.play(engine, [*beside, *jobs], every)
+        return [[(o.ids, o.logprobs) for o in of(one, outputs) if isinstance(o, Produced)] for one in jobs]
+
+    alone = [seen([one(i)])[0] for i in range(3)]
+    answer(engine, job(prompt_token_ids=prompt, max_new_tokens=8, session="s"))  # which leaves state of that prompt
+    beside = [job(prompt=None, prompt_token_ids=pack_tokens(range(n, 4 * n)), max_new_tokens=40) for n in (5, 40, 60)]
+    assert seen([one(i) for i in range(3)], every=2, beside=beside) == alone
+    cut = 9
+    prefixes = [tuple(ids for (ids,), _ in tokens[:cut]) for tokens in alone]
+    assert seen([one(i, prefixes[i]) for i in range(3)], every=1) == [tokens[cut:] for tokens in alone]
+
+
 def test_a_prefix_of_another_vocabulary_is_refused(engine):
     with pytest.raises(BadRequestError, match="found token 1000000 in what this request is to go on behind"):
         engine.submit(job(prefix=(70, 10**6)))

@@ -9,7 +9,7 @@ import pytest
 from loopmux_worker.engine.base import Key
 from loopmux_worker.engine.slots.pace import LARGEST, Pace
 from loopmux_worker.engine.slots.rows import SHORTEST, Copy, Rows, common
-from loopmux_worker.engine.slots.schedule import Scheduler, Sequence
+from loopmux_worker.engine.slots.schedule import GRID, Scheduler, Sequence
 
 LONG = list(range(100, 200))
 
@@ -18,8 +18,10 @@ def key(number: int) -> Key:
     return Key(number.to_bytes(16, "big"), 1)
 
 
-def sequence(number: int, tokens: list[int], identity: str = "base", session: str | None = None) -> Sequence:
-    return Sequence(key(number), list(tokens), identity, None, session)
+def sequence(
+    number: int, tokens: list[int], identity: str = "base", session: str | None = None, exact: int | None = None
+) -> Sequence:
+    return Sequence(key(number), list(tokens), identity, None, session, exact)
 
 
 def scheduler(rows: int = 4, most: int = 4) -> Scheduler:
@@ -57,6 +59,27 @@ def test_a_long_prompt_is_cut_and_running_streams_go_on_beside_it():
     assert run(core, budget=40)[1] == [(1, 4, 1, True), (2, 40, 40, False)]
     assert run(core, budget=40)[1] == [(1, 5, 1, True), (2, 80, 20, True)]
     assert run(core, budget=40)[1] == [(1, 6, 1, True), (2, 100, 1, True)]
+
+
+def test_an_exact_sequence_is_computed_alone_in_chunks_of_a_fixed_grid_and_then_token_by_token():
+    core = scheduler()
+    core.add(sequence(1, [1, 2, 3]))
+    core.add(sequence(2, LONG))
+    run(core)
+    core.add(sequence(3, [*LONG, 1, 2], exact=100))
+    steps = []
+    for budget in (10, 0, 512, 512, 512, 512):
+        copies = core.admit(budget, 0.0)
+        assert not copies, "nothing of what others computed is taken"
+        plan = core.plan(budget)
+        assert [len({s.key for s in segments}) for segments in plan.forwards][0] == 2
+        assert len(plan.forwards) <= 2, "the others share one"
+        steps += [(s.start, s.count, s.samples) for segments in plan.forwards[1:] for s in segments]
+        core.done(plan)
+        for segment in plan.segments:
+            if segment.samples:
+                core.append(segment.key, 7)
+    assert steps == [(0, GRID, False), (64, 36, False), (100, 1, False), (101, 1, True), (102, 1, True)]
 
 
 def test_short_prompts_share_a_step_and_the_budget_decides_how_many():
@@ -345,7 +368,8 @@ def test_whatever_happens_every_token_is_computed_once_in_order_over_a_true_hist
         if rng.random() < 0.5 and len(live) < 8:
             stem = rng.choice(stems)
             tokens = stem[: rng.randint(1, 40)] + [rng.randrange(3) for _ in range(rng.randint(1, 30))]
-            made = sequence(turn + 1, tokens, rng.choice(("base", "base a")), rng.choice((None, "s", "t")))
+            exact = rng.randint(1, len(tokens)) if rng.random() < 0.2 else None
+            made = sequence(turn + 1, tokens, rng.choice(("base", "base a")), rng.choice((None, "s", "t")), exact)
             live[made.key] = made
             core.add(made)
         if live and rng.random() < 0.2:
@@ -368,7 +392,15 @@ def test_whatever_happens_every_token_is_computed_once_in_order_over_a_true_hist
                     cells[segment.row][place] = ("garbage", ())
             core.failed(plan)
             continue
-        assert sum(s.count for s in plan.segments if s.count > 1) <= budget
+        assert sum(s.count for s in plan.segments if s.count > 1) < budget + GRID
+        for segments in plan.forwards:
+            exact = [s for s in segments if live[s.key].exact is not None]
+            assert not exact or len(segments) == 1
+            for s in exact:
+                prompt = live[s.key].exact
+                assert (
+                    s.count == 1 if s.start >= prompt else (s.start % GRID, s.count) == (0, min(GRID, prompt - s.start))
+                )
         assert len({s.row for s in plan.segments}) == len(plan.segments)
         for segment in plan.segments:
             owner = live[segment.key]

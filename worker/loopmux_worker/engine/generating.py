@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +24,11 @@ class Task(Running):
     """A request on its way through ``generate()``.
 
     ``cancelled`` is the one field that two threads use: the engine's sets it, the helper's looks at it between tokens.
+    ``again`` are known tokens that are to be computed one by one all the same, as they were at first.
     """
 
     cancelled: threading.Event = field(default_factory=threading.Event)
+    again: deque[int] = field(default_factory=deque)
     pick: Pick | None = None
     reported: int = 0  # tokens that ``step`` has returned, prefix included
 
@@ -35,7 +38,7 @@ class Task(Running):
 
 
 class Choose(LogitsProcessor):  # type: ignore[misc]
-    """Leaves only the token that the sampler chose, which greedy search then takes."""
+    """Leaves only the token that is known or that the sampler chose, which greedy search then takes."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -43,9 +46,13 @@ class Choose(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
         """Logits of shape (1, vocabulary) in and out; the signature is that of ``generate()``."""
         task, request = self._task, self._task.request
-        task.pick = request.sampler.choose(scores[0], request.reader.total)
+        if task.again:
+            token = task.again.popleft()
+        else:
+            task.pick = request.sampler.choose(scores[0], request.reader.total)
+            token = task.pick.token
         only = torch.full_like(scores, -torch.inf)
-        only[0, task.pick.token] = 0
+        only[0, token] = 0
         return only
 
 

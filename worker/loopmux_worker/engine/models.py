@@ -47,13 +47,17 @@ class AdapterStore(Protocol):
 
 @dataclass(slots=True)
 class Request:
-    """A job that may run: its prompt as token ids, and everything that its tokens go through."""
+    """A job that may run: its prompt as token ids, and everything that its tokens go through.
+
+    ``exact``: its tokens are to be the same whatever runs beside it, and after a worker was lost.
+    """
 
     prompt: list[int]
     adapter: str | None
     limit: int
     reader: Reader
     sampler: Sampler
+    exact: bool
 
     def replay(self, prefix: Iterable[int]) -> None:
         """Take in the tokens of an earlier attempt, up to the one that ended it."""
@@ -224,7 +228,8 @@ class Models:
         self._check_not_leaving(job.run.model, job.run.adapter)
         model = admission.model_of(job.run, self._models)
         adapter = admission.adapter_of(job.run, self._models)
-        if (generate.deterministic or job.run.deterministic) and loaded.dtype != torch.float32:
+        exact = generate.deterministic or job.run.deterministic
+        if exact and loaded.dtype != torch.float32:
             raise BadRequestError(
                 f"deterministic: the model runs in {str(loaded.dtype).removeprefix('torch.')}, where a resumed request "
                 "may differ; set dtype: float32 for it"
@@ -244,7 +249,7 @@ class Models:
             logprobs=generate.logprobs,
             device=loaded.device,
         )
-        return Request(prompt, adapter, limit, Reader(self._reading(job, model, limit)), sampler)
+        return Request(prompt, adapter, limit, Reader(self._reading(job, model, limit)), sampler, exact)
 
     def _prompt(self, generate: Generate, model: ModelSpec) -> list[int]:
         prompt = templates.render(generate, model, self.loaded.tokenizers[model.id])

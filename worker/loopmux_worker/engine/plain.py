@@ -173,14 +173,18 @@ class PlainEngine:
             self._lost = lost
 
     def _generate(self, task: Task) -> None:
-        ids = torch.tensor([[*task.request.prompt, *task.job.prefix]], device=self._models.loaded.device)
+        request, known = task.request, task.job.prefix
+        if request.exact:  # in floating point the state of tokens computed together is another than one by one
+            task.again.extend(known)
+            known = ()
+        ids = torch.tensor([[*request.prompt, *known]], device=self._models.loaded.device)
         config = GenerationConfig(
-            max_new_tokens=task.request.limit - len(task.job.prefix),
+            max_new_tokens=request.limit - len(known),
             do_sample=False,
             pad_token_id=next(iter(self._models.loaded.ends), 0),  # never seen: there is one row
             use_cache=True,
         )
-        with self._model_lock, self._adapters.using(task.request.adapter), torch.inference_mode():
+        with self._model_lock, self._adapters.using(request.adapter), torch.inference_mode():
             self._models.loaded.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

@@ -1,4 +1,4 @@
-"""The slots engine: one packed forward per step for every request, over KV rows that outlive the requests.
+"""The slots engine: one packed forward per step for all requests but exact ones, over KV rows that outlive them.
 
 Who takes part in a step is the scheduler's decision, what a row holds the book's; this module performs: copy, forward,
 sample, hand out.
@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 import torch
+from torch import Tensor
 
 from loopmux.errors import EngineError, LoopmuxError
 from loopmux.messages import ServedModel, SessionHint
@@ -96,6 +97,7 @@ class SlotsEngine:
             self._models.identity(request.adapter),
             request.adapter,
             job.run.session,
+            len(request.prompt) if request.exact else None,
         )
         task = self._tasks[job.key] = Task(job, request, time.monotonic(), sequence=sequence)
         if request.reader.reason is None:
@@ -121,7 +123,7 @@ class SlotsEngine:
             rows.expect(hint.session, now + (hint.expected or 0.0), now)
 
     def step(self) -> list[Output]:
-        """One forward for everything that runs, and what came of it."""
+        """One step for everything that runs, and what came of it."""
         outputs, self._ready = self._ready, []
         if len(self._scheduler):
             outputs += self._advance()
@@ -198,24 +200,30 @@ class SlotsEngine:
         self._computed += max(0, min(segment.start + segment.count, prompt) - segment.start)
 
     def _compute(self, plan: Plan) -> list[Pick | EngineError]:
-        """Forward and sample: the next token of every segment that reaches the end of its sequence."""
+        """The next token of every segment that reaches the end of its sequence."""
+        return [pick for segments in plan.forwards for pick in self._picks(segments)]
+
+    def _picks(self, segments: tuple[Segment, ...]) -> list[Pick | EngineError]:
+        """One forward, and what is sampled of it."""
+        logits = self._logits(segments)
+        requests = [self._tasks[segment.key].request for segment in segments if segment.samples]
+        return choose_rows(logits, [r.sampler for r in requests], [r.reader.total for r in requests])
+
+    def _logits(self, segments: tuple[Segment, ...]) -> Tensor:
+        """Logits (sampled, vocabulary) of one forward."""
         ids: list[int] = []
         positions: list[int] = []
         ends: list[int] = []
-        sampled: list[Task] = []
-        for segment in plan.segments:
-            task = self._tasks[segment.key]
+        for segment in segments:
             stop = segment.start + segment.count
-            ids += task.sequence.tokens[segment.start : stop]
+            ids += self._tasks[segment.key].sequence.tokens[segment.start : stop]
             positions += range(segment.start, stop)
             if segment.samples:
                 ends.append(len(ids) - 1)
-                sampled.append(task)
-        logits = self._forward(plan.segments, ids, positions, ends)
+        logits = self._forward(segments, ids, positions, ends)
         if not ends and logits.is_cuda:  # nothing else waits: its time and its errors would be those of the next step
             torch.cuda.current_stream(logits.device).synchronize()
-        requests = [task.request for task in sampled]
-        return choose_rows(logits, [r.sampler for r in requests], [r.reader.total for r in requests])
+        return logits
 
     def _take(self, key: Key, pick: Pick | EngineError, now: float) -> list[Output]:
         """What a sampled token means for its request."""

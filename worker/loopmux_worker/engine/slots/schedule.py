@@ -3,29 +3,40 @@
 Every sequence has tokens, of which a number is computed already. One that lacks its last token only is *decoding* and
 has a place in every step; one that lacks more is *prefilling* and gets what is left of the step's budget, first come
 first served, cut into chunks. So a long prompt never makes the running streams wait for more than one budget.
+
+An *exact* sequence is one that is to be the same whatever runs beside it, whenever it is begun again: in floating point
+that takes the same products of the same shapes. So it shares no forward and no state with others, its prompt is cut at
+multiples of ``GRID``, and what follows is computed token by token, also where it is known already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from loopmux_worker.engine.base import Key
 from loopmux_worker.engine.slots.rows import SHORTEST, Copy, Rows
 
+GRID = 64
+"""Tokens of a chunk of an exact sequence's prompt: few enough to be computed beside running streams."""
 _TRUST = 3
 """Failed steps with others after which a sequence stays alone to its end."""
 
 
 @dataclass(slots=True)
 class Sequence:
-    """One request's tokens on their way through the model: prompt, resumed prefix and output."""
+    """One request's tokens on their way through the model: prompt, resumed prefix and output.
+
+    ``exact`` is the length of the prompt where the sequence is exact, None where it is not.
+    """
 
     key: Key
     tokens: list[int]
     identity: str
     adapter: str | None = None
     session: str | None = None
+    exact: int | None = None
     row: int | None = None
     computed: int = 0
     cached: int = 0  # of its tokens, found when it was first computed
@@ -38,6 +49,17 @@ class Sequence:
     def lacks(self) -> int:
         """Tokens still to compute."""
         return len(self.tokens) - self.computed
+
+    @property
+    def takes(self) -> bool:
+        """Whether state that others computed may be its beginning."""
+        return not self.afresh and self.exact is None
+
+    def chunk(self, budget: int) -> int:
+        """How many tokens it has in the next step if the budget is so many."""
+        if self.exact is None:
+            return min(self.lacks, budget)
+        return max(1, min(self.exact - self.computed, GRID))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +79,17 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: decoding segments first, by length and row so that like ones can be computed together, then chunks."""
+    """One step, in forwards: one for all that can share it, and one for each exact sequence.
 
-    segments: tuple[Segment, ...] = ()
+    In the first the decoding segments come first, by length and row so that like ones can be computed together.
+    """
+
+    forwards: tuple[tuple[Segment, ...], ...] = ()
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Of all forwards, in their order."""
+        return tuple(chain.from_iterable(self.forwards))
 
     @property
     def tokens(self) -> int:
@@ -124,9 +154,9 @@ class Scheduler:
         pending = sum(sequence.lacks for sequence in self._running.values() if sequence.lacks > 1)
         while self._waiting and len(self._running) < self._allowed and pending < budget:
             sequence = self._waiting[0]
-            if not sequence.afresh and self._comes_soon(sequence):
+            if sequence.takes and self._comes_soon(sequence):
                 break
-            known = [] if sequence.afresh else sequence.tokens
+            known = sequence.tokens if sequence.takes else []
             taken = self.rows.take(known, sequence.identity, sequence.session, now)
             if taken is None:
                 break
@@ -154,16 +184,27 @@ class Scheduler:
         return False
 
     def plan(self, budget: int) -> Plan:
-        """The next step: every decoding sequence, and chunks of ``budget`` tokens together. Changes nothing."""
+        """The next step: every decoding sequence, and chunks of ``budget`` tokens together. Changes nothing.
+
+        The chunk of an exact sequence is not cut, so the last one may exceed the budget by less than ``GRID``.
+        """
         members = self._members()
         decoding = sorted((s for s in members if s.lacks == 1), key=lambda s: (s.computed.bit_length(), s.row or 0))
-        segments = [_segment(sequence, 1) for sequence in decoding]
-        for sequence in members:
-            if sequence.lacks > 1 and budget > 0:
-                count = min(sequence.lacks, budget)
+        shared: list[Segment] = []
+        alone: list[tuple[Segment]] = []
+        for sequence in (*decoding, *(s for s in members if s.lacks > 1)):
+            count = 1
+            if sequence.lacks > 1:
+                if budget <= 0:
+                    break
+                count = sequence.chunk(budget)
                 budget -= count
-                segments.append(_segment(sequence, count))
-        return Plan(tuple(segments))
+            segment = _segment(sequence, count)
+            if sequence.exact is None:
+                shared.append(segment)
+            else:
+                alone.append((segment,))
+        return Plan((tuple(shared), *alone) if shared else tuple(alone))
 
     def _members(self) -> list[Sequence]:
         """Who takes part in the next step: all who are trusted, or one suspect."""
