@@ -30,12 +30,12 @@ from tokenizing import CONTEXT, VOCABULARY, save_tokenizer, train_tokenizer, wor
 from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 
 SEED = 20_26
-# The base is compiled and gains little from a second thread; the adapters are not. Beside other programs two threads
-# are many times slower than one, since each waits for the other: --threads 1.
-THREADS = {"base": 1, "tools": 2, "shout": 2}
+# Beside other programs two threads are many times slower than one, since each waits for the other: --threads 1, which
+# gives other weights.
+THREADS = 2
 BATCH_TOKENS = 2560
 # At the full rate the loss of such small batches is mostly noise, so the rate of the base falls for most of its steps.
-STEPS = {"base": 4200, "tools": 600, "shout": 120}
+STEPS = {"base": 3900, "tools": 520, "shout": 120}
 COOLDOWN = {"base": 0.8, "tools": 0.5, "shout": 0.5}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IGNORED = -100
@@ -297,20 +297,19 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS)
     parser.add_argument("--steps", type=int, help="instead of the usual number, for trials")
-    parser.add_argument("--threads", type=int, help="instead of the usual number")
+    parser.add_argument("--threads", type=int, default=THREADS, help="of torch")
     parser.add_argument("--eager", action="store_true", help="without torch.compile, which needs a C++ compiler")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     legs = {name: Leg(name, options.steps or STEPS[name], COOLDOWN[name], options.out) for name in options.only}
     base = options.out / "base"
     if "base" in legs:
-        torch.set_num_threads(options.threads or THREADS["base"])
         tokenizer = train_tokenizer(tokenizer_texts(SEED + 1))
         save_base(train_base(tokenizer, legs["base"], not options.eager), tokenizer, base)
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     parts = word_pieces(tokenizer)
     for name, stream in (("tools", tools_stream(SEED + 2, parts)), ("shout", shout_stream(SEED + 3, parts))):
         if name in legs:
-            torch.set_num_threads(options.threads or THREADS[name])
             save_adapter(train_adapter(base, tokenizer, stream, legs[name]), options.out / "adapters" / name)
 
 
