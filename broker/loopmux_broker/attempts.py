@@ -134,7 +134,7 @@ class Attempts:
         self._t.queues.charge(request)
         self._t.affinity.ran(request, worker.name)
         self._leases.run(lease, now)
-        self._leases.watch(worker, now)
+        self._leases.watch(worker)
 
     def run_unanswered(self, lease: Lease, now: float) -> None:
         """RUN was not answered for a while: say it again, or give the attempt up."""

@@ -253,7 +253,7 @@ class WorkerSide:
                 self._waiting.model_changed(model, now)
             if not member.expected:
                 self._recovery.introduced(member, now)
-            self._leases.watch(member, now)
+            self._leases.watch(member)
         elif isinstance(member, Launcher):
             self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + _REDECLARE)
 
