@@ -95,12 +95,11 @@ class Nemesis:
         self.asked += 1
         name, dice = f"r{self.asked}", self.dice
         tokens, timeout = dice.choice((1, 8, 20, 60, 200, 600)), dice.uniform(3, 25)
-        options: dict = {"priority": dice.choice((0, 0, 0, 1, -1))}
+        options: dict = {"priority": dice.choice((0, 0, 0, 1, -1)), "prompt_size": dice.choice((0, 4_000))}
         if dice.random() < 0.3:
             options["hashes"] = tuple(bytes([1, dice.randint(1, 2), dice.randint(1, 3)][: n + 1]) for n in range(3))
         if dice.random() < 0.3:
             options |= {"session": f"s{dice.randint(1, 3)}", "continues": dice.random() < 0.5}
-            options["prompt_size"] = dice.choice((0, 4_000))
         if dice.random() < 0.2:
             options |= dice.choice(({"adapter": ADAPTER}, {"model": ADAPTER}))
         match dice.choices(("prompt", "collect", "slow", "never", "odd", "regret"), (60, 15, 6, 3, 6, 6))[0]:
