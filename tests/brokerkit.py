@@ -8,6 +8,7 @@ from loopmux import codec, wire
 from loopmux.messages import (
     Catalogue,
     End,
+    Evict,
     Failure,
     Heartbeat,
     Held,
@@ -26,6 +27,7 @@ from loopmux_broker.config import BrokerConfig
 from loopmux_broker.dispatch import session_of
 from loopmux_broker.events import (
     Action,
+    AdminSent,
     ClientSent,
     ConnectionLost,
     Event,
@@ -42,6 +44,7 @@ BODY = codec.pack({"prompt": "hello"})
 CLIENT, OTHER = b"c1", b"c2"
 WORKER, SECOND, THIRD = b"w1", b"w2", b"w3"
 LAUNCHER = b"l1"
+ADMIN = b"a1"
 ONE, TWO, THREE, FOUR = (bytes([n]) * 16 for n in (1, 2, 3, 4))
 
 
@@ -73,6 +76,12 @@ class Core:
 
     def worker(self, message: Message, peer: bytes = WORKER) -> list[Action]:
         return self.handle(WorkerSent(peer, wire.to_frames(message)))
+
+    def admin(self, message: Message, peer: bytes = ADMIN) -> list[Action]:
+        return self.handle(AdminSent(peer, wire.to_frames(message)))
+
+    def evict(self, worker: str, within: float = 10.0) -> list[Action]:
+        return self.admin(Message(Header(Kind.EVICT, FOUR), codec.pack(Evict(worker, within))))
 
     def lose(self, peer: bytes) -> list[Action]:
         return self.handle(ConnectionLost(peer))

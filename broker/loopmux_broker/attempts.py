@@ -13,6 +13,7 @@ from loopmux.results import Usage
 from loopmux.wire import Kind, StopReason
 from loopmux_broker.dispatch import choose, choose_alone
 from loopmux_broker.ends import Ends
+from loopmux_broker.events import Send, say
 from loopmux_broker.leases import Leases
 from loopmux_broker.pool import Lease, Worker
 from loopmux_broker.requests import Request, State, Step
@@ -58,18 +59,42 @@ class Attempts:
         """A worker with a free slot for the request; then nobody else waits for that slot."""
         if request.alone:
             return None
-        return choose(self._t.pool.serving(request.submit.model), request, self._t.affinity.last(request))
+        return choose(self._t.pool.serving(request.submit.model), request, self._t.affinity)
 
     def place(self, request: Request, worker: Worker | None, now: float) -> None:
-        """To the free worker if there is one, else into the queue."""
+        """To the free worker if there is one, unless its session's is worth a moment's wait; else into the queue."""
         if worker is not None:
-            self._dispatch(request, worker, now)
+            patience = self._t.affinity.patience(request, worker)
+            home = self._busy_home(request, worker) if patience else None
+            if home is None:
+                self._dispatch(request, worker, now)
+            else:
+                request.awaits = home.name
+                self._t.enqueue(request)
+                self._t.timers.set((Alarm.HOME, request.id, 0), now + patience)
             return
         self._t.enqueue(request)
         if request.alone:
             emptied = choose_alone(self._t.pool.serving(request.submit.model), request)
             if emptied is not None:
                 self._hold(emptied, request)
+
+    def _busy_home(self, request: Request, free: Worker) -> Worker | None:
+        """The worker that ran the request's session last, if it is another one than the one that is free."""
+        name = self._t.affinity.last(request)
+        if request.attempt or name in (None, free.name):
+            return None
+        serving = self._t.pool.serving(request.submit.model)
+        return next((w for w in serving if w.name == name and w.open and w.serves(*request.lane)), None)
+
+    def waited(self, request: Request, now: float) -> None:
+        """The worker of its session was busy for too long, or leaves: any other will do."""
+        self._t.dequeue(request)
+        worker = self.worker_for(request)
+        if worker is None:
+            self._t.enqueue(request)
+        else:
+            self._dispatch(request, worker, now)
 
     def fill(self, now: float) -> None:
         """Give free slots to who waits, on every worker that may have got one."""
@@ -103,11 +128,13 @@ class Attempts:
             request.attempt += 1  # one that is still being stopped, of which the client has heard nothing
         request.move(Step.DISPATCHED)
         self._leases.begins(worker, now)
+        cold = self._t.affinity.cold(request, worker)
         lease = request.lease = self._t.pool.lease(request, worker, now)
+        lease.cold = cold
         self._t.queues.charge(request)
         self._t.affinity.ran(request, worker.name)
         self._leases.run(lease, now)
-        self._leases.watch(worker, now)
+        self._leases.watch(worker)
 
     def run_unanswered(self, lease: Lease, now: float) -> None:
         """RUN was not answered for a while: say it again, or give the attempt up."""
@@ -132,6 +159,8 @@ class Attempts:
         if worker.held_for is not None:
             worker.held_for.held_by = None
             worker.held_for = None
+        for request in self._t.queues.awaiting(worker):
+            self.waited(request, now)
         leases = list(worker.leases.values())
         for lease in leases:
             self._leases.end(lease)
@@ -201,14 +230,28 @@ class Attempts:
     def drain(self, worker: Worker, within: float, now: float) -> None:
         """A worker is about to leave: it gets nothing new, and what it runs has half of its time to end there."""
         worker.draining = True
+        for request in self._t.queues.awaiting(worker):
+            self.waited(request, now)
         if worker.held_for is not None:
-            request, worker.held_for = worker.held_for, None
-            request.held_by = None
-            for other in self._t.pool.serving(request.submit.model):
+            alone, worker.held_for = worker.held_for, None
+            alone.held_by = None
+            for other in self._t.pool.serving(alone.submit.model):
                 self._t.vacant[other] = None
         alarm = (Alarm.DRAIN, worker.peer, 0)
         if alarm not in self._t.timers:  # it says DRAIN again and again, perhaps over a new connection
             self._t.timers.set(alarm, now + within / 2)
+
+    def evict(self, worker: Worker, within: float, now: float) -> None:
+        """An administrator wants a worker to leave."""
+        worker.evicted = now + within
+        self.drain(worker, within, now)
+        self.tell_evicted(worker, now)
+
+    def tell_evicted(self, worker: Worker, now: float) -> None:
+        """Ask it to leave, with its every heartbeat until it says DRAIN."""
+        if worker.evicted is not None:
+            left = round(1000 * max(worker.evicted - now, 0.0))
+            self._t.out.append(Send(worker.peer, say(Kind.DRAIN, arg=left)))
 
     def hand_over(self, worker: Worker, now: float) -> None:
         """What a leaving worker still runs goes on elsewhere."""

@@ -1,8 +1,8 @@
 """The broker's core: one event in, a list of actions out. No input or output, no clock.
 
-``ClientSide`` and ``WorkerSide`` say what follows from a message. ``Entry`` lets requests in, ``Recovery`` takes up
-those of a former broker, ``Attempts`` gives them to workers, ``Ends`` ends them, ``Streams`` sends output on; they
-share ``Tables``.
+``ClientSide``, ``WorkerSide`` and ``AdminSide`` say what follows from a message. ``Entry`` lets requests in,
+``Recovery`` takes up those of a former broker, ``Attempts`` gives them to workers, ``Ends`` ends them, ``Streams``
+sends output on; they share ``Tables``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import traceback
 
 from loopmux import wire
 from loopmux.errors import ProtocolError
+from loopmux_broker.admin_side import AdminSide
 from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import ClientSide
 from loopmux_broker.config import BrokerConfig
@@ -18,6 +19,7 @@ from loopmux_broker.ends import Ends, protocol_failure
 from loopmux_broker.entry import Entry
 from loopmux_broker.events import (
     Action,
+    AdminSent,
     ClientSent,
     ConnectionLost,
     Event,
@@ -56,6 +58,7 @@ class Broker:
         self._workers = WorkerSide(
             t, entry, self._attempts, self._leases, self._recovery, self._ends, self._waiting, self._streams
         )
+        self._admins = AdminSide(t, self._attempts)
         if config.settle > 0:
             self.tables.timers.set((Alarm.SETTLED, b"", 0), now + config.settle)
         else:
@@ -80,10 +83,8 @@ class Broker:
 
     def _handle(self, event: Event, now: float) -> None:
         match event:
-            case WorkerSent(peer, frames):
-                self._hear(peer, frames, now, from_worker=True)
-            case ClientSent(peer, frames):
-                self._hear(peer, frames, now, from_worker=False)
+            case WorkerSent() | ClientSent() | AdminSent():
+                self._hear(event, now)
             case PushBlocked(peer, request, seq):
                 self._blocked(peer, request, seq, now)
             case TimerDue():
@@ -94,15 +95,18 @@ class Broker:
             case LoopStalled(gap):
                 self._stalled(gap)
 
-    def _hear(self, peer: Peer, frames: list[bytes], now: float, *, from_worker: bool) -> None:
+    def _hear(self, event: WorkerSent | ClientSent | AdminSent, now: float) -> None:
+        peer, frames = event.peer, event.frames
         if self.tables.strikes and self.tables.strikes.ignored(peer, now):
             return
         try:
             message = wire.from_frames(frames)
-            if from_worker:
+            if isinstance(event, WorkerSent):
                 self._workers.hear(peer, message, frames, now)
-            else:
+            elif isinstance(event, ClientSent):
                 self._clients.hear(peer, message, now)
+            else:
+                self._admins.hear(peer, message, now)
         except ProtocolError as error:
             self._strike(peer, frames, error, now)
 
@@ -156,7 +160,7 @@ class Broker:
             (self._waiting.go_on if alarm is Alarm.ROUND else self._workers.redeclared)(whose, now)
         elif alarm in (Alarm.RUN, Alarm.STOP):
             self._lease_rings(alarm, whose, attempt, now)
-        elif alarm in (Alarm.DEADLINE, Alarm.TERMINAL, Alarm.TOMBSTONE, Alarm.RECOVERY):
+        elif alarm in (Alarm.DEADLINE, Alarm.TERMINAL, Alarm.TOMBSTONE, Alarm.RECOVERY, Alarm.HOME):
             self._request_rings(alarm, whose, now)
         else:
             self._peer_rings(alarm, whose, now)
@@ -181,6 +185,8 @@ class Broker:
                 self._streams.repeat_terminal(request, now)
             case Alarm.RECOVERY:
                 self._recovery.unclaimed(request, now)
+            case Alarm.HOME:
+                self._attempts.waited(request, now)
             case _:
                 self._ends.forget(request)
 

@@ -14,10 +14,13 @@ from loopmux_broker.ends import Ends, protocol_failure
 from loopmux_broker.entry import Entry
 from loopmux_broker.events import Peer, Send, say
 from loopmux_broker.recovery import Recovery
-from loopmux_broker.report import report
+from loopmux_broker.report import reported
 from loopmux_broker.requests import Request, State
 from loopmux_broker.streams import Streams
 from loopmux_broker.tables import Alarm, Tables
+
+_TALKING = 1.5
+"""Heartbeats within which a client says something that can: one, and half of another one under way."""
 
 
 class ClientSide:
@@ -60,8 +63,7 @@ class ClientSide:
             case Kind.SESSION:
                 self._session(client, codec.unpack(SessionHint, message.route))
             case Kind.STATUS:
-                header = Header(Kind.REPORT, message.header.request)
-                self._t.out.append(Send(peer, Message(header, body=codec.pack(report(self._t, now)))))
+                self._t.out.append(reported(self._t, peer, message.header.request, now))
             case Kind.BYE:
                 self._ends.abandon(client, now)
             case kind:
@@ -108,7 +110,10 @@ class ClientSide:
             self._t.timers.cancel((Alarm.CLIENT_SILENT, client.peer, 0))
         self._t.counters["clients_lost"] += 1
         self._t.clients.part(client)
-        self._t.timers.set((Alarm.CLIENT_GRACE, client.instance, 0), now + self._t.config.grace)
+        config = self._t.config
+        fell_silent = now - client.heard > _TALKING * config.heartbeat
+        grace = config.grace if fell_silent else config.closed_grace
+        self._t.timers.set((Alarm.CLIENT_GRACE, client.instance, 0), now + grace)
 
     # --- requests
 

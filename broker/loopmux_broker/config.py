@@ -30,7 +30,8 @@ class BrokerConfig:
         window: tokens a client may be sent before it has to grant more.
         settle: after its start, how long a model that nobody has declared yet may still be: workers and launchers need
             a moment to join, above all a broker that was started again.
-        grace: how long the requests of a client that went away live on.
+        grace: how long the requests of a client that fell silent live on.
+        closed_grace: the same where its connection closed while it was still talking: its process has ended.
         claim_wait: how long a request that a client brings to a broker that was started again waits for its worker.
         orphan_grace: how long after its start one that a worker brings waits for its client.
         max_attempts: workers that may be lost with a request; the last of them runs it alone.
@@ -49,7 +50,8 @@ class BrokerConfig:
     heartbeat: float = HEARTBEAT
     window: int = 1024
     settle: float = 3.0
-    grace: float = 2.0
+    grace: float = 30.0
+    closed_grace: float = 2.0
     claim_wait: float = 0.25
     orphan_grace: float = 30.0
     max_attempts: int = 3
@@ -110,7 +112,7 @@ def _check_numbers(config: Any, path: str) -> None:
         if is_dataclass(value):
             _check_numbers(value, f"{where}.")
         elif isinstance(value, (int, float)):
-            low = 0 if f.name in ("grace", "priority", "continuing", "tokens", "per_size") else None
+            low = 0 if f.name in ("grace", "closed_grace", "priority", "continuing", "tokens", "per_size") else None
             fits = math.isfinite(value) and (value > 0 if low is None else value >= low)
             if not fits:
                 expected = "a number above 0" if low is None else "a number of at least 0"

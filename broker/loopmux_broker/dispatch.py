@@ -1,4 +1,4 @@
-"""Where a request runs: the worker that holds its session, else the least loaded."""
+"""Where a request runs: with its session's worker, else with the least loaded that knows most of its prompt."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from loopmux_broker.pool import Worker
+from loopmux_broker.pool import Lease, Worker
 from loopmux_broker.requests import Request
 
 _SESSIONS = 10_000
 """Sessions whose last worker is remembered; the longest unused are forgotten (that costs one prefill, no more)."""
+_BEGINNINGS = 50_000
+"""The same for beginnings of prompts, of which a request names as many as its prompt has messages, 64 at most."""
+
+_LONG = 2_000
+"""Characters of a prompt (some 500 tokens) from which on computing it takes most of the time to the first token."""
+_LONGEST_WAIT = 2.0
+"""Seconds; beyond that a queue in front of free workers looks like a fault, whatever it saves."""
+_RECENT = 0.2
+"""Weight of the latest prompt in a worker's pace."""
 
 
 def session_of(instance: bytes, session: str) -> str:
@@ -19,13 +28,15 @@ def session_of(instance: bytes, session: str) -> str:
 
 
 class Affinity:
-    """Which worker ran a session last, and so may still hold its attention state."""
+    """Which worker ran a session last, or a prompt that begins alike, and so may still hold its attention state."""
 
     def __init__(self) -> None:
         self._last: OrderedDict[tuple[bytes, str], dict[str, str]] = OrderedDict()
+        self._began: OrderedDict[tuple[str, str | None, bytes], str] = OrderedDict()
 
     def ran(self, request: Request, worker: str) -> None:
-        """A session's request goes to a worker."""
+        """A request goes to a worker."""
+        self._note_beginnings(request, worker)
         session = request.submit.session
         if session is None:
             return
@@ -35,12 +46,42 @@ class Affinity:
         if len(self._last) > _SESSIONS:
             self._last.popitem(last=False)
 
+    def _note_beginnings(self, request: Request, worker: str) -> None:
+        submit = request.submit
+        for known in submit.hashes:
+            key = (submit.model, submit.adapter, known)
+            self._began[key] = worker
+            self._began.move_to_end(key)
+        while len(self._began) > _BEGINNINGS:
+            self._began.popitem(last=False)
+
+    def shared(self, request: Request) -> dict[str, int]:
+        """By worker: the place, among its beginnings, of the longest one that was given to this worker last."""
+        submit, began = request.submit, self._began
+        keys = ((submit.model, submit.adapter, known) for known in submit.hashes)
+        return {began[key]: place for place, key in enumerate(keys, 1) if key in began}
+
     def last(self, request: Request) -> str | None:
         """The worker that ran the request's session last."""
         session = request.submit.session
         if session is None:
             return None
         return self._last.get((request.client.instance, session), {}).get(request.submit.model)
+
+    def cold(self, request: Request, worker: Worker) -> bool:
+        """Whether a worker has to compute the whole of a long prompt, as far as is known here."""
+        long = request.submit.prompt_size >= _LONG
+        return long and self.last(request) != worker.name and worker.name not in self.shared(request)
+
+    def patience(self, request: Request, worker: Worker) -> float:
+        """For how long a request may wait for the worker of its session where another one is free, seconds.
+
+        Not longer than the other one takes to compute the prompt.
+        """
+        size = request.submit.prompt_size
+        if request.submit.session is None or size < _LONG:
+            return 0.0
+        return min(worker.pace * size, _LONGEST_WAIT)
 
     def workers(self, instance: bytes, session: str) -> set[str]:
         """The workers that ran a session last, one for each of its models."""
@@ -51,22 +92,33 @@ class Affinity:
         self._last.pop((instance, session), None)
 
 
-def choose(workers: Iterable[Worker], request: Request, preferred: str | None) -> Worker | None:
-    """The worker for a request: the preferred one if it has a free slot, else the least loaded relative to its slots.
+def choose(workers: Iterable[Worker], request: Request, affinity: Affinity) -> Worker | None:
+    """The worker for a request: its session's if that has a free slot, else the least loaded relative to its slots.
 
-    The worker that just failed the request comes last; among equals the one that has served least is next.
+    The worker that just failed the request comes last. Among equals the one that knows most of the prompt is next, then
+    the one that has served least. More load is not made up for by what a worker knows: most conversations with a model
+    begin alike, and would all be with one worker while others idle.
     """
+    preferred, shared = affinity.last(request), affinity.shared(request)
     best: Worker | None = None
-    best_load: tuple[bool, float, int] | None = None
+    best_load: tuple[bool, float, int, int] | None = None
     for worker in workers:
         if worker.free <= 0 or not worker.serves(*request.lane):
             continue
         if worker.name == preferred:
             return worker
-        load = (worker.name == request.avoid, len(worker.leases) / worker.slots, worker.served)
+        known = shared.get(worker.name, 0)
+        load = (worker.name == request.avoid, len(worker.leases) / worker.slots, -known, worker.served)
         if best_load is None or load < best_load:
             best, best_load = worker, load
     return best
+
+
+def paced(lease: Lease, now: float) -> None:
+    """The first output of an attempt came: where the prompt was computed, that is how long it takes there."""
+    worker, took = lease.worker, (now - lease.since) / lease.request.submit.prompt_size
+    worker.pace += (took - worker.pace) * (_RECENT if worker.pace else 1.0)
+    lease.cold = False
 
 
 def choose_alone(workers: Iterable[Worker], request: Request) -> Worker | None:

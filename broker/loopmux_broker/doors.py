@@ -30,6 +30,7 @@ class Side(Enum):
 
     CLIENTS = "clients"
     WORKERS = "workers"
+    ADMINS = "admins"
 
 
 class SendOutcome(Enum):

@@ -34,7 +34,7 @@ class Entry:
         self.admit(request)
         request.attempt = t.abandoned.pop(request_id, 0)
         self._attempts.place(request, worker, now)
-        if worker is None:  # else the client hears from the worker: output, or that it has the request
+        if request.state is State.QUEUED:  # else the client hears from the worker: output, or that it has the request
             self.accept(request)
             self._waiting.review(request, now)
 

@@ -33,6 +33,14 @@ class WorkerSent:
     frames: list[bytes]
 
 
+@dataclass(slots=True)
+class AdminSent:
+    """Frames came in on the socket for administrators (without the routing id), unchecked."""
+
+    peer: Peer
+    frames: list[bytes]
+
+
 @dataclass(frozen=True, slots=True)
 class ConnectionLost:
     """A connection closed, and everything that had come in on it was handed over before."""
@@ -61,7 +69,7 @@ class LoopStalled:
     gap: float
 
 
-Event = ClientSent | WorkerSent | ConnectionLost | PushBlocked | TimerDue | LoopStalled
+Event = ClientSent | WorkerSent | AdminSent | ConnectionLost | PushBlocked | TimerDue | LoopStalled
 
 # --- actions ----------------------------------------------------------------------------------------------------------
 

@@ -54,16 +54,14 @@ def _split(argument: str) -> tuple[str, int, str]:
 
 
 def _take(name: str, descriptor: int, where: str) -> Inherited:
-    try:
-        side = Side(name)
-    except ValueError:
-        raise ConfigError(f"{where}: found {name!r} for descriptor {descriptor}, expected clients or workers") from None
+    if name not in (Side.CLIENTS.value, Side.WORKERS.value):
+        raise ConfigError(f"{where}: found {name!r} for descriptor {descriptor}, expected clients or workers")
     try:
         with socket.socket(fileno=os.dup(descriptor)) as copy:
             if not copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise ConfigError(f"{where}: descriptor {descriptor} is a socket that does not listen")
             copy.setblocking(False)  # shared with the original, which may have been made otherwise
-            return Inherited(side, descriptor, endpoint_of(copy))
+            return Inherited(Side(name), descriptor, endpoint_of(copy))
     except OSError as error:
         raise ConfigError(
             f"{where}: descriptor {descriptor} is no socket ({error.strerror}), expected one that listens"

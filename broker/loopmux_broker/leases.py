@@ -55,7 +55,7 @@ class Leases:
         """Tell a worker to stop; its slot stays taken until it says that it has."""
         self.begins(lease.worker, now)
         lease.stopping = reason
-        self.watch(lease.worker, now)
+        self.watch(lease.worker)
         self._t.timers.cancel((Alarm.RUN, *lease.key))
         self._t.timers.set((Alarm.STOP, *lease.key), now + self._t.config.resend)
         self._t.out.append(Send(lease.worker.peer, say(Kind.STOP, lease.key[0], arg=reason, attempt=lease.attempt)))
@@ -65,14 +65,14 @@ class Leases:
         if not busy(worker):
             worker.moved = now
 
-    def watch(self, worker: Worker, now: float) -> None:
+    def watch(self, worker: Worker) -> None:
         """See to it that somebody looks whether the engine gets on: as soon as any attempt's budget can be used up.
 
         What the budgets are is looked up then: a worker's attempts are many, and come and go.
         """
         alarm = (Alarm.STALL, worker.peer, 0)
         if alarm not in self._t.timers and busy(worker):
-            self._t.timers.set(alarm, now + self._t.config.stall.shortest)
+            self._t.timers.set(alarm, worker.moved + self._t.config.stall.shortest)
 
     def replay(self, lease: Lease) -> None:
         """Ask for everything behind what is here. The worker keeps what the client does not have yet."""

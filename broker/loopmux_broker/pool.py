@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from loopmux.errors import BadRequestError
 from loopmux.messages import Catalogue, Heartbeat, ModelPhase, Register
 from loopmux.wire import StopReason
 from loopmux_broker.events import Peer
@@ -26,6 +27,7 @@ class Lease:
     Attributes:
         prefix: tokens that the request had produced before; what is beyond is this attempt's own.
         produced: the attempt has brought tokens of its own.
+        cold: nothing of its prompt is known to have been with its worker before, and no output has come yet.
         missing: its worker has registered again and has not named it yet.
         start: first token that the worker can still send. Of an attempt that only the worker knows, ``start`` to
             ``prefix`` is what it has.
@@ -40,6 +42,7 @@ class Lease:
     acknowledged: bool = False
     missing: bool = False
     produced: bool = False
+    cold: bool = False
     stopping: StopReason | None = None
 
     @property
@@ -79,10 +82,13 @@ class Worker(Member):
     Attributes:
         report: what it said about itself at REGISTER, for ``status``.
         served, tokens: requests ended and tokens produced here since it registered.
+        pace: seconds from RUN to the first output for each character of a prompt, of long ones that it had to compute;
+            0 until there was one.
         progress: the engine's progress counter as of the last heartbeat.
         moved: when the engine was last seen to get on, or was given its first request.
         models: model ids served here, and the adapter that each has of itself.
         draining: it takes no new work and is about to leave.
+        evicted: when it is to be gone at the latest, from an administrator's word until it says DRAIN itself.
         expected: HELD that are still to come; until then nobody knows which of its slots are free.
         held_for: the request that it is being emptied for.
         alone: the lease that nothing may run beside.
@@ -92,9 +98,11 @@ class Worker(Member):
     leases: dict[LeaseKey, Lease] = field(default_factory=dict)
     served: int = 0
     tokens: int = 0
+    pace: float = 0.0
     progress: int = 0
     moved: float = 0.0
     draining: bool = False
+    evicted: float | None = None
     expected: int = 0
     held_for: Request | None = None
     alone: Lease | None = None
@@ -182,6 +190,17 @@ class Pool:
         """Who has the role and the name that someone registers with."""
         members = self.workers if register.role == "worker" else self.launchers
         return next((m for m in members.values() if m.name == register.name), None)
+
+    def worker_named(self, name: str) -> Worker:
+        """The worker of a name.
+
+        Raises:
+            BadRequestError: there is none; says which there are.
+        """
+        named = {worker.name: worker for worker in self.workers.values()}
+        if name not in named:
+            raise BadRequestError(f"worker: found {name!r}, expected one of {', '.join(sorted(named)) or 'none'}")
+        return named[name]
 
     def join(self, member: Worker | Launcher) -> None:
         """Somebody registered."""

@@ -87,7 +87,8 @@ class _Queue:
 class Queues:
     """Everybody who waits. Each operation takes O(log n) comparisons, and one per lane that the worker serves.
 
-    Requests that are to run alone wait apart: they need a worker that is emptied for them, not just a slot.
+    Two kinds wait apart: requests that are to run alone need a worker that is emptied for them, not just a slot; and
+    some wait for a moment for the worker of their session, though others have free slots.
     """
 
     def __init__(self, head_start: HeadStart) -> None:
@@ -95,6 +96,7 @@ class Queues:
         self._models: dict[str, dict[Lane, _Queue]] = {}
         self._clients: dict[bytes, dict[Lane, _Line]] = {}
         self._alone: dict[bytes, Request] = {}
+        self._awaiting: dict[str, dict[bytes, Request]] = {}  # by the name of the worker that they wait for
         self._waiting: dict[str, int] = {}  # how many wait for each model
         self._count = self._turns = 0
         self._level = 0.0  # the account of the client that was given a slot last
@@ -109,6 +111,8 @@ class Queues:
             request.rank = (self._head_start.of(request) - request.arrived, -self._count)
         if request.alone:
             self._alone[request.id] = request
+        elif request.awaits:
+            self._awaiting.setdefault(request.awaits, {})[request.id] = request
         else:
             self._line_up(request)
         self._note(request.submit.model, 1)
@@ -117,6 +121,8 @@ class Queues:
         """Take a request out, wherever it stands."""
         if request.alone:
             del self._alone[request.id]
+        elif request.awaits:
+            _take_out(self._awaiting, request.awaits, request.id)
         else:
             self._step_out(request)
         self._note(request.submit.model, -1)
@@ -168,7 +174,13 @@ class Queues:
     # --- who is next
 
     def next_for(self, worker: Worker) -> Request | None:
-        """Who runs next on a worker with a free slot, over all the lanes it serves. It is left in the queue."""
+        """Who runs next on a worker with a free slot, over all the lanes it serves. It is left in the queue.
+
+        Who waits for this worker alone goes first: free slots of others were left for it.
+        """
+        for request in self._awaiting.get(worker.name, {}).values():
+            if worker.serves(*request.lane):
+                return request
         turns = [
             queue.next()
             for model in worker.models
@@ -179,6 +191,10 @@ class Queues:
             return None
         lines = self._clients[min(turns)[-1].client.instance]
         return max((line.entries[-1] for lane, line in lines.items() if worker.serves(*lane)), key=_rank)[2]
+
+    def awaiting(self, worker: Worker) -> list[Request]:
+        """Who waits for this worker alone."""
+        return list(self._awaiting.get(worker.name, {}).values())
 
     def next_alone(self, worker: Worker) -> Request | None:
         """Who waits to run alone and could do so on this worker, with no other worker being emptied for it."""
@@ -222,6 +238,8 @@ class Queues:
         """About how many get a slot before it does, itself included: clients take turns."""
         if request.alone:
             return 1
+        if request.awaits:
+            return len(self._awaiting[request.awaits])
         queue = self._models[request.lane[0]][request.lane]
         entries = queue.lines[request.client.instance].entries
         own = len(entries) - bisect.bisect_left(entries, request.rank, key=_rank)
@@ -235,7 +253,8 @@ class Queues:
         """Everybody who waits for a model, the next one first in each line."""
         lines = [line for queue in self._models.get(model, {}).values() for line in queue.lines.values()]
         found = [entry[2] for line in lines for entry in reversed(line.entries)]
-        return found + [request for request in self._alone.values() if request.submit.model == model]
+        apart = [*self._alone.values(), *(r for waiting in self._awaiting.values() for r in waiting.values())]
+        return found + [request for request in apart if request.submit.model == model]
 
     def lanes(self, model: str) -> int:
         """How many lanes of a model anybody waits in."""

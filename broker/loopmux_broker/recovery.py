@@ -70,6 +70,7 @@ class Recovery:
         request.brought = len(ids)
         if not self._let_in(request, header.seq):
             request.submit, request.body, request.brought = Submit(submit.model), b"", 0
+            request.deadline = math.inf
             return
         request.fingerprint = submit.fingerprint
         request.output.credit = header.arg if header.kind is Kind.ATTACH else self._t.config.window
@@ -180,7 +181,7 @@ class Recovery:
         self._t.affinity.ran(request, lease.worker.name)
         lease.worker.moved = now
         self._leases.replay(lease)
-        self._leases.watch(lease.worker, now)
+        self._leases.watch(lease.worker)
 
     def _orphan(self, worker: Worker, header: Header, held: Held, now: float) -> None:
         """Nothing is known of it here: it ended here, or its client has not come with it yet."""

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal
 
+from loopmux import codec
 from loopmux.messages import ModelStatus, Status, WorkerStatus
+from loopmux.wire import Header, Kind, Message
+from loopmux_broker.events import Peer, Send
 from loopmux_broker.pool import Worker
 from loopmux_broker.tables import Tables
 
 _LATE = 1.5
 """Heartbeats of silence after which a worker is shown as silent: one is missing."""
+
+
+def reported(tables: Tables, peer: Peer, question: bytes, now: float) -> Send:
+    """The answer to a question."""
+    return Send(peer, Message(Header(Kind.REPORT, question), body=codec.pack(report(tables, now))))
 
 
 def report(tables: Tables, now: float) -> Status:

@@ -78,6 +78,7 @@ class Request:
         fingerprint: of the weights that produced its output; it goes on only where they are the same.
         lease: the worker's slot that runs it now.
         avoid: name of the worker that just failed it.
+        awaits: name of its session's worker, while it waits for that one alone.
         held_by: the worker that is being emptied to run it alone.
         terminal: the frames of its one terminal, once DONE.
         told: whether the terminal was pushed on the client's present connection.
@@ -101,6 +102,7 @@ class Request:
     brought: int = 0
     lease: Lease | None = None
     avoid: str = ""
+    awaits: str = ""
     held_by: Worker | None = None
     terminal: list[bytes] | None = None
     told: bool = False

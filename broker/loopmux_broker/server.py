@@ -19,6 +19,7 @@ from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Door, SendOutcome, Side
 from loopmux_broker.events import (
     Action,
+    AdminSent,
     ClientSent,
     ConnectionLost,
     Event,
@@ -33,6 +34,11 @@ from loopmux_broker.events import (
 )
 from loopmux_broker.lifeline import PARENT_DIED, Lifeline
 
+_SENT: dict[Side, type[ClientSent | WorkerSent | AdminSent]] = {
+    Side.CLIENTS: ClientSent,
+    Side.WORKERS: WorkerSent,
+    Side.ADMINS: AdminSent,
+}
 _DRAIN = 64
 """Messages taken from one socket in one turn: about 5 ms of work at most, so no socket waits longer for another."""
 _LONGEST_POLL = 1.0
@@ -67,6 +73,8 @@ class Server:
         try:
             self._open(config.endpoints, Side.CLIENTS)
             self._open(config.worker_endpoints, Side.WORKERS)
+            # Named after where clients connect: with port 0 the system has chosen one.
+            self._open([endpoints.admin_endpoint(self.doors[0].endpoint)], Side.ADMINS)
         except BaseException:
             self.close()
             raise
@@ -95,6 +103,7 @@ class Server:
             "ready",
             endpoints=[d.endpoint for d in self.doors if d.side is Side.CLIENTS],
             worker_endpoints=[d.endpoint for d in self.doors if d.side is Side.WORKERS],
+            admin_endpoint=self.doors[-1].endpoint,
             pid=os.getpid(),
             epoch=self._epoch.hex(),
         )
@@ -120,11 +129,13 @@ class Server:
 
     def _claim_inherited(self) -> None:
         """Who made these sockets was killed and cannot remove their files."""
+        theirs = []
         for path in filter(None, map(endpoints.ipc_path, self._inherited)):
             try:
-                self._claims.append(Claim(path))
+                theirs.append(Claim(path))
             except LoopmuxError:
                 pass  # somebody else is there already, or the files are gone: nothing to clean up
+        self._claims = theirs + self._claims
 
     # --- one turn
 
@@ -175,7 +186,7 @@ class Server:
     def _drain(self, door: Door) -> None:
         """Hand over what came in, then the news of connections whose last message that was."""
         leaving = [peer for peer in self._leaving if peer[-1] == door.number] if self._leaving else []
-        sent = ClientSent if door.side is Side.CLIENTS else WorkerSent
+        sent = _SENT[door.side]
         for taken in range(_DRAIN):
             if taken == 1 and not door.readable:
                 break  # mostly it is one message that comes, and asking costs less than to be refused

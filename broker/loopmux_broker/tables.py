@@ -42,6 +42,7 @@ class Alarm(IntEnum):
     STALL = 15  # peer
     DRAIN = 16  # peer
     ROUND = 17  # model
+    HOME = 18  # request
 
 
 LIVENESS = frozenset(
@@ -112,6 +113,9 @@ class Tables:
         """It waits no longer. A worker that was being emptied for it is there for others again."""
         self.queues.remove(request)
         self.admission.queue(request.client, -1)
+        if request.awaits:
+            request.awaits = ""
+            self.timers.cancel((Alarm.HOME, request.id, 0))
         if request.held_by is not None:
             request.held_by.held_for = None
             self.vacant[request.held_by] = None

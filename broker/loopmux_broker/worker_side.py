@@ -10,6 +10,7 @@ from loopmux.messages import Catalogue, Heartbeat, Held, Register
 from loopmux.wire import ID_SIZE, Kind, Message
 from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import agree, no_common_version, welcome
+from loopmux_broker.dispatch import paced
 from loopmux_broker.ends import Ends, protocol_failure
 from loopmux_broker.entry import Entry
 from loopmux_broker.events import Log, Peer, Send, say
@@ -81,6 +82,7 @@ class WorkerSide:
                 if message.header.seq != worker.progress:
                     worker.progress, worker.moved = message.header.seq, now
                 self._t.out.append(Send(worker.peer, say(Kind.PONG)))
+                self._attempts.tell_evicted(worker, now)
             case Kind.HELD:
                 self._recovery.held(worker, message.header, codec.unpack(Held, message.route), now)
             case Kind.RESET:
@@ -88,6 +90,7 @@ class WorkerSide:
                 if lease is not None:
                     self._attempts.not_there(lease, now)
             case Kind.DRAIN:
+                worker.evicted = None
                 self._attempts.drain(worker, message.header.arg / 1000, now)
             case Kind.BYE:
                 self.lost(worker, "left", now)
@@ -145,6 +148,8 @@ class WorkerSide:
         worker.moved = now
         self._t.admission.output += output.add(seq, seq + count, frames)
         lease.produced = True
+        if lease.cold:
+            paced(lease, now)
         if output.held > self._t.config.request_output:
             self._ends.slow_client(request, now)
         else:
@@ -248,7 +253,7 @@ class WorkerSide:
                 self._waiting.model_changed(model, now)
             if not member.expected:
                 self._recovery.introduced(member, now)
-            self._leases.watch(member, now)
+            self._leases.watch(member)
         elif isinstance(member, Launcher):
             self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + _REDECLARE)
 

@@ -36,7 +36,7 @@ from loopmux.events import (
     TimePassed,
 )
 from loopmux.link import Link
-from loopmux.messages import DEFAULT_TIMEOUT, ModelStatus, Status
+from loopmux.messages import DEFAULT_TIMEOUT, Evict, ModelStatus, Status
 from loopmux.options import Defaults, Options, PromptOptions, merge
 from loopmux.pump import Sink, dispatch
 from loopmux.results import Result, StreamEvent, TextDelta
@@ -398,9 +398,17 @@ class AsyncClient:
         Raises:
             ConnectionLostError: no answer within ``connect_timeout``.
         """
+        return await self._ask(None)
+
+    async def drain(self, worker: str, *, within: float = 60.0) -> Status:
+        """Have a worker leave in good order; see ``Client.drain``."""
+        return await self._ask(Evict(worker, within))
+
+    async def _ask(self, evict: Evict | None) -> Status:
         inbox = _Inbox()
         driver = self._channel.driver()
-        driver.start(Asked(wire.new_id(), driver.loop.time() + self._channel.connect_timeout), inbox.put_nowait)
+        question = Asked(wire.new_id(), driver.loop.time() + self._channel.connect_timeout, evict)
+        driver.start(question, inbox.put_nowait)
         match await inbox.get():
             case Answer(_, status):
                 return status

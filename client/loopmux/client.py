@@ -17,7 +17,7 @@ from loopmux.codec import FieldError, build
 from loopmux.endpoints import default_endpoint, ipc_path
 from loopmux.errors import BadRequestError, CancelledError, ConnectionLostError, LoopmuxError
 from loopmux.events import Answer, Asked, CancelAsked, Consumed, Deliver, Fail, Finish, Hinted, Request, Submitted
-from loopmux.messages import DEFAULT_TIMEOUT, ModelStatus, SessionHint, Status
+from loopmux.messages import DEFAULT_TIMEOUT, Evict, ModelStatus, SessionHint, Status
 from loopmux.options import Defaults, Options, PromptOptions, merge, prepare
 from loopmux.pump import Channel, Pump
 from loopmux.results import Result, StreamEvent, TextDelta
@@ -240,8 +240,25 @@ class Client:
         Raises:
             ConnectionLostError: no answer within ``connect_timeout``.
         """
+        return self._ask(None)
+
+    def drain(self, worker: str, *, within: float = 60.0) -> Status:
+        """Have a worker leave in good order; of a client of the admin endpoint (``endpoints.admin_endpoint``).
+
+        It gets nothing new. What runs there has half of ``within`` seconds to end and then goes on elsewhere, behind
+        the tokens that it has. Returns at once; ``status`` shows the worker as draining until it has left. A launcher
+        starts it again.
+
+        Raises:
+            BadRequestError: no worker has this name.
+            ProtocolError: the client is not one of the admin endpoint.
+            ConnectionLostError: no answer within ``connect_timeout``.
+        """
+        return self._ask(Evict(worker, within))
+
+    def _ask(self, evict: Evict | None) -> Status:
         inbox: queue.SimpleQueue[Deliver | Finish | Fail | Answer] = queue.SimpleQueue()
-        question = Asked(wire.new_id(), time.monotonic() + self._channel.connect_timeout)
+        question = Asked(wire.new_id(), time.monotonic() + self._channel.connect_timeout, evict)
         self._channel.pump().start(question, inbox.put)
         match inbox.get():
             case Answer(_, status):

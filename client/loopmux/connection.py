@@ -20,7 +20,14 @@ from typing import assert_never
 
 from loopmux import codec, wire
 from loopmux.cadence import INTRODUCE_AGAIN, RESEND, SILENT_HEARTBEATS
-from loopmux.errors import CancelledError, ConnectionLostError, LoopmuxError, ProtocolError, from_code
+from loopmux.errors import (
+    CancelledError,
+    ConnectionLostError,
+    LoopmuxError,
+    OverloadedError,
+    ProtocolError,
+    from_code,
+)
 from loopmux.events import (
     Action,
     Answer,
@@ -50,6 +57,9 @@ from loopmux.messages import Failure, Hello, Status, Welcome
 from loopmux.stream import Exchange, Stage
 from loopmux.wire import Header, Kind, Message
 
+MOST_WAITING, MOST_BYTES = 10_000, 128 * 1024 * 1024
+"""Requests, and bytes of them, that a client keeps while no broker has taken them. By its defaults a broker queues no
+more requests and holds no more bytes of one client: it would refuse what is beyond."""
 _STALE_TIMERS = 64
 """Timers of ended requests that may lie in the heap before it is swept."""
 
@@ -65,6 +75,7 @@ class State(Enum):
 
 @dataclass(slots=True)
 class _Question:
+    message: Message
     deadline: float
     resend_at: float
 
@@ -85,6 +96,8 @@ class Connection:
         self.malformed = 0
         self._welcome: Welcome | None = None
         self._exchanges: dict[bytes, Exchange] = {}
+        self._untaken: set[bytes] = set()  # those that no broker has said anything of
+        self._untaken_bytes = 0
         self._questions: dict[bytes, _Question] = {}
         self._timers: list[tuple[float, bytes]] = []
         self._armed: dict[bytes, float] = {}  # the earliest timer of each request that is in the heap
@@ -129,18 +142,36 @@ class Connection:
     # --- callers ------------------------------------------------------------------------------------------------------
 
     def _submitted(self, request: Request, now: float) -> list[Action]:
+        if (error := self._crowded(request)) is not None:
+            return [Fail(request.id, error)]
         exchange = self._exchanges[request.id] = Exchange(request, now)
         if self.state is State.READY and self._welcome is not None:
             return self._tell(request.id, _attached(self._welcome, fresh=False), now)
         self._follow(exchange)
         return self._greet(now) if self.state is State.IDLE else []
 
+    def _crowded(self, request: Request) -> OverloadedError | None:
+        """Why a request is not kept until a broker takes it."""
+        waiting, held, size = len(self._untaken), self._untaken_bytes, len(request.body)
+        if waiting < MOST_WAITING and held + size <= MOST_BYTES:
+            return None
+        found = f"{waiting} requests of {held} bytes wait for the broker at {self._endpoint}, and this one has {size}"
+        kept = f"a client keeps at most {MOST_WAITING} of {MOST_BYTES} bytes"
+        return OverloadedError(
+            f"{found}; {kept}: try again later, or see with `loopmux status` whether the broker answers",
+            request_id=request.id.hex(),
+            model=request.submit.model,
+            retry_after=RESEND,
+        )
+
     def _asked(self, event: Asked, now: float) -> list[Action]:
         ready = self.state is State.READY
-        self._questions[event.id] = _Question(event.deadline, now + RESEND if ready else math.inf)
+        header = Header(Kind.STATUS if event.evict is None else Kind.EVICT, event.id)
+        message = Message(header, b"" if event.evict is None else codec.pack(event.evict))
+        self._questions[event.id] = _Question(message, event.deadline, now + RESEND if ready else math.inf)
         if self.state is State.IDLE:
             return self._greet(now)
-        return [Send(Message(Header(Kind.STATUS, event.id)))] if ready else []
+        return [Send(message)] if ready else []
 
     def _closed(self, now: float) -> list[Action]:
         actions: list[Action] = []
@@ -172,6 +203,7 @@ class Connection:
     def _follow(self, exchange: Exchange) -> None:
         """Forget an ended request; see to it that a live one is woken when it is due."""
         id_ = exchange.request.id
+        self._count(exchange)
         if exchange.stage is Stage.DONE:
             del self._exchanges[id_]
             self._armed.pop(id_, None)
@@ -179,6 +211,16 @@ class Connection:
         elif exchange.due < self._armed.get(id_, math.inf):
             self._armed[id_] = exchange.due
             heapq.heappush(self._timers, (exchange.due, id_))
+
+    def _count(self, exchange: Exchange) -> None:
+        """Note whether a request still waits for a broker to take it."""
+        id_, waits = exchange.request.id, exchange.stage in (Stage.WAITING, Stage.SUBMITTED)
+        if waits and id_ not in self._untaken:
+            self._untaken.add(id_)
+            self._untaken_bytes += len(exchange.request.body)
+        elif not waits and id_ in self._untaken:
+            self._untaken.remove(id_)
+            self._untaken_bytes -= len(exchange.request.body)
 
     def _sweep(self) -> None:
         if len(self._timers) > _STALE_TIMERS + 4 * len(self._exchanges):
@@ -217,6 +259,8 @@ class Connection:
                 return self._lose(now)
             case Kind.REPORT if message.header.request in self._questions:
                 return self._reported(message)
+            case Kind.ERROR if message.header.request in self._questions:
+                return self._rejected(message)
             case Kind.ERROR if message.header.request == wire.NO_ID:
                 return self._turned_away(codec.unpack(Failure, message.body)) if self.state is State.GREETING else []
             case kind if kind in wire.TERMINALS:  # our ENDACK was lost
@@ -231,6 +275,12 @@ class Connection:
         except ProtocolError as error:
             return [Fail(id_, error)]
 
+    def _rejected(self, message: Message) -> list[Action]:
+        failure = codec.unpack(Failure, message.body)
+        del self._questions[message.header.request]
+        error = from_code(failure.code, failure.message, retryable=failure.retryable)
+        return [Fail(message.header.request, error)]
+
     def _welcomed(self, welcome: Welcome, now: float) -> list[Action]:
         known, self._welcome = self._welcome, welcome
         fresh = known is None or known.epoch != welcome.epoch
@@ -243,9 +293,9 @@ class Connection:
         self._hello_at = math.inf
         self._ping_at = now + welcome.heartbeat
         actions = self._tell_all(_attached(welcome, fresh=fresh), now)
-        for id_, question in self._questions.items():
+        for question in self._questions.values():
             question.resend_at = now + RESEND
-            actions.append(Send(Message(Header(Kind.STATUS, id_))))
+            actions.append(Send(question.message))
         return actions
 
     def _turned_away(self, failure: Failure) -> list[Action]:
@@ -332,7 +382,7 @@ class Connection:
                 actions.append(Fail(id_, self._nobody()))
             elif now >= question.resend_at:
                 question.resend_at = now + RESEND
-                actions.append(Send(Message(Header(Kind.STATUS, id_))))
+                actions.append(Send(question.message))
         return actions
 
 

@@ -36,11 +36,20 @@ def worker_endpoint(client_endpoint: str) -> str:
 
     Beside the client's socket for ipc; for tcp an ipc socket of this user named after the port.
     """
+    return _beside(client_endpoint, "work")
+
+
+def admin_endpoint(client_endpoint: str) -> str:
+    """The endpoint for administrators that belongs to a client endpoint; always an ipc socket of this user."""
+    return _beside(client_endpoint, "admin")
+
+
+def _beside(client_endpoint: str, suffix: str) -> str:
     path = ipc_path(client_endpoint)
     if path is not None:
-        return f"ipc://{path}.work"
+        return f"ipc://{path}.{suffix}"
     port = client_endpoint.rsplit(":", 1)[-1]
-    return f"ipc://{runtime_folder() / f'tcp-{port}.work'}"
+    return f"ipc://{runtime_folder() / f'tcp-{port}.{suffix}'}"
 
 
 def ipc_path(endpoint: str) -> Path | None:

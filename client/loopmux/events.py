@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loopmux.errors import LoopmuxError
-from loopmux.messages import SessionHint, Status, Submit
+from loopmux.messages import Evict, SessionHint, Status, Submit
 from loopmux.results import Result, StreamEvent
 from loopmux.wire import Message
 
@@ -96,10 +96,14 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A caller wants the broker's status; ``id`` is the question's own, ``deadline`` when it stops waiting."""
+    """A caller wants the broker's status, and before that perhaps a worker to leave (of administrators only).
+
+    ``id`` is the question's own, ``deadline`` when it stops waiting.
+    """
 
     id: bytes
     deadline: float
+    evict: Evict | None = None
 
 
 @dataclass(frozen=True, slots=True)

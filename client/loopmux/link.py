@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import zmq
 
 from loopmux.endpoints import ipc_path
 from loopmux.errors import ConfigError
 from loopmux.events import Connected, Disconnected
+from loopmux.outbox import Outbox
 from loopmux.sockets import Dealer
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, Message, to_frames
 
@@ -28,7 +27,7 @@ class Link:
         self._context = zmq.Context()
         self._dealer = Dealer(self._context, CLIENT_MESSAGE_LIMIT)
         self.socket, self.monitor = self._dealer.socket, self._dealer.monitor
-        self._unsent: deque[list[bytes]] = deque()
+        self._unsent = Outbox()
         try:
             self._dealer.connect(endpoint)
         except ConfigError:
@@ -58,8 +57,8 @@ class Link:
 
     def send(self, message: Message) -> None:
         """Send, or keep for ``flush``."""
-        self._unsent.append(to_frames(message))
-        self.flush()
+        if self._unsent or not self._dealer.send(to_frames(message)):
+            self._unsent.put(message)
 
     def introduce(self, message: Message) -> None:
         """Send, and drop what waits: it was meant for a connection that is gone."""
@@ -68,8 +67,8 @@ class Link:
 
     def flush(self) -> None:
         """Send what waits, as far as the socket takes it."""
-        while self._unsent and self._dealer.send(self._unsent[0]):
-            self._unsent.popleft()
+        while self._unsent and self._dealer.send(to_frames(self._unsent.first)):
+            self._unsent.drop_first()
 
     def receive(self) -> list[bytes] | None:
         """The frames of the next message, or None."""

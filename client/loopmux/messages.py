@@ -66,8 +66,8 @@ class Submit:
 
     Attributes:
         timeout: seconds until the deadline, from now.
-        prompt_size: characters (or token ids) of the prompt, for routing to come.
-        hashes: chained hashes of the messages, for routing to come.
+        prompt_size: characters (or token ids) of the prompt, roughly.
+        hashes: of the prompt's beginnings, the longest last: who has the same one has begun alike.
         continues: a later turn of a tool loop; goes before first turns of the same priority.
         wait: queue for a model that is not loaded yet instead of failing at once.
         fingerprint: of the weights that ATTACH's tokens came from; it goes on only where they are the same.
@@ -459,6 +459,28 @@ class Status:
     counters: dict[str, int] = field(default_factory=dict)
     settled: bool = True
     tables: dict[str, int] = field(default_factory=dict)
+
+
+# --- administration ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """ROUTE of EVICT: an administrator wants the worker of this name to leave, in good order.
+
+    It gets nothing new; what it runs has half of ``within`` seconds to end there and then goes on elsewhere.
+    """
+
+    worker: str
+    within: float = 60.0
+
+    def check(self) -> None:
+        """Refuse a time that is none.
+
+        Raises:
+            BadRequestError: naming the field, what was found and what was expected.
+        """
+        _in_range("within", self.within, 0, 86_400)
 
 
 # --- launcher to worker -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ texts that are not text, requests that are too large.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,6 +19,8 @@ from loopmux.nearest import did_you_mean
 
 _DEEPEST = 64
 """Nesting of messages and schemas; real ones stay under ten, and decoders recurse."""
+_HASHED = 32
+"""Messages at the beginning, and at the end, of a conversation that the broker is told the hashes of."""
 _SHOWN_BEFORE = 12
 """Characters shown in front of the offending one in a text that is not valid Unicode."""
 
@@ -52,7 +55,6 @@ class Defaults(TypedDict, total=False):
     reasoning: bool | None
     template_kwargs: Mapping[str, Any]
     continues: bool
-    hashes: Sequence[bytes]
     trace: str | None
 
 
@@ -61,8 +63,7 @@ class Options(Defaults, total=False):
 
     ``timeout`` is the total deadline in seconds; ``idle_timeout`` ends a stream that has begun and then brings no token
     for that long. ``model`` defaults to "default", ``max_new_tokens`` to 256, ``temperature`` to 0.7. An option that is
-    None counts as not given. ``continues`` is set by the tool loop for a later turn;
-    ``hashes``, chained ones of the messages, are for routing to come and change nothing yet.
+    None counts as not given. ``continues`` is set by the tool loop for a later turn.
     """
 
     timeout: float
@@ -122,7 +123,7 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     idle = None if idle is None else _seconds("idle_timeout", idle)
     _normalise(given)
     generate = _generate(given)
-    submit = _submit(given, timeout)
+    submit = _submit(given, timeout, generate)
     return Prepared(submit, _pack(generate, submit.model), idle)
 
 
@@ -141,7 +142,7 @@ def _normalise(given: dict[str, Any]) -> None:
     """Bring what may be written in several ways into the form of the messages; ``given`` is ours to change."""
     if "prompt" in given:
         _check_prompt(given["prompt"])
-    for name in ("messages", "tools", "stop_token_ids", "hashes"):
+    for name in ("messages", "tools", "stop_token_ids"):
         if isinstance(given.get(name), (str, bytes)):
             raise BadRequestError(f"{name}: found {codec.show(given[name])}, expected a list")
     if isinstance(given.get("stop"), str):
@@ -222,10 +223,11 @@ def _generate(given: Mapping[str, Any]) -> Generate:
     return generate
 
 
-def _submit(given: Mapping[str, Any], timeout: float) -> Submit:
+def _submit(given: Mapping[str, Any], timeout: float, generate: Generate) -> Submit:
     route = {name: value for name, value in given.items() if name in _SUBMIT}
     try:
-        submit = codec.build(Submit, route | {"timeout": timeout, "prompt_size": _size(given)})
+        measured = {"timeout": timeout, "prompt_size": _size(given), "hashes": _hashes(generate)}
+        submit = codec.build(Submit, route | measured)
         submit.check()
         size = len(codec.pack(submit))
     except codec.FieldError as error:
@@ -234,14 +236,12 @@ def _submit(given: Mapping[str, Any], timeout: float) -> Submit:
         raise BadRequestError(error.message) from error
     if not submit.model:
         raise BadRequestError("model: found an empty text, expected a model id")
-    if len(submit.hashes) > codec.ROUTE_LIMITS.array:
-        raise BadRequestError(f"hashes: found {len(submit.hashes)}, at most {codec.ROUTE_LIMITS.array} fit")
     if size > wire.ROUTE_LIMIT:
         texts = {name: len(str(given[name])) for name in ("model", "adapter", "session", "trace") if name in given}
         longest = max(texts, key=texts.__getitem__)
         raise BadRequestError(
-            f"{longest}: found a text of {texts[longest]} characters; model, adapter, session, trace and hashes "
-            f"take {size} bytes together, at most {wire.ROUTE_LIMIT} fit"
+            f"{longest}: found a text of {texts[longest]} characters; model, adapter, session and trace "
+            f"take {size} bytes with the rest, at most {wire.ROUTE_LIMIT} fit"
         )
     return submit
 
@@ -252,6 +252,22 @@ def _size(given: Mapping[str, Any]) -> int:
         return len(given["prompt_token_ids"]) // 4
     contents = [m.get("content") for m in given.get("messages", ()) if isinstance(m, Mapping)]
     return len(given.get("prompt", "")) + sum(len(text) for text in contents if isinstance(text, str))
+
+
+def _hashes(generate: Generate) -> tuple[bytes, ...]:
+    """Of every beginning of the prompt that ends with a message, the shortest first; each goes over the one before.
+
+    Who has the same one has begun alike, tools included, which templates put in front. Of many messages the first and
+    the last: a conversation shares its beginning with others, and nearly all of it with its own turns.
+    """
+    parts: Sequence[object] = generate.messages or (generate.prompt or generate.prompt_token_ids,)
+    last = _hash(b"", [generate.tools, generate.reasoning, generate.template_kwargs])
+    chain = [last := _hash(last, part) for part in parts]
+    return tuple(chain if len(chain) <= 2 * _HASHED else chain[:_HASHED] + chain[-_HASHED:])
+
+
+def _hash(before: bytes, part: object) -> bytes:
+    return hashlib.blake2b(codec.pack(part), key=before, digest_size=8).digest()
 
 
 def _pack(generate: Generate, model: str) -> bytes:

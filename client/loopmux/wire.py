@@ -89,6 +89,8 @@ class Kind(IntEnum):
     # questions anyone may ask
     STATUS = 112
     REPORT = 113
+    # administrator -> broker
+    EVICT = 114
 
 
 class StopReason(IntEnum):
@@ -147,6 +149,7 @@ FRAMES: Final[dict[Kind, Frame]] = {
     Kind.FAILED: Frame.ROUTE,
     Kind.STATUS: Frame.NONE,
     Kind.REPORT: Frame.BODY,
+    Kind.EVICT: Frame.ROUTE,
 }
 
 TERMINALS: Final = frozenset({Kind.END, Kind.ERROR, Kind.CANCELLED, Kind.EXPIRED})

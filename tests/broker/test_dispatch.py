@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -23,12 +24,14 @@ from brokerkit import (
     failure,
     kinds,
     run,
+    runs,
     stopped,
     tok,
 )
 from loopmux import codec
 from loopmux.messages import Register, Run, ServedModel, SessionHint, Submit
 from loopmux.wire import Header, Kind, Message
+from loopmux_broker import dispatch
 from loopmux_broker.admission import Limits
 from loopmux_broker.clients import Client
 from loopmux_broker.events import Action, Send, say
@@ -351,11 +354,142 @@ def test_a_session_goes_back_to_its_worker(core: Core) -> None:
     assert core.submit(THREE, session="s")[0] == run(THREE, WORKER, session="s")
 
 
-def test_a_session_does_not_wait_for_its_worker(core: Core) -> None:
+def ended(core: Core, request: bytes, worker: bytes) -> None:
+    core.worker(say(Kind.RUNACK, request, attempt=1), worker)
+    core.worker(end(request, 0), worker)
+    core.client(say(Kind.ENDACK, request))
+
+
+def place(core: Core, *hashes: bytes, **route: Any) -> bytes:
+    """Where a request with these beginnings goes and ends."""
+    [worker] = receivers(core.submit(ONE, hashes=hashes, **route))
+    ended(core, ONE, worker)
+    return worker
+
+
+def test_of_equally_free_workers_the_one_that_knows_most_of_the_prompt(core: Core) -> None:
+    core.register(WORKER, slots=2)
+    core.register(SECOND, slots=2)
+    assert receivers(core.submit(ONE, hashes=(b"system", b"long"))) == [WORKER]
+    assert receivers(core.submit(TWO, hashes=(b"system", b"other"))) == [SECOND]
+    ended(core, ONE, WORKER)
+    ended(core, TWO, SECOND)
+    for _ in range(3):
+        assert place(core, b"system", b"long", b"long, and more") == WORKER
+        assert place(core, b"system", b"other", b"other, and more") == SECOND
+    assert place(core, b"system", b"new") == SECOND  # it was given this beginning last
+    assert place(core, b"foreign") == WORKER  # nobody knows it: to the one that has served less
+
+
+def test_no_prompt_makes_up_for_more_load(core: Core) -> None:
+    core.register(WORKER, slots=2)
+    core.register(SECOND, slots=2)
+    assert receivers(core.submit(ONE, hashes=(b"system",))) == [WORKER]
+    assert receivers(core.submit(TWO, hashes=(b"system",))) == [SECOND]
+    ended(core, ONE, WORKER)
+    assert receivers(core.submit(THREE, hashes=(b"system",))) == [WORKER]  # SECOND had it last, and runs one
+
+
+@pytest.mark.parametrize("route", [{"model": "n"}, {"adapter": "a"}], ids=str)
+def test_the_beginnings_of_another_model_or_adapter_are_others(core: Core, route: dict[str, str]) -> None:
+    core.register(WORKER, slots=2, models=("m", "n"), adapters=("a",))
+    core.register(SECOND, slots=2, models=("m", "n"), adapters=("a",))
+    assert place(core, b"system") == place(core, b"system") == WORKER
+    assert place(core, b"system", **route) == SECOND
+
+
+def test_no_more_beginnings_are_remembered_than_so_many(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_BEGINNINGS", 100)
+    core.register(WORKER, slots=1)
+    for n in range(10):
+        place(core, *(bytes([n, i]) for i in range(64)))
+        assert len(core.tables.affinity._began) <= 100
+
+
+def test_a_session_of_short_prompts_does_not_wait_for_its_worker(core: Core) -> None:
     core.register(WORKER)
     core.register(SECOND)
     core.submit(ONE, session="s")
     assert core.submit(TWO, session="s")[0] == run(TWO, SECOND, session="s")
+
+
+LONG = 4_000
+"""Characters of a prompt."""
+
+
+def busy_home(core: Core, took: float = 0.4) -> None:
+    """WORKER ran the session s and is full; SECOND is free, and is known to take so long for a LONG prompt."""
+    core.register(WORKER)
+    core.register(SECOND)
+    for request, worker, route in ((ONE, WORKER, {"session": "s"}), (TWO, SECOND, {})):
+        assert receivers(core.submit(request, prompt_size=LONG, **route)) == [worker]
+        core.now += took
+        core.worker(tok(request, 0), worker)
+        core.worker(end(request, 1), worker)
+        core.client(say(Kind.CREDIT, request, seq=10, arg=1))
+        core.client(say(Kind.ENDACK, request))
+    assert receivers(core.submit(THREE)) == [WORKER]
+    core.worker(say(Kind.RUNACK, THREE, attempt=1))
+
+
+def next_turn(core: Core) -> list[Action]:
+    return core.submit(FOUR, session="s", continues=True, prompt_size=LONG)
+
+
+def test_a_session_waits_for_its_worker_as_long_as_its_prompt_takes_elsewhere(core: Core) -> None:
+    busy_home(core)
+    assert next_turn(core) == [accepted(FOUR, 1)]
+    assert receivers(core.wait(0.3)) == []
+    assert receivers(core.wait(0.2)) == [SECOND]
+
+
+def test_and_goes_there_before_others_if_that_has_a_slot_in_time(core: Core) -> None:
+    busy_home(core)
+    next_turn(core)
+    core.now += 0.3
+    assert receivers(core.worker(end(THREE, 0))) == [WORKER]
+    assert receivers(core.wait(0.5)) == []
+
+
+@pytest.mark.parametrize("leaves", [Kind.DRAIN, Kind.BYE, None])
+def test_a_worker_that_leaves_is_not_waited_for(core: Core, leaves: Kind | None) -> None:
+    busy_home(core)
+    next_turn(core)
+    actions = core.worker(say(leaves, arg=2000)) if leaves else core.lose(WORKER)
+    assert (SECOND, FOUR, 1) in runs(actions)
+
+
+def test_nor_one_where_nobody_knows_how_long_a_prompt_takes(core: Core) -> None:
+    busy_home(core, took=0.0)
+    assert receivers(next_turn(core)) == [SECOND]
+
+
+def test_no_wait_is_longer_than_two_seconds(core: Core) -> None:
+    busy_home(core, took=60.0)
+    next_turn(core)
+    assert receivers(core.wait(1.75)) == []
+    assert receivers(core.wait(0.5)) == [SECOND]
+
+
+def test_a_request_that_waits_for_its_session_s_worker_can_be_cancelled(core: Core) -> None:
+    busy_home(core)
+    next_turn(core)
+    assert core.tables.queues.length == 1
+    core.client(say(Kind.CANCEL, FOUR))
+    core.client(say(Kind.ENDACK, FOUR))
+    assert receivers(core.wait(3)) == []
+    core.worker(end(THREE, 0))
+    core.client(say(Kind.ENDACK, THREE))
+    core.assert_empty()
+
+
+def test_when_its_time_is_over_and_nobody_is_free_it_waits_like_the_others(core: Core) -> None:
+    busy_home(core)
+    next_turn(core)
+    assert receivers(core.submit(TWO)) == [SECOND]
+    core.wait(1)
+    assert core.tables.queues.position(core.tables.requests[FOUR]) == 1
+    assert receivers(core.worker(end(TWO, 0), SECOND)) == [SECOND]
 
 
 def test_a_session_that_is_done_goes_anywhere(core: Core) -> None:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from brokerkit import BODY, CLIENT, LAUNCHER, ONE, WORKER, Core, end, failure, pushed, run, stopped, tok
 from loopmux import codec, wire
-from loopmux.messages import Catalogue, Held, Submit
+from loopmux.messages import Catalogue, Evict, Held, Submit
 from loopmux.wire import Header, Kind, Message
-from loopmux_broker.events import ClientSent, ConnectionLost, Log, Send, TimerDue, WorkerSent, say
+from loopmux_broker.events import AdminSent, ClientSent, ConnectionLost, Log, Send, TimerDue, WorkerSent, say
 from loopmux_broker.timers import Timers
 
 ROUTE = codec.pack(Submit("m"))
@@ -237,6 +237,8 @@ FRAMES = st.one_of(
                 Message(Header(Kind.HELD, b"\2" * 16, 1, 2, 3), codec.pack(Held(b"unknown", "m"))),
                 say(Kind.RESET, ONE, attempt=1),
                 say(Kind.DRAIN, arg=500),
+                Message(Header(Kind.EVICT, b"q" * 16), codec.pack(Evict("w1", 0.5))),
+                Message(Header(Kind.STATUS, b"q" * 16)),
             )
         ]
     ),
@@ -244,6 +246,7 @@ FRAMES = st.one_of(
 EVENTS = st.one_of(
     st.builds(ClientSent, st.sampled_from([CLIENT, b"c9"]), FRAMES),
     st.builds(WorkerSent, st.sampled_from([WORKER, LAUNCHER, b"w9"]), FRAMES),
+    st.builds(AdminSent, st.sampled_from([b"a1", b"a2"]), FRAMES),
     st.builds(ConnectionLost, st.sampled_from([CLIENT, WORKER, b"c9"])),
     st.just(TimerDue()),
 )

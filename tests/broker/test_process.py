@@ -46,7 +46,8 @@ def test_folder_and_sockets_are_this_users_alone(endpoint: str, tmp_path: Path) 
     with broker("--endpoint", endpoint) as running:
         folder = tmp_path / "sockets"
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert sorted(p.name for p in folder.iterdir()) == ["b.ipc", "b.ipc.lock", "b.ipc.work", "b.ipc.work.lock"]
+        names = ["b.ipc", "b.ipc.admin", "b.ipc.admin.lock", "b.ipc.lock", "b.ipc.work", "b.ipc.work.lock"]
+        assert sorted(p.name for p in folder.iterdir()) == names
         assert all(not p.stat().st_mode & 0o077 for p in folder.iterdir())
         assert running.ready["level"] == "info"
         assert running.ready["pid"] == running.process.pid

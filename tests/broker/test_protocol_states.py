@@ -129,7 +129,7 @@ EVENTS: dict[str, Callable[[Core], list[Action]]] = {
     "CANCEL": lambda core: core.client(say(Kind.CANCEL, ONE)),
     "ENDACK": lambda core: core.client(say(Kind.ENDACK, ONE)),
     "its first PING": lambda core: core.client(say(Kind.PING)),
-    "BYE, or lost for 2 s": lambda core: core.client(say(Kind.BYE)),
+    "BYE, or lost for too long": lambda core: core.client(say(Kind.BYE)),
     "its deadline": lambda core: core.wait(10.0),
 }
 
@@ -144,7 +144,7 @@ CELLS = [
 @pytest.mark.parametrize(("event", "state", "cell"), CELLS)
 def test_what_a_client_says(event: str, state: str, cell: str) -> None:
     core = STATES[state]()
-    if event == "BYE, or lost for 2 s":
+    if event == "BYE, or lost for too long":
         lost = STATES[state]()
         assert sent([*lost.lose(CLIENT), *lost.wait(2.0, silent=(CLIENT,))]) == promised(cell)
     assert sent(EVENTS[event](core)) == promised(cell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -445,6 +446,15 @@ def test_a_refusal_has_the_number_of_tokens_that_the_client_has(first: str) -> N
     [answer] = attach(core, ONE, 5)
     _, kind, seq, body = failure(answer)
     assert (kind, seq, body.code) == (Kind.ERROR, 5, "overloaded")
+
+
+def test_a_half_that_was_not_let_in_has_no_deadline_yet() -> None:
+    core = Core(settle=3.0, limits=Limits(held=1))
+    core.hello()
+    core.register(held=1)
+    held(core, ONE, 0, 9)
+    attach(core, ONE, 5)
+    assert core.tables.requests[ONE].deadline == math.inf
 
 
 def test_a_queue_of_returning_requests_takes_no_new_ones() -> None:

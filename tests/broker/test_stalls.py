@@ -17,7 +17,9 @@ from brokerkit import (
     WORKER,
     Core,
     end,
+    held,
     instance,
+    kinds,
     pushed,
     run,
     stop,
@@ -212,3 +214,14 @@ def test_what_a_worker_is_still_to_stop_is_waited_for_as_before() -> None:
     core.worker(tok(TWO, 0))
     assert Send(WORKER, say(Kind.DIE)) not in core.wait(59.75)
     assert Send(WORKER, say(Kind.DIE)) in core.wait(0.25)
+
+
+def test_registering_again_gives_a_hung_engine_no_more_time(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    for n in range(1, 15):  # over a connection that breaks every second
+        core.wait(1)
+        peer = b"w1 again %d" % n
+        core.register(peer, name="w1", boot=instance(WORKER), held=1)
+        held(core, ONE, 0, 1, worker=peer)
+    assert (peer, Kind.DIE) in kinds(core.wait(1.25))

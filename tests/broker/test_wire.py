@@ -38,7 +38,7 @@ def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Process
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Process]:
     """A broker on ipc that is quick to give lost clients up."""
-    path = settings(tmp_path, grace=0.1)
+    path = settings(tmp_path, closed_grace=0.1)
     with broker("--config", str(path), "--endpoint", f"ipc://{tmp_path}/b.ipc") as process:
         yield process
 

@@ -9,6 +9,7 @@ import pytest
 
 import loopmux
 from fakebroker import FakeBroker, whole_text
+from loopmux import connection
 from loopmux.wire import Kind
 
 
@@ -210,3 +211,16 @@ def test_a_new_broker_is_greeted_as_soon_as_it_is_there(tmp_path: Path) -> None:
             await client.generate("x", max_new_tokens=1)
 
     run(endpoint, story)
+
+
+def test_what_no_broker_takes_is_refused_beyond_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MOST_WAITING", 2)
+
+    async def story(client: loopmux.AsyncClient) -> None:
+        waiting = [client.stream("x") for _ in range(2)]
+        with pytest.raises(loopmux.OverloadedError, match=r"2 requests of .* bytes wait for the broker"):
+            await client.generate("x")
+        for one in waiting:
+            one.leave()
+
+    run(f"ipc://{tmp_path / 'nobody'}", story)

@@ -15,7 +15,7 @@ import pytest
 
 import loopmux
 from fakebroker import FakeBroker, wait_until, whole_text
-from loopmux import codec, wire
+from loopmux import codec, connection, wire
 from loopmux.messages import Generate, SessionHint, Submit
 from loopmux.wire import Kind, Message
 
@@ -344,3 +344,14 @@ def test_endpoints_that_are_none(endpoint: str) -> None:
 def test_an_endpoint_that_zeromq_refuses() -> None:
     with loopmux.Client("tcp://two words:7750") as client, pytest.raises(loopmux.ConfigError, match="cannot connect"):
         client.generate("x")
+
+
+def test_what_no_broker_takes_is_refused_beyond_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MOST_WAITING", 2)
+    with loopmux.Client(f"ipc://{tmp_path / 'nobody'}", connect_timeout=60) as client:
+        first, second = client.stream("x"), client.stream("x")
+        with pytest.raises(loopmux.OverloadedError, match=r"2 requests of .* bytes wait for the broker") as caught:
+            client.generate("x")
+        assert caught.value.retry_after is not None
+        first.leave()
+        second.leave()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loopmux import codec, errors, wire
+from loopmux import codec, connection, errors, wire
 from loopmux.cadence import INTRODUCE_AGAIN
 from loopmux.connection import Connection, State
 from loopmux.events import (
@@ -67,9 +67,9 @@ class Story:
     def welcome(self, epoch: bytes = b"one", **more: Any) -> list[Kind]:
         return self.get(Kind.WELCOME, Welcome(1, epoch, more.pop("heartbeat", HEARTBEAT), 10**6, 16, **more))
 
-    def submit(self, i: int = 1, timeout: float = 50.0) -> bytes:
+    def submit(self, i: int = 1, timeout: float = 50.0, body: bytes = b"") -> bytes:
         id_ = bytes([i]) * 16
-        self.do(Submitted(Request(id_, Submit("m", timeout=timeout), b"", self.now + timeout)))
+        self.do(Submitted(Request(id_, Submit("m", timeout=timeout), body, self.now + timeout)))
         return id_
 
     def wait(self, seconds: float) -> list[Kind]:
@@ -280,3 +280,49 @@ def test_timers_of_ended_requests_do_not_pile_up() -> None:
         story.get(Kind.END, done, request=id_)
     assert len(story.connection._timers) < 200
     assert len(story.connection._exchanges) == 1
+
+
+# --- what waits for a broker ------------------------------------------------------------------------------------------
+
+
+def test_a_client_keeps_so_many_requests_that_no_broker_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MOST_WAITING", 2)
+    story = Story()
+    first, second, third = (story.submit(i) for i in (1, 2, 3))
+    error = story.error(third)
+    assert isinstance(error, errors.OverloadedError)
+    assert str(error).startswith("2 requests of 0 bytes wait for the broker at ipc:///x, and this one has 0; a client")
+    assert (error.retryable, error.retry_after, error.request_id, error.model) == (True, 1.0, third.hex(), "m")
+    assert story.welcome() == [Kind.SUBMIT, Kind.SUBMIT]
+    assert isinstance(story.error(story.submit(4)), errors.OverloadedError)  # sent is not taken
+    story.get(Kind.ACCEPTED, request=first)
+    taken = story.submit(5)
+    assert isinstance(story.error(story.submit(6)), errors.OverloadedError)
+    story.kinds(CancelAsked(second))
+    story.get(Kind.CANCELLED, Failure("cancelled", "as was asked"), request=second)
+    assert story.submit(7) not in story.outcomes
+    assert not {first, taken} & story.outcomes.keys()
+
+
+def test_a_broker_that_was_started_again_has_to_take_them_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MOST_WAITING", 2)
+    story = ready()
+    story.get(Kind.ACCEPTED, request=WAITING)
+    second = story.submit(2)
+    story.get(Kind.ACCEPTED, request=second)
+    assert story.kinds(Disconnected()) == [Kind.HELLO]
+    assert story.welcome(b"two") == [Kind.ATTACH, Kind.ATTACH]
+    assert isinstance(story.error(story.submit(3)), errors.OverloadedError)
+    story.get(Kind.ACCEPTED, request=WAITING)
+    assert story.submit(4) not in story.outcomes
+
+
+def test_and_so_many_bytes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MOST_BYTES", 1000)
+    story = Story()
+    first = story.submit(1, body=bytes(600))
+    assert "1 requests of 600 bytes wait" in str(story.error(story.submit(2, body=bytes(401))))
+    small = story.submit(3, body=bytes(400))
+    story.kinds(CancelAsked(first))  # it was never sent
+    assert story.submit(4, body=bytes(600)) not in story.outcomes
+    assert small not in story.outcomes

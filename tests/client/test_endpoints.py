@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from loopmux.endpoints import default_endpoint, ipc_path, private_folder, runtime_folder, worker_endpoint
+from loopmux.endpoints import (
+    admin_endpoint,
+    default_endpoint,
+    ipc_path,
+    private_folder,
+    runtime_folder,
+    worker_endpoint,
+)
 from loopmux.errors import ConfigError
 
 
@@ -25,6 +32,8 @@ def test_workers_have_an_endpoint_beside_the_clients(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
     assert worker_endpoint("ipc:///tmp/a") == "ipc:///tmp/a.work"
     assert worker_endpoint("tcp://127.0.0.1:7750") == "ipc:///run/user/7/loopmux/tcp-7750.work"
+    assert admin_endpoint("ipc:///tmp/a") == "ipc:///tmp/a.admin"
+    assert admin_endpoint("tcp://127.0.0.1:7750") == "ipc:///run/user/7/loopmux/tcp-7750.admin"
 
 
 def test_paths_of_ipc_and_none_of_tcp() -> None:

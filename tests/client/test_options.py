@@ -65,12 +65,22 @@ def test_everything_said_arrives() -> None:
         "reasoning": False,
         "template_kwargs": {"thinking": True},
         "continues": True,
-        "hashes": [b"h"],
         "trace": "00-1-2-3",
     }
     ready = prepare(said)
     assert ready.submit == Submit(
-        "m", "a", "s", -2, 30.0, 7, 2, (b"h",), continues=True, wait=False, deterministic=True, trace="00-1-2-3"
+        "m",
+        "a",
+        "s",
+        -2,
+        30.0,
+        7,
+        2,
+        ready.submit.hashes,
+        continues=True,
+        wait=False,
+        deterministic=True,
+        trace="00-1-2-3",
     )
     assert ready.idle_timeout == 4.0
     assert codec.unpack(Generate, ready.body, codec.BODY_LIMITS) == Generate(
@@ -92,7 +102,7 @@ def test_everything_said_arrives() -> None:
 
 def test_defaults() -> None:
     ready = prepare({"prompt": "Hi"})
-    assert ready.submit == Submit("default", prompt_size=2)
+    assert ready.submit == Submit("default", prompt_size=2, hashes=ready.submit.hashes)
     assert body_of(prompt="Hi") == Generate(prompt="Hi")
 
 
@@ -102,6 +112,31 @@ def test_token_ids_and_messages_stand_in_for_the_prompt() -> None:
     conversation = [{"role": "user", "content": "four"}, {"role": "assistant", "content": None}]
     assert body_of(messages=conversation).messages == tuple(conversation)
     assert prepare({"messages": conversation}).submit.prompt_size == 4
+
+
+def hashes(**options: Any) -> tuple[bytes, ...]:
+    return prepare(options).submit.hashes
+
+
+def test_prompts_that_begin_alike_have_the_same_hashes_up_to_there() -> None:
+    system, question = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}
+    other = {"role": "user", "content": "How?"}
+    first, second = hashes(messages=[system, question]), hashes(messages=[system, other])
+    assert len(first) == len(second) == 2
+    assert first[0] == second[0] != first[1] != second[1]
+    assert hashes(messages=[system, question, other])[:2] == first
+    assert hashes(messages=[question, system])[1] != first[1]  # each goes over what comes before
+    assert not set(first) & set(hashes(messages=[system, question], template_kwargs={"thinking": True}))
+    assert hashes(prompt="x", temperature=0) == hashes(prompt="x") != hashes(prompt="y")
+    assert len(hashes(prompt="x")) == len(hashes(prompt_token_ids=[1, 2])) == 1
+    assert all(len(one) == 8 for one in first)
+
+
+def test_of_many_messages_the_first_and_the_last_ones_have_hashes() -> None:
+    messages = [{"role": "user", "content": str(n)} for n in range(100)]
+    every = [hashes(messages=messages[: n + 1])[-1] for n in range(100)]
+    assert hashes(messages=messages) == (*every[:32], *every[-32:])
+    assert hashes(messages=messages[:64]) == tuple(every[:64])
 
 
 def test_tools_become_schemas() -> None:
@@ -173,7 +208,6 @@ def test_later_layers_win_and_none_is_not_said() -> None:
             {"prompt": "x", "session": "s" * 10_000},
             "session: found a text of 10000 characters; model, adapter, session",
         ),
-        ({"prompt": "x", "hashes": [b"h"] * 65}, "hashes: found 65, at most 64 fit"),
         ({"prompt": "x", "template_kwargs": {"f": print}}, "template_kwargs.f: found <built-in function print>"),
     ],
 )

@@ -17,6 +17,7 @@ import pytest
 
 import loopmux
 from fakebroker import wait_until
+from loopmux_worker.engine.echo import echo_token
 
 ENDLESS = 10_000_000
 
@@ -39,9 +40,9 @@ def start_broker(folder: Path, endpoint: str) -> subprocess.Popen[bytes]:
     return start(folder, "loopmux_broker", "--endpoint", endpoint)
 
 
-def start_worker(folder: Path, endpoint: str, model: str, **echo: float) -> subprocess.Popen[bytes]:
-    file = folder / f"{model}.json"
-    spec = {"name": model, "endpoint": f"{endpoint}.work", "models": [{"id": model}], "engine": "echo"}
+def start_worker(folder: Path, endpoint: str, model: str, name: str = "", **echo: float) -> subprocess.Popen[bytes]:
+    file = folder / f"{name or model}.json"
+    spec = {"name": name or model, "endpoint": f"{endpoint}.work", "models": [{"id": model}], "engine": "echo"}
     file.write_text(json.dumps({**spec, "echo": {"tokens": ENDLESS, **echo}}))
     return start(folder, "loopmux_worker", "--spec", str(file))
 
@@ -157,3 +158,57 @@ def test_a_killed_broker_is_survived(stack: Stack, client: loopmux.Client) -> No
                 break
     assert client.generate("x", max_new_tokens=3).usage.completion_tokens == 3
     assert client.status().counters["recovered"] == 1
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Stack]:
+    """Two workers of one model."""
+    endpoint = f"ipc://{tmp_path / 'b'}"
+    workers = [start_worker(tmp_path, endpoint, "paced", name, rate=200) for name in ("one", "two")]
+    running = Stack(endpoint, tmp_path, start_broker(tmp_path, endpoint), workers)
+    try:
+        with loopmux.Client(endpoint, connect_timeout=20) as client:
+            wait_until(lambda: len(client.status().workers) == 2, "both workers joined", 20)
+        yield running
+    finally:
+        for process in (*running.workers, running.broker):
+            process.kill()
+            process.wait(10)
+
+
+def drain(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "loopmux", "drain", *arguments, "--endpoint", stack.endpoint]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_an_administrator_drains_a_worker_under_its_running_streams(pair: Stack) -> None:
+    with loopmux.Client(pair.endpoint, model="paced") as client, ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(client.generate, "x", max_new_tokens=600) for _ in range(8)]
+        wait_until(lambda: [w.running for w in client.status().workers] == [4, 4], "both run four")
+        done = drain(pair, "one", "--within", "2")
+        assert done.returncode == 0, done.stderr
+        first, *_, last = done.stdout.splitlines()
+        assert (first, last.startswith("one has left after ")) == ("one: 4 running", True), done.stdout
+        assert pair.workers[0].wait(10) == 0
+        results = [answer.result(60) for answer in answers]
+        status = client.status()
+    for result in results:
+        request = bytes.fromhex(result.request_id)
+        assert result.token_ids == tuple(echo_token(request, i) for i in range(600))
+    assert sorted(result.attempts for result in results) == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert {name: status.counters.get(name, 0) for name in ("migrated", "requeued", "workers_left")} == {
+        "migrated": 4,
+        "requeued": 0,
+        "workers_left": 1,
+    }
+
+
+def test_who_may_drain_and_what(pair: Stack) -> None:
+    done = drain(pair, "nobody")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "loopmux: worker: found 'nobody', expected one of one, two\n"
+    with loopmux.Client(pair.endpoint) as client, pytest.raises(loopmux.ProtocolError, match="may not send EVICT"):
+        client.drain("one")
+    done = drain(pair, "two")  # which runs nothing
+    assert done.returncode == 0, done.stderr
+    assert pair.workers[1].wait(10) == 0

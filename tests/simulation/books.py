@@ -63,7 +63,8 @@ def audit(world: World) -> None:
         )
     limits = tables.config.limits
     calls = world.promise.calls  # those that ran before, or waited with another broker, were let in then
-    new = sum(r.state is State.QUEUED and not (r.attempt or calls[r.id].attached) for r in requests)
+    # … and who waits for the worker of its session would have had a slot
+    new = sum(r.state is State.QUEUED and not (r.attempt or r.awaits or calls[r.id].attached) for r in requests)
     hold(new <= limits.queued, "limits are kept: queued", lambda: f"{new} of {admission.queued} never ran")
     hold(admission.held <= limits.held, "limits are kept: bodies", lambda: f"{admission.held} > {limits.held}")
     for worker in pool.workers.values():

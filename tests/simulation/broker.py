@@ -6,11 +6,21 @@ import math
 from typing import TYPE_CHECKING
 
 from loopmux import codec, wire
-from loopmux.messages import SessionHint
+from loopmux.messages import Evict, SessionHint
 from loopmux.wire import Kind
 from loopmux_broker import events
 from loopmux_broker.broker import Broker
-from loopmux_broker.events import ClientSent, ConnectionLost, Log, LoopStalled, Push, PushBlocked, TimerDue, WorkerSent
+from loopmux_broker.events import (
+    AdminSent,
+    ClientSent,
+    ConnectionLost,
+    Log,
+    LoopStalled,
+    Push,
+    PushBlocked,
+    TimerDue,
+    WorkerSent,
+)
 from simulation.broken import broken
 from simulation.lines import Frames, Line, Pipe
 from simulation.process import Endpoint, Process
@@ -88,6 +98,12 @@ class BrokerProcess(Process):
         self._said = []
         self.handle(event)
         promise.answers.check(self, header, owed, [said for to, said in self._said if to == peer])
+
+    def evict(self, worker: str, within: float) -> None:
+        """An administrator comes, wants a worker to leave, and goes."""
+        question = wire.Header(Kind.EVICT, self.clock.random.randbytes(16))
+        frames = wire.to_frames(wire.Message(question, codec.pack(Evict(worker, within))))
+        self.act(lambda: self.handle(AdminSent(b"admin", frames)))
 
     def left(self, line: Line, after: float = 0.0, flushed: float = -math.inf) -> None:
         """The near end is gone: what is under way arrives, up to a point after ``flushed``, then the news does."""

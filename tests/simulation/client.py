@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loopmux import codec, events, messages, wire
 from loopmux.connection import Connection
 from loopmux.errors import LoopmuxError
+from loopmux.outbox import Outbox
 from loopmux.results import Result, ToolCall
 from simulation.broken import broken
 from simulation.lines import Frames
@@ -108,6 +109,7 @@ class ClientProcess(Endpoint):
         self.gone = math.inf
         """When it left or died."""
         self._said: list[wire.Message] = []
+        self._outbox = Outbox()
         self.core = Connection("sim://broker", self.clock.random.randbytes(16), CONNECT_TIMEOUT)
         self.wake_by(lambda: self.core.next_timer(), lambda: self.handle(events.TimePassed()))
         self.connect()
@@ -150,6 +152,23 @@ class ClientProcess(Endpoint):
     def die(self, news: float = 0.0) -> None:
         self.gone = min(self.gone, self.clock.now)
         super().die(news)
+
+    # --- its socket
+
+    def put(self, message: wire.Message, *, lasting: bool = True) -> bool:
+        if self._outbox or not self._send(wire.to_frames(message)):
+            self._outbox.put(message)
+            self._flush_later()
+        return True
+
+    def unsend(self) -> None:
+        self._outbox.clear()
+
+    def flush(self) -> None:
+        while self._outbox and self._send(wire.to_frames(self._outbox.first)):
+            self._outbox.drop_first()
+        if self._outbox:
+            self._flush_later()
 
     # --- the core
 

@@ -26,6 +26,7 @@ class Dispatches:
         self._world = world
         self._known: set[tuple[bytes, int, float]] = set()
         self._home: dict[tuple[str, str, str], tuple[str, float]] = {}
+        self._awaited: set[bytes] = set()  # requests that waited for their session's worker, while others were free
 
     def run(self, worker: Endpoint, peer: bytes, message: Message) -> None:
         """RUN goes out."""
@@ -71,6 +72,7 @@ class Dispatches:
                 or it.adapter != mine.adapter
                 or theirs is call
                 or other.attempt
+                or other.id in self._awaited
                 or theirs.attached
             ):
                 continue
@@ -122,7 +124,9 @@ class Dispatches:
         lane = [r for r in tables.queues.of_model(request.submit.model) if r.lane == request.lane]
         own = [r for r in lane if r.client is request.client]
         first, last = (own.index(request) + 1, len(lane)) if request in own else (0, 0)
-        in_place = request.alone or first <= header.arg <= last
+        if request.awaits:
+            self._awaited.add(request.id)
+        in_place = request.alone or request.awaits or first <= header.arg <= last
         hold(in_place, "ACCEPTED has the place in the queue", lambda: f"{header}, expected {first} to {last}")
 
     def refused(self, owner: Endpoint, peer: bytes, message: Message) -> None:

@@ -21,7 +21,7 @@ STALLED = 6.0
 """Seconds without a token, in calm, after which a request that does not wait for a slot is stuck."""
 GHOST = 4.0
 """Seconds after its end, in calm, by which an engine has let a request go: two resends and a while."""
-MIGRATING = ("stop", "kill broker", "kill launcher")
+MIGRATING = ("stop", "drain", "kill broker", "kill launcher")
 """Faults after which an attempt counts as nobody's loss."""
 
 

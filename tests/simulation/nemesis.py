@@ -10,7 +10,7 @@ from simulation.broken import hold
 from simulation.broker import BrokerProcess
 from simulation.census import grown
 from simulation.client import Call, ClientProcess, plain_call, scripted_call
-from simulation.lines import Line
+from simulation.lines import Line, Pipe
 from simulation.process import Endpoint, Process
 from simulation.profile import ADAPTER, ECHO, FAIL_AT, FLAKY, draw
 from simulation.stranger import Stranger, StrangeWorker
@@ -95,7 +95,9 @@ class Nemesis:
         self.asked += 1
         name, dice = f"r{self.asked}", self.dice
         tokens, timeout = dice.choice((1, 8, 20, 60, 200, 600)), dice.uniform(3, 25)
-        options: dict = {"priority": dice.choice((0, 0, 0, 1, -1))}
+        options: dict = {"priority": dice.choice((0, 0, 0, 1, -1)), "prompt_size": dice.choice((0, 4_000))}
+        if dice.random() < 0.3:
+            options["hashes"] = tuple(bytes([1, dice.randint(1, 2), dice.randint(1, 3)][: n + 1]) for n in range(3))
         if dice.random() < 0.3:
             options |= {"session": f"s{dice.randint(1, 3)}", "continues": dice.random() < 0.5}
         if dice.random() < 0.2:
@@ -267,17 +269,19 @@ class Nemesis:
                 self.world.broker.snap(line, near, far)
 
     def _clog(self, process: Endpoint) -> None:
-        """A peer reads so slowly that its pipe is full most of the time."""
+        """A peer reads so slowly that its pipe is full most of the time; of a client sometimes the other one, too."""
         seconds = self.dice.choice((0.3, 2.0, 5.0)) * self.dice.random() + 0.02
         self._note("clog", process, seconds + 4.0)
+        both = isinstance(process, ClientProcess) and self.dice.random() < 0.5
         for line in self._lines(process):
-            line.down.room = self.dice.choice((0, 1, 3))
+            for pipe in (line.down, line.up) if both else (line.down,):
+                pipe.room = self.dice.choice((0, 1, 3))
 
-            def free(line: Line = line) -> None:
-                if line.down.room < math.inf:
-                    line.down.room = 2_000
+                def free(pipe: Pipe = pipe) -> None:
+                    if pipe.room < math.inf:
+                        pipe.room = 2_000
 
-            self.clock.after(seconds, free)
+                self.clock.after(seconds, free)
 
     def _hang(self, process: WorkerProcess) -> None:
         seconds = self.dice.choice((0.5, 5.0, 25.0)) * self.dice.random()
@@ -293,6 +297,12 @@ class Nemesis:
         """SIGTERM. A stopped launcher is started again by hand."""
         self._note("stop", process, 12.0)
         process.stop()
+
+    def _drain(self, worker: WorkerProcess) -> None:
+        """An administrator wants it to leave."""
+        within = self.dice.choice((0.0, 0.5, 3.0, 15.0)) * self.dice.random()
+        self._note("drain", worker, within + 12.0)
+        self.world.broker.evict(worker.name, within)
 
     def _close(self, client: ClientProcess) -> None:
         self._note("close", client, 4.0)

@@ -38,6 +38,7 @@ FAULTS = (
     "hang worker",
     "slow worker",
     "stop worker",
+    "drain worker",
     "stop launcher",
     "suspend host",
     "bad starts",
@@ -90,7 +91,8 @@ def draw(seed: int) -> Profile:
         window=16 if small else dice.choice((16, 64, 64, 1024)),
         request_output=20_000 if small else 1024 * 1024,  # about 70 chunks: more than a window has
         limits=limits,
-        grace=dice.choice((0.5, 2.0)),
+        grace=dice.choice((0.5, 2.0, 4.0)),
+        closed_grace=dice.choice((0.5, 2.0)),
         # shorter than a user's: what runs out after a minute would otherwise be in few runs
         orphan_grace=4.0,
         stall=Stall(decode=4.0, prefill=6.0, per_size=0.0),

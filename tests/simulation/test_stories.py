@@ -140,6 +140,22 @@ def test_a_worker_that_is_stopped_in_good_order_is_not_noticed() -> None:
     at_rest(world)
 
 
+def test_nor_is_one_that_an_administrator_drains() -> None:
+    world = settled_world(rate=50)
+    calls = [ask(world, 400, client) for client in range(2)]
+    world.run(2.0)
+    busy = next(w for w in world.workers if w.engine.load().running)
+    world.broker.evict(busy.name, 4.0)
+    world.run(1.5)
+    assert busy.alive
+    world.run(1.5)
+    assert not busy.alive
+    world.run(8.0)
+    assert all(outcome(call) for call in calls)
+    assert world.broker.core.tables.counters["migrated"] == 1
+    at_rest(world)
+
+
 def test_a_client_whose_connection_breaks_goes_on_where_it_was() -> None:
     world = settled_world(rate=50)
     call = ask(world, 100)

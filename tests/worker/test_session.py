@@ -537,6 +537,43 @@ def test_asked_twice_it_goes_at_once():
     assert session.handle(Asked(), 0.3)[-1] == Leave()
 
 
+def drained(within: float) -> Received:
+    return Received(Message(Header(Kind.DRAIN, arg=round(1000 * within))))
+
+
+def test_drained_it_says_so_and_leaves_when_its_time_is_over():
+    session = running()
+    [drain] = sent(session.handle(drained(10), 1.0))
+    assert drain.header == Header(Kind.DRAIN, arg=10_000)
+    for when in range(2, 11):
+        session.handle(Received(message(Kind.PONG)), when - 0.5)
+        assert Kind.DRAIN in kinds(session.handle(Woke(), when))
+    actions = session.handle(Woke(), 11.0)
+    assert kinds(actions)[-1] == Kind.BYE
+    assert actions[-1] == Leave()
+
+
+def test_drained_with_nothing_to_do_it_leaves_at_once():
+    actions = joined().handle(drained(10), 1.0)
+    assert kinds(actions) == [Kind.DRAIN, Kind.BYE]
+    assert actions[-1] == Leave()
+
+
+def test_drained_it_leaves_when_what_ran_has_ended():
+    session = running()
+    session.handle(drained(10), 1.0)
+    session.handle(stepped(produced(0, 1), finished(1)), 1.2)
+    assert session.handle(Received(message(Kind.ENDACK, REQUEST)), 1.3)[-1] == Leave()
+
+
+def test_a_signal_while_it_is_drained_shortens_its_time():
+    session = running()
+    session.handle(drained(10), 0.2)
+    assert kinds(session.handle(Asked(), 0.3)) == [Kind.DRAIN]
+    session.handle(drained(10), 0.4)
+    assert Leave() in session.handle(Woke(), 1.8)
+
+
 def test_acknowledgements_without_an_attempt_count_for_all_of_the_request():
     session = running()
     session.handle(stepped(finished(0)), 1.0)

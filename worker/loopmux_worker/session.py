@@ -196,6 +196,8 @@ class Session:
                         del self._requests[request.stream.key]
             case Kind.SESSION:
                 return [Hint(unpack(SessionHint, message.route))]
+            case Kind.DRAIN:
+                return self._evicted(header.arg / 1000, now)
             case Kind.DIE:
                 return [Leave()]
             case _:
@@ -268,9 +270,16 @@ class Session:
 
     def _asked(self, now: float) -> list[Action]:
         """Leave once nothing runs here any more; at once when that is so already, or when asked again."""
-        if self._leave_at is not None or not self._welcomed or not self._requests:
+        leave_at = now + STOP_WITHIN
+        again = self._leave_at is not None and self._leave_at <= leave_at
+        if again or not self._welcomed or not self._requests:
             return self._goodbye()
-        self._leave_at = now + STOP_WITHIN
+        self._leave_at = leave_at
+        return [self._drain(now)]
+
+    def _evicted(self, within: float, now: float) -> list[Action]:
+        """An administrator wants this worker empty, and the broker says it until it hears DRAIN itself."""
+        self._leave_at = min(now + within, math.inf if self._leave_at is None else self._leave_at)
         return [self._drain(now)]
 
     def _drain(self, now: float) -> Action:

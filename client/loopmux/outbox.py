@@ -1,0 +1,39 @@
+"""What a client's socket does not take yet."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from loopmux.wire import Kind, Message
+
+
+class Outbox:
+    """Messages that wait for room in a socket, in order, none of them twice.
+
+    Whatever wants an answer is said again until there is one, so while a broker hangs the same would pile up here. Of
+    one kind about one request the newest is kept, in the place of the first. That bounds what waits by the number of
+    requests. Hints about sessions, which may get lost, are about no request: only the last one waits.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[tuple[Kind, bytes], Message] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, message: Message) -> None:
+        """A message waits."""
+        self._waiting[message.header.kind, message.header.request] = message
+
+    @property
+    def first(self) -> Message:
+        """The one that is next."""
+        return next(iter(self._waiting.values()))
+
+    def drop_first(self) -> None:
+        """It was sent."""
+        self._waiting.popitem(last=False)
+
+    def clear(self) -> None:
+        """Nothing waits any more."""
+        self._waiting.clear()

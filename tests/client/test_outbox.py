@@ -1,0 +1,56 @@
+"""What waits for room in a client's socket: in order, and nothing twice."""
+
+from __future__ import annotations
+
+from loopmux.outbox import Outbox
+from loopmux.wire import NO_ID, Header, Kind, Message
+
+ONE, TWO = b"1" * 16, b"2" * 16
+
+
+def taken(outbox: Outbox) -> list[tuple[Kind, bytes, int]]:
+    found = []
+    while outbox:
+        header = outbox.first.header
+        found.append((header.kind, header.request, header.seq))
+        outbox.drop_first()
+    return found
+
+
+def put(outbox: Outbox, kind: Kind, request: bytes = NO_ID, seq: int = 0) -> None:
+    outbox.put(Message(Header(kind, request, seq)))
+
+
+def test_what_is_said_again_takes_the_place_of_what_waits() -> None:
+    outbox = Outbox()
+    put(outbox, Kind.SUBMIT, ONE)
+    put(outbox, Kind.CREDIT, TWO, 10)
+    put(outbox, Kind.PING)
+    for seq in range(11, 100):
+        put(outbox, Kind.SUBMIT, ONE)
+        put(outbox, Kind.CREDIT, TWO, seq)
+        put(outbox, Kind.PING)
+    put(outbox, Kind.CANCEL, ONE)
+    assert len(outbox) == 4
+    assert taken(outbox) == [
+        (Kind.SUBMIT, ONE, 0),
+        (Kind.CREDIT, TWO, 99),
+        (Kind.PING, NO_ID, 0),
+        (Kind.CANCEL, ONE, 0),
+    ]
+
+
+def test_what_was_sent_may_wait_again() -> None:
+    outbox = Outbox()
+    put(outbox, Kind.CREDIT, ONE, 1)
+    put(outbox, Kind.CREDIT, TWO, 1)
+    outbox.drop_first()
+    put(outbox, Kind.CREDIT, ONE, 2)
+    assert taken(outbox) == [(Kind.CREDIT, TWO, 1), (Kind.CREDIT, ONE, 2)]
+
+
+def test_nothing_waits_behind_an_introduction() -> None:
+    outbox = Outbox()
+    put(outbox, Kind.SUBMIT, ONE)
+    outbox.clear()
+    assert not outbox
