@@ -104,7 +104,8 @@ class Waiting:
         if peer is None:
             return
         how = pool.standing(model, now)
-        if how.phase == "idle":  # until its launcher says what it does about it
+        declared = pool.declared(model)
+        if how.phase == "idle" and declared is not None and declared.entry.scales:
             how = Standing("queued", now - request.arrived, _ASKED_FOR)
         if self._unlike(request):
             how = replace(how, phase="queued", detail=_UNLIKE)

@@ -262,10 +262,12 @@ class Launcher:
         descriptors: tuple[int, ...] = (),
     ) -> None:
         said = broker_line if name == BROKER else phase_line
+        # broker and builders die with us by SIGTERM, and put their files away first
+        guard = None if name == BROKER or _built_by(name) is not None else self._guard
         try:
             self._children[name] = Child(
                 name, command, variables, self._log(name), handover=handover, descriptors=descriptors, said=said,
-                guard=None if name == BROKER else self._guard,  # the broker puts its files away itself
+                guard=guard,
             )  # fmt: skip
         except OSError as error:
             self._never_began(name, f"{command[0]} could not be started: {error.strerror}")

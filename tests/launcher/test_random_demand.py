@@ -185,4 +185,3 @@ def test_steady_demand_settles_on_one_number_of_processes(clients: int, seconds:
         world.turn()
         changes += world.now > 120 and set(world.workers) != before
     assert changes == 0
-    assert len(world.workers) * SLOTS >= min(clients, 4 * SLOTS)

@@ -302,7 +302,7 @@ def test_killing_up_during_a_build_leaves_nothing(config: Path, endpoint: str, h
     config.write_text("environments: {e: {installer: pip}}\nmodels: {a: {engine: echo, environment: e}}\n")
     with program("up", "--config", str(config), "--endpoint", endpoint) as up:
         up.line("building with")
-        wait_for(lambda: len(up.family()) >= 4, "the installer")
+        wait_for(lambda: len(up.family()) >= 5, "the installer")  # up, broker, guard, builder, installer
         family = up.family()
         up.process.kill()
         gone(up, family, home)
