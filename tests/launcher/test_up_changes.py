@@ -40,7 +40,7 @@ def running(config: Path, endpoint: str, text: str) -> Iterator[tuple[Program, l
         loopmux.Client(endpoint) as client,
     ):
         up.line("ready after")
-        wait_for(lambda: client.status().launchers, "the launcher to have joined the broker")
+        wait_for(lambda: client.status().models, "the launcher to have joined the broker and named its models")
         wait_for(lambda: len(client.status().workers) == len(up.children("loopmux_worker")), "its workers, too")
         yield up, client
         up.process.terminate()
