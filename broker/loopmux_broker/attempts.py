@@ -238,7 +238,7 @@ class Attempts:
             for other in self._t.pool.serving(alone.submit.model):
                 self._t.vacant[other] = None
         alarm = (Alarm.DRAIN, worker.peer, 0)
-        if alarm not in self._t.timers:  # it says DRAIN again and again, perhaps over a new connection
+        if now + within / 2 < self._t.timers.when(alarm):  # it says DRAIN again and again, perhaps more urgently
             self._t.timers.set(alarm, now + within / 2)
 
     def evict(self, worker: Worker, within: float, now: float) -> None:

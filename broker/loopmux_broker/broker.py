@@ -74,6 +74,8 @@ class Broker:
             self._handle(event, now)
             if self.tables.vacant:
                 self._attempts.fill(now)
+            if self.tables.cold:
+                self._workers.tell_cold(now)
         except Exception:  # noqa: BLE001 - the one choke point: a bug met by one message must not stop all others
             self.tables.counters["internal_errors"] += 1
             fields: dict[str, object] = {"event": type(event).__name__, "traceback": traceback.format_exc()}

@@ -72,7 +72,9 @@ class Member:
 
 @dataclass(slots=True, eq=False)
 class Launcher(Member):
-    """A host's launcher."""
+    """A host's launcher. ``note`` is what it wants people to know."""
+
+    note: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -264,6 +266,10 @@ class Pool:
         for model in gone:
             self._withdraw(model, name)
         return gone
+
+    def scaling(self, launcher: Launcher) -> list[str]:
+        """The models that a launcher starts and stops processes of as they are needed."""
+        return [m for m, by in self._declared.items() if launcher.name in by and by[launcher.name].entry.scales]
 
     def _withdraw(self, model: str, name: str) -> None:
         if model in self._declared:

@@ -1,12 +1,13 @@
-"""What the broker tells about itself when asked (STATUS)."""
+"""What the broker tells about itself when asked (STATUS), and launchers about the demand for their models (SCALE)."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 from loopmux import codec
-from loopmux.messages import ModelStatus, Status, WorkerStatus
+from loopmux.messages import Demand, ModelStatus, Status, WorkerLoad, WorkerStatus
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import Peer, Send
 from loopmux_broker.pool import Worker
@@ -39,7 +40,20 @@ def report(tables: Tables, now: float) -> Status:
         counters=dict(sorted(tables.counters.items())),
         settled=tables.settled,
         tables=_sizes(tables),
+        notes={x.name: x.note for x in pool.launchers.values() if x.note},
     )
+
+
+def demand(tables: Tables, models: Sequence[str], now: float) -> Demand:
+    """Who waits for these models, and what their workers have to do."""
+    queued = {model: count for model in models if (count := tables.queues.waiting(model))}
+    workers = {worker.name: worker for model in models for worker in tables.pool.serving(model) if not worker.draining}
+    return Demand(queued, tuple(_load(workers[name], now) for name in sorted(workers)))
+
+
+def _load(worker: Worker, now: float) -> WorkerLoad:
+    idle = 0.0 if worker.leases else now - max(worker.moved, worker.since)
+    return WorkerLoad(worker.name, worker.slots, len(worker.leases), round(idle, 3))
 
 
 def _sizes(tables: Tables) -> dict[str, int]:

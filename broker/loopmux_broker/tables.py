@@ -96,6 +96,8 @@ class Tables:
     a worker may still say something of the former ones."""
     vacant: dict[Worker, None] = field(default_factory=dict)
     """Workers that may have got a free slot by the event that is being handled."""
+    cold: set[str] = field(default_factory=set)
+    """Models without a worker that somebody has begun to wait for in the event that is being handled."""
     counters: Counter[str] = field(default_factory=Counter)
     out: list[Action] = field(default_factory=list)
 
@@ -107,6 +109,8 @@ class Tables:
     def enqueue(self, request: Request) -> None:
         """A request waits for a slot."""
         self.queues.push(request)
+        if self.queues.waiting(request.submit.model) == 1 and not self.pool.serving(request.submit.model):
+            self.cold.add(request.submit.model)
         self.admission.queue(request.client, 1)
 
     def dequeue(self, request: Request) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
@@ -25,6 +26,10 @@ class Timers(Generic[K]):
 
     def __contains__(self, key: K) -> bool:
         return key in self._due
+
+    def when(self, key: K) -> float:
+        """When ``key`` rings; infinity if it does not."""
+        return self._due[key][0] if key in self._due else math.inf
 
     def set(self, key: K, due: float) -> None:
         """Let ``key`` ring at ``due``, instead of when it was to ring before."""

@@ -14,6 +14,7 @@ from loopmux.wire import Header, Kind, Message
 from loopmux_broker.ends import Ends
 from loopmux_broker.events import Send
 from loopmux_broker.intake import unknown_adapter
+from loopmux_broker.pool import Standing
 from loopmux_broker.requests import Request, State
 from loopmux_broker.tables import Alarm, Tables
 
@@ -21,6 +22,7 @@ _SLICE = 64
 """Requests that are looked at in one go. A model may have 10 000 waiting; all at once would hold everybody else up."""
 _PAUSE = 0.001
 """Seconds between two of these, for others to be heard."""
+_ASKED_FOR = "it is started because of this request"
 _UNLIKE = "the request goes on where the same weights are loaded that began it"
 
 
@@ -102,6 +104,9 @@ class Waiting:
         if peer is None:
             return
         how = pool.standing(model, now)
+        declared = pool.declared(model)
+        if how.phase == "idle" and declared is not None and declared.entry.scales:
+            how = Standing("queued", now - request.arrived, _ASKED_FOR)
         if self._unlike(request):
             how = replace(how, phase="queued", detail=_UNLIKE)
         phase = Phase(how.phase, self._t.queues.position(request), round(how.elapsed, 3), how.detail)

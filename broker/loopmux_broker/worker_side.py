@@ -7,7 +7,7 @@ from typing import Any
 from loopmux import codec, wire
 from loopmux.errors import BadRequestError, ProtocolError
 from loopmux.messages import Catalogue, Heartbeat, Held, Register
-from loopmux.wire import ID_SIZE, Kind, Message
+from loopmux.wire import ID_SIZE, Header, Kind, Message
 from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import agree, no_common_version, welcome
 from loopmux_broker.dispatch import paced
@@ -17,6 +17,7 @@ from loopmux_broker.events import Log, Peer, Send, say
 from loopmux_broker.leases import Leases
 from loopmux_broker.pool import Launcher, Lease, Worker
 from loopmux_broker.recovery import Recovery
+from loopmux_broker.report import demand
 from loopmux_broker.requests import State
 from loopmux_broker.streams import Streams
 from loopmux_broker.tables import Alarm, Tables
@@ -100,17 +101,35 @@ class WorkerSide:
     def _from_launcher(self, launcher: Launcher, message: Message, now: float) -> None:
         match message.kind:
             case Kind.HB:
-                codec.unpack(Heartbeat, message.route)
+                launcher.note = codec.unpack(Heartbeat, message.route).note
                 self._t.out.append(Send(launcher.peer, say(Kind.PONG)))
+                self._tell_demand(launcher, now)
             case Kind.CATALOGUE:
                 entry = codec.unpack(Catalogue, message.route)
                 self._t.pool.declare(launcher, entry, now)
                 self._waiting.model_withdrawn(entry.model, now)
+                if entry.phase == "idle" and self._t.queues.waiting(entry.model):
+                    self._t.cold.add(entry.model)  # it was stopped just when somebody came
             case Kind.BYE:
                 self.lost(launcher, "left", now)
                 self._withdraw(launcher.name, None, now)
             case kind:
                 raise ProtocolError(f"a launcher may not send {kind.name}")
+
+    # --- demand
+
+    def tell_cold(self, now: float) -> None:
+        """Have models started that somebody waits for, without waiting for their launchers' next heartbeat."""
+        cold, self._t.cold = self._t.cold, set()
+        for launcher in self._t.pool.launchers.values():
+            if not cold.isdisjoint(self._t.pool.scaling(launcher)):
+                self._tell_demand(launcher, now)
+
+    def _tell_demand(self, launcher: Launcher, now: float) -> None:
+        models = self._t.pool.scaling(launcher)
+        if models:
+            body = codec.pack(demand(self._t, models, now))
+            self._t.out.append(Send(launcher.peer, Message(Header(Kind.SCALE), body=body)))
 
     # --- output
 

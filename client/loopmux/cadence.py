@@ -14,3 +14,5 @@ RESEND: Final = 1.0
 """Until anything else that wants an answer is repeated."""
 KEPT: Final = 60.0
 """For how long output and terminals wait for their acknowledgement; after that nothing more can come."""
+LEAVE_PATIENTLY: Final = 240.0
+"""For a worker whose requests cannot go on elsewhere, to leave: the first half is for them to end."""

@@ -368,6 +368,7 @@ class Heartbeat:
     Attributes:
         cached_tokens: prompt tokens since the start whose attention state was reused.
         computed_tokens: prompt tokens since the start that were computed; one that was computed again counts again.
+        note: of a launcher: what people should know of it, such as a configuration that it refused.
     """
 
     running: int = 0
@@ -375,6 +376,7 @@ class Heartbeat:
     tokens_per_second: float = 0.0
     cached_tokens: int = 0
     computed_tokens: int = 0
+    note: str = ""
 
 
 ModelPhase = Literal["idle", "queued", "building", "loading", "warming", "ready", "failed"]
@@ -386,7 +388,8 @@ class Catalogue:
     """ROUTE of CATALOGUE: a launcher declares one model, or reports what it is doing for it.
 
     Sent for each model after REGISTER and at every change. ``removed`` takes the model out of the catalogue.
-    ``detail`` is a line for people (progress, or the reason of a failure with the worker's last words).
+    ``detail`` is a line for people (progress, or the reason of a failure with the worker's last words). ``scales``: its
+    processes come and go with the demand, which the launcher therefore wants to hear of (SCALE).
     """
 
     model: str
@@ -395,6 +398,29 @@ class Catalogue:
     detail: str = ""
     workers: int = 0
     removed: bool = False
+    scales: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """A worker of a model that scales: requests that it has, of how many, and the seconds since it did anything."""
+
+    name: str
+    slots: int
+    running: int = 0
+    idle: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """BODY of SCALE: how many requests wait for each of a launcher's models that scale, and what their workers do.
+
+    It is the whole of it: a model that is not named has nobody waiting, a worker that is not named is not there, or
+    about to leave.
+    """
+
+    queued: dict[str, int] = field(default_factory=dict)
+    workers: tuple[WorkerLoad, ...] = ()
 
 
 # --- status -----------------------------------------------------------------------------------------------------------
@@ -444,6 +470,7 @@ class Status:
 
     ``settled`` is false for a moment after the broker's start, in which models may still join. ``tables`` says how much
     the broker holds of what goes away with its cause: entries, or bytes for ``held`` (requests) and ``output``.
+    ``notes`` has by launcher what it wants people to know.
     """
 
     epoch: bytes
@@ -459,6 +486,7 @@ class Status:
     counters: dict[str, int] = field(default_factory=dict)
     settled: bool = True
     tables: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 # --- administration ---------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ FRAMES: Final[dict[Kind, Frame]] = {
     Kind.UNLOAD: Frame.ROUTE,
     Kind.DONE: Frame.BODY,
     Kind.CATALOGUE: Frame.ROUTE,
-    Kind.SCALE: Frame.ROUTE,
+    Kind.SCALE: Frame.BODY,
     Kind.FAILED: Frame.ROUTE,
     Kind.STATUS: Frame.NONE,
     Kind.REPORT: Frame.BODY,

@@ -55,8 +55,8 @@ class Model:
 
     Attributes:
         environment: None runs in the launcher's own Python, which is enough for the echo engine.
-        processes: how many workers to start.
-        required: ``up`` is ready only with it.
+        fewest: processes that always run; None where the file does not say, and others of its group decide.
+        most: processes that may run.
     """
 
     id: str
@@ -64,18 +64,24 @@ class Model:
     environment: str | None
     base_model: str | None = None
     adapter_dir: str | None = None
-    processes: int = 1
-    required: bool = True
+    fewest: int | None = None
+    most: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """A file that was found good. ``notes`` are what its author may want to know: accepted, but without effect."""
+    """A file that was found good.
+
+    Attributes:
+        notes: what its author may want to know: accepted, but without effect.
+        memory_gib: what all worker processes may take together; None is no limit.
+    """
 
     file: Path
     environments: Mapping[str, Environment]
     models: Mapping[str, Model]
     notes: tuple[str, ...] = ()
+    memory_gib: float | None = None
 
 
 def find(explicit: Path | None = None) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from loopmux.messages import Catalogue, WorkerSpec
+from loopmux.messages import Catalogue, Demand, WorkerSpec
+from loopmux_launcher.groups import Group
 
 # --- events: in the past tense ----------------------------------------------------------------------------------------
 
@@ -80,6 +81,36 @@ class BrokerWelcomed:
 
 
 @dataclass(frozen=True, slots=True)
+class DemandReported:
+    """The broker told who waits for our models that scale, and what their workers do."""
+
+    demand: Demand
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigurationChanged:
+    """The configuration was read again and is good.
+
+    Attributes:
+        environments: those whose declaration is not the former one.
+        budget: GiB that workers may take together; None is no limit.
+        retry: somebody asked: what was given up is tried again, changed or not.
+    """
+
+    groups: tuple[Group, ...]
+    environments: frozenset[str] = frozenset()
+    budget: float | None = None
+    retry: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigurationRefused:
+    """The configuration was read again and cannot be used; what it said before stays in force."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """Somebody wants us to end; ``at_once`` without waiting for anything."""
 
@@ -100,6 +131,9 @@ Event = (
     | ModelLeftOut
     | ProcessExited
     | BrokerWelcomed
+    | DemandReported
+    | ConfigurationChanged
+    | ConfigurationRefused
     | StopRequested
     | TimerFired
 )
@@ -138,9 +172,10 @@ class StartWorker:
 
 @dataclass(frozen=True, slots=True)
 class StopProcess:
-    """Ask a process to end (SIGTERM)."""
+    """Ask a process to end; a worker ``patiently`` where what it runs can end nowhere else."""
 
     name: str
+    patiently: bool = False
 
 
 @dataclass(frozen=True, slots=True)

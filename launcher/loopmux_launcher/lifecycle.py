@@ -8,7 +8,7 @@
          start time-out ▼   wake          │
                      ENDING ─exit─▶ PAUSING or PARKED (crash loop, or a bad configuration: it would fail again)
 
-    stop: any of them ─▶ STOPPING ─exit─▶ GONE
+    stop: any of them ─▶ STOPPING ─exit─▶ GONE ─start─▶ STARTING, when it is wanted again
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from loopmux import exitcodes
+from loopmux.cadence import LEAVE_PATIENTLY
 from loopmux_launcher.backoff import WINDOW, Backoff
 
 STOP_GRACE = 5.0
@@ -47,6 +48,10 @@ class Process:
         explained: the reason is its own word, which the end of its output would only repeat.
         last_lines: the end of its output at its last exit, where that has something to add.
         left_out: models that it could not load, with the reason; it serves the others of its group.
+        started, became_ready: when, on the clock of the events.
+        outdated: it was started by a former configuration; its next start follows the present one.
+        last_of_its_kind: what it runs cannot go on in its successor, whose weights are others.
+        patient: it was given the time for what it runs to end.
         wake: when ``TimerFired`` should look at it again.
     """
 
@@ -60,6 +65,10 @@ class Process:
     last_lines: tuple[str, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     started: float = 0.0
+    became_ready: float = 0.0
+    outdated: bool = False
+    last_of_its_kind: bool = False
+    patient: bool = False
     wake: float | None = None
     backoff: Backoff = field(default_factory=Backoff)
 
@@ -67,6 +76,21 @@ class Process:
     def runs(self) -> bool:
         """Whether the operating system has (or is about to have) a process for it."""
         return self.state in (State.STARTING, State.READY, State.ENDING, State.STOPPING)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is one of those that serve, or is on the way to it."""
+        return self.state in (State.STARTING, State.READY, State.ENDING, State.PAUSING)
+
+    @property
+    def dormant(self) -> bool:
+        """Whether it can be started: it never was, or was stopped because it was not needed."""
+        return self.state in (State.WAITING, State.GONE)
+
+    @property
+    def took(self) -> float:
+        """Seconds from its start until it was ready."""
+        return self.became_ready - self.started
 
     def serves(self, model: str) -> bool:
         """Whether it is ready for a model of its group."""
@@ -76,10 +100,11 @@ class Process:
         """It is being started."""
         self.state, self.phase, self.detail, self.reason = State.STARTING, "loading", "", ""
         self.started, self.wake, self.left_out, self.explained = now, now + self.start_timeout, {}, False
+        self.outdated = self.last_of_its_kind = self.patient = False
 
-    def got_ready(self) -> None:
+    def got_ready(self, now: float) -> None:
         """It said that it is ready."""
-        self.state, self.detail, self.wake = State.READY, "", None
+        self.state, self.detail, self.wake, self.became_ready = State.READY, "", None, now
         self.backoff.got_ready()
 
     def end(self, reason: str, now: float, *, explained: bool = False) -> None:
@@ -87,10 +112,17 @@ class Process:
         self.state, self.reason, self.wake = State.ENDING, reason, now + STOP_GRACE
         self.explained = explained
 
-    def stop(self, now: float) -> None:
+    def stop(self, now: float, *, patiently: bool = False) -> None:
         """It is no longer wanted."""
+        self.patient = patiently and self.state is State.READY
         self.state = State.STOPPING if self.runs else State.GONE
-        self.wake = now + STOP_GRACE if self.state is State.STOPPING else None
+        grace = STOP_GRACE + (LEAVE_PATIENTLY if self.patient else 0.0)
+        self.wake = now + grace if self.state is State.STOPPING else None
+
+    def forgive(self) -> None:
+        """Whatever it died of may be repaired: it may be started again, as if it never had been."""
+        self.state, self.wake, self.backoff, self.reason = State.WAITING, None, Backoff(), ""
+        self.last_lines, self.explained = (), False
 
     def exited(self, code: int, last_lines: tuple[str, ...], now: float, draw: float) -> float | None:
         """It is gone; returns the seconds until its next start, None if there is none (then it is PARKED or GONE)."""

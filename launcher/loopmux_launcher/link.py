@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 
 from loopmux.cadence import INTRODUCE_AGAIN, SILENT_HEARTBEATS
-from loopmux.codec import BODY_LIMITS, pack, unpack
+from loopmux.codec import BODY_LIMITS, pack, shorten, unpack
 from loopmux.errors import ProtocolError
-from loopmux.messages import Catalogue, Failure, Heartbeat, Register, Welcome
+from loopmux.messages import Catalogue, Demand, Failure, Heartbeat, Register, Welcome
 from loopmux.wire import Header, Kind, Message
+
+_NOTE_LIMIT = 2_000
+"""Bytes of a note in HB: its ROUTE has room for 4 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +29,23 @@ class Refused:
     reason: str
 
 
-News = Welcomed | Refused
+@dataclass(frozen=True, slots=True)
+class Demanded:
+    """The broker says how much there is to do for our models that scale."""
+
+    demand: Demand
+
+
+News = Welcomed | Refused | Demanded
 
 
 class Link:
     """One connection to a broker: REGISTER until WELCOME, then heartbeats.
 
     Nothing is queued here: when the broker may have missed something, it is greeted anew and then told everything.
+
+    Attributes:
+        note: what people should know of this launcher; goes out with every heartbeat.
     """
 
     def __init__(self, register: Register) -> None:
@@ -41,6 +54,7 @@ class Link:
         self._next = 0.0
         self._heard = 0.0
         self._left = False
+        self.note = ""
 
     @property
     def welcome(self) -> bool:
@@ -64,6 +78,8 @@ class Link:
                 return Welcomed(welcome.epoch)
             case Kind.WHO:
                 self.lost()
+            case Kind.SCALE:
+                return Demanded(unpack(Demand, message.body, BODY_LIMITS))
             case Kind.ERROR:
                 return Refused(unpack(Failure, message.body, BODY_LIMITS).message)
             case _:
@@ -82,7 +98,7 @@ class Link:
             self._next = now + INTRODUCE_AGAIN
             return [Message(Header(Kind.REGISTER), pack(self._register), pack({}))]
         self._next = now + self._heartbeat
-        return [Message(Header(Kind.HB), pack(Heartbeat()))]
+        return [Message(Header(Kind.HB), pack(Heartbeat(note=shorten(self.note, _NOTE_LIMIT))))]
 
     def next_timer(self) -> float:
         """When ``due`` has something to say."""

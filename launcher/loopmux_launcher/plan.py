@@ -1,25 +1,27 @@
 """The launcher's core: what should run against what runs.
 
 Events in, actions out; no clock, no process, no socket. First the broker (if it is ours), then the environments, then
-in each environment that is ready the workers of its groups; whatever dies is started again after a delay, and what dies
-again and again is parked with its reason while the rest goes on.
+in each environment that is ready the workers of its groups, as many as are wanted (``fleet``); whatever dies is started
+again after a delay, and what dies again and again is parked with its reason while the rest goes on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from loopmux.codec import shorten
 from loopmux.messages import Catalogue, ModelPhase
 from loopmux_launcher.backoff import Backoff
+from loopmux_launcher.crew import Crew
 from loopmux_launcher.events import (
     Action,
     Announce,
     Began,
     BrokerWelcomed,
-    BuildEnvironment,
+    ConfigurationChanged,
+    ConfigurationRefused,
+    DemandReported,
     EnvironmentFailed,
     EnvironmentProgressed,
     EnvironmentReady,
@@ -31,12 +33,12 @@ from loopmux_launcher.events import (
     ProcessReported,
     ReportPhase,
     StartBroker,
-    StartWorker,
     StopBuild,
     StopProcess,
     StopRequested,
     TimerFired,
 )
+from loopmux_launcher.fleet import Fleet
 from loopmux_launcher.groups import Group
 from loopmux_launcher.lifecycle import Process, State
 
@@ -47,37 +49,30 @@ _DETAIL_LIMIT = 2_000
 """Bytes of a detail in a CATALOGUE: its ROUTE has room for 4 KiB."""
 
 
-@dataclass(slots=True)
-class _Environment:
-    """An environment in use: being built, ready to run workers, or unusable."""
-
-    name: str
-    state: Literal["wanted", "building", "ready", "failed"] = "wanted"
-    python: str = ""
-    detail: str = ""
-    since: float = 0.0
-
-
 class Plan:
-    """What should run on this host, and how far that is true."""
+    """What should run on this host, and how far that is true.
 
-    def __init__(self, groups: Iterable[Group], *, required: Iterable[str], with_broker: bool) -> None:
-        self.groups = tuple(groups)
-        self.required = tuple(required)
-        self.workers = {
-            name: (Process(name, group.start_timeout), group) for group in self.groups for name in group.worker_names()
-        }
+    Args:
+        groups: what the configuration asks for.
+        with_broker: the broker is ours, too.
+        budget: GiB that workers may take together; None is no limit.
+    """
+
+    def __init__(self, groups: Iterable[Group], *, with_broker: bool, budget: float | None = None) -> None:
+        self.fleet = Fleet(groups, budget)
         self.broker = Process(BROKER, _BROKER_START_TIMEOUT, backoff=Backoff(eager=True)) if with_broker else None
-        self.environments = {g.environment: _Environment(g.environment) for g in self.groups if g.environment}
         self.exit_code = 0
         self._began = 0.0
         self._started = self._stopping = self._told = self._finished = False
         self._reported: dict[str, tuple[Catalogue, float]] = {}
         self._left_out: dict[str, str] = {}  # by model, as it was announced
+        self._refused = ""
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event in and say what to do."""
         actions = [*self._on(event, now)]
+        if self._started and not self._stopping:
+            actions += self.fleet.staff(now)
         actions += self._report_changes(now)
         actions += self._conclude(now)
         return actions
@@ -91,21 +86,39 @@ class Plan:
         """What each model is doing, as the broker should know it."""
         return [replace(told, elapsed=now - since) for told, since in self._reported.values()]
 
+    @property
+    def note(self) -> str:
+        """What people should know, for ``status``: a configuration or an environment that was refused."""
+        refused = [f"configuration: {self._refused}"] if self._refused else []
+        return "\n".join((*refused, *(f"{subject}: {text}" for subject, text in self.fleet.notes.items())))
+
+    @property
+    def workers(self) -> dict[str, Process]:
+        """The processes of all groups, by name."""
+        return {process.name: process for crew in self._crews for process in crew.processes.values()}
+
+    @property
+    def _crews(self) -> list[Crew]:
+        return list(self.fleet.crews.values())
+
     def _processes(self) -> list[Process]:
-        return [*([self.broker] if self.broker else []), *(process for process, _ in self.workers.values())]
+        return [*([self.broker] if self.broker else []), *self.fleet.processes()]
 
     def _on(self, event: Event, now: float) -> Iterator[Action]:
         match event:
             case Began():
                 self._began = now
-                yield from self._start(self.broker, now) if self.broker else self._start_environments(now)
+                if self.broker is None:
+                    self._started = True
+                else:
+                    yield from self._start(self.broker, now)
             case EnvironmentProgressed(name, detail):
-                self.environments[name].detail = detail
+                self.fleet.premises[name].detail = detail
                 yield Announce(f"environment {name}", detail, "progress")
-            case EnvironmentReady():
-                yield from self._environment_ready(event, now)
+            case EnvironmentReady(name, python, summary):
+                yield from self._unless_stopping(self.fleet.environment_ready(name, python, summary, now))
             case EnvironmentFailed(name, reason):
-                yield from self._environment_failed(name, reason)
+                yield from self._unless_stopping(self.fleet.environment_failed(name, reason))
             case ProcessReported(name, phase, detail):
                 yield from self._process_reported(self._process(name), phase, detail, now)
             case ModelLeftOut(name, model, reason):
@@ -114,71 +127,55 @@ class Plan:
                 yield from self._process_exited(self._process(event.name), event, now)
             case BrokerWelcomed():
                 yield from (ReportPhase(told) for told in self.catalogue(now))
-            case StopRequested(at_once):
-                again = "" if at_once or not self._busy() else "; once more to stop at once"
-                yield Announce("launcher", f"stopping{again}")
-                yield from self._stop(now, at_once=at_once)
             case TimerFired():
                 for process in self._processes():
                     if process.wake is not None and process.wake <= now:
                         yield from self._woke(process, now)
+            case _:
+                yield from self._asked(event, now)
+
+    def _asked(self, event: Event, now: float) -> Iterator[Action]:
+        """Somebody wants something else than before."""
+        match event:
+            case DemandReported(demand) if self._started and not self._stopping:
+                yield from self.fleet.told(demand, now)
+            case ConfigurationChanged() if not self._stopping:
+                self._refused = ""
+                yield from self.fleet.configure(event, now)
+                yield from self._withdraw()
+            case ConfigurationRefused(reason):
+                self._refused = f"refused, the former one stays in force: {reason}"
+                yield Announce("launcher", f"configuration {self._refused}", "error")
+            case StopRequested(at_once):
+                again = "" if at_once or not self._busy() else "; once more to stop at once"
+                yield Announce("launcher", f"stopping{again}")
+                yield from self._stop(now, at_once=at_once)
+
+    def _unless_stopping(self, actions: Iterator[Action]) -> Iterator[Action]:
+        """Note what happened in any case, and speak of it only where it still matters."""
+        done = [*actions]
+        yield from [] if self._stopping else done
 
     def _process(self, name: str) -> Process:
-        return self.broker if self.broker and name == BROKER else self.workers[name][0]
+        return self.broker if self.broker and name == BROKER else self.fleet.process(name)
 
-    # --- environments ---
-
-    def _start_environments(self, now: float) -> Iterator[Action]:
-        self._started = True
-        for environment in self.environments.values():
-            environment.state, environment.since = "building", now
-            yield BuildEnvironment(environment.name)
-        yield from self._start_workers(None, now)
-
-    def _environment_ready(self, event: EnvironmentReady, now: float) -> Iterator[Action]:
-        environment = self.environments[event.name]
-        environment.state, environment.python, environment.detail = "ready", event.python, ""
-        if self._stopping:
-            return
-        yield Announce(f"environment {event.name}", f"ready in {now - environment.since:.1f} s: {event.summary}")
-        yield from self._start_workers(event.name, now)
-
-    def _environment_failed(self, name: str, reason: str) -> Iterator[Action]:
-        environment = self.environments[name]
-        environment.state, environment.detail = "failed", reason
-        if not self._stopping:
-            models = ", ".join(m for g in self.groups if g.environment == name for m in g.model_ids)
-            yield Announce(f"environment {name}", f"failed, so there is no {models}: {reason}", "error")
-
-    def _start_workers(self, environment: str | None, now: float) -> Iterator[Action]:
-        for process, group in self.workers.values():
-            if group.environment == environment and process.state is State.WAITING:
-                yield from self._start(process, now)
-
-    # --- processes ---
+    # --- processes
 
     def _start(self, process: Process, now: float) -> Iterator[Action]:
-        process.start(now)
-        if process is self.broker:
-            yield StartBroker()
+        if process is not self.broker:
+            yield from self.fleet.start(process, now)
             return
-        group = self.workers[process.name][1]
-        environment = self.environments[group.environment] if group.environment else None
-        yield StartWorker(
-            process.name,
-            group.environment,
-            environment.python if environment else None,
-            replace(group.spec, name=process.name),
-        )
+        process.start(now)
+        yield StartBroker()
 
     def _process_reported(self, process: Process, phase: str, detail: str, now: float) -> Iterator[Action]:
         if process.state is not State.STARTING:
             return
         if phase == "ready":
-            process.got_ready()
-            yield Announce(process.name, f"ready in {now - process.started:.1f} s" + (f": {detail}" if detail else ""))
-            if process is self.broker and not self._started:
-                yield from self._start_environments(now)
+            process.got_ready(now)
+            yield Announce(process.name, f"ready in {process.took:.1f} s" + (f": {detail}" if detail else ""))
+            if process is self.broker:
+                self._started = True
         elif phase == "failed":
             # It leaves by itself: its exit code says whether another try makes sense. If it stays, ``wake`` ends it.
             process.end(detail or "it failed to start", now, explained=bool(detail))
@@ -198,6 +195,7 @@ class Plan:
     def _process_exited(self, process: Process, event: ProcessExited, now: float) -> Iterator[Action]:
         delay = process.exited(event.code, event.last_lines, now, event.draw)
         if process.state is State.GONE:
+            self.fleet.leaving.pop(process.name, None)
             yield Announce(process.name, "stopped")
             return
         first_broker_failure = process is self.broker and not self._started
@@ -218,21 +216,21 @@ class Plan:
             case State.PAUSING:
                 yield from self._start(process, now)
             case State.STARTING:
-                process.end(f"it was not ready after {process.start_timeout:.0f} s (start_timeout)", now)
+                process.end(f"it was not ready after {process.start_timeout:g} s (start_timeout)", now)
                 yield StopProcess(process.name)
             case _:
                 process.wake = None
                 yield KillProcess(process.name)
 
-    # --- stopping ---
+    # --- stopping
 
     def _stop(self, now: float, *, at_once: bool) -> Iterator[Action]:
         self._stopping = True
-        for environment in self.environments.values():
-            if environment.state == "building":
-                yield StopBuild(environment.name)
-        for process, _ in self.workers.values():
-            if process.state is not State.STOPPING:
+        for premises in self.fleet.premises.values():
+            if premises.state == "building":
+                yield StopBuild(premises.name)
+        for process in self.fleet.processes():
+            if process.state is not State.STOPPING or process.patient:
                 process.stop(now)
                 if process.runs:
                     yield StopProcess(process.name)
@@ -246,7 +244,7 @@ class Plan:
             return
         if not self._stopping:
             yield from self._tell_ready(now)
-            if self._started and all(map(self._failed, self.groups)):
+            if self._started and all(crew.group.fewest and self._failed(crew) for crew in self._crews):
                 self.exit_code = 1
                 yield Announce("launcher", "no model is left that could be served: stopping", "error")
                 yield from self._stop(now, at_once=False)
@@ -260,42 +258,41 @@ class Plan:
                 yield Finish(self.exit_code)
 
     def _busy(self) -> bool:
-        building = any(e.state == "building" for e in self.environments.values())
-        return building or any(process.runs for process, _ in self.workers.values())
+        building = any(premises.state in ("building", "unused") for premises in self.fleet.premises.values())
+        return building or any(process.runs for process in self.fleet.processes())
 
     def _tell_ready(self, now: float) -> Iterator[Action]:
         """Say once that all is ready; or, when some of it has failed for good, what is and what is not."""
-        phases = {m: self._phase(g, m)[0] for g in self.groups for m in g.model_ids if m in self.required}
-        waited_for = [g for g in self.groups if set(g.model_ids) & set(self.required)]
-        if self._told or not self._started or not all(map(self._settled, waited_for)):
+        waited_for = [crew for crew in self._crews if crew.group.fewest]
+        if self._told or not self._started or not all(crew.settled() or self._failed(crew) for crew in waited_for):
             return
+        phases = {model: self._phase(crew, model)[0] for crew in waited_for for model in crew.group.model_ids}
         if (self.broker and self.broker.state is not State.READY) or (phases and "ready" not in phases.values()):
             return
         self._told = True
         ready = ", ".join(m for m, phase in phases.items() if phase == "ready")
         failed = ", ".join(m for m, phase in phases.items() if phase == "failed")
+        later = ", ".join(m for crew in self._crews if not crew.group.fewest for m in crew.group.model_ids)
         # scripts wait for this line: when some models have failed for good, waiting longer would not bring them
-        without = f"; without {failed}, which failed (see above)" if failed else ""
-        yield Announce("launcher", f"ready after {now - self._began:.1f} s: {ready}{without}", "ready")
+        without = f"without {failed}, which failed (see above)" if failed else ""
+        on_demand = f"on demand {later}" if later else ""
+        what = "; ".join(filter(None, (ready, without, on_demand)))
+        yield Announce("launcher", f"ready after {now - self._began:.1f} s: {what}", "ready")
 
-    def _settled(self, group: Group) -> bool:
-        """Whether all of a group's processes are ready, or will never be."""
-        states = {self.workers[name][0].state for name in group.worker_names()}
-        return states <= {State.READY, State.PARKED} or self._failed(group)
-
-    def _failed(self, group: Group) -> bool:
+    def _failed(self, crew: Crew) -> bool:
         """Whether none of a group's models will ever be ready."""
-        return all(self._phase(group, model)[0] == "failed" for model in group.model_ids)
+        return all(self._phase(crew, model)[0] == "failed" for model in crew.group.model_ids)
 
-    # --- the catalogue ---
+    # --- the catalogue
 
     def _report_changes(self, now: float) -> Iterator[Action]:
         if self._stopping:
             return
-        for group in self.groups:
-            for model in group.model_ids:
-                phase, detail, ready = self._phase(group, model)
-                told = Catalogue(model, phase, 0.0, shorten(detail, _DETAIL_LIMIT), ready)
+        for crew in self._crews:
+            for model in crew.group.model_ids:
+                phase, detail, ready = self._phase(crew, model)
+                detail = shorten(detail, _DETAIL_LIMIT)
+                told = Catalogue(model, phase, 0.0, detail, ready, scales=crew.group.scales)
                 before = self._reported.get(model)
                 if before and before[0] == told:
                     continue
@@ -303,23 +300,12 @@ class Plan:
                 self._reported[model] = (told, since)
                 yield ReportPhase(replace(told, elapsed=now - since))
 
-    def _phase(self, group: Group, model: str) -> tuple[ModelPhase, str, int]:
-        """What a group is doing for one of its models: (phase, detail, workers that are ready)."""
-        environment = self.environments[group.environment] if group.environment else None
-        if environment and environment.state in ("building", "failed"):
-            return "building" if environment.state == "building" else "failed", environment.detail, 0
-        processes = [self.workers[name][0] for name in group.worker_names()]
-        ready = sum(process.serves(model) for process in processes)
-        parked = [process for process in processes if process.state is State.PARKED]
-        without = [process for process in processes if process.state is State.READY and not process.serves(model)]
-        if ready:
-            return "ready", parked[0].parked_because() if parked else "", ready
-        if len(without) + len(parked) == len(processes):
-            reason = without[0].left_out[model] if without else parked[0].last_words()
-            return "failed", reason, 0
-        starting = [process for process in processes if process.state is State.STARTING]
-        warming = [process for process in starting if process.phase == "warming"]
-        if starting:
-            return "warming" if warming else "loading", (warming or starting)[0].detail, 0
-        failed = [p for p in processes if p.reason and p.state in (State.PAUSING, State.ENDING)]
-        return ("loading", f"starts again: {failed[0].reason}", 0) if failed else ("queued", "", 0)
+    def _withdraw(self) -> Iterator[Action]:
+        """Take models out of the catalogue that the configuration has no more."""
+        known = {model for crew in self._crews for model in crew.group.model_ids}
+        for model in self._reported.keys() - known:
+            del self._reported[model]
+            yield ReportPhase(Catalogue(model, "idle", removed=True))
+
+    def _phase(self, crew: Crew, model: str) -> tuple[ModelPhase, str, int]:
+        return crew.phase(model, self.fleet.premises_of(crew))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from loopmux_launcher import tether
+from loopmux_launcher.guard import Guard
 from loopmux_launcher.logfile import RotatingLog
 
 LAST_LINES = 20
@@ -57,6 +59,7 @@ class Child:
         handover: bytes for its stdin, which is closed after them.
         descriptors: of ours that it inherits under the same numbers.
         said: recognises the lines that tell a phase.
+        guard: ends its group should this process be killed.
 
     Raises:
         OSError: it could not be started.
@@ -72,6 +75,7 @@ class Child:
         handover: bytes = b"",
         descriptors: tuple[int, ...] = (),
         said: Callable[[bytes], Said | None] | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.name = name
         self._log = RotatingLog(log)
@@ -79,6 +83,9 @@ class Child:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(variables),
             start_new_session=True, bufsize=0, pass_fds=descriptors,
         )  # fmt: skip
+        self._guard = guard
+        if guard is not None:
+            guard.watch(self.pid)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         assert self.process.stderr is not None
@@ -165,6 +172,8 @@ class Child:
         if not tether.has_exited(self.process):
             return None
         tether.kill_group(self.process)
+        if self._guard is not None:
+            self._guard.forget(self.pid)
         code = self.process.wait()
         said = self._drain()
         self._log.write(f"--- {self.name}: ended with {code}\n".encode())
@@ -184,10 +193,10 @@ class Child:
                 self._open.pop(descriptor).close()
         return found
 
-    def terminate(self) -> None:
-        """Ask it to end (SIGTERM); it stops its own helpers."""
+    def terminate(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ask it to end; it stops its own helpers."""
         if not tether.has_exited(self.process):
-            self.process.terminate()
+            self.process.send_signal(number)
 
     def kill(self) -> None:
         """End it and its whole group; ``finished`` tells when it is gone."""

@@ -20,6 +20,8 @@ from loopmux.weightfiles import Unusable
 from loopmux_launcher import interpreters
 from loopmux_launcher.config import DEFAULT, DEFAULT_REQUIREMENTS, Configuration, Environment, Model
 from loopmux_launcher.document import Document, InvalidConfiguration, Problem, Where, read
+from loopmux_launcher.groups import group
+from loopmux_launcher.memory import overdrawn
 from loopmux_launcher.schema import EnvironmentEntry, FileEntry, ModelEntry
 
 T = TypeVar("T")
@@ -71,7 +73,8 @@ class _Reader:
         }
         if not models and not self.problems and not self.document.key_problems:
             self._refuse(("models",), "no models", "at least one model under `models:`")
-        return Configuration(self.document.file, environments, models, tuple(self.notes))
+        budget = self._budget(top, models)
+        return Configuration(self.document.file, environments, models, tuple(self.notes), budget)
 
     def _refuse(self, where: Where, found: str, expected: str, hint: str = "") -> None:
         problem = self.document.problem(where, found, expected, hint)
@@ -219,12 +222,12 @@ class _Reader:
         environment = self._environment_of(where, entry, environments)
         own = environments[environment].variables if environment in environments else {}
         base, adapter = self._folders(where, entry, os.environ | dict(own))
-        processes = self._processes(where, entry)
+        fewest, most = self._processes(where, entry)
         if entry.use_4bit and entry.use_8bit:
             self._refuse((*where, "use_8bit"), "use_4bit and use_8bit", "one of them")
         if entry.port is not None:
             self._note((*where, "port"), "not used: the broker has one endpoint for all models")
-        return Model(name, entry, environment, base, adapter, processes, required=entry.min != 0)
+        return Model(name, entry, environment, base, adapter, fewest, most)
 
     def _environment_of(self, where: Where, entry: ModelEntry, known: dict[str, Environment]) -> str | None:
         if entry.environment is None and entry.engine == "echo":
@@ -282,17 +285,44 @@ class _Reader:
             self._refuse((*where, "adapter_dir"), error.found, error.expected, error.hint)
             return None
 
-    def _processes(self, where: Where, entry: ModelEntry) -> int:
+    def _processes(self, where: Where, entry: ModelEntry) -> tuple[int | None, int]:
+        """Fewest (None: the entry does not say) and most processes."""
         scaled = [name for name in ("min", "max", "idle_timeout") if getattr(entry, name) is not None]
         if entry.workers is not None and scaled:
             self._refuse((*where, scaled[0]), f"{scaled[0]} beside workers", "either workers or min and max")
-        fewest = max(1, entry.workers or entry.min or 1)
-        if entry.max is not None and entry.max < fewest:
+        fewest = entry.workers if entry.workers is not None else entry.min
+        if fewest is None and entry.max is not None:
+            fewest = 1
+        if entry.max is not None and entry.max < (fewest or 0):
             self._refuse((*where, "max"), show(entry.max), f"at least {fewest}, which is min")
-        if scaled:
-            count = f"{fewest} process" + ("es" if fewest > 1 else "")
-            self._note((*where, scaled[0]), f"scaling on demand is not available yet: {count} will run all the time")
-        return fewest
+        if entry.idle_timeout is not None and entry.min != 0 and (entry.max or 1) <= (fewest or 1):
+            self._note((*where, "idle_timeout"), "without effect: no process beyond min is ever started")
+        return fewest, entry.max or max(fewest or 0, 1)
+
+    # --- memory ---
+
+    def _budget(self, top: Mapping[Any, Any], models: Mapping[str, Model]) -> float | None:
+        """What all processes may take together, if the file says so and all that it asks for fits into it."""
+        if "memory_gib" not in top:
+            for name, model in models.items():
+                if model.entry.memory_gib is not None:
+                    self._note(("models", name, "memory_gib"), "without effect: the file has no memory_gib for all")
+            return None
+        entry = self._fit(FileEntry, {"memory_gib": top["memory_gib"]}, ())
+        if entry is None or entry.memory_gib is None or any(p.where == "memory_gib" for p in self.problems):
+            return None
+        for name, model in models.items():
+            if model.entry.memory_gib is None and model.entry.engine != "echo":
+                expected = "memory_gib: what one process takes, because the file limits what all may take together"
+                self._refuse(("models", name), "no memory_gib", expected)
+        over = None if self.problems else overdrawn(group(models.values(), "", 1), entry.memory_gib)
+        if over is not None:
+            where: Where = ("memory_gib",) if over.model is None else ("models", over.model, "memory_gib")
+            found = show(entry.memory_gib) if over.model is None else show(models[over.model].entry.memory_gib)
+            beside = f" (GiB, of which always run: {over.always})" if over.always else " GiB"
+            expected = f"a memory_gib of {over.needed:g} or more for all{beside}"
+            self._refuse(where, found, expected)
+        return entry.memory_gib
 
 
 def _drop(value: Any, path: Where) -> bool:

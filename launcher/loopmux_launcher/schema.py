@@ -84,9 +84,21 @@ class ModelEntry:
     workers: int | None = key(
         None, "Worker processes; 1 unless given. Stands for min and max alike.", minimum=1, maximum=MOST_PROCESSES
     )
-    min: int | None = key(None, "Fewest processes.", minimum=0, maximum=MOST_PROCESSES)
-    max: int | None = key(None, "Most processes.", minimum=1, maximum=MOST_PROCESSES)
-    idle_timeout: float | None = key(None, "Seconds without requests after which a process stops.", above=0)
+    min: int | None = key(
+        None,
+        "Processes that always run; 0 starts the first one when a request waits for it.",
+        minimum=0,
+        maximum=MOST_PROCESSES,
+    )
+    max: int | None = key(
+        None, "Most processes; more than min run while requests wait for them.", minimum=1, maximum=MOST_PROCESSES
+    )
+    idle_timeout: float | None = key(
+        None, "Seconds without requests after which a process beyond min stops; 600 unless given.", above=0
+    )
+    memory_gib: float | None = key(
+        None, "Memory that one process takes, GiB; needed where the file has a memory_gib for all.", above=0
+    )
     use_4bit: bool = key(False, "Load in 4 bit; needs bitsandbytes in the environment.")
     use_8bit: bool = key(False, "Load in 8 bit; needs bitsandbytes in the environment.")
     system_prompt: str | None = key(None, "System message for requests that bring none.")
@@ -114,3 +126,6 @@ class FileEntry:
 
     environments: dict[str, EnvironmentEntry] = key({}, "Python environments by name.")
     models: dict[str, ModelEntry] = key({}, "Models by the id that clients name.")
+    memory_gib: float | None = key(
+        None, "Memory that all worker processes of this host may take together, GiB; no limit unless given.", above=0
+    )

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import zmq
 import loopmux
 from loopmux import endpoints
 from loopmux.codec import plain
-from loopmux.errors import LoopmuxError, ProtocolError
+from loopmux.errors import ConfigError, LoopmuxError, ProtocolError
 from loopmux.listening import Listening
 from loopmux.messages import Register
 from loopmux.sockets import Dealer
@@ -30,6 +31,9 @@ from loopmux_launcher.events import (
     Began,
     BrokerWelcomed,
     BuildEnvironment,
+    ConfigurationChanged,
+    ConfigurationRefused,
+    DemandReported,
     EnvironmentFailed,
     EnvironmentProgressed,
     EnvironmentReady,
@@ -47,13 +51,16 @@ from loopmux_launcher.events import (
     StopRequested,
     TimerFired,
 )
-from loopmux_launcher.groups import group
+from loopmux_launcher.groups import Group, group
+from loopmux_launcher.guard import Guard
 from loopmux_launcher.lifecycle import STOP_GRACE
-from loopmux_launcher.link import Link, Refused, Welcomed
+from loopmux_launcher.link import Demanded, Link, Refused, Welcomed
 from loopmux_launcher.plan import BROKER, Plan
 from loopmux_launcher.probe import worker_command, worker_variables
 from loopmux_launcher.processes import Child, Said, broker_line, phase_line
+from loopmux_launcher.reader import load
 from loopmux_launcher.signals import Signals
+from loopmux_launcher.watch import FileWatch, declared
 
 _LONGEST_POLL = 1.0
 """Seconds between two looks at things that do not wake the poller (a parent on systems without process descriptors)."""
@@ -72,10 +79,9 @@ class Launcher:
     def __init__(self, configuration: Configuration, endpoint: str, console: Console, *, with_broker: bool) -> None:
         self._configuration, self._console = configuration, console
         self._endpoint = endpoints.worker_endpoint(endpoint)
-        models = configuration.models.values()
-        groups = group(models, self._endpoint, len(os.sched_getaffinity(0)))
-        required = [model.id for model in models if model.required]
-        self._plan = Plan(groups, required=required, with_broker=with_broker)
+        self._plan = Plan(self._groups(), with_broker=with_broker, budget=configuration.memory_gib)
+        self._declared = {name: declared(e) for name, e in configuration.environments.items()}
+        self._watch = FileWatch(configuration.file, time.monotonic())
         self._link = Link(_register())
         self._logs = places.usable_logs(endpoint)
         self._code = workercode.install(places.usable_data() / "code")
@@ -83,10 +89,14 @@ class Launcher:
         self._builds: dict[str, EnvironmentReady | EnvironmentFailed | None] = {}
         self._log_troubles: dict[str, str] = {}  # by process, as they were announced
         self._exit: int | None = None
+        self._guard: Guard | None = None
         # They are the launcher's, so that connections wait instead of being refused while a broker is started again.
         self._listening: dict[str, Listening] = {}
         if with_broker:
             self._listen(clients=endpoint, workers=self._endpoint)
+
+    def _groups(self) -> tuple[Group, ...]:
+        return group(self._configuration.models.values(), self._endpoint, len(os.sched_getaffinity(0)))
 
     def _listen(self, **named: str) -> None:
         try:
@@ -105,6 +115,7 @@ class Launcher:
         """Serve until a signal, the end of ``parent``, or until nothing is left to serve; returns the exit code."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
+            self._guard = Guard()
             with Signals(parent) as signals:
                 self._dealer = Dealer(context, WORKER_MESSAGE_LIMIT)
                 self._dealer.connect(self._endpoint)
@@ -116,6 +127,8 @@ class Launcher:
             self._abandon()
             self._send(self._link.bye())
             self._dealer.close()
+            if self._guard is not None:
+                self._guard.close()
             context.term()
             self._stop_listening()
 
@@ -123,7 +136,10 @@ class Launcher:
 
     def _turn(self, signals: Signals) -> None:
         readable, writable = self._wait(signals)
-        for _ in range(signals.take(readable)):
+        asked = signals.take(readable)
+        if asked.reload or self._watch.changed(time.monotonic()):
+            self._reload(retry=asked.reload)
+        for _ in range(asked.stops):
             self._handle(StopRequested(at_once=self._stopped))
             self._send(self._link.bye())  # so that nobody waits for models that will not come back
             self._stopped = True
@@ -135,6 +151,7 @@ class Launcher:
             self._look_at_log(child)
             self._look_whether_ended(child)
         self._receive()
+        self._link.note = self._plan.note
         self._send(self._link.due(time.monotonic()))
         due = self._plan.next_timer()
         if due is not None and due <= time.monotonic():
@@ -175,9 +192,9 @@ class Launcher:
                 self._start(BROKER, self._broker_command(), dict(os.environ), descriptors=self._descriptors())
             case StartWorker():
                 self._start_worker(action)
-            case StopProcess(name):
+            case StopProcess(name, patiently):
                 if name in self._children:
-                    self._children[name].terminate()
+                    self._children[name].terminate(signal.SIGUSR1 if patiently else signal.SIGTERM)
             case KillProcess(name):
                 if name in self._children:
                     self._children[name].kill()
@@ -187,6 +204,25 @@ class Launcher:
                 self._console.announce(action)
             case Finish(code):
                 self._exit = code
+
+    # --- the configuration
+
+    def _reload(self, *, retry: bool) -> None:
+        """Read the configuration again and go over to it; one that is bad changes nothing."""
+        self._watch.noted()
+        try:
+            configuration = load(self._configuration.file)
+            environments = {name: declared(e) for name, e in configuration.environments.items()}
+        except (ConfigError, OSError) as error:
+            self._handle(ConfigurationRefused(str(error)))
+            return
+        for note in configuration.notes:
+            if note not in self._configuration.notes:
+                self._console.announce(Announce("launcher", note))
+        known = self._declared
+        changed = frozenset(name for name, what in environments.items() if what != known.get(name, what))
+        self._configuration, self._declared = configuration, environments
+        self._handle(ConfigurationChanged(self._groups(), changed, configuration.memory_gib, retry))
 
     # --- children
 
@@ -226,10 +262,13 @@ class Launcher:
         descriptors: tuple[int, ...] = (),
     ) -> None:
         said = broker_line if name == BROKER else phase_line
+        # broker and builders die with us by SIGTERM, and put their files away first
+        guard = None if name == BROKER or _built_by(name) is not None else self._guard
         try:
             self._children[name] = Child(
-                name, command, variables, self._log(name), handover=handover, descriptors=descriptors, said=said
-            )
+                name, command, variables, self._log(name), handover=handover, descriptors=descriptors, said=said,
+                guard=guard,
+            )  # fmt: skip
         except OSError as error:
             self._never_began(name, f"{command[0]} could not be started: {error.strerror}")
 
@@ -314,6 +353,8 @@ class Launcher:
                 continue
             if isinstance(news, Welcomed):
                 self._handle(BrokerWelcomed())
+            elif isinstance(news, Demanded):
+                self._handle(DemandReported(news.demand))
             elif isinstance(news, Refused):
                 raise LoopmuxError(f"the broker at {self._endpoint} refused this launcher: {news.reason}")
 

@@ -5,13 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from dataclasses import dataclass
 from types import FrameType
 
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What was asked for since the last look: ``stops`` times to stop, and whether to read the configuration again."""
+
+    stops: int = 0
+    reload: bool = False
 
 
 class Signals:
     """Turns signals into bytes on a socket. Main thread only; a context manager that puts everything back.
+
+    SIGHUP asks to read the configuration again; where a terminal that was there is gone, it is the news of that, and a
+    request to stop.
 
     Args:
         parent: a process whose end counts as a request to stop. It is watched through a descriptor and not through
@@ -23,6 +35,7 @@ class Signals:
         self._ear.setblocking(False)
         self._mouth.setblocking(False)
         self._parent = parent
+        self._terminal = _has_terminal()
         self._before: dict[signal.Signals, object] = {}
         self._process: int | None = None
         self._orphaned = False
@@ -35,7 +48,7 @@ class Signals:
                 pass  # not on this system: `take` asks
 
     def __enter__(self) -> Signals:
-        for number in (*_STOPS, signal.SIGCHLD):
+        for number in (*_STOPS, signal.SIGHUP, signal.SIGCHLD):
             self._before[number] = signal.signal(number, _noted)
         signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         return self
@@ -53,16 +66,21 @@ class Signals:
         """What to poll for reading."""
         return [self._ear.fileno(), *([self._process] if self._process is not None else [])]
 
-    def take(self, readable: set[int]) -> int:
-        """How many requests to stop have come since the last time."""
+    def take(self, readable: set[int]) -> Asked:
+        """What has been asked for since the last time."""
         try:
-            stops = sum(number in _STOPS for number in self._ear.recv(4096))
+            numbers = self._ear.recv(4096)
         except BlockingIOError:
-            stops = 0
+            numbers = b""
+        stops = sum(number in _STOPS for number in numbers)
+        hung_up = signal.SIGHUP in numbers
+        if hung_up and self._terminal and not _has_terminal():
+            self._terminal = hung_up = False
+            stops += 1
         if self._parent is not None and self._parent_ended(readable):
             self._parent = None
             stops += 1
-        return stops
+        return Asked(stops, hung_up)
 
     def _parent_ended(self, readable: set[int]) -> bool:
         if self._process is None:
@@ -72,6 +90,15 @@ class Signals:
         os.close(self._process)
         self._process = None
         return True
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a terminal that controls it."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _noted(number: int, frame: FrameType | None) -> None:

@@ -330,6 +330,16 @@ def test_what_does_not_end_in_time_goes_on_elsewhere_and_that_is_no_loss(core: C
     assert "requeued" not in core.counted
 
 
+def test_a_leaving_worker_that_took_its_time_may_be_hurried(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    core.worker(say(Kind.DRAIN, arg=240_000))
+    assert core.wait(5) == []
+    core.worker(say(Kind.DRAIN, arg=2000))
+    assert core.wait(0.75) == []
+    assert core.wait(0.25) == [stop(ONE, 3), run(ONE, SECOND, attempt=2, prefix=1, timeout=594.0)]
+
+
 def test_a_leaving_worker_that_comes_over_a_new_connection_is_still_leaving(core: Core) -> None:
     core.running()
     core.worker(tok(ONE, 0))

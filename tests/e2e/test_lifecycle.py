@@ -13,7 +13,7 @@ import pytest
 
 import loopmux
 from e2e import stacks
-from e2e.conftest import ECHO
+from e2e.conftest import DEMO, ECHO
 from loopmux_worker.engine.echo import echo_text, echo_token
 from processes import running
 
@@ -81,7 +81,7 @@ def test_a_stream_goes_on_when_a_part_of_the_stack_dies(struck: stacks.Stack, pa
 def test_nothing_is_left_however_up_ends(echo_config: Path, home: Path, number: int) -> None:
     stack = stacks.start(echo_config, home, folder=home / f"end{number}")
     family = stack.family()
-    assert len(family) == 5  # up, broker, three workers
+    assert len(family) == 6  # up, broker, guard, three workers
     code = stack.stop(number)
     assert code == (-number if number == signal.SIGKILL else 0)
     stacks.wait_for(lambda: not any(map(running, family)), "all to end")
@@ -114,3 +114,25 @@ def test_a_second_up_on_the_same_socket_says_who_holds_it(echo_stack: stacks.Sta
     assert any(pid in done.stderr for pid in pids), done.stderr
     with loopmux.Client(echo_stack.endpoint) as client:
         assert client.generate("undisturbed", model="echo").text
+
+
+def test_a_model_on_demand_tells_what_is_done_for_it_and_goes_when_it_is_idle(home: Path, tmp_path: Path) -> None:
+    config = tmp_path / "llm_backends.yaml"
+    config.write_text(
+        f"""
+environments:
+  here: {{path: "{stacks.interpreter(tmp_path / "python")}"}}
+models:
+  default: {{base_model: "{DEMO}/base", environment: here, min: 0, idle_timeout: 2, torch_threads: 1}}
+"""
+    )
+    stack = stacks.start(config, home, folder=home / "cold")
+    with loopmux.Client(stack.endpoint) as client:
+        assert stack.part("loopmux_worker") == []
+        with client.stream("Hello", model="default", max_new_tokens=4) as stream:
+            waited = [event for event in stream if isinstance(event, loopmux.Waiting)]
+        assert list(dict.fromkeys(event.phase for event in waited)) == ["queued", "building", "loading", "warming"]
+        assert stream.result.usage.completion_tokens > 0
+        stacks.wait_for(lambda: stack.part("loopmux_worker") == [], "the worker to go")
+        stacks.wait_for(lambda: [m.phase for m in client.status().models] == ["idle"], "the model to be idle")
+    assert stack.stop() == 0

@@ -91,7 +91,14 @@ class Program:
 
     def children(self, module: str) -> list[psutil.Process]:
         """The descendants that run a module."""
-        return [p for p in self.family()[1:] if module in p.cmdline()]
+        found = []
+        for process in self.family()[1:]:
+            try:
+                if module in process.cmdline():
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                pass  # it has just ended
+        return found
 
     @property
     def text(self) -> str:

@@ -50,7 +50,7 @@ models:
     assert (plain.base_model, plain.adapter_dir, plain.entry.model_type) == (str(models / "base"), None, "base")
     assert default.environment == plain.environment == "default"
     assert found.environments["default"].requirements == config.DEFAULT_REQUIREMENTS
-    assert default.processes == 1
+    assert (default.fewest, default.most) == (None, 1)
     assert [n for n in found.notes if "default.port" in n and ":7:" in n and "not used" in n]
 
 
@@ -72,7 +72,7 @@ models:
     assert own.path == Path(sys.prefix) / "bin" / "python"
     assert own.variables == {"HF_HUB_OFFLINE": "1"}
     assert (filed.requirements_file, filed.python) == (models / "needs.txt", "3.11")
-    assert (found.models["a"].processes, found.models["a"].entry.kv_cache_gib) == (3, 1.0)
+    assert (found.models["a"].fewest, found.models["a"].most, found.models["a"].entry.kv_cache_gib) == (3, 3, 1.0)
     assert found.models["b"].entry.device == "cuda:1"
 
 
@@ -246,11 +246,68 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert only(Path("/dev/zero")).found == "more than 4 MiB"
 
 
-def test_scaling_keys_are_accepted_and_said_to_have_no_effect_yet(write: Write) -> None:
-    found = load(write("models: {a: {base_model: base, min: 0, max: 2, idle_timeout: 60}, b: {engine: echo}}"))
-    assert (found.models["a"].processes, found.models["a"].required) == (1, False)
-    assert found.models["b"].required
-    assert any("scaling on demand is not available yet" in note for note in found.notes)
+def test_how_many_processes_a_model_says_that_it_needs(write: Write) -> None:
+    text = """models:
+  lazy: {engine: echo, min: 0, idle_timeout: 60}
+  wide: {engine: echo, min: 0, max: 3}
+  grows: {engine: echo, max: 2}
+  plain: {engine: echo}
+  fixed: {engine: echo, min: 2, max: 2, idle_timeout: 5}
+"""
+    found = load(write(text))
+    assert {name: (m.fewest, m.most) for name, m in found.models.items()} == {
+        "lazy": (0, 1), "wide": (0, 3), "grows": (1, 2), "plain": (None, 1), "fixed": (2, 2)
+    }  # fmt: skip
+    [note] = found.notes
+    assert "fixed.idle_timeout: without effect" in note
+
+
+@pytest.mark.parametrize(
+    ("entry", "where", "found", "expected"),
+    [
+        ("workers: 2, max: 3", "models.a.max", "max beside workers", "either workers or min and max"),
+        ("min: 3, max: 2", "models.a.max", "2 (int)", "at least 3, which is min"),
+    ],
+)
+def test_numbers_of_processes_that_contradict_each_other(
+    write: Write, entry: str, where: str, found: str, expected: str
+) -> None:
+    problem = only(write(f"models: {{a: {{engine: echo, {entry}}}}}"))
+    assert (problem.where, problem.found, problem.expected) == (where, found, expected)
+
+
+def test_a_limit_of_memory_and_what_each_process_takes(write: Write) -> None:
+    assert (
+        load(write("memory_gib: 3\nmodels: {a: {base_model: base, memory_gib: 2}, e: {engine: echo}}")).memory_gib == 3
+    )
+    unused = load(write("models: {a: {engine: echo, memory_gib: 2}}"))
+    assert unused.memory_gib is None
+    assert "a.memory_gib: without effect" in unused.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "expected"),
+    [
+        ("memory_gib: 3\nmodels: {a: {base_model: base}}", "models.a", "what one process takes"),
+        ("memory_gib: 0\nmodels: {a: {engine: echo}}", "memory_gib", "more than 0"),
+        ("memory_gib: much\nmodels: {a: {engine: echo}}", "memory_gib", "a number"),
+        (
+            "memory_gib: 3\nmodels: {a: {engine: echo, workers: 2, memory_gib: 2}}",
+            "memory_gib",
+            "a memory_gib of 4 or more for all (GiB, of which always run: a 2 × 2)",
+        ),
+        (
+            "memory_gib: 3\nmodels:\n  a: {engine: echo, memory_gib: 2}\n"
+            "  b: {engine: echo, min: 0, memory_gib: 2, slots: 2}\n",
+            "models.b.memory_gib",
+            "a memory_gib of 4 or more for all (GiB, of which always run: a 1 × 2)",
+        ),
+    ],
+)
+def test_what_can_never_run_within_the_memory_is_refused(write: Write, text: str, where: str, expected: str) -> None:
+    problem = only(write(text))
+    assert problem.where == where
+    assert expected in problem.expected
 
 
 def test_anchors_and_merges_work(write: Write) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
-
+from launcher.plankit import lines, make, of, plan, ready, told
 from loopmux.codec import pack
-from loopmux.messages import Catalogue, ModelSpec, WorkerSpec
+from loopmux.messages import Catalogue
 from loopmux.wire import ROUTE_LIMIT
 from loopmux_launcher.backoff import CRASHES
 from loopmux_launcher.events import (
     Action,
-    Announce,
     Began,
     BrokerWelcomed,
     BuildEnvironment,
@@ -31,39 +28,8 @@ from loopmux_launcher.events import (
     StopRequested,
     TimerFired,
 )
-from loopmux_launcher.groups import Group
 from loopmux_launcher.lifecycle import STOP_GRACE
 from loopmux_launcher.plan import Plan
-
-A = TypeVar("A")
-
-
-def make(name: str = "m", *, environment: str | None = None, processes: int = 1, timeout: float = 100.0,
-         models: Iterable[str] = ()) -> Group:  # fmt: skip
-    specs = tuple(ModelSpec(m) for m in models or (name,))
-    return Group(name, environment, WorkerSpec(name, "ipc:///x", specs, engine="echo"), processes, timeout)
-
-
-def plan(*groups: Group, with_broker: bool = False, required: Iterable[str] | None = None) -> Plan:
-    models = [m for g in groups for m in g.model_ids]
-    return Plan(groups, required=models if required is None else required, with_broker=with_broker)
-
-
-def of(kind: type[A], actions: list[Action]) -> list[A]:
-    return [action for action in actions if isinstance(action, kind)]
-
-
-def told(actions: list[Action]) -> dict[str, Catalogue]:
-    return {a.catalogue.model: a.catalogue for a in of(ReportPhase, actions)}
-
-
-def lines(actions: list[Action], level: str) -> list[str]:
-    return [a.text for a in of(Announce, actions) if a.level == level]
-
-
-def ready(core: Plan, *names: str, now: float = 1.0) -> list[Action]:
-    return [action for name in names for action in core.handle(ProcessReported(name, "ready"), now)]
-
 
 # --- starting ---------------------------------------------------------------------------------------------------------
 
@@ -93,14 +59,14 @@ def test_a_model_is_built_loaded_warmed_and_ready_and_the_broker_hears_of_it() -
 
 
 def test_the_ready_line_comes_once_when_every_required_model_is() -> None:
-    core = plan(make("a"), make("b"), make("lazy"), required=["a", "b"])
+    core = plan(make("a"), make("b"), make("lazy", processes=0, most=1))
     core.handle(Began(), 0.0)
     assert lines(ready(core, "a-1"), "ready") == []
     (line,) = lines(ready(core, "b-1", now=3.0), "ready")
-    assert line.split() == ["ready", "after", "3.0", "s:", "a,", "b"]
+    assert line.split() == ["ready", "after", "3.0", "s:", "a,", "b;", "on", "demand", "lazy"]
     core.handle(ProcessExited("a-1", -9), 4.0)
     core.handle(TimerFired(), 5.0)
-    assert lines(ready(core, "a-1", "lazy-1", now=6.0), "ready") == []
+    assert lines(ready(core, "a-1", now=6.0), "ready") == []
 
 
 def test_the_broker_goes_first_when_it_is_ours() -> None:
@@ -182,7 +148,7 @@ def test_bad_configuration_is_not_tried_again() -> None:
     assert told(ended)["m"].phase == "failed"
     assert "the adapter is for another base" in told(ended)["m"].detail
     core.handle(TimerFired(), 1e6)
-    assert core.workers["m-1"][0].state.value == "parked"
+    assert core.workers["m-1"].state.value == "parked"
 
 
 def test_why_a_process_failed_is_said_once() -> None:

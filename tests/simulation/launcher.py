@@ -8,7 +8,8 @@ from loopmux import wire
 from loopmux.messages import Register, WorkerSpec
 from loopmux_launcher import events
 from loopmux_launcher.groups import Group
-from loopmux_launcher.link import Link, Refused, Welcomed
+from loopmux_launcher.lifecycle import State
+from loopmux_launcher.link import Demanded, Link, Refused, Welcomed
 from loopmux_launcher.plan import Plan
 from simulation.lines import Frames
 from simulation.process import Endpoint
@@ -47,7 +48,7 @@ class LauncherProcess(Endpoint):
 
     def start(self) -> None:
         self.alive, self.frozen_since, self.line, self.born = True, None, None, self.clock.now
-        self.plan = Plan(self.groups, required=[m for g in self.groups for m in g.model_ids], with_broker=False)
+        self.plan = Plan(self.groups, with_broker=False)
         self.link = Link(Register("launcher", "host", self.clock.random.randbytes(16), wire.VERSIONS))
         self.connect()
         self.handle(events.Began())
@@ -86,6 +87,8 @@ class LauncherProcess(Endpoint):
             self.clock.after(1.0, self.start)
         elif isinstance(news, Welcomed):
             self.handle(events.BrokerWelcomed())
+        elif isinstance(news, Demanded):
+            self.handle(events.DemandReported(news.demand))
         self.look()
 
     # --- processes
@@ -146,7 +149,8 @@ class LauncherProcess(Endpoint):
         if self.children.get(name) is child:
             del self.children[name]
             draw = self.clock.random.random()
-            self.world.promise.launches.ended(name)
+            if self.plan.fleet.process(name).state is not State.STOPPING:
+                self.world.promise.launches.ended(name)
             self.later(0.002, lambda: self.handle(events.ProcessExited(name, code, (), draw)))
 
     def stop(self) -> None:

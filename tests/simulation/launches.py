@@ -29,14 +29,14 @@ class Launches:
         hold(len(recent) < CRASHES, "a crash loop is given up", f"{name} crashed {len(recent)} times in 60 s")
 
     def ended(self, name: str) -> None:
-        """A launcher's child is gone."""
+        """A launcher's child is gone that it did not stop."""
         self._ends.setdefault(name, []).append(self._clock.now)
 
     def at_rest(self) -> None:
         """What the launcher believes is so, and the broker has heard it."""
         launcher, pool = self._world.launcher, self._world.broker.core.tables.pool
         hold(launcher.link.welcome, "everybody is with the broker", "the launcher is not")
-        for name, (process, _) in launcher.plan.workers.items():
+        for name, process in launcher.plan.workers.items():
             runs = name in launcher.children
             hold(
                 process.runs == runs,
@@ -48,6 +48,7 @@ class Launches:
                 or process.wake is not None
                 or len(process.backoff.recent) >= CRASHES
                 or process.backoff.failed_starts
+                or (process.dormant and launcher.plan.fleet.crew_of(name).next_to_start() is None)
             )
             hold(waits, "what should run is started again", lambda: f"{name} is {process.state}")
         for told in launcher.plan.catalogue(self._clock.now):

@@ -319,3 +319,88 @@ def test_a_client_that_dies_leaves_nothing_running() -> None:
     world.run(1.0)
     world.clients[0].die()
     at_rest(world)
+
+
+# --- models that run when they are asked for --------------------------------------------------------------------------
+
+
+def cold_world(most: int = 1, slots: int = 2, **echo: float) -> World:
+    spec = WorkerSpec("", "sim://", (ModelSpec("echo"),), engine="echo", slots=slots, echo={"tokens": 100_000, **echo})
+    world = World(0, Profile(groups=(Group("echo", None, spec, 0, 60.0, most=most, idle_timeout=2.0),)))
+    world.run(2.0)
+    assert world.workers == []
+    return world
+
+
+def test_a_model_starts_when_it_is_asked_for_and_goes_when_it_is_not() -> None:
+    world = cold_world()
+    for _ in range(2):
+        call = ask(world, 20)
+        world.run(2.0)
+        assert outcome(call).attempts == 1
+        assert len(world.workers) == 1
+        at_rest(world)
+        assert world.workers == []
+
+
+def test_a_request_that_comes_as_the_worker_leaves_is_served_by_the_next() -> None:
+    for after in range(40):
+        world = cold_world()
+        first = ask(world, 5)
+        world.run(2.0)
+        assert outcome(first)
+        world.run(1.2 + 0.05 * after)  # some of these fall between the launcher's decision and the worker's goodbye
+        call = ask(world, 5)
+        world.run(4.0)
+        assert outcome(call)
+        at_rest(world)
+
+
+def test_more_workers_come_for_many_requests_and_go_after_them() -> None:
+    world = cold_world(most=3, slots=1, rate=20)
+    calls = [ask(world, 100) for _ in range(5)]
+    world.run(12.0)
+    assert len(world.workers) == 3
+    world.run(15.0)
+    assert all(outcome(call) for call in calls)
+    at_rest(world)
+    assert world.workers == []
+
+
+@pytest.mark.parametrize("after", [0.0, 0.05, 0.3, 1.0])
+def test_a_cold_start_outlives_the_broker(after: float) -> None:
+    world = cold_world()
+    call = ask(world, 20)
+    world.run(after)
+    harm(world, "kill broker")
+    world.broker.die()
+    world.run(0.5)
+    world.broker.start()
+    world.run(10.0)
+    assert outcome(call)
+    at_rest(world)
+
+
+@pytest.mark.parametrize("after", [0.0, 0.05, 0.3, 1.0])
+def test_a_cold_start_outlives_the_launcher(after: float) -> None:
+    world = cold_world(rate=20)
+    call = ask(world, 40)
+    world.run(after)
+    harm(world, "kill launcher")
+    world.launcher.die()
+    world.run(0.5)
+    world.launcher.start()
+    world.run(10.0)
+    assert outcome(call)
+    at_rest(world)
+
+
+def test_a_request_that_is_cancelled_before_its_model_is_there_leaves_nothing() -> None:
+    world = cold_world()
+    call = ask(world, 20)
+    world.run(0.01)
+    world.clients[0].cancel(call)
+    world.run(1.0)
+    outcome(call, CancelledError)
+    at_rest(world)
+    assert world.workers == []

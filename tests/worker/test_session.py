@@ -587,3 +587,15 @@ def test_bodies_are_read_within_the_limits_of_bodies():
     received = Received(Message(Header(Kind.RUN, REQUEST, attempt=1), route=pack(Run("m")), body=pack(generate)))
     assert unpack(Generate, pack(generate), BODY_LIMITS) == generate
     assert isinstance(session.handle(received, 0.0)[-1], Submit)
+
+
+def test_asked_to_take_its_time_it_takes_it_until_it_is_asked_to_hurry():
+    session = running()
+    [drain] = sent(session.handle(Asked(240.0), 1.0))
+    assert drain.header == Header(Kind.DRAIN, arg=240_000)
+    [drain] = sent(session.handle(Asked(), 2.0))
+    assert drain.header == Header(Kind.DRAIN, arg=1500)
+    assert session.handle(Asked(), 2.1)[-1] == Leave()
+    patient = running()
+    patient.handle(Asked(240.0), 1.0)
+    assert patient.handle(Asked(240.0), 2.0)[-1] == Leave()

@@ -198,6 +198,7 @@ def _from_input() -> str:
 
 
 def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
+    from loopmux.cadence import LEAVE_PATIENTLY
     from loopmux_worker.engine import freed, memory, open_engine
 
     if spec.engine != "echo":
@@ -213,6 +214,7 @@ def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
         worker = Worker(spec, engine)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
+    signal.signal(signal.SIGUSR1, lambda *_: worker.stop(LEAVE_PATIENTLY))
     # The kernel may hand a signal to a computing thread: only this wakes the main one, whose the handlers are
     signal.set_wakeup_fd(worker.bell, warn_on_full_buffer=False)
     description = engine.describe()

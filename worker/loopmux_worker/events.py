@@ -10,6 +10,9 @@ from loopmux.results import Usage
 from loopmux.wire import Message
 from loopmux_worker.engine.base import Job, Key, Load, Output
 
+STOP_WITHIN = 1.5
+"""Seconds in which a worker leaves that is asked to (SIGTERM): nobody likes to wait for a program to end."""
+
 # --- events -----------------------------------------------------------------------------------------------------------
 
 
@@ -48,7 +51,12 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Somebody asked this process to end."""
+    """Somebody asked this process to end within so many seconds.
+
+    Half of them is for what runs to end here, the rest for it to go on elsewhere.
+    """
+
+    within: float = STOP_WITHIN
 
 
 @dataclass(frozen=True, slots=True)

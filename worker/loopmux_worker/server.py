@@ -24,6 +24,7 @@ from loopmux.wire import CLIENT_MESSAGE_LIMIT, ROUTE_LIMIT, VERSIONS, Message, f
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Description, Engine
 from loopmux_worker.events import (
+    STOP_WITHIN,
     Action,
     Asked,
     Cancel,
@@ -107,7 +108,7 @@ class Worker:
         self._dealer = Dealer(self._context, CLIENT_MESSAGE_LIMIT + ROUTE_LIMIT)
         self._endpoint = spec.endpoint
         self._unsent: deque[list[bytes]] = deque()
-        self._asked = False
+        self._asked: deque[float] = deque()
         self._left: Leave | None = None
 
     def __enter__(self) -> Worker:
@@ -144,9 +145,13 @@ class Worker:
         """A file descriptor: a byte written there wakes ``run``."""
         return self._bell.fileno()
 
-    def stop(self) -> None:
-        """Let what runs end or go on elsewhere, say goodbye to the broker and have ``run`` return; twice: at once."""
-        self._asked = True
+    def stop(self, within: float = STOP_WITHIN) -> None:
+        """Let what runs end or go on elsewhere, say goodbye to the broker and have ``run`` return; twice: at once.
+
+        Args:
+            within: seconds; a second call with fewer has it hurry, any other one have it leave.
+        """
+        self._asked.append(within)
         self._wake()
 
     def close(self) -> bool:
@@ -180,9 +185,8 @@ class Worker:
         if not self._session.full:  # else the engine waits when its own queue is full too
             for event in self._driver.drain():
                 self._handle(event)
-        if self._asked:
-            self._asked = False
-            self._handle(Asked())
+        while self._asked:
+            self._handle(Asked(self._asked.popleft()))
 
     def _handle(self, event: Event) -> None:
         if self._left is not None:

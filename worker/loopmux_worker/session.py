@@ -41,8 +41,6 @@ from loopmux_worker.keeping import OutputStream
 
 DEADLINE_GRACE = 1.0
 """Seconds that the broker is given to stop a request at its deadline before the worker does."""
-STOP_WITHIN = 1.5
-"""Seconds that a worker takes to leave: half of it for what runs to end here, the rest for it to go on elsewhere."""
 BUFFER = 64 * 1024 * 1024
 """Bytes of output that are kept while no broker takes them; then the engine has to wait."""
 ACKNOWLEDGE_WITHIN = 0.05
@@ -125,8 +123,8 @@ class Session:
                 return [action for output in outputs for action in self._output(output, now)]
             case Cancelled(key, usage):
                 return self._cancelled(key, usage, now)
-            case Asked():
-                return self._asked(now)
+            case Asked(within):
+                return self._asked(within, now)
             case Woke():
                 return self._woke(now)
 
@@ -268,13 +266,12 @@ class Session:
         """The present broker wants it of this worker."""
         request.offered, request.epoch = False, self._epoch
 
-    def _asked(self, now: float) -> list[Action]:
-        """Leave once nothing runs here any more; at once when that is so already, or when asked again."""
-        leave_at = now + STOP_WITHIN
-        again = self._leave_at is not None and self._leave_at <= leave_at
-        if again or not self._welcomed or not self._requests:
+    def _asked(self, within: float, now: float) -> list[Action]:
+        """Leave once nothing runs here any more; at once when that is so already, or it was asked in as much hurry."""
+        hurried = self._leave_at is None or now + within < self._leave_at
+        if not (hurried and self._welcomed and self._requests):
             return self._goodbye()
-        self._leave_at = leave_at
+        self._leave_at = now + within
         return [self._drain(now)]
 
     def _evicted(self, within: float, now: float) -> list[Action]:

@@ -52,19 +52,21 @@ def _json(value: Any) -> str:
 
 
 def render_status(status: Status) -> str:
-    """Status as text for people: a line for the broker, tables of workers and models, what workers have to note."""
+    """Status as text for people: a line for the broker, tables of workers and models, what they have to note."""
     head = (
         f"broker {status.software}  pid {status.pid}  up {duration(status.uptime)}  clients {status.clients}"
         f"  running {status.running}  queued {status.queued}"
     )
-    parts = (head, _workers(status.workers), render_models(status.models), _notes(status.workers))
+    parts = (head, _workers(status.workers), render_models(status.models), _notes(status))
     return "\n\n".join(part for part in parts if part)
 
 
-def _notes(workers: Sequence[WorkerStatus]) -> str:
+def _notes(status: Status) -> str:
     """Each note once: workers of the same models have the same ones."""
-    given = [w.report.get("notes") for w in workers]
-    return "\n".join(dict.fromkeys(f"note: {note}" for notes in given if isinstance(notes, list) for note in notes))
+    given = [w.report.get("notes") for w in status.workers]
+    found = [f"note: {note}" for notes in given if isinstance(notes, list) for note in notes]
+    found += [f"{launcher}: {note}" for launcher, note in status.notes.items()]
+    return "\n".join(dict.fromkeys(found))
 
 
 def _workers(workers: Sequence[WorkerStatus]) -> str:
