@@ -90,6 +90,10 @@ class Tables:
     settled: bool = False
     """Whether whoever belongs to this broker has had the time to join."""
     rivals: dict[Peer, float] = field(default_factory=dict)
+    pardoned: frozenset[Peer] = frozenset()
+    """The connections that stood when the broker itself was away: their ends may have closed them for its silence."""
+    pardon_until: float = 0.0
+    """Until then one of these that turns out to be closed is no news about who was behind it."""
     abandoned: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
     """The last attempts of requests whose client was given up: if it comes with them again, their numbers go on, since
     a worker may still say something of the former ones."""

@@ -40,6 +40,7 @@ class Link:
         self._heartbeat: float | None = None
         self._next = 0.0
         self._heard = 0.0
+        self._introduction = 0  # its number: it rises with each connection, and the answer has it, too
         self._left = False
 
     @property
@@ -55,7 +56,7 @@ class Link:
         """
         self._heard = now
         match message.kind:
-            case Kind.WELCOME:
+            case Kind.WELCOME if message.header.seq == self._introduction:  # else it answers an older REGISTER
                 welcome = unpack(Welcome, message.route)
                 if welcome.heartbeat <= 0:
                     raise ProtocolError(f"WELCOME with a heartbeat of {welcome.heartbeat} s")
@@ -80,7 +81,7 @@ class Link:
             return []
         if self._heartbeat is None:
             self._next = now + INTRODUCE_AGAIN
-            return [Message(Header(Kind.REGISTER), pack(self._register), pack({}))]
+            return [Message(Header(Kind.REGISTER, seq=self._introduction), pack(self._register), pack({}))]
         self._next = now + self._heartbeat
         return [Message(Header(Kind.HB), pack(Heartbeat()))]
 
@@ -100,7 +101,7 @@ class Link:
 
     def connected(self) -> None:
         """There is a new connection: introduce ourselves over it."""
-        self._heartbeat, self._next = None, 0.0
+        self._begin_anew()
 
     def lost(self) -> None:
         """The broker does not know us, or may have missed something: introduce ourselves again.
@@ -108,4 +109,8 @@ class Link:
         At once the first time; while nobody is there, no sooner than REGISTER is repeated anyway.
         """
         if self._heartbeat is not None:
-            self._heartbeat, self._next = None, 0.0
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._introduction += 1
+        self._heartbeat, self._next = None, 0.0
