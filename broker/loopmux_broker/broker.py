@@ -129,7 +129,7 @@ class Broker:
         tables.timers.cancel((Alarm.STRIKES, peer, 0))
         tables.rivals.pop(peer, None)
         client, member = tables.clients.by_peer.get(peer), tables.pool.member(peer)
-        pardoned = now < tables.pardon_until and peer in tables.pardoned
+        pardoned = peer in tables.pardoned and now < tables.back_at + tables.patience
         if client is not None and not pardoned:
             self._clients.lost(client, now)
         if member is not None:
@@ -139,8 +139,8 @@ class Broker:
         """Nobody was silent while the broker itself was away; whoever took it for dead has the time to come back."""
         tables = self.tables
         tables.counters["stalls"] += 1
-        tables.pardoned = frozenset((*tables.clients.by_peer, *tables.pool.workers, *tables.pool.launchers))
-        tables.pardon_until = now + tables.patience
+        tables.pardoned = {*tables.clients.by_peer, *tables.pool.workers, *tables.pool.launchers}
+        tables.back_at = now
         for client in tables.clients.by_peer.values():
             client.heard += gap
         for member in (*tables.pool.workers.values(), *tables.pool.launchers.values()):

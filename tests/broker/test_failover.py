@@ -463,6 +463,14 @@ def test_a_connection_that_was_made_after_the_sleep_counts_at_once(core: Core) -
     assert core.counted["requeued"] == 1
 
 
+def test_a_worker_that_has_answered_since_is_lost_as_ever(core: Core) -> None:
+    core.sleep()
+    core.now += 0.1
+    core.running()
+    assert runs(core.lose(WORKER)) == [(SECOND, ONE, 2)]
+    assert core.counted["requeued"] == 1
+
+
 def test_a_client_that_took_the_broker_for_dead_has_the_time_to_come_back(core: Core) -> None:
     core.running()
     core.sleep()
