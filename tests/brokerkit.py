@@ -32,6 +32,7 @@ from loopmux_broker.events import (
     ConnectionLost,
     Event,
     Log,
+    LoopStalled,
     Push,
     Send,
     TimerDue,
@@ -86,9 +87,14 @@ class Core:
     def lose(self, peer: bytes) -> list[Action]:
         return self.handle(ConnectionLost(peer))
 
-    def hello(self, peer: bytes = CLIENT, who: bytes | None = None) -> list[Action]:
+    def sleep(self, seconds: float = 5.0) -> None:
+        """The broker's process is stopped for a while; nobody else is."""
+        self.now += seconds
+        assert self.handle(LoopStalled(seconds)) == []
+
+    def hello(self, peer: bytes = CLIENT, who: bytes | None = None, *, introduction: int = 0) -> list[Action]:
         route = codec.pack(Hello((1,), who or instance(peer)))
-        return self.client(Message(Header(Kind.HELLO), route=route), peer)
+        return self.client(Message(Header(Kind.HELLO, seq=introduction), route=route), peer)
 
     def register(
         self,
@@ -103,12 +109,14 @@ class Core:
         left_out: dict[str, str] | None = None,
         fingerprint: str = "f",
         held: int = 0,
+        introduction: int = 0,
     ) -> list[Action]:
         served = tuple(ServedModel(m, fingerprint) for m in models) if role == "worker" else ()
         without = tuple(LeftOut(model, reason) for model, reason in (left_out or {}).items())
         common = (role, name or peer.decode(), boot or instance(peer), (1,))
         register = Register(*common, models=served, slots=slots, adapters=adapters, left_out=without, held=held)
-        return self.worker(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})), peer)
+        header = Header(Kind.REGISTER, seq=introduction)
+        return self.worker(Message(header, codec.pack(register), codec.pack({})), peer)
 
     def launcher(self, peer: bytes = LAUNCHER, name: str = "host", boot: bytes | None = None) -> list[Action]:
         return self.register(peer, name=name, role="launcher", slots=0, boot=boot)

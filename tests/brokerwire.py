@@ -83,10 +83,17 @@ class Peer:
         return codec.unpack(Welcome, self.expect(Kind.WELCOME).route)
 
     def register(
-        self, name: str = "w1", *, boot: bytes | None = None, slots: int = 4, models: tuple[str, ...] = ("m",)
+        self,
+        name: str = "w1",
+        *,
+        boot: bytes | None = None,
+        slots: int = 4,
+        models: tuple[str, ...] = ("m",),
+        held: int = 0,
     ) -> Welcome:
         served = tuple(ServedModel(m, "f") for m in models)
-        register = Register("worker", name, boot or wire.new_id(), (1,), models=served, slots=slots, pid=os.getpid())
+        common = ("worker", name, boot or wire.new_id(), (1,))
+        register = Register(*common, models=served, slots=slots, pid=os.getpid(), held=held)
         self.send(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})))
         return codec.unpack(Welcome, self.expect(Kind.WELCOME).route)
 

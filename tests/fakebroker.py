@@ -126,7 +126,7 @@ class FakeBroker:
         if message.kind is Kind.HELLO:
             self.peers.add(peer)
             welcome = Welcome(1, self.epoch, self.heartbeat, wire.CLIENT_MESSAGE_LIMIT, self.window)
-            self._send(peer, Message(Header(Kind.WELCOME), codec.pack(welcome)))
+            self._send(peer, Message(Header(Kind.WELCOME, seq=message.header.seq), codec.pack(welcome)))
         elif peer not in self.peers:
             self._send(peer, Message(Header(Kind.WHO)))
         elif message.kind is Kind.PING:

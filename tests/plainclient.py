@@ -72,6 +72,7 @@ class Client:
         self.requests: dict[bytes, Request] = {}
         self.report: dict[str, Any] | None = None
         self.sent: Counter[int] = Counter()
+        self.introduction = 0
         self.greet()
 
     def say(self, kind: int, id_: bytes = NO_ID, *parts: bytes, seq: int = 0, arg: int = 0, attempt: int = 0) -> None:
@@ -88,7 +89,12 @@ class Client:
         self.hello_at = self.heard + HELLO_AGAIN
         for request in self.requests.values():
             request.again_at = math.inf  # nothing but HELLO before WELCOME
-        self.say(HELLO, NO_ID, msgpack.packb({"versions": [1], "instance": self.instance}))
+        hello = msgpack.packb({"versions": [1], "instance": self.instance})
+        self.say(HELLO, NO_ID, hello, seq=self.introduction)
+
+    def greet_anew(self) -> None:
+        self.introduction += 1
+        self.greet()
 
     def welcomed(self, welcome: dict[str, Any]) -> None:
         fresh = welcome["epoch"] != self.epoch
@@ -114,7 +120,7 @@ class Client:
         self.socket.poll(10)
         while self.monitor.poll(0):
             self.monitor.recv_multipart()
-            self.greet()  # the connection is gone, or there is a new one
+            self.greet_anew()  # the connection is gone, or there is a new one
         while self.socket.poll(0):
             self.arrived(self.socket.recv_multipart())
         now = time.monotonic()
@@ -122,7 +128,7 @@ class Client:
             if now >= self.hello_at:
                 self.greet()
         elif now > self.heard + SILENT * self.heartbeat:
-            self.greet()
+            self.greet_anew()
         elif now >= self.ping_at:
             self.ping_at = now + self.heartbeat
             self.say(PING)
@@ -196,9 +202,10 @@ class Client:
         if request is not None:
             self.about(request, kind, seq, arg, attempt, frames)
         elif kind == WELCOME:
-            self.welcomed(msgpack.unpackb(frames[1]))
+            if seq == self.introduction:
+                self.welcomed(msgpack.unpackb(frames[1]))
         elif kind == WHO and id_ == NO_ID:
-            self.greet()
+            self.greet_anew()
         elif kind == PONG:
             for each in self.requests.values():
                 if each.state == "open" and each.quiet:

@@ -69,7 +69,7 @@ class FakeBroker:
             elif message.kind is Kind.RUNACK:
                 self.acknowledged.append(message.header)
             elif message.kind is Kind.REGISTER and self._welcomed == (self.peer, message.route):
-                self._send_welcome()
+                self._send_welcome(message)
             else:
                 return message
 
@@ -83,11 +83,12 @@ class FakeBroker:
         self._welcomed = (b"", b"")
         message = self.expect(Kind.REGISTER, patience)
         self.registered, self._welcomed = unpack(Register, message.route), (self.peer, message.route)
-        self._send_welcome()
+        self._send_welcome(message)
         return self.registered
 
-    def _send_welcome(self) -> None:
-        self.send(Kind.WELCOME, route=Welcome(1, self.epoch, self.heartbeat, 2**20, 256))
+    def _send_welcome(self, register: Message) -> None:
+        route = Welcome(1, self.epoch, self.heartbeat, 2**20, 256)
+        self.send(Kind.WELCOME, seq=register.header.seq, route=route)
 
     def run(
         self,

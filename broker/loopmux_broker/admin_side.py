@@ -30,7 +30,9 @@ class AdminSide:
             case Kind.HELLO:
                 versions = codec.unpack(Hello, message.route).versions
                 version = agree(versions)
-                answer = welcome(self._t, peer, version, wire.WORKER_MESSAGE_LIMIT) if version else None
+                answer = (
+                    welcome(self._t, peer, version, wire.WORKER_MESSAGE_LIMIT, message.header.seq) if version else None
+                )
                 self._t.out.append(answer or no_common_version(peer, versions))
             case Kind.PING:
                 self._t.out.append(Send(peer, say(Kind.PONG)))

@@ -34,7 +34,7 @@ class Cause(Enum):
     """Its worker leaves in good order."""
     MISHAP = "mishaps"
     """Not by the request: its worker lives, but does not have it, or its output has a hole; or the worker was gone, or
-    did not answer, before it said that it has it."""
+    did not answer, before it said that it has it; or it is gone since the broker itself was away."""
 
 
 def _blame(lease: Lease) -> Cause:
@@ -42,9 +42,10 @@ def _blame(lease: Lease) -> Cause:
 
     Workers may go together, when their launcher or host does: then a request is given to one after the other of them
     before it is known. From the second attempt on a worker acknowledges before it begins, so one that did not is not
-    lost by the request.
+    lost by the request. One that took the broker for dead, and has not found the way back in time, is not either.
     """
-    return Cause.LOST if lease.acknowledged or lease.attempt == 1 else Cause.MISHAP
+    began = lease.acknowledged or lease.attempt == 1
+    return Cause.LOST if began and not lease.worker.away else Cause.MISHAP
 
 
 class Attempts:
@@ -108,7 +109,7 @@ class Attempts:
         if worker.open and (alone := self._t.queues.next_alone(worker)) is not None:
             self._hold(worker, alone)
         if worker.held_for is not None:
-            if not worker.leases and not worker.draining and not worker.expected:
+            if not (worker.leases or worker.draining or worker.expected or worker.away):
                 alone = worker.held_for
                 self._t.dequeue(alone)
                 self._dispatch(alone, worker, now)
@@ -138,6 +139,8 @@ class Attempts:
 
     def run_unanswered(self, lease: Lease, now: float) -> None:
         """RUN was not answered for a while: say it again, or give the attempt up."""
+        if lease.worker.away:
+            lease.since = now  # it cannot hear it: its time to answer begins when it is back
         if now - lease.since < self._t.config.run_timeout:
             self._leases.run(lease, now)
             return

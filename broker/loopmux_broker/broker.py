@@ -95,7 +95,7 @@ class Broker:
             case ConnectionLost(peer):
                 self._connection_lost(peer, now)
             case LoopStalled(gap):
-                self._stalled(gap)
+                self._stalled(gap, now)
 
     def _hear(self, event: WorkerSent | ClientSent | AdminSent, now: float) -> None:
         peer, frames = event.peer, event.frames
@@ -134,17 +134,19 @@ class Broker:
         tables.strikes.forget(peer)
         tables.timers.cancel((Alarm.STRIKES, peer, 0))
         tables.rivals.pop(peer, None)
-        client = tables.clients.by_peer.get(peer)
-        if client is not None:
+        client, member = tables.clients.by_peer.get(peer), tables.pool.member(peer)
+        pardoned = peer in tables.pardoned and now < tables.back_at + tables.patience
+        if client is not None and not pardoned:
             self._clients.lost(client, now)
-        member = tables.pool.member(peer)
         if member is not None:
-            self._workers.lost(member, "lost its connection", now)
+            self._workers.cut(member) if pardoned else self._workers.lost(member, "lost its connection", now)
 
-    def _stalled(self, gap: float) -> None:
-        """Nobody was silent while the broker itself was away."""
+    def _stalled(self, gap: float, now: float) -> None:
+        """Nobody was silent while the broker itself was away; whoever took it for dead has the time to come back."""
         tables = self.tables
         tables.counters["stalls"] += 1
+        tables.pardoned = {*tables.clients.by_peer, *tables.pool.workers, *tables.pool.launchers}
+        tables.back_at = now
         for client in tables.clients.by_peer.values():
             client.heard += gap
         for member in (*tables.pool.workers.values(), *tables.pool.launchers.values()):

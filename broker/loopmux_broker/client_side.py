@@ -83,15 +83,19 @@ class ClientSide:
         if version is None:
             self._t.out.append(no_common_version(peer, hello.versions))
             return
+        known, introduction = self._t.clients.by_instance.get(hello.instance), message.header.seq
+        if known is not None and known.peer != peer and introduction < known.introduction:
+            self._t.counters["outdated"] += 1  # read late: the client has left that connection for the present one
+            return
         previous = self._t.clients.by_peer.get(peer)
         if previous is not None and previous.instance != hello.instance:
             self.lost(previous, now)
-        client, moved = self._t.clients.introduce(hello.instance, peer, hello.software, now)
+        client, moved = self._t.clients.introduce(hello.instance, peer, introduction, hello.software, now)
         if moved:
             self._streams.moved(client)
             self._t.timers.cancel((Alarm.CLIENT_GRACE, client.instance, 0))
             self._t.timers.set((Alarm.CLIENT_SILENT, peer, 0), now + self._t.patience)
-        self._t.out.append(welcome(self._t, peer, version, wire.CLIENT_MESSAGE_LIMIT))
+        self._t.out.append(welcome(self._t, peer, version, wire.CLIENT_MESSAGE_LIMIT, introduction))
 
     def silent(self, peer: Peer, now: float) -> None:
         """The time has come to see whether a client was silent for too long."""
@@ -192,8 +196,8 @@ def no_common_version(peer: Peer, versions: tuple[int, ...]) -> Send:
     return protocol_failure(peer, ProtocolError(text))
 
 
-def welcome(tables: Tables, peer: Peer, version: int, max_message: int) -> Send:
-    """WELCOME for a client, a worker or a launcher."""
+def welcome(tables: Tables, peer: Peer, version: int, max_message: int, introduction: int) -> Send:
+    """WELCOME for a client, a worker or a launcher; ``introduction`` is the number of the HELLO or REGISTER."""
     config, identity = tables.config, tables.identity
     body = Welcome(version, identity.epoch, config.heartbeat, max_message, config.window, identity.software)
-    return Send(peer, Message(Header(Kind.WELCOME), route=codec.pack(body)))
+    return Send(peer, Message(Header(Kind.WELCOME, seq=introduction), route=codec.pack(body)))

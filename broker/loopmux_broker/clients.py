@@ -15,6 +15,7 @@ class Client:
     Attributes:
         instance: 16 random bytes that stay the same over its reconnections.
         heard: when it last said anything.
+        introduction: number of the HELLO by which it is known, which rises with each of its connections.
         complete: it has brought all that it had with a former broker.
         requests: all of them, tombstones included.
         queued, held: what admission limits: waiting requests, and bytes of bodies of live ones.
@@ -27,6 +28,7 @@ class Client:
     peer: Peer | None
     heard: float
     software: str = ""
+    introduction: int = 0
     complete: bool = False
     requests: dict[bytes, Request] = field(default_factory=dict)
     queued: int = 0
@@ -43,7 +45,9 @@ class Clients:
         self.by_instance: dict[bytes, Client] = {}
         self.by_peer: dict[Peer, Client] = {}
 
-    def introduce(self, instance: bytes, peer: Peer, software: str, now: float) -> tuple[Client, bool]:
+    def introduce(
+        self, instance: bytes, peer: Peer, introduction: int, software: str, now: float
+    ) -> tuple[Client, bool]:
         """A client said who it is: the client, and whether this connection (no other client's) is new to it."""
         client = self.by_instance.get(instance)
         if client is None:
@@ -52,6 +56,8 @@ class Clients:
         if moved and client.peer is not None:
             del self.by_peer[client.peer]
         client.peer, client.heard, client.blocked = peer, now, False
+        if introduction != client.introduction:
+            client.introduction, client.complete = introduction, False  # what it said before may be a former broker's
         self.by_peer[peer] = client
         return client, moved
 

@@ -41,6 +41,40 @@ class SendOutcome(Enum):
     GONE = 3
 
 
+class Descriptors:
+    """Whose connection has which file descriptor. A descriptor is used again once its connection is closed.
+
+    What came in on a closed connection may be read after what the next one with its descriptor said. Which of the two
+    is the newer one is told by their routing ids: libzmq counts them up from a random number, one for each connection.
+    """
+
+    def __init__(self) -> None:
+        self._peers: dict[int, Peer] = {}
+
+    def introduced(self, descriptor: int, peer: Peer) -> Peer | None:
+        """A peer said who it is. Returns the one, if any, whose connection must be closed because of that."""
+        holder = self._peers.get(descriptor, peer)
+        if _newer(holder, peer):
+            return peer
+        self._peers[descriptor] = peer
+        return holder if holder != peer else None
+
+    def closed(self, descriptor: int) -> Peer | None:
+        """The system has closed a descriptor. Returns the peer that had introduced itself over it."""
+        return self._peers.pop(descriptor, None)
+
+
+def _newer(one: Peer, other: Peer) -> bool:
+    """Whether a peer connected after another one of the same door: the number of 32 bits in its routing id is ahead.
+
+    Who brings a routing id of its own, which cannot begin with a zero, is newer than nobody.
+    """
+    if one[0] or other[0]:
+        return False
+    ahead = int.from_bytes(one[1:5]) - int.from_bytes(other[1:5])
+    return 0 < ahead % 2**32 < 2**31
+
+
 class Door:
     """A ROUTER socket and its monitor. The last byte of each ``Peer`` is ``number``, the rest its routing id."""
 
@@ -48,7 +82,7 @@ class Door:
         self.number, self.side = number, side
         self.endpoint = ""
         self._suffix = bytes([number])
-        self._descriptors: dict[int, Peer] = {}
+        self._descriptors = Descriptors()
         self.lost: list[Peer] = []
         """Introduced peers whose connections have closed, until somebody takes them out."""
         self.socket = context.socket(zmq.ROUTER)
@@ -109,7 +143,7 @@ class Door:
         head = frames[0]
         if len(head) == HEADER_SIZE and head[3] in _INTRODUCTIONS:
             self.watch()  # the descriptor's last user is gone, which the monitor has said but nobody may have read yet
-            self._descriptors[int(frame.get(zmq.SRCFD))] = peer
+            self._lose(self._descriptors.introduced(int(frame.get(zmq.SRCFD)), peer))
         return peer, frames
 
     def send(self, peer: Peer, frames: list[bytes]) -> SendOutcome:
@@ -129,11 +163,13 @@ class Door:
         try:
             while True:
                 event, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
-                peer = self._descriptors.pop(_EVENT.unpack(event)[1], None)
-                if peer is not None:
-                    self.lost.append(peer)
+                self._lose(self._descriptors.closed(_EVENT.unpack(event)[1]))
         except zmq.Again:
             return
+
+    def _lose(self, peer: Peer | None) -> None:
+        if peer is not None:
+            self.lost.append(peer)
 
     def close(self) -> None:
         """Stop listening; the socket file goes with it."""

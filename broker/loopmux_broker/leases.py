@@ -46,6 +46,8 @@ class Leases:
             return False
         lease.acknowledged = True
         self._t.timers.cancel((Alarm.RUN, *lease.key))
+        if lease.since > self._t.back_at:  # it was asked after the broker had been away, and answers
+            self._t.pardoned.discard(lease.worker.peer)
         if lease.stopping:
             return False
         lease.request.move(Step.STARTED)

@@ -53,21 +53,30 @@ class Lease:
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A worker or a launcher that has registered. ``heard`` is when it last said anything."""
+    """A worker or a launcher that has registered.
+
+    Attributes:
+        heard: when it last said anything.
+        introduction: number of the REGISTER by which it is known, which rises with each of its connections.
+        away: its connection is closed, which the broker's own absence may have been the reason for: it is waited for.
+    """
 
     peer: Peer
     register: Register
     since: float
     heard: float
+    introduction: int
+    away: bool = field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
         """Unique among the living of its role."""
         return self.register.name
 
-    def renew(self, peer: Peer, register: Register, now: float) -> None:
+    def renew(self, peer: Peer, register: Register, introduction: int, now: float) -> None:
         """The same process registered again, perhaps over another connection."""
         self.peer, self.register, self.heard = peer, register, now
+        self.introduction, self.away = introduction, False
 
 
 @dataclass(slots=True, eq=False)
@@ -117,9 +126,9 @@ class Worker(Member):
     def _read_models(self) -> None:
         self.models = {m.id: m.adapter for m in self.register.models}
 
-    def renew(self, peer: Peer, register: Register, now: float) -> None:
+    def renew(self, peer: Peer, register: Register, introduction: int, now: float) -> None:
         """The same process registered again, perhaps over another connection or with other models."""
-        Member.renew(self, peer, register, now)
+        Member.renew(self, peer, register, introduction, now)
         self._read_models()
 
     @property
@@ -130,7 +139,7 @@ class Worker(Member):
     @property
     def open(self) -> bool:
         """Whether it may be given work at all."""
-        return not (self.draining or self.expected or self.held_for or self.alone)
+        return not (self.draining or self.expected or self.away or self.held_for or self.alone)
 
     @property
     def free(self) -> int:

@@ -168,6 +168,7 @@ class Server:
 
     def _turn(self, readable: set[zmq.Socket[bytes] | int]) -> None:
         begun = time.monotonic()
+        gone: list[Peer] = []
         self._full.clear()
         for door in self.doors:
             if door.monitor in readable:
@@ -176,15 +177,18 @@ class Server:
                 self._leaving.update(dict.fromkeys(door.lost, _PATIENCE))
                 door.lost.clear()
             if door.socket in readable or self._leaving:
-                self._drain(door)
-        now = self._note_gap(begun)  # before the timers, which judge peers by their silence
+                gone += self._drain(door)
+        # Before what judges peers by closed connections and by silence: both may come of this process's own absence.
+        now = self._note_gap(begun)
+        for peer in gone:
+            self._handle(ConnectionLost(peer), now)
         due = self._broker.next_timer()
         if due is not None and due <= now:
             self._handle(TimerDue(), now)
             self._note_gap(now)
 
-    def _drain(self, door: Door) -> None:
-        """Hand over what came in, then the news of connections whose last message that was."""
+    def _drain(self, door: Door) -> list[Peer]:
+        """Hand over what came in. Returns the connections that are gone and whose last message that was."""
         leaving = [peer for peer in self._leaving if peer[-1] == door.number] if self._leaving else []
         sent = _SENT[door.side]
         for taken in range(_DRAIN):
@@ -200,7 +204,7 @@ class Server:
             leaving = [peer for peer in leaving if self._leaving[peer] <= 0]
         for peer in leaving:
             del self._leaving[peer]
-            self._handle(ConnectionLost(peer), time.monotonic())
+        return leaving
 
     def _handle(self, event: Event, now: float) -> None:
         for action in self._broker.handle(event, now):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -91,6 +92,11 @@ class Tables:
     settled: bool = False
     """Whether whoever belongs to this broker has had the time to join."""
     rivals: dict[Peer, float] = field(default_factory=dict)
+    pardoned: set[Peer] = field(default_factory=set)
+    """The connections that stood when the broker itself was away, but those that have shown since that they still do:
+    their ends may have closed them for its silence."""
+    back_at: float = -math.inf
+    """When the broker was away last: for three heartbeats, a closed connection of these is no news about its end."""
     abandoned: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
     """The last attempts of requests whose client was given up: if it comes with them again, their numbers go on, since
     a worker may still say something of the former ones."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -32,6 +32,7 @@ class Waiting:
     def __init__(self, tables: Tables, ends: Ends) -> None:
         self._t, self._ends = tables, ends
         self._rounds: dict[str, Callable[[float], bool]] = {}  # by model: goes on with a round, and says if it is over
+        self._unsettled: Iterator[str] = iter(())  # models
 
     def _each(self, model: str, look: Callable[[Request, float], None], now: float) -> None:
         """Look at everybody who waits for a model, some now and the rest soon, instead of whatever was under way."""
@@ -74,13 +75,21 @@ class Waiting:
             self._tell_phase(request, now)
 
     def settled(self, now: float) -> None:
-        """Whoever belongs to this broker has joined by now: a model that is still unknown will stay so."""
-        self._t.settled = True
-        for model in self._t.queues.models():
-            if self._t.pool.knows(model):
-                self.model_changed(model, now)
-                continue
-            self._each(model, partial(self._unknown, unknown_model(model, self._t.pool.known())), now)
+        """Whoever belongs to this broker has joined by now: a model that is still unknown will stay so.
+
+        Requests may wait for as many models as they are, so one model is looked at now and the next one soon.
+        """
+        pool = self._t.pool
+        if not self._t.settled:
+            self._t.settled, self._unsettled = True, self._t.queues.models()
+        model = next(self._unsettled, None)
+        if model is None:
+            return
+        if pool.knows(model):
+            self.model_changed(model, now)
+        else:
+            self._each(model, partial(self._unknown, unknown_model(model, pool.known())), now)
+        self._t.timers.set((Alarm.SETTLED, b"", 0), now + _PAUSE)
 
     def _unknown(self, error: ModelNotFoundError, request: Request, now: float) -> None:
         if not request.attempt:  # one that ran before waits for a worker to come back

@@ -217,16 +217,19 @@ class WorkerSide:
         version = agree(register.versions)
         if version is None:
             self._t.out.append(no_common_version(peer, register.versions))
-        elif self._may_join(peer, register, now):
-            self._join(peer, register, report, now)
-            self._t.out.append(welcome(self._t, peer, version, wire.WORKER_MESSAGE_LIMIT))
+        elif self._may_join(peer, register, message.header.seq, now):
+            self._join(peer, register, report, message.header.seq, now)
+            self._t.out.append(welcome(self._t, peer, version, wire.WORKER_MESSAGE_LIMIT, message.header.seq))
             self._joined(peer, now)
 
-    def _may_join(self, peer: Peer, register: Register, now: float) -> bool:
+    def _may_join(self, peer: Peer, register: Register, introduction: int, now: float) -> bool:
         """Whether the name is free, or will not be freed (then the newcomer is told), or is still to be seen."""
         holder = self._t.pool.named(register)
         if holder is None or holder.peer == peer or holder.register.boot == register.boot:
             self._t.rivals.pop(peer, None)
+            if holder is not None and holder.peer != peer and introduction < holder.introduction:
+                self._t.counters["outdated"] += 1  # read late: the process has left that connection for the present one
+                return False
             return True
         first = self._t.rivals.setdefault(peer, now)
         if holder.heard >= first + self._t.config.heartbeat / 2:
@@ -238,21 +241,21 @@ class WorkerSide:
             self._t.out.append(protocol_failure(peer, BadRequestError(text)))
         return False
 
-    def _join(self, peer: Peer, register: Register, report: dict[str, Any], now: float) -> None:
+    def _join(self, peer: Peer, register: Register, report: dict[str, Any], introduction: int, now: float) -> None:
         pool = self._t.pool
         there = pool.member(peer)
         if there is not None and (there.register.boot, there.name) != (register.boot, register.name):
             self.lost(there, "was replaced", now)
         member = pool.named(register)
         if member is None:
-            common = (peer, register, now, now)
+            common = (peer, register, now, now, introduction)
             member = Worker(*common, report) if register.role == "worker" else Launcher(*common)
             self._t.out.append(Log("info", f"{register.role} joined", {"name": register.name, "pid": register.pid}))
         else:
             pool.leave(member)
             for alarm in (Alarm.MEMBER_SILENT, Alarm.HELD, Alarm.STALL, Alarm.DRAIN):
                 self._t.timers.cancel((alarm, member.peer, 0))
-            member.renew(peer, register, now)
+            member.renew(peer, register, introduction, now)
             if isinstance(member, Worker):
                 member.report = report
         if isinstance(member, Worker):
@@ -296,6 +299,11 @@ class WorkerSide:
             self._t.timers.set((Alarm.MEMBER_SILENT, peer, 0), due)
         else:
             self.lost(member, f"was silent for {now - member.heard:.1f} s", now)
+
+    def cut(self, member: Worker | Launcher) -> None:
+        """A connection closed because the broker was away, perhaps: who comes back in time was never gone."""
+        member.away = True
+        self._t.timers.cancel((Alarm.HELD, member.peer, 0))  # it has not had its time to say what it has
 
     def lost(self, member: Worker | Launcher, why: str, now: float) -> None:
         """A worker or launcher is gone. What a launcher declared stays until it says BYE or is back."""

@@ -91,6 +91,7 @@ class Connection:
     def __init__(self, endpoint: str, instance: bytes, connect_timeout: float, software: str = "") -> None:
         self._endpoint = endpoint
         self._hello = codec.pack(Hello(wire.VERSIONS, instance, software))
+        self._introduction = 0  # its number: it rises with each connection, and the answer has it, too
         self._connect_timeout = connect_timeout
         self.state = State.IDLE
         self.malformed = 0
@@ -253,7 +254,7 @@ class Connection:
         match message.kind:
             case Kind.PONG:
                 return self._tell_all(Ponged(), now)
-            case Kind.WELCOME:
+            case Kind.WELCOME if message.header.seq == self._introduction:  # else it answers an older HELLO
                 return self._welcomed(codec.unpack(Welcome, message.route), now)
             case Kind.WHO if self.state is State.READY and message.header.request == wire.NO_ID:
                 return self._lose(now)
@@ -317,11 +318,14 @@ class Connection:
         self.state, self._cut = State.GREETING, False
         self._ping_at = math.inf
         self._hello_at = now + INTRODUCE_AGAIN
-        return [Introduce(Message(Header(Kind.HELLO), self._hello))]
+        return [Introduce(Message(Header(Kind.HELLO, seq=self._introduction), self._hello))]
 
     def _disconnected(self, now: float) -> list[Action]:
         """Nobody waits for three silent heartbeats then: HELLO is the first that goes over the next connection."""
-        lost = self._lose(now) if self.state is State.READY else []
+        if self.state is State.READY:
+            lost = self._lose(now)
+        else:
+            lost, self._introduction = [], self._introduction + 1
         self._cut = True
         return lost
 
@@ -330,6 +334,7 @@ class Connection:
         return self._greet(now) if self._cut and self.state is State.GREETING else []
 
     def _lose(self, now: float) -> list[Action]:
+        self._introduction += 1
         for question in self._questions.values():
             question.resend_at = math.inf
         return [*self._tell_all(Detached(), now), *self._greet(now)]

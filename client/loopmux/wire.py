@@ -161,10 +161,11 @@ class Header:
     """The 34 bytes in front of every message.
 
     ``seq`` and ``arg`` mean what the kind says: in TOK the absolute index of the first token and the number of tokens,
-    in a terminal the total number of tokens, in CREDIT the first token index that may *not* be sent yet and the number
-    received so far, in ATTACH the same the other way round, in ACCEPTED the queue position (arg), in HB the progress
-    counter (seq), in HELD the first token that can be sent and the number produced, in REPLAY the first one to send
-    and the number that the client has, in DRAIN milliseconds until the worker leaves (arg). Big-endian on the wire.
+    in a terminal the total number of tokens, in HELLO, REGISTER and the WELCOME that answers them the number of the
+    introduction (seq), in CREDIT the first token index that may *not* be sent yet and the number received so far, in
+    ATTACH the same the other way round, in ACCEPTED the queue position (arg), in HB the progress counter (seq), in HELD
+    the first token that can be sent and the number produced, in REPLAY the first one to send and the number that the
+    client has, in DRAIN milliseconds until the worker leaves (arg). Big-endian on the wire.
     """
 
     kind: Kind

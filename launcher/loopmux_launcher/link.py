@@ -53,6 +53,7 @@ class Link:
         self._heartbeat: float | None = None
         self._next = 0.0
         self._heard = 0.0
+        self._introduction = 0  # its number: it rises with each connection, and the answer has it, too
         self._left = False
         self.note = ""
 
@@ -69,7 +70,7 @@ class Link:
         """
         self._heard = now
         match message.kind:
-            case Kind.WELCOME:
+            case Kind.WELCOME if message.header.seq == self._introduction:  # else it answers an older REGISTER
                 welcome = unpack(Welcome, message.route)
                 if welcome.heartbeat <= 0:
                     raise ProtocolError(f"WELCOME with a heartbeat of {welcome.heartbeat} s")
@@ -96,7 +97,7 @@ class Link:
             return []
         if self._heartbeat is None:
             self._next = now + INTRODUCE_AGAIN
-            return [Message(Header(Kind.REGISTER), pack(self._register), pack({}))]
+            return [Message(Header(Kind.REGISTER, seq=self._introduction), pack(self._register), pack({}))]
         self._next = now + self._heartbeat
         return [Message(Header(Kind.HB), pack(Heartbeat(note=shorten(self.note, _NOTE_LIMIT))))]
 
@@ -116,7 +117,7 @@ class Link:
 
     def connected(self) -> None:
         """There is a new connection: introduce ourselves over it."""
-        self._heartbeat, self._next = None, 0.0
+        self._begin_anew()
 
     def lost(self) -> None:
         """The broker does not know us, or may have missed something: introduce ourselves again.
@@ -124,4 +125,8 @@ class Link:
         At once the first time; while nobody is there, no sooner than REGISTER is repeated anyway.
         """
         if self._heartbeat is not None:
-            self._heartbeat, self._next = None, 0.0
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._introduction += 1
+        self._heartbeat, self._next = None, 0.0

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import zmq
@@ -113,24 +114,22 @@ class Launcher:
 
     def run(self, parent: int | None = None) -> int:
         """Serve until a signal, the end of ``parent``, or until nothing is left to serve; returns the exit code."""
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        try:
+        with ExitStack() as ending:
+            ending.callback(self._stop_listening)
+            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            ending.callback(context.term)
             self._guard = Guard()
-            with Signals(parent) as signals:
-                self._dealer = Dealer(context, WORKER_MESSAGE_LIMIT)
-                self._dealer.connect(self._endpoint)
-                self._handle(Began())
-                while self._exit is None:
-                    self._turn(signals)
-                return self._exit
-        finally:
-            self._abandon()
-            self._send(self._link.bye())
-            self._dealer.close()
-            if self._guard is not None:
-                self._guard.close()
-            context.term()
-            self._stop_listening()
+            ending.callback(self._guard.close)
+            self._dealer = Dealer(context, WORKER_MESSAGE_LIMIT)
+            ending.callback(self._dealer.close)
+            ending.callback(lambda: self._send(self._link.bye()))
+            ending.callback(self._abandon)
+            signals = ending.enter_context(Signals(parent))
+            self._dealer.connect(self._endpoint)
+            self._handle(Began())
+            while self._exit is None:
+                self._turn(signals)
+            return self._exit
 
     # --- one turn
 

@@ -158,7 +158,9 @@ def operations_per_dispatch(queued: int, clients: int, dispatches: int = 50) -> 
     for n in range(queued):
         submit = Submit("m", priority=dice.randint(0, 3), max_new_tokens=dice.randint(1, 500))
         queues.push(Request(n.to_bytes(16), known[n % clients], submit, b"", Counted(dice.random()), 1.0, Output(1)))
-    worker = Worker(b"w", Register("worker", "w", b"b" * 16, (1,), models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0)
+    worker = Worker(
+        b"w", Register("worker", "w", b"b" * 16, (1,), models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0, 0
+    )
     lines = 0
 
     def count(frame: FrameType, event: str, _: object) -> object:
@@ -195,7 +197,9 @@ def test_a_queue_gives_everybody_exactly_once_whatever_is_taken_out_in_between()
     dice = random.Random(2)
     queues = Queues(HeadStart())
     clients = [Client(n.to_bytes(16), None, 0.0) for n in range(7)]
-    worker = Worker(b"w", Register("worker", "w", b"b" * 16, (1,), models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0)
+    worker = Worker(
+        b"w", Register("worker", "w", b"b" * 16, (1,), models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0, 0
+    )
     waiting: dict[bytes, Request] = {}
     for n in range(4000):
         if dice.random() < 0.5 or not waiting:

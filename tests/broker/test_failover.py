@@ -390,3 +390,107 @@ def test_models_that_their_launcher_took_back_go_with_the_last_worker(core: Core
     actions = core.worker(say(Kind.BYE))
     assert failure(actions[-1])[:3] == (CLIENT, Kind.ERROR, 1)
     assert failure(actions[-1])[3].code == "model_not_found"
+
+
+# --- the broker's own absence
+
+
+def test_three_sleeps_of_the_broker_do_not_look_like_a_request_that_kills(core: Core) -> None:
+    """Each time its worker took the broker for dead, closed the connection and came back over another one."""
+    core.running()
+    peer = WORKER
+    for n in range(3):
+        core.worker(tok(ONE, n), peer)
+        core.sleep()
+        assert core.lose(peer) == []
+        peer = b"w1" + b"'" * (n + 1)
+        core.register(peer, name="w1", boot=instance(WORKER), held=1, introduction=n + 1)
+        assert kinds(held(core, ONE, 0, n + 1, worker=peer)) == [(peer, Kind.REPLAY)]
+    core.worker(end(ONE, 3), peer)
+    core.client(say(Kind.ENDACK, ONE))
+    core.assert_empty()
+    assert core.counted == {"submitted": 1, "stalls": 3, "finished": 1}
+
+
+def test_who_took_the_broker_for_dead_gets_nothing_new_before_it_is_back(core: Core) -> None:
+    core.lose(SECOND)
+    core.sleep()
+    core.lose(WORKER)
+    assert runs(core.submit(ONE)) == []
+    assert runs(core.register(b"w1'", name="w1", boot=instance(WORKER), introduction=1)) == [(b"w1'", ONE, 1)]
+
+
+def test_who_does_not_come_back_is_lost_and_not_by_its_request(core: Core) -> None:
+    core.running()
+    core.worker(tok(ONE, 0))
+    core.sleep()
+    core.lose(WORKER)
+    assert core.wait(2.75, silent=(WORKER,)) == []
+    assert core.wait(0.5, silent=(WORKER,)) == [run(ONE, SECOND, attempt=2, prefix=1, timeout=592.0)]
+    assert core.counted == {"submitted": 1, "stalls": 1, "workers_lost": 1, "mishaps": 1}
+
+
+def test_run_is_not_given_up_while_its_worker_is_on_the_way_back(core: Core) -> None:
+    core.submit(ONE)
+    core.sleep()
+    core.lose(WORKER)
+    assert {attempt for _, _, attempt in runs(core.wait(2.5, silent=(WORKER,)))} == {1}
+    core.register(b"w1'", name="w1", boot=instance(WORKER), introduction=1)
+    assert runs(core.wait(1)) == [(b"w1'", ONE, 1)]
+    core.worker(say(Kind.RUNACK, ONE, attempt=1), b"w1'")
+    assert core.wait(5) == []
+
+
+def test_a_worker_that_is_emptied_for_a_request_may_take_the_broker_for_dead(core: Core) -> None:
+    core.running(ONE)
+    core.lose(WORKER)
+    core.worker(say(Kind.RUNACK, ONE, attempt=2), SECOND)
+    core.register(THIRD)
+    core.running(TWO, worker=THIRD)
+    core.lose(SECOND)
+    assert core.tables.requests[ONE].alone
+    core.sleep()
+    core.lose(THIRD)
+    assert core.register(b"w3'", name="w3", boot=instance(THIRD), introduction=1, held=1)[1:] == []
+    held(core, TWO, 0, 0, worker=b"w3'")
+    assert runs(core.worker(end(TWO, 0), b"w3'")) == [(b"w3'", ONE, 3)]
+
+
+def test_a_connection_that_is_closed_later_is_a_loss_as_ever(core: Core) -> None:
+    core.running()
+    core.sleep()
+    core.wait(3.25)
+    assert runs(core.lose(WORKER)) == [(SECOND, ONE, 2)]
+
+
+def test_a_connection_that_was_made_after_the_sleep_counts_at_once(core: Core) -> None:
+    core.running(ONE)
+    core.running(TWO, worker=SECOND)
+    core.sleep()
+    core.register(THIRD)
+    core.running(THREE, worker=THIRD)
+    core.lose(THIRD)
+    assert core.counted["requeued"] == 1
+
+
+def test_a_worker_that_has_answered_since_is_lost_as_ever(core: Core) -> None:
+    core.sleep()
+    core.now += 0.1
+    core.running()
+    assert runs(core.lose(WORKER)) == [(SECOND, ONE, 2)]
+    assert core.counted["requeued"] == 1
+
+
+def test_a_client_that_took_the_broker_for_dead_has_the_time_to_come_back(core: Core) -> None:
+    core.running()
+    core.sleep()
+    assert core.lose(CLIENT) == []
+    assert core.wait(2.75, silent=(CLIENT,)) == []  # longer than who is lost has
+    core.hello(b"c1'", instance(CLIENT), introduction=1)
+    core.client(say(Kind.CREDIT, ONE, seq=8), b"c1'")
+    assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0), b"c1'")]
+    core.sleep()
+    core.lose(b"c1'")
+    assert "clients_lost" not in core.counted
+    core.wait(3.5, silent=(b"c1'",))
+    assert core.counted["clients_lost"] == 1

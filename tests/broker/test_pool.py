@@ -26,12 +26,14 @@ from brokerkit import (
     kinds,
     pushed,
     run,
+    runs,
     tok,
 )
 from loopmux import codec, wire
 from loopmux.messages import Heartbeat, ModelStatus, Phase, Register, ServedModel, Status, Welcome
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import Action, LoopStalled, Send, TimerDue, say
+from loopmux_broker.requests import State
 
 
 @pytest.fixture
@@ -104,6 +106,30 @@ def test_the_same_worker_over_a_new_connection_keeps_its_requests(core: Core) ->
     assert core.worker(tok(ONE, 1), b"w1'") == [pushed(tok(ONE, 1))]
     assert core.lose(WORKER) == []
     assert core.wait(5) == []
+
+
+def test_a_registration_that_is_read_late_does_not_take_the_place_of_a_newer_one(core: Core) -> None:
+    core.register(introduction=1)
+    core.running()
+    core.worker(tok(ONE, 0))
+    core.register(b"w1'", name="w1", boot=instance(WORKER), held=1, introduction=2)
+    held(core, ONE, 0, 1, worker=b"w1'")
+    assert core.register(introduction=1) == []
+    assert core.lose(WORKER) == []
+    assert core.worker(tok(ONE, 1), b"w1'") == [pushed(tok(ONE, 1))]
+    assert core.counted["outdated"] == 1
+
+
+@pytest.mark.parametrize("introduction", [0, 1])
+def test_of_registrations_with_the_same_number_the_last_one_counts(core: Core, introduction: int) -> None:
+    core.register(introduction=introduction)
+    core.register(b"w1'", name="w1", boot=instance(WORKER), introduction=introduction)
+    assert list(core.tables.pool.workers) == [b"w1'"]
+
+
+def test_the_answer_names_the_introduction_that_it_is_for(core: Core) -> None:
+    for answer in (core.register(introduction=7), core.hello(b"c9", introduction=7)):
+        assert [a.message.header for a in answer if isinstance(a, Send)] == [Header(Kind.WELCOME, seq=7)]
 
 
 def test_another_process_of_the_same_name_waits_until_the_first_is_lost(core: Core) -> None:
@@ -474,6 +500,15 @@ def test_a_model_that_is_still_unknown_when_the_broker_has_settled_is_refused() 
 # --- many who wait
 
 
+def at_once(core: Core) -> list[list[Action]]:
+    """What comes of each timer that rings at once, or at once after the one before."""
+    rounds = []
+    while (due := core.broker.next_timer()) is not None and due < core.now + 0.01:
+        core.now = max(core.now, due)
+        rounds.append(core.handle(TimerDue()))
+    return rounds
+
+
 def test_who_waits_is_told_in_slices() -> None:
     """Ten thousand told in one go would hold up everybody else for a fifth of a second."""
     core = Core()
@@ -483,13 +518,38 @@ def test_who_waits_is_told_in_slices() -> None:
     waiting = [n.to_bytes(16) for n in range(1, 201)]
     for request in waiting:
         core.submit(request)
-    rounds = [core.declare("m", "warming")]
-    while (due := core.broker.next_timer()) is not None and due < core.now + 0.1:
-        core.now = due
-        rounds.append(core.handle(TimerDue()))
+    rounds = [core.declare("m", "warming"), *at_once(core)]
     assert [len(r) for r in rounds] == [64, 64, 64, 8]
     told = [a.message.header.request for r in rounds for a in r if isinstance(a, Send)]
     assert sorted(told) == waiting
+
+
+def test_unknown_models_are_refused_one_by_one() -> None:
+    core = Core(settle=3.0)
+    core.hello()
+    waiting = [n.to_bytes(16) for n in range(1, 201)]
+    for request in waiting:
+        core.submit(request, model=f"m{request[-1]}")
+    core.now += 3.0
+    core.keep_alive(())
+    rounds = at_once(core)
+    assert {len(r) for r in rounds} == {0, 1}
+    assert {kind for r in rounds for _, kind in kinds(r)} == {Kind.ERROR}
+    assert core.tables.queues.length == 0
+
+
+def test_a_model_that_comes_while_others_are_refused_is_not_unknown() -> None:
+    core = Core(settle=3.0)
+    core.hello()
+    waiting = [n.to_bytes(16) for n in range(1, 201)]
+    for request in waiting:
+        core.submit(request, model="late" if request == waiting[-1] else f"m{request[-1]}")
+    core.now += 3.0
+    core.keep_alive(())
+    core.handle(TimerDue())
+    assert (WORKER, waiting[-1], 1) in runs(core.register(models=("late",)))
+    at_once(core)
+    assert [r.id for r in core.tables.requests.values() if r.state is not State.DONE] == [waiting[-1]]
 
 
 def test_news_about_a_model_take_the_place_of_older_ones() -> None:

@@ -163,6 +163,17 @@ def test_and_at_once_when_the_client_is_there_and_did_not_bring_it(core: Core) -
     assert held(core, ONE, 0, 9) == [reset()]
 
 
+def test_a_ping_that_was_meant_for_the_former_broker_does_not_count(core: Core) -> None:
+    """The client's socket had HELLO and PING when its connection closed, and begins the next one with them."""
+    core.hello(introduction=1)
+    core.client(say(Kind.PING))
+    core.hello(introduction=2)
+    core.register(held=1)
+    assert held(core, ONE, 0, 9) == []
+    assert attach(core, ONE, 5) == [accepted(ONE), replay(5)]
+    goes_on(core, 5)
+
+
 def test_what_ended_here_while_its_worker_was_away_is_nobodys(core: Core) -> None:
     """It was frozen and its request went to another; it says which broker wanted it, and that was this one."""
     core.hello()

@@ -196,6 +196,17 @@ def test_the_stream_goes_on_from_what_the_client_has(core: Core) -> None:
     assert core.wait(10) == []
 
 
+def test_a_hello_that_is_read_late_does_not_take_the_place_of_a_newer_one(core: Core) -> None:
+    core.hello(introduction=1)
+    core.running()
+    core.hello(AGAIN, instance(CLIENT), introduction=2)
+    assert core.hello(introduction=1) == []
+    assert core.lose(CLIENT) == []
+    core.client(credit(ONE, 10, 0), AGAIN)
+    assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0), AGAIN)]
+    assert core.counted["outdated"] == 1
+
+
 def test_a_new_connection_takes_over_before_the_old_one_is_known_to_be_dead(core: Core) -> None:
     core.running()
     assert core.hello(AGAIN, instance(CLIENT)) == [welcome(AGAIN)]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from brokerkit import end, stopped, tok
 from brokerwire import Peer, Process, broker, settings, until
 from loopmux import codec, wire
-from loopmux.messages import Failure, Submit
+from loopmux.messages import Failure, Held, Submit
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import say
 
@@ -232,6 +232,32 @@ def test_the_brokers_own_sleep_costs_nobody_their_place(tmp_path: Path) -> None:
         worker.beat()
         assert worker.receive() == say(Kind.PONG)
         assert client.status().counters["stalls"] == 1
+
+
+def test_who_took_the_sleeping_broker_for_dead_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = settings(tmp_path, heartbeat=0.3)
+    impatient = {"HEARTBEAT_IVL": 200, "HEARTBEAT_TIMEOUT": 600}
+    boot, instance = wire.new_id(), wire.new_id()
+    with (
+        broker("--config", str(path), "--endpoint", f"ipc://{tmp_path}/b.ipc") as running,
+        Peer(running.clients, **impatient) as client,
+        Peer(running.workers, **impatient) as worker,
+    ):
+        client.hello(instance)
+        worker.register(boot=boot)
+        client.submit(ONE)
+        worker.take()
+        worker.send(tok(ONE, 0))
+        client.expect(Kind.TOK)
+        os.kill(running.process.pid, signal.SIGSTOP)
+        until_stopped(running.process.pid)
+        time.sleep(1.5)
+        os.kill(running.process.pid, signal.SIGCONT)
+        worker.register(boot=boot, held=1)
+        worker.send(Message(Header(Kind.HELD, ONE, 0, 1, 1), codec.pack(Held(instance, "m"))))
+        assert worker.expect(Kind.REPLAY).header.seq == 1
+        client.hello(instance)
+        assert client.status().counters == {"submitted": 1, "stalls": 1}
 
 
 def until_stopped(process: int) -> None:

@@ -46,6 +46,8 @@ class Story:
         self.connection = Connection("ipc:///x", b"i" * 16, connect_timeout, "test")
         self.outcomes: dict[bytes, Finish | Fail | Answer] = {}
         self.alive = False
+        self.introduction = 0
+        """Of the last HELLO."""
 
     def do(self, event: ConnectionEvent) -> list[Message]:
         actions: list[Action] = self.connection.handle(event, self.now)
@@ -54,6 +56,8 @@ class Story:
                 case Finish(id_) | Fail(id_) | Answer(id_):
                     assert id_ not in self.outcomes
                     self.outcomes[id_] = action
+                case Introduce(hello):
+                    self.introduction = hello.header.seq
         return [a.message for a in actions if isinstance(a, (Send, Introduce))]
 
     def kinds(self, event: ConnectionEvent) -> list[Kind]:
@@ -64,8 +68,10 @@ class Story:
             frames["route" if wire.FRAMES[kind] & wire.Frame.ROUTE else "body"] = codec.pack(parts[0])
         return self.kinds(Received(to_frames(Message(Header(kind, request, seq=seq), **frames))))
 
-    def welcome(self, epoch: bytes = b"one", **more: Any) -> list[Kind]:
-        return self.get(Kind.WELCOME, Welcome(1, epoch, more.pop("heartbeat", HEARTBEAT), 10**6, 16, **more))
+    def welcome(self, epoch: bytes = b"one", *, heartbeat: float = HEARTBEAT, to: int | None = None) -> list[Kind]:
+        """The answer to the last HELLO, or ``to`` the one with this number."""
+        seq = self.introduction if to is None else to
+        return self.get(Kind.WELCOME, Welcome(1, epoch, heartbeat, 10**6, 16), seq=seq)
 
     def submit(self, i: int = 1, timeout: float = 50.0, body: bytes = b"") -> bytes:
         id_ = bytes([i]) * 16
@@ -116,6 +122,27 @@ def test_a_closed_connection_is_not_waited_for_to_be_silent() -> None:
     assert story.kinds(Connected()) == [Kind.HELLO]  # the one before may have gone with the old connection
     assert story.kinds(Connected()) == []
     assert story.welcome() == [Kind.SUBMIT]
+
+
+def test_a_welcome_from_the_connection_that_is_gone_is_none_to_the_new_one() -> None:
+    story = Story()
+    story.submit()
+    old = story.introduction
+    story.do(Disconnected())
+    assert story.welcome(to=old) == []  # it had come in before
+    assert story.kinds(Connected()) == [Kind.HELLO]
+    assert story.welcome(to=old) == []
+    assert story.connection.state is State.GREETING
+    assert story.wait(INTRODUCE_AGAIN) == [Kind.HELLO]
+    assert story.welcome() == [Kind.SUBMIT]
+
+
+def test_a_hello_that_is_repeated_may_be_answered_late() -> None:
+    story = Story()
+    story.submit()
+    old = story.introduction
+    assert story.wait(INTRODUCE_AGAIN) == [Kind.HELLO]
+    assert story.welcome(to=old) == [Kind.SUBMIT]
 
 
 def test_a_first_connection_needs_no_second_hello() -> None:

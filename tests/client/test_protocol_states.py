@@ -23,10 +23,15 @@ class Talk:
     def __init__(self) -> None:
         self.now = 0.0
         self.core = Connection("ipc:///b", b"i" * 16, 60.0)
+        self.introduction = 0
+        """Of the last HELLO."""
 
     def happens(self, event: events.ConnectionEvent) -> list[Kind]:
         """The kinds that are sent about the request."""
         actions = self.core.handle(event, self.now)
+        for action in actions:
+            if isinstance(action, events.Introduce):
+                self.introduction = action.message.header.seq
         said = [a.message for a in actions if isinstance(a, events.Send)]
         return [message.kind for message in said if message.header.request == ID]
 
@@ -34,7 +39,8 @@ class Talk:
         return self.happens(events.Received(wire.to_frames(message)))
 
     def welcome(self, epoch: bytes = OLD) -> list[Kind]:
-        return self.hears(Message(Header(Kind.WELCOME), codec.pack(Welcome(1, epoch, 1.0, 2**20, 8))))
+        header = Header(Kind.WELCOME, seq=self.introduction)
+        return self.hears(Message(header, codec.pack(Welcome(1, epoch, 1.0, 2**20, 8))))
 
     def after(self, seconds: float) -> list[Kind]:
         """Time passes, and the broker is there: what is sent at the end of it."""

@@ -11,8 +11,8 @@ from loopmux_launcher.link import Link, Refused, Welcomed
 REGISTER = Register("launcher", "launcher@host", bytes(16), (1,))
 
 
-def welcome(epoch: bytes = b"e" * 8, heartbeat: float = 1.0) -> Message:
-    return Message(Header(Kind.WELCOME), pack(Welcome(1, epoch, heartbeat, 1 << 20, 1024)))
+def welcome(epoch: bytes = b"e" * 8, heartbeat: float = 1.0, to: int = 0) -> Message:
+    return Message(Header(Kind.WELCOME, seq=to), pack(Welcome(1, epoch, heartbeat, 1 << 20, 1024)))
 
 
 def kinds(messages: list[Message]) -> list[Kind]:
@@ -77,3 +77,14 @@ def test_while_nobody_is_there_the_introduction_is_tried_at_intervals() -> None:
     link.lost()  # it could not be sent
     assert link.next_timer() == 1.5
     assert link.due(1.1) == []
+
+
+def test_a_welcome_from_the_connection_that_is_gone_is_none_to_the_new_one() -> None:
+    link = Link(REGISTER)
+    [old] = link.due(0.0)
+    link.connected()
+    [new] = link.due(0.1)
+    assert new.header.seq > old.header.seq
+    assert link.received(welcome(to=old.header.seq), 0.2) is None
+    assert not link.welcome
+    assert link.received(welcome(to=new.header.seq), 0.3) == Welcomed(b"e" * 8)

@@ -422,3 +422,16 @@ def test_a_failure_of_the_launcher_itself_leaves_nothing(
         launcher.run()
     assert [p for p in psutil.Process().children(recursive=True) if p not in before] == []
     assert list((home / "s").iterdir()) == [] if (home / "s").exists() else True
+
+
+def test_a_launcher_that_cannot_watch_for_signals_says_so_and_leaves_nothing(
+    config: Path, endpoint: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(parent: int | None) -> None:
+        raise OSError("no descriptor is left")
+
+    monkeypatch.setattr("loopmux_launcher.server.Signals", fails)
+    launcher = Launcher(load(config), endpoint, Console("plain"), with_broker=True)
+    with pytest.raises(OSError, match="no descriptor is left"):
+        launcher.run()
+    assert list((home / "s").iterdir()) == [] if (home / "s").exists() else True

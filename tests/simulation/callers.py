@@ -21,7 +21,16 @@ TICK = 0.01
 """Seconds within which two clocks of a run may differ over one moment (polls are rounded up)."""
 MOST_LOSSES = 3
 """Workers that may be lost with a request."""
-HURT = ("kill worker", "kill launcher", "snap worker", "hold worker", "freeze", "hang", "clog worker", "bad starts")
+HURT = (
+    "kill worker",
+    "kill launcher",
+    "snap worker",
+    "hold worker",
+    "freeze worker",
+    "hang",
+    "clog worker",
+    "bad starts",
+)
 """Faults by which a worker may be lost."""
 AWAY = ("kill broker", "freeze client", "freeze broker", "snap client", "hold client", "clog client")
 """Faults by which a client may be away for longer than its requests live on."""
@@ -157,12 +166,17 @@ class Callers:
             case "connection_lost":
                 return self._promise.hit(call, *AWAY, before=5.0) > 0
             case "worker_lost":
-                return self._promise.hit(call, *HURT, before=5.0) >= MOST_LOSSES
+                hurt = self._promise.hit(call, *HURT, before=5.0)
+                # A broker that stops itself loses no worker; but it may take the answer to its first RUN for late.
+                late = self._promise.hit(call, "freeze broker", before=5.0) > 0
+                return hurt + late >= MOST_LOSSES
             case "overloaded":
                 return self._world.profile.narrow
             case "engine":
                 bad = self._promise.hit(call, "bad starts", before=60.0) > 0  # one time of it is long enough to give up
-                return (bad or self._promise.hit(call, "kill", before=60.0) >= 5) and "start" in error.message
+                return (
+                    bad or self._promise.hit(call, "kill", "stop worker", before=60.0) >= 5
+                ) and "start" in error.message
             case "model_not_found":
                 return (
                     self._promise.hit(call, "kill launcher", "stop launcher", "kill broker", "freeze", before=15.0) > 0

@@ -172,6 +172,14 @@ class ClientProcess(Endpoint):
 
     # --- the core
 
+    def connected(self) -> None:
+        if self.watches:
+            self.handle(events.Connected())
+
+    def disconnected(self) -> None:
+        if self.watches:
+            self.handle(events.Disconnected())
+
     def receive(self, frames: Frames) -> None:
         promise, message = self.world.promise, wire.from_frames(frames)
         promise.talk.client_heard(self, message)

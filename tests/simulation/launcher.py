@@ -71,6 +71,16 @@ class LauncherProcess(Endpoint):
 
     # --- the wire
 
+    def connected(self) -> None:
+        if self.watches:
+            self.link.connected()
+            self.look()
+
+    def disconnected(self) -> None:
+        if self.watches:
+            self.link.lost()
+            self.look()
+
     def _beat(self) -> None:
         for message in self.link.due(self.clock.now):
             self._tell(message)

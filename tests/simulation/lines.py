@@ -1,10 +1,14 @@
-"""Connections as ØMQ gives them: in order, late, of limited room; when one breaks, what went last is lost."""
+"""Connections as ØMQ gives them: in order, late, of limited room.
+
+When one breaks, what went last is lost, but for what the socket has not passed on: the next one begins with that.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 from simulation.clock import Clock
 
@@ -28,8 +32,8 @@ class Pipe:
         self.last = 0.0
         """When the latest message arrives."""
         self._sent = self._taken = 0
-        self._limit = math.inf
-        self._times: deque[float] = deque()  # when what is under way was sent
+        self._limit: float = math.inf
+        self._under_way: deque[tuple[float, Frames]] = deque()  # when it was sent, and what
 
     @property
     def full(self) -> bool:
@@ -43,11 +47,11 @@ class Pipe:
         clock = self._clock
         self.last = max(self.last, self.held_until, clock.now + clock.random.uniform(*self._latency))
         number, self._sent = self._sent, self._sent + 1
-        self._times.append(clock.now)
+        self._under_way.append((clock.now, frames))
 
         def taken() -> None:
             self._taken += 1
-            self._times.popleft()
+            self._under_way.popleft()
             if number < self._limit:
                 self._hear(frames)
 
@@ -56,8 +60,17 @@ class Pipe:
 
     def cut(self, flushed: float = -math.inf) -> None:
         """It breaks here and now: of what was sent after ``flushed`` and is under way, the last part never arrives."""
-        arrives = self._taken + sum(sent <= flushed for sent in self._times)
+        arrives = self._taken + sum(sent <= flushed for sent, _ in self._under_way)
         self._limit = min(self._limit, self._clock.random.randint(arrives, self._sent))
+
+    def left_behind(self) -> list[Frames]:
+        """Of a broken one: the last of what never arrives, perhaps, which the sender's socket had not passed on yet.
+
+        It has them still, and its next connection begins with them.
+        """
+        lost = self._sent - max(self._limit, self._taken)
+        first = len(self._under_way) - self._clock.random.randint(0, lost)
+        return [frames for _, frames in islice(self._under_way, first, None)]
 
 
 class Line:

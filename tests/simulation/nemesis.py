@@ -54,7 +54,7 @@ class Nemesis:
         self._end()
 
     def _burst(self) -> None:
-        for _ in range(self.dice.randint(11, 36)):
+        for _ in range(self.dice.randint(14, 48)):
             self.world.run(self.dice.choice((0.0, 0.02, 0.1, 0.3, 0.6)) * self.dice.random())
             if self.profile.faults and self.dice.random() < 0.3:
                 self._fault(self.dice.choice(self.profile.faults))

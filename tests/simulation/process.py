@@ -102,7 +102,11 @@ class Endpoint(Process):
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name)
         self.line: Line | None = None
+        self.watches = self.clock.random.random() < 0.5
+        """Whether its socket tells it of its connections, as ours do; others may learn by what is said alone."""
         self._unsent: deque[Frames] = deque()
+        self._left_behind: list[Frames] = []  # by the last connection, in the socket
+        self._unread: Line | None = None  # the last connection, if what had come in on it is read late
         self._tries = 0
         self._flushing = False
 
@@ -117,6 +121,9 @@ class Endpoint(Process):
             self.later(0.002 if self.world.profile.inherited else pause, self.connect)
             return
         self.line, self._tries = line, 0
+        for frames in self._left_behind:
+            self._send(frames)
+        self._left_behind = []
         self.later(0.001, lambda: self._stands(line))
 
     def _stands(self, line: Line) -> None:
@@ -129,12 +136,15 @@ class Endpoint(Process):
         if line is self.line:
             self.line = None
             line.near = False
+            self._left_behind = line.up.left_behind()
+            self._unread = line if self.clock.random.random() < 0.5 else None
             self.disconnected()
             self.later(0.001, self.connect)
 
     def die(self, news: float = 0.0) -> None:
         """kill -9; or the whole host is gone, and the broker hears of it after ``news`` seconds."""
         super().die()
+        self._left_behind, self._unread = [], None
         if self.line is not None:
             self.line.near = False
             # A host that lives delivers what a process had handed to it; ØMQ's own thread takes a moment to do that.
@@ -143,9 +153,12 @@ class Endpoint(Process):
             self.line = None
 
     def heard(self, line: Line, frames: Frames) -> None:
-        """A message came in; one of a connection that is gone is gone with it."""
+        """A message came in. What came by a connection that is gone is read before the next one's, or gone with it."""
         if line is self.line:
-            self.receive(frames)
+            self._unread = None
+        elif line is not self._unread:
+            return
+        self.receive(frames)
 
     def put(self, message: wire.Message, *, lasting: bool = True) -> bool:
         """Send; what does not go now waits in order if it is ``lasting``, else it is dropped and this is False."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from loopmux import wire
 from loopmux.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -13,8 +14,12 @@ from loopmux.errors import (
 )
 from loopmux.messages import ModelSpec, WorkerSpec
 from loopmux.results import Result
+from loopmux.wire import Header, Kind, Message
+from loopmux_broker.events import ClientSent, Event
 from loopmux_launcher.groups import Group
 from simulation.client import Call, plain_call, scripted_call
+from simulation.clock import Clock
+from simulation.lines import Pipe
 from simulation.profile import Profile
 from simulation.worker import WorkerProcess
 from simulation.world import World
@@ -404,3 +409,58 @@ def test_a_request_that_is_cancelled_before_its_model_is_there_leaves_nothing() 
     outcome(call, CancelledError)
     at_rest(world)
     assert world.workers == []
+
+
+def test_three_sleeps_of_the_broker_are_no_losses_of_its_workers() -> None:
+    """Long enough for everybody to take it for dead; each time they come back, and the stream goes on where it was."""
+    world = settled_world(rate=50)
+    call = ask(world, 1_000, timeout=60.0)
+    for _ in range(3):
+        world.run(1.0)
+        harm(world, "freeze broker")
+        world.broker.freeze(4.5)
+        for line in list(world.broker.lines.values()):
+            world.broker.snap(line, 3.0, 3.2)
+        world.run(7.0)
+    world.run(20.0)
+    assert outcome(call).attempts == 1
+    counters = world.broker.core.tables.counters
+    assert not {"workers_lost", "requeued", "mishaps", "clients_lost"} & set(counters), counters
+    at_rest(world)
+
+
+def test_a_socket_begins_its_next_connection_with_what_the_last_one_left_behind() -> None:
+    world = settled_world(rate=50)
+    ask(world, 200)
+    world.run(1.0)
+    client, handle, heard = world.clients[0], world.broker.handle, []
+    others, client.watches = set(world.broker.lines), True
+
+    def listen(event: Event) -> None:
+        if isinstance(event, ClientSent) and event.peer not in others:
+            heard.append(wire.from_frames(event.frames).kind)
+        handle(event)
+
+    world.broker.handle = listen
+    client.line.up.left_behind = lambda: [wire.to_frames(Message(Header(Kind.PING)))]
+    world.broker.snap(client.line, 0.0, 0.0)
+    world.run(0.5)
+    assert heard[:2] == [Kind.PING, Kind.HELLO]
+
+
+def test_what_is_left_behind_is_the_end_of_what_never_arrived() -> None:
+    amounts = set()
+    for seed in range(50):
+        clock, sent, heard = Clock(seed), [[bytes([n])] for n in range(10)], []
+        pipe = Pipe(clock, (0.01, 0.05), lambda take: take(), heard.append)
+        for frames in sent:
+            assert pipe.send(frames)
+        clock.run(0.03)
+        pipe.cut()
+        left = pipe.left_behind()
+        clock.run(1.0)
+        assert heard == sent[: len(heard)]
+        assert left == sent[10 - len(left) :]
+        assert len(heard) + len(left) <= 10
+        amounts.add(len(left))
+    assert len(amounts) > 3

@@ -17,7 +17,11 @@ from loopmux_worker.session import ACKNOWLEDGE_WITHIN, Session
 from protocolpages import WORKER, table
 
 KEY = Key(b"r" * 16, 1)
-WELCOME = Received(Message(Header(Kind.WELCOME), pack(Welcome(1, b"epoch--1", 1.0, 2**20, 1024))))
+
+
+def welcome(session: Session) -> Received:
+    header = Header(Kind.WELCOME, seq=session._introduction)
+    return Received(Message(header, pack(Welcome(1, b"epoch--1", 1.0, 2**20, 1024))))
 
 
 def say(kind: Kind, seq: int = 0, arg: int = 0) -> Received:
@@ -31,7 +35,7 @@ def produced(*outputs: Produced | Finished) -> Stepped:
 def not_here() -> Session:
     session = Session(Register("worker", "w", b"b" * 16, (1,), models=(ServedModel("m", "f"),), slots=1), {}, 0.0)
     session.handle(Woke(), 0.0)
-    session.handle(WELCOME, 0.0)
+    session.handle(welcome(session), 0.0)
     return session
 
 
@@ -56,7 +60,7 @@ def announced() -> Session:
     session = runs()
     session.handle(Disconnected(), 0.0)
     session.handle(Connected(), 0.0)
-    assert [a.message.kind for a in session.handle(WELCOME, 0.0) if isinstance(a, Send)] == [Kind.HELD]
+    assert [a.message.kind for a in session.handle(welcome(session), 0.0) if isinstance(a, Send)] == [Kind.HELD]
     return session
 
 

@@ -54,8 +54,10 @@ def message(kind, request=bytes(16), route=None, body=None, tokens=(), **header)
     )
 
 
-def welcome(epoch=EPOCH, heartbeat=1.0):
-    return Received(message(Kind.WELCOME, route=Welcome(1, epoch, heartbeat, 2**20, 256)))
+def welcome(session, epoch=EPOCH, heartbeat=1.0, to=None):
+    """The answer to the REGISTER of its present connection, or ``to`` the one with this number."""
+    seq = session._introduction if to is None else to
+    return Received(message(Kind.WELCOME, route=Welcome(1, epoch, heartbeat, 2**20, 256), seq=seq))
 
 
 def run(request=REQUEST, attempt=1, prefix=(), **route):
@@ -85,7 +87,7 @@ def kinds(actions):
 def joined(at=0.0):
     session = Session(REGISTER, {"engine": "test"}, at)
     session.handle(Woke(), at)
-    session.handle(welcome(), at)
+    session.handle(welcome(session), at)
     return session
 
 
@@ -103,7 +105,7 @@ def test_register_is_repeated_until_welcome_and_nothing_else_is_said():
     assert session.next_timer() == 10.5
     assert kinds(session.handle(Woke(), 10.5)) == [Kind.REGISTER]
     assert session.handle(run(), 10.6) == []
-    assert session.handle(welcome(), 10.7) == []
+    assert session.handle(welcome(session), 10.7) == []
     assert session.next_timer() == 11.7
 
 
@@ -111,8 +113,30 @@ def test_a_fresh_connection_is_used_at_once():
     session = Session(REGISTER, {}, 0.0)
     session.handle(Woke(), 0.0)
     assert kinds(session.handle(Connected(), 0.01)) == [Kind.REGISTER]
-    session.handle(welcome(), 0.02)
+    session.handle(welcome(session), 0.02)
     assert session.handle(Connected(), 0.03) == []
+
+
+def test_a_welcome_from_the_connection_that_is_gone_is_none_to_the_new_one():
+    session = Session(REGISTER, {}, 0.0)
+    [old] = sent(session.handle(Woke(), 0.0))
+    session.handle(Disconnected(), 0.1)
+    assert session.handle(welcome(session, to=old.header.seq), 0.2) == []  # it had come in before
+    [new] = sent(session.handle(Connected(), 0.3))
+    assert new.header.seq > old.header.seq
+    assert session.handle(welcome(session, to=old.header.seq), 0.4) == []
+    assert not session.welcomed
+    session.handle(welcome(session, to=new.header.seq), 0.5)
+    assert session.welcomed
+
+
+def test_a_register_that_is_repeated_may_be_answered_late():
+    session = Session(REGISTER, {}, 0.0)
+    [first] = sent(session.handle(Woke(), 0.0))
+    [second] = sent(session.handle(Woke(), 0.5))
+    assert first.header == second.header
+    session.handle(welcome(session, to=first.header.seq), 0.6)
+    assert session.welcomed
 
 
 def test_a_hint_about_a_session_is_the_engine_s():
@@ -161,7 +185,7 @@ def test_what_could_not_go_out_acknowledges_nothing():
     session.handle(run(), 0.0)
     session.handle(Disconnected(), 0.01)
     assert session.handle(stepped(produced(0, 1)), 0.02) == []
-    session.handle(welcome(), 0.03)
+    session.handle(welcome(session), 0.03)
     assert kinds(session.handle(replay(0), 0.04)) == [Kind.TOK]
 
 
@@ -297,7 +321,7 @@ def test_acknowledged_output_is_not_kept_and_the_rest_comes_again_unchanged():
     assert session.handle(Disconnected(), 1.3) == [Unsend()]
     assert session.handle(stepped(produced(16, 8), finished(24)), 1.4) == []
     assert kinds(session.handle(Woke(), 1.5)) == [Kind.REGISTER]
-    [held] = sent(session.handle(welcome(), 1.6))
+    [held] = sent(session.handle(welcome(session), 1.6))
     assert held.header == Header(Kind.HELD, REQUEST, seq=8, arg=24, attempt=1)
     again = sent(session.handle(replay(8), 1.7))
     assert again[0] == second[0]
@@ -315,10 +339,10 @@ def test_a_replay_names_what_the_client_has_and_only_that_is_let_go():
     for n in range(3):
         session.handle(stepped(produced(8 * n, 8)), 1.0 + n / 10)
     session.handle(Disconnected(), 1.3)
-    session.handle(welcome(), 1.4)
+    session.handle(welcome(session), 1.4)
     assert [m.header.seq for m in sent(session.handle(replay(16, acknowledged=8), 1.5))] == [16]
     session.handle(Disconnected(), 1.6)
-    [held] = sent(session.handle(welcome(NEXT_EPOCH), 1.7))
+    [held] = sent(session.handle(welcome(session, NEXT_EPOCH), 1.7))
     assert held.header == Header(Kind.HELD, REQUEST, seq=8, arg=24, attempt=1)
     assert [m.header.seq for m in sent(session.handle(replay(8, acknowledged=8), 1.8))] == [8, 16]
 
@@ -352,7 +376,7 @@ def test_what_is_held_is_announced_and_repeated_until_the_broker_has_said_what_i
     session.handle(Disconnected(), 1.0)
     [register] = sent(session.handle(Woke(), 1.1))
     assert unpack(Register, register.route).held == 2
-    held = sent(session.handle(welcome(NEXT_EPOCH), 1.2))
+    held = sent(session.handle(welcome(session, NEXT_EPOCH), 1.2))
     assert [(m.kind, m.header.request) for m in held] == [(Kind.HELD, REQUEST), (Kind.HELD, OTHER)]
     assert unpack(Held, held[1].route) == Held(b"c" * 16, "m", epoch=EPOCH)
     assert session.handle(stepped(produced(0, 8)), 1.3) == []  # not before it is asked for
@@ -361,14 +385,14 @@ def test_what_is_held_is_announced_and_repeated_until_the_broker_has_said_what_i
     assert Kind.HELD not in kinds(session.handle(Woke(), 2.5))
     assert session.requests == 1
     session.handle(Disconnected(), 2.6)
-    [again] = sent(session.handle(welcome(b"g" * 8), 2.7))
+    [again] = sent(session.handle(welcome(session, b"g" * 8), 2.7))
     assert unpack(Held, again.route).epoch == NEXT_EPOCH, "that of the broker that asked for it"
 
 
 def test_held_is_repeated():
     session = running()
     session.handle(Disconnected(), 1.0)
-    session.handle(welcome(NEXT_EPOCH), 1.2)
+    session.handle(welcome(session, NEXT_EPOCH), 1.2)
     assert session.next_timer() == 2.2
     assert kinds(session.handle(Woke(), 2.2)) == [Kind.HB, Kind.HELD]
 
@@ -377,7 +401,7 @@ def test_a_new_broker_that_gives_the_same_attempt_again_gets_what_is_here():
     session = running()
     session.handle(stepped(produced(0, 8)), 1.0)
     session.handle(Disconnected(), 1.1)
-    session.handle(welcome(NEXT_EPOCH), 1.2)
+    session.handle(welcome(session, NEXT_EPOCH), 1.2)
     actions = session.handle(run(), 1.3)
     assert kinds(actions) == [Kind.RUNACK, Kind.TOK]
     assert not any(isinstance(a, Submit) for a in actions)
@@ -387,7 +411,7 @@ def test_an_attempt_of_the_same_number_behind_another_prefix_is_another_attempt(
     session = running()
     session.handle(stepped(produced(0, 8)), 1.0)
     session.handle(Disconnected(), 1.1)
-    session.handle(welcome(NEXT_EPOCH), 1.2)
+    session.handle(welcome(session, NEXT_EPOCH), 1.2)
     actions = session.handle(run(prefix=(0, 1)), 1.3)
     assert actions[0] == Cancel(KEY)
     assert [(m.kind, m.header.attempt) for m in sent(actions)] == [(Kind.RESET, 1)]
@@ -403,7 +427,7 @@ def test_stop_while_held_is_answered():
     session = running()
     session.handle(stepped(finished(0)), 1.0)
     session.handle(Disconnected(), 1.1)
-    session.handle(welcome(NEXT_EPOCH), 1.2)
+    session.handle(welcome(session, NEXT_EPOCH), 1.2)
     stop = Received(message(Kind.STOP, REQUEST, arg=StopReason.SUPERSEDED))
     assert kinds(session.handle(stop, 1.3)) == [Kind.END]
 
@@ -418,7 +442,7 @@ def test_what_was_stopped_is_not_offered_to_a_broker(ended):
         session.handle(Cancelled(KEY, None), 1.0)
     [register] = [m for m in sent(session.handle(Received(message(Kind.WHO)), 1.1)) if m.kind is Kind.REGISTER]
     assert unpack(Register, register.route).held == 0
-    assert session.handle(welcome(), 1.2) == []
+    assert session.handle(welcome(session), 1.2) == []
     assert session.handle(Cancelled(KEY, None), 1.3) == []
     assert kinds(session.handle(stop, 2.0)) == [Kind.CANCELLED], "who still waits for it asks again"
 
@@ -430,7 +454,7 @@ def test_without_a_broker_output_is_kept_up_to_a_limit(monkeypatch):
     assert not session.full  # a broker that is there takes it
     session.handle(Disconnected(), 1.1)
     assert session.full
-    session.handle(welcome(NEXT_EPOCH), 1.2)
+    session.handle(welcome(session, NEXT_EPOCH), 1.2)
     assert not session.full
 
 
@@ -439,7 +463,7 @@ def test_who_makes_the_worker_introduce_itself():
     actions = session.handle(Received(message(Kind.WHO)), 1.0)
     assert actions[0] == Unsend()
     assert kinds(actions) == [Kind.REGISTER]
-    assert kinds(session.handle(welcome(), 1.1)) == [Kind.HELD]
+    assert kinds(session.handle(welcome(session), 1.1)) == [Kind.HELD]
     assert session.requests == 1
 
 
@@ -449,7 +473,7 @@ def test_who_while_it_introduces_itself_answers_what_the_connection_before_left_
     session.handle(Disconnected(), 1.0)
     assert kinds(session.handle(Connected(), 1.1)) == [Kind.REGISTER]
     assert session.handle(Received(message(Kind.WHO)), 1.2) == []
-    assert kinds(session.handle(welcome(NEXT_EPOCH), 1.3)) == [Kind.HELD]
+    assert kinds(session.handle(welcome(session, NEXT_EPOCH), 1.3)) == [Kind.HELD]
 
 
 @pytest.mark.parametrize("kind", [Kind.STOP, Kind.REPLAY])
@@ -459,7 +483,7 @@ def test_what_was_asked_before_the_worker_introduced_itself_again_is_not_answere
     asked = Received(message(kind, REQUEST, arg=1))
     assert kinds(session.handle(Received(message(Kind.WHO)), 1.0)) == [Kind.REGISTER]
     assert session.handle(asked, 1.1) == []
-    session.handle(welcome(), 1.2)
+    session.handle(welcome(session), 1.2)
     assert len(sent(session.handle(asked, 1.3))) == 1
 
 
@@ -478,7 +502,7 @@ def test_three_silent_heartbeats_make_it_pause_and_register():
     assert session.handle(stepped(produced(0, 1)), 2.5) != []
     assert kinds(session.handle(Woke(), 3.0)) == [Kind.REGISTER]
     assert session.handle(stepped(produced(1, 8)), 3.1) == []
-    assert kinds(session.handle(welcome(), 3.4)) == [Kind.HELD]
+    assert kinds(session.handle(welcome(session), 3.4)) == [Kind.HELD]
     assert kinds(session.handle(replay(0), 3.5)) == [Kind.TOK, Kind.TOK]
 
 

@@ -81,6 +81,7 @@ class Session:
         self._load = Load(0, 0, 0)
         self._tokens = 0  # since the last heartbeat
         self._welcomed = False
+        self._introduction = 0  # its number: it rises with each connection, and the answer has it, too
         self._epoch = b""
         self._heartbeat = HEARTBEAT
         self._now = now
@@ -169,7 +170,7 @@ class Session:
     def _received(self, message: Message, now: float) -> list[Action]:
         header = message.header
         match header.kind:
-            case Kind.WELCOME:
+            case Kind.WELCOME if header.seq == self._introduction:  # else it answers an older REGISTER
                 return self._welcome(unpack(Welcome, message.route), now)
             case Kind.WHO if self._welcomed:  # else REGISTER is on its way, behind what this one answers
                 self._lost(now)
@@ -214,10 +215,12 @@ class Session:
         self._forget_stopped()
         register = replace(self._register, held=len(self._requests))
         # It goes before all else, and waits for room where what the last connection left behind fills the socket.
-        return [Unsend(), Send(Message(Header(Kind.REGISTER), pack(register), self._report))]
+        header = Header(Kind.REGISTER, seq=self._introduction)
+        return [Unsend(), Send(Message(header, pack(register), self._report))]
 
     def _lost(self, now: float) -> None:
         """Nothing but REGISTER goes out until the broker answers; output is kept."""
+        self._introduction += 1
         if self._welcomed:
             self._welcomed, self._lost_since = False, now
         self._register_at = now

@@ -1,0 +1,148 @@
+"""Whose connection a closed one was: descriptors are used again, and messages are read late."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import zmq
+
+from brokerwire import PATIENCE, Peer, until
+from loopmux import codec, wire
+from loopmux.messages import Hello
+from loopmux.wire import Header, Kind, Message
+from loopmux_broker.doors import Descriptors, Door, Side
+from loopmux_broker.events import say
+
+LAST = 2**32 - 1
+
+
+def peer(number: int) -> bytes:
+    """A peer whose connection was the so-and-so many-th of door 3."""
+    return b"\0" + number.to_bytes(4) + b"\3"
+
+
+OLD, NEW = peer(7), peer(8)
+
+
+def test_who_closes_is_who_introduced_itself() -> None:
+    descriptors = Descriptors()
+    assert descriptors.introduced(5, OLD) is None
+    assert descriptors.introduced(5, OLD) is None  # it says so again
+    assert descriptors.introduced(6, NEW) is None
+    assert descriptors.closed(5) == OLD
+    assert descriptors.closed(5) is None
+
+
+def test_what_is_read_late_does_not_take_a_descriptor_from_its_next_user() -> None:
+    descriptors = Descriptors()
+    descriptors.introduced(5, NEW)
+    assert descriptors.introduced(5, OLD) == OLD, "its connection is closed, or the other could not have its descriptor"
+    assert descriptors.closed(5) == NEW
+
+
+def test_the_next_user_of_a_descriptor_shows_that_the_one_before_is_gone() -> None:
+    descriptors = Descriptors()
+    descriptors.introduced(5, OLD)
+    assert descriptors.introduced(5, NEW) == OLD
+    assert descriptors.closed(5) == NEW
+
+
+@pytest.mark.parametrize("number", [LAST, 2**31, 0])
+def test_connections_are_counted_around_the_end_of_the_numbers(number: int) -> None:
+    descriptors = Descriptors()
+    descriptors.introduced(5, peer((number + 1) % 2**32))
+    assert descriptors.introduced(5, peer(number)) == peer(number)
+
+
+def test_a_peer_with_a_routing_id_of_its_own_is_gone_when_another_one_has_its_descriptor() -> None:
+    descriptors = Descriptors()
+    own = b"mine\3"
+    descriptors.introduced(5, own)
+    assert descriptors.introduced(5, OLD) == own
+    assert descriptors.closed(5) == OLD
+
+
+# --- what libzmq does
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Iterator[Door]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    door = Door(context, 3, Side.CLIENTS, 16)
+    door.bind(f"ipc://{tmp_path}/door.ipc")
+    yield door
+    door.close()
+    context.term()
+
+
+def heard(door: Door) -> bytes:
+    assert door.socket.poll(1000 * PATIENCE)
+    received = door.receive()
+    assert received is not None
+    return received[0]
+
+
+def disconnect(socket: zmq.Socket[bytes], door: Door) -> None:
+    """Close a connection. The news of it are there, unread."""
+    socket.disconnect(door.endpoint)
+
+    def heard_of() -> bool:
+        socket.getsockopt(zmq.EVENTS)  # ØMQ closes the connection in its own time, with the help of such calls
+        return bool(door.monitor.poll(0))
+
+    until(heard_of, "the news that it is closed")
+
+
+def test_routing_ids_tell_who_connected_later(door: Door) -> None:
+    peers = []
+    for _ in range(5):
+        with Peer(door.endpoint) as client:
+            client.send(say(Kind.PING))
+            peers.append(heard(door))
+    numbers = [int.from_bytes(peer[1:5]) for peer in peers]
+    assert {(b - a) % 2**32 for a, b in pairwise(numbers)} == {1}
+    assert {(len(peer), peer[0], peer[-1]) for peer in peers} == {(6, 0, 3)}
+
+
+@pytest.fixture
+def dense() -> Iterator[None]:
+    """Descriptors without a gap, so that what is opened next gets what was closed last."""
+    highest = max(int(each.name) for each in Path("/proc/self/fd").iterdir())
+    fillers = [os.dup(0)]
+    while fillers[-1] < highest:
+        fillers.append(os.dup(0))
+    yield
+    for filler in fillers:
+        os.close(filler)
+
+
+def test_the_late_word_of_a_closed_connection(door: Door, request: pytest.FixtureRequest) -> None:
+    """The next connection has its descriptor, and was heard before it."""
+    hello = wire.to_frames(Message(Header(Kind.HELLO), codec.pack(Hello((1,), wire.new_id()))))
+    ping = wire.to_frames(say(Kind.PING))
+    with zmq.Context() as context, context.socket(zmq.DEALER) as old, context.socket(zmq.DEALER) as new:
+        request.getfixturevalue("dense")
+        old.connect(door.endpoint)
+        old.send_multipart(ping)
+        first = heard(door)
+        old.send_multipart(ping)
+        old.send_multipart(hello)
+        time.sleep(0.1)  # all of it is there
+        disconnect(old, door)
+        new.connect(door.endpoint)
+        new.send_multipart(hello)
+        time.sleep(0.1)
+        order = [heard(door) for _ in range(3)]
+        second = order[1]
+        assert order == [first, second, first]
+        assert second != first
+        assert door.lost == [first]
+        door.lost.clear()
+        disconnect(new, door)
+        door.watch()
+        assert door.lost == [second]
