@@ -143,7 +143,7 @@ def test_an_adapter_that_names_another_base_is_served_with_a_note_and_a_warning(
         [note] = engine.describe().report["notes"]
         assert note.startswith(f"m: {red}/adapter_config.json names the base 'org/another'")
         assert str(tiny_model.base) in note
-        assert [(line["event"], line["model"], line["log_level"]) for line in logged if "model" in line] == [
+        assert [(line["event"], line["model"], line["log_level"]) for line in logged] == [
             ("adapter of another base", "m", "warning")
         ]
         assert greedy(engine)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import structlog
 import torch
 import transformers
 
@@ -22,8 +21,6 @@ from loopmux_worker.engine.slots.linears import alike, pack
 from loopmux_worker.engine.slots.lora import MixedAdapters
 from loopmux_worker.engine.slots.pairs import CannotMix, pairs_of
 from loopmux_worker.engine.slots.sizing import Size, size
-
-_log = structlog.get_logger(__name__)
 
 
 def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
@@ -63,7 +60,7 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
         engine = PlainEngine(models, one, spec.torch_threads)
         expected = "what one step computes"
     description = engine.describe()
-    _log.info("engine chosen", engine=description.engine, why=description.report["why"])
+    progress("loading", f"{description.engine} engine: {description.report['why']}")
     progress("warming", "one token")
     with memory.explained("a first token was computed", expected, "set a smaller kv_cache_gib, slots or context"):
         warm_up(engine, models.first)
