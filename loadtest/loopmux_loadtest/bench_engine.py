@@ -12,6 +12,7 @@ JSON line per case:
 - ``loops``: 8 conversations of 6 turns in lockstep, 600 tokens of prompt of which all share 500, 24 tokens out, results
   of 100 tokens; ``stateless`` is ours with a first token of its own in every turn, so that nothing can be reused.
 - ``arrival``: the longest pause of 15 running streams while a prompt of 2 000 tokens joins, beside their median step.
+- ``reading``: the same while a prompt of 4 million characters is read, which is far too long and refused.
 - ``start``: seconds from the start of a worker's process on the slots engine to its first token, which it computes
   before it calls itself ready, after one start that warms the disk; and what they were at on the way: the libraries
   imported, the model loaded.
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from loopmux.messages import ModelSpec, WorkerSpec
-from loopmux_loadtest.bench_sides import ROWS, Burst, Ours, Peer, Prompts, Side
+from loopmux_loadtest.bench_sides import ROWS, Burst, Late, Ours, Peer, Prompts, Side
 
 ADAPTERS = 8
 _TOKENS = (10, 15_000)
@@ -145,11 +146,11 @@ class Bench:
             "ttft_6_to_2": round(median[5] / median[1], 2),
         }
 
-    def arrival(self, ours: Ours) -> dict[str, Any]:
-        """The longest pause of running streams while a long prompt joins, beside their median step."""
+    def arrival(self, ours: Ours, late: Callable[[], Late], new: int) -> dict[str, Any]:
+        """The longest pause of streams of ``new`` tokens while a long prompt joins, beside their median step."""
         found = []
         for _ in range(self.rounds):
-            before, during = ours.pauses(self.prompts(15, 128), self.tokens(2000), 200)
+            before, during = ours.pauses(self.prompts(15, 128), late(), new)
             found.append((statistics.median(before), max(during), statistics.median(during)))
         step, longest, median = (statistics.median(values) for values in zip(*found, strict=True))
         return {
@@ -220,7 +221,7 @@ MIXED, MIXED_DECODE = (16, 128, 64), (16, 128, 128)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases asked for, all by default."""
-    names = (*WHOLE, *DECODE, "adapters", "loops", "arrival", "start", "overhead")
+    names = (*WHOLE, *DECODE, "adapters", "loops", "arrival", "reading", "start", "overhead")
     parser = argparse.ArgumentParser(prog="python -m loopmux_loadtest.bench_engine", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", type=Path)
@@ -236,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def tell(case: str, found: dict[str, Any]) -> None:
         print(json.dumps({"case": case, "rounds": given.rounds, **found}), flush=True)
 
-    if {*WHOLE, *DECODE, "loops", "arrival"} & set(wanted):
+    if {*WHOLE, *DECODE, "loops", "arrival", "reading"} & set(wanted):
         with bench.sides() as sides:
             ours = sides[0]
             assert isinstance(ours, Ours)
@@ -250,7 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if "loops" in wanted:
                 tell("loops 8 x 6", bench.loops(sides))
             if "arrival" in wanted:
-                tell("arrival 15 + 2000", bench.arrival(ours))
+                tell("arrival 15 + 2000", bench.arrival(ours, lambda: bench.tokens(2000), 200))
+            if "reading" in wanted:
+                tell("reading 15 + 4 million characters", bench.arrival(ours, lambda: "some words " * 363_636, 2000))
     if "adapters" in wanted:
         with bench.sides(ADAPTERS) as sides:
             tell(f"adapters 16 x (128, 64) over {ADAPTERS}", bench.adapters(sides))

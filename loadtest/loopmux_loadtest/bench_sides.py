@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 import yaml
 
 from loopmux import AsyncClient, Result, TextDelta
+from loopmux.errors import ContextLengthError
 
 ROWS = 16
 CONTEXT = 4096
@@ -25,6 +27,8 @@ READY_LIMIT = 300.0
 """Seconds that a side may take until it answers."""
 
 Prompts = list[list[int]]
+Late = list[int] | str
+"""A prompt that comes while others run: token ids, or a text that is too long."""
 Seen = list[tuple[float, int]]
 """What came of one stream: when, and how many tokens."""
 
@@ -129,11 +133,11 @@ class Ours:
         seconds = time.perf_counter() - started
         return Burst(seconds, [list(r.token_ids) for r in done], [r.timing.first_token for r in done])
 
-    def pauses(self, running: Prompts, late: list[int], new: int) -> tuple[list[float], list[float]]:
+    def pauses(self, running: Prompts, late: Late, new: int) -> tuple[list[float], list[float]]:
         """Pauses between chunks of running streams: before, and while, a late prompt is taken in."""
         return self._runner.run(self._pauses(running, late, new))
 
-    async def _pauses(self, running: Prompts, late: list[int], new: int) -> tuple[list[float], list[float]]:
+    async def _pauses(self, running: Prompts, late: Late, new: int) -> tuple[list[float], list[float]]:
         times: list[list[float]] = [[] for _ in running]
 
         async def one(ids: list[int], seen: list[float]) -> None:
@@ -145,7 +149,11 @@ class Ours:
         while min(map(len, times)) < new // 4:
             await asyncio.sleep(0.01)
         began = time.perf_counter()
-        await self._client.generate(prompt_token_ids=late, max_new_tokens=1, model="base")
+        if isinstance(late, str):
+            with contextlib.suppress(ContextLengthError):
+                await self._client.generate(late, max_new_tokens=1, model="base")
+        else:
+            await self._client.generate(prompt_token_ids=late, max_new_tokens=1, model="base")
         ended = time.perf_counter()
         await asyncio.gather(*tasks)
         pairs = [pair for seen in times for pair in pairwise(seen[2:])]  # the first two come while others begin

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from loopmux_worker.engine.base import Key
-from loopmux_worker.engine.slots.attention import Memory, Unsupported
+from loopmux_worker.engine.slots.attention import KVMemory, Unsupported
 from loopmux_worker.engine.slots.schedule import Segment
 
 SIZE = 8
@@ -36,7 +36,7 @@ def test_layers_of_one_window_that_differ_otherwise_get_masks_of_their_own(windo
     """Heads for each key head and the type of the numbers are a layer's own, in some models (NAS, mixed precision)."""
     torch.manual_seed(0)
     kinds = [(4, 2, torch.float32), (4, 1, torch.float32), (4, 4, torch.float32), (4, 2, torch.bfloat16)]
-    memory = Memory(3, 32, torch.device("cpu"))
+    memory = KVMemory(3, 32, torch.device("cpu"))
     lengths = {0: 12, 1: 10, 2: 9}
     made = {}
     for index, (heads, kv_heads, dtype) in enumerate(kinds):
@@ -63,7 +63,7 @@ def test_layers_of_one_window_that_differ_otherwise_get_masks_of_their_own(windo
 
 def test_what_comes_out_can_be_viewed_whatever_the_step_is_made_of():
     """Some models (AFMoE) call ``view`` on it."""
-    memory = Memory(2, 32, torch.device("cpu"))
+    memory = KVMemory(2, 32, torch.device("cpu"))
     one, both = [segment(0, 0, 7)], [segment(0, 7, 1), segment(1, 0, 5)]
     for step in (one, both, [segment(0, 8, 3)], [segment(0, 11, 1), segment(1, 5, 1)]):
         memory.prepare(step)
@@ -74,7 +74,7 @@ def test_what_comes_out_can_be_viewed_whatever_the_step_is_made_of():
 
 
 def test_a_mask_that_a_model_makes_is_not_passed_over():
-    memory = Memory(1, 8, torch.device("cpu"))
+    memory = KVMemory(1, 8, torch.device("cpu"))
     memory.prepare([segment(0, 0, 3)])
     given = torch.randn(1, 1, 3, SIZE)
     with pytest.raises(Unsupported, match=r"a mask of its own, \(1, 1, 3, 3\)"):

@@ -1,5 +1,6 @@
 """What every engine on a real model does alike; what is one engine's alone is tested beside that engine."""
 
+import shutil
 import threading
 
 import pytest
@@ -397,6 +398,16 @@ def some_steps(engine, one):
     return outputs
 
 
+def test_the_files_of_an_adapter_may_be_written_again_while_it_is_served(engine, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model.adapters["red"], tmp_path / "red")
+    engine.load_adapter("mine", str(folder))
+    before = ids(answer(engine, job("mine", max_new_tokens=30)))
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    assert ids(answer(engine, job("mine", max_new_tokens=30))) == before
+    engine.unload_adapter("mine")
+
+
 def test_an_adapter_in_use_goes_when_its_last_request_has_ended(engine, tiny_model, again):
     alone = {name: ids(answer(engine, job(name, max_new_tokens=30, ignore_eos=True))) for name in ("red", "blue")}
     jobs = [job(name, max_new_tokens=30, ignore_eos=True) for name in (again, "blue", again)]
@@ -466,6 +477,20 @@ def test_description(engine, kind, reference):
         config = reference.config
         token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
         assert described.report["kv_bytes"] == described.report["kv_rows"] * described.report["kv_context"] * token
+
+
+def test_what_was_chosen_and_what_it_takes_is_said_while_it_opens(tiny_model, kind):
+    said = []
+    settings = {"engine": "auto" if kind == "slots" else "plain", "slots": 3, "kv_cache_gib": 2**-10, "device": "cpu"}
+    spec = WorkerSpec("w", "", (ModelSpec("base"),), str(tiny_model.base), dtype="float32", torch_threads=1, **settings)
+    made = open_engine(spec, lambda _, detail: said.append(detail))
+    report = made.describe().report
+    made.close()
+    assert f"{kind} engine: {report['why']}" in said
+    if kind == "slots":
+        taken = f"{report['kv_bytes'] / 2**20:.0f} MiB of attention state ({report['kv_rows']} rows of 256 tokens)"
+        assert f"{taken} for 3 requests at once" in said
+        assert report["kv_bytes"] <= 2**20
 
 
 def test_deterministic_only_in_float32(engine, tiny_model, kind, device):

@@ -1,6 +1,7 @@
 """An adapter that cannot be loaded is left out with its reason; its base and the adapters beside it are served."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from loopmux.codec import pack, unpack
 from loopmux.errors import BadRequestError, ConfigError, ModelNotFoundError
 from loopmux.messages import Generate, LeftOut, ModelSpec, Register, Run, Sampling, ServedModel, WorkerSpec
 from loopmux.wire import ROUTE_LIMIT, new_id
-from loopmux_worker.engine import open_engine
+from loopmux_worker.engine import adapterfiles, open_engine
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Description, Job, Key, Produced
 from loopmux_worker.server import registration
@@ -234,6 +235,35 @@ def test_once_it_is_mended_it_can_be_loaded_beside_the_others(tiny_model, tmp_pa
         assert greedy(engine, "red") != greedy(engine, "base")
         with pytest.raises(BadRequestError, match="served already"):
             engine.load_adapter("red", str(folder))
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("kind", ["slots", "plain"])
+def test_one_that_is_written_while_it_is_loaded_is_refused(tiny_model, tmp_path, undisturbed, monkeypatch, kind):
+    """Else its fingerprint would be that of files which were not loaded."""
+    folder = shutil.copytree(tiny_model.adapters["red"], tmp_path / "red")
+    shutil.copy(tiny_model.adapters["red"] / "adapter_model.safetensors", tmp_path / "other")
+    with (tmp_path / "other").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(bytes(4))
+    read = adapterfiles._read_weights
+
+    def read_and_replace(path):
+        weights = read(path)
+        (tmp_path / "other").replace(path)
+        return weights
+
+    engine = opened(tiny_model, ModelSpec("base"), engine=kind)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(adapterfiles, "_read_weights", read_and_replace)
+            with pytest.raises(ConfigError, match=r"adapter_model.safetensors changed while it was loaded"):
+                engine.load_adapter("red", str(folder))
+        assert engine.describe().adapters == ()
+        assert greedy(engine, "base") == undisturbed["base"]
+        engine.load_adapter("red", str(folder))
+        assert engine.describe().adapters == ("red",)
     finally:
         engine.close()
 

@@ -107,9 +107,13 @@ def test_the_adapters_tokenizer_goes_first_and_borrows_a_template(tiny_model, re
     write_tokenizer(red, template=None)
     engine = opened(spec(tiny_model.base, ModelSpec("m", adapter_dir=str(red))))
     try:
-        assert engine._models.loaded.tokenizers["m"].name_or_path == str(red)
+        assert engine._models._served["m"].tokenizer.name_or_path == str(red)
         assert "the base's is used" in engine.describe().report["notes"][0]
         assert greedy(engine)
+        engine.load_adapter("again", str(red))
+        assert len(engine.describe().report["notes"]) == 2
+        engine.unload_adapter("again")
+        assert len(engine.describe().report["notes"]) == 1, "what went is no longer spoken of"
     finally:
         engine.close()
 
@@ -412,3 +416,17 @@ def test_a_weight_file_without_tensors_is_refused_before_anything_is_made_up(bas
     (tmp_path / "m" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     with pytest.raises(ConfigError, match=r"model.safetensors, which holds no tensors, .*copy or save it again"):
         opened(spec(tmp_path / "m"))
+
+
+def test_a_model_that_is_written_while_it_is_loaded_is_refused(base, tmp_path, monkeypatch):
+    """Else its fingerprint would be that of files which were not loaded."""
+    load = loading._load_model
+
+    def load_and_replace(*given):
+        model = load(*given)
+        shutil.copy(base / "model.safetensors", tmp_path / "other")
+        (tmp_path / "other").replace(base / "model.safetensors")
+        return model
+
+    monkeypatch.setattr(loading, "_load_model", load_and_replace)
+    assert "model.safetensors changed while it was loaded, expected files that nobody" in refusal(spec(base))

@@ -269,7 +269,7 @@ def test_a_name_that_is_taken(base, red):
 def test_another_number_of_tokens_than_was_said(base, red):
     model, adapters = mixed(base, {"red": red})
     adapters.use([("red", 3)])
-    with pytest.raises(EngineError, match="the runs given before have 3 tokens"):
+    with pytest.raises(EngineError, match="the spans given before have 3 tokens"):
         model(tokens(4, 1)[None])
 
 

@@ -55,6 +55,13 @@ def test_a_request_without_a_seed_has_the_same_one_in_every_attempt():
     assert seed_of(Sampling(seed=5), b"a" * 16) == 5
 
 
+def test_a_prompt_may_hold_ids_that_the_head_does_not_give(device):
+    """An embedding can have more rows than the head has outputs."""
+    wide = sampler(Sampling(repetition_penalty=2.0), prompt=[0, len(LOGITS), len(LOGITS) + 99], device=device)
+    same = sampler(Sampling(repetition_penalty=2.0), prompt=[0], device=device)
+    assert adjusted(wide, device).tolist() == adjusted(same, device).tolist() != LOGITS.tolist()
+
+
 def test_penalties_by_their_formulas(device):
     chooser = sampler(Sampling(temperature=0, repetition_penalty=2.0), prompt=[0, 4], device=device)
     # token 0: 2.0 / 2 = 1.0 is no more than token 1's 1.0, and greedy takes the first best

@@ -157,7 +157,7 @@ def test_heartbeats_carry_load_progress_and_rate():
 
 def test_run_is_submitted_once_and_acknowledged_where_no_output_does_so():
     session = joined()
-    assert session.handle(run(prefix=(5, 6)), 0.0) == [Submit(Job(KEY, Run("m"), Generate(prompt="hi"), (5, 6)))]
+    assert session.handle(run(prefix=(5, 6)), 0.0) == [Submit(Job(KEY, Run("m"), Generate(prompt="hi"), (5, 6), 0.0))]
     assert session.next_timer() == ACKNOWLEDGE_WITHIN
     acknowledged = Send(Message(Header(Kind.RUNACK, REQUEST, attempt=1)))
     assert session.handle(Woke(), ACKNOWLEDGE_WITHIN) == [acknowledged]
@@ -191,7 +191,9 @@ def test_what_could_not_go_out_acknowledges_nothing():
 
 def test_two_attempts_of_one_request_live_side_by_side():
     session = running()
-    assert Submit(Job(Key(REQUEST, 2), Run("m"), Generate(prompt="hi"))) in session.handle(run(attempt=2), 0.0)
+    assert Submit(Job(Key(REQUEST, 2), Run("m"), Generate(prompt="hi"), arrived=0.0)) in session.handle(
+        run(attempt=2), 0.0
+    )
     assert session.requests == 2
 
 

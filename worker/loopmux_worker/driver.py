@@ -1,10 +1,17 @@
-"""The engine thread: the one thread that touches the engine. Commands come in by a queue, events go out by another."""
+"""The engine thread: the one thread that runs the engine. Commands come in by a queue, events go out by another.
+
+Where preparing a request may take long it is done in a second thread: a prompt of some megabytes takes seconds to
+tokenise, for which running streams would stand still.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
 
 import structlog
 
@@ -13,11 +20,21 @@ from loopmux.results import Usage
 from loopmux_worker.causes import device_lost
 from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Load, Output, engine_error
 from loopmux_worker.events import Cancel, Cancelled, Event, Hint, Stepped, Submit
+from loopmux_worker.preparing import Preparer
 
 _log = structlog.get_logger(__name__)
 
 Command = Submit | Cancel | Hint
 """What the engine's thread is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Preparing:
+    """A job that is being prepared. The engine's thread is told at once, so that a ``Cancel`` behind it finds it."""
+
+    job: Job
+    prepared: Future[Any]
+
 
 _BACKLOG = 256
 """Steps whose outputs may wait for the I/O thread; an engine that is faster than the wire is made to wait."""
@@ -27,13 +44,15 @@ class Driver:
     """Runs an engine in a thread of its own.
 
     Args:
-        engine: handed over; nobody else may touch it until ``stop``.
+        engine: handed over; nobody else may touch it until ``stop``, but for what it allows beside its steps.
         wake: called (in the engine's thread) when there is something in ``drain``.
     """
 
     def __init__(self, engine: Engine, wake: Callable[[], None]) -> None:
         self._engine, self._wake = engine, wake
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._preparer = Preparer(engine.prepare) if engine.slow_to_prepare else None
+        self._preparing: dict[Key, _Preparing] = {}  # in the order in which they came
+        self._commands: queue.SimpleQueue[Command | _Preparing | None] = queue.SimpleQueue()  # None only wakes
         self._events: queue.Queue[Event] = queue.Queue(_BACKLOG)
         self._stopping = threading.Event()
         self._keys: dict[Key, int] = {}  # running requests and how many tokens each has
@@ -44,11 +63,18 @@ class Driver:
 
     def start(self) -> None:
         """Begin."""
+        if self._preparer is not None:
+            self._preparer.start()
         self._thread.start()
 
     def put(self, command: Command) -> None:
-        """Hand a command to the engine; never blocks."""
-        self._commands.put(command)
+        """Hand a command to the engine; never blocks. Requests are taken in in the order in which they come."""
+        if self._preparer is None or not isinstance(command, Submit):
+            self._commands.put(command)
+            return
+        preparing = _Preparing(command.job, self._preparer.put(command.job))
+        self._commands.put(preparing)
+        preparing.prepared.add_done_callback(lambda _: self._commands.put(None))
 
     def drain(self) -> list[Event]:
         """What happened since the last call."""
@@ -63,6 +89,8 @@ class Driver:
         """End the thread and close the engine; False if it did not end in time (a step is taking long)."""
         self._stopping.set()
         self._commands.put(None)
+        if self._preparer is not None:
+            self._preparer.stop()
         if self._thread.ident is None:  # it was never started, so the engine is still ours
             self._engine.close()
             return True
@@ -85,16 +113,19 @@ class Driver:
         for command in self._take(due):
             match command:
                 case Submit(job):
-                    self._submit(job)
+                    self._take_in(job)
+                case _Preparing(job):
+                    self._preparing[job.key] = command
                 case Cancel(key):
                     self._post(Cancelled(key, self._cancel(key)))
                 case Hint(hint):
                     self._engine.hint(hint)
+        self._take_in_prepared()
         self._report([] if self._engine.due() is None else self._step())
 
-    def _take(self, due: float | None) -> list[Command]:
-        """The commands at hand; waits for the first one while the engine has nothing to do."""
-        taken: list[Command] = []
+    def _take(self, due: float | None) -> list[Command | _Preparing]:
+        """The commands at hand; waits for the first one, or for being woken, while the engine has nothing to do."""
+        taken: list[Command | _Preparing] = []
         try:
             command = self._commands.get_nowait() if due == 0 else self._commands.get(timeout=due)
             while command is not None:
@@ -104,15 +135,26 @@ class Driver:
             pass  # that is the end of what is at hand
         return taken
 
-    def _submit(self, job: Job) -> None:
+    def _take_in_prepared(self) -> None:
+        while self._preparing and (first := next(iter(self._preparing.values()))).prepared.done():
+            del self._preparing[first.job.key]
+            self._take_in(first.job, first.prepared)
+
+    def _take_in(self, job: Job, prepared: Future[Any] | None = None) -> None:
         try:
-            self._engine.submit(job)
+            if prepared is None:
+                self._engine.submit(job)
+            else:
+                self._engine.add(prepared.result())
         except Exception as error:  # noqa: BLE001 - whatever a request does to the engine, it is that request's failure
             self._report([Failed(job.key, len(job.prefix), _survived(error))])
         else:
             self._keys[job.key] = len(job.prefix)
 
     def _cancel(self, key: Key) -> Usage | None:
+        if (preparing := self._preparing.pop(key, None)) is not None:
+            preparing.prepared.cancel()  # if it is not its turn yet; else what comes of it is left alone
+            return Usage(completion_tokens=len(preparing.job.prefix))
         self._keys.pop(key, None)
         return self._engine.cancel(key)
 
@@ -140,6 +182,8 @@ class Driver:
 
     def _report(self, outputs: list[Output]) -> None:
         load = self._engine.load()
+        if self._preparing:
+            load = replace(load, queued=load.queued + len(self._preparing))
         if outputs or load != self._load:
             self._load = load
             self._post(Stepped(tuple(outputs), load))

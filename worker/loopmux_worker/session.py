@@ -322,7 +322,7 @@ class Session:
             return self._fail(request, refusal, Usage(), now)
         # Where a worker was lost before, the broker judges by this whether the next one is lost by the request.
         acknowledged = [_acknowledged(request)] if key.attempt > 1 else []
-        return [*acknowledged, Submit(Job(key, request.run, generate, prefix))]
+        return [*acknowledged, Submit(Job(key, request.run, generate, prefix, now))]
 
     def _stop(self, header: Header, now: float) -> list[Action]:
         key = Key(header.request, header.attempt)

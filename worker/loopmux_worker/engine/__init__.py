@@ -28,7 +28,7 @@ def open_engine(spec: WorkerSpec, progress: Callable[[str, str], None]) -> Engin
             return EchoEngine(spec)
         case "auto" | "plain" | "slots":
             from loopmux_worker.engine import memory
-            from loopmux_worker.engine.folders import check_folders
+            from loopmux_worker.engine.specfolders import check_folders
 
             check_folders(spec)
             with memory.explained("torch and transformers were imported", "these libraries, some hundred MiB"):

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from loopmux.errors import ConfigError
 from loopmux.modelfolders import adapter_folder
 from loopmux.weightfiles import ADAPTER_CONFIG, adapter_weights, read_json
-from loopmux_worker.engine import files
+from loopmux_worker.engine import fingerprints
 from loopmux_worker.engine.loading import is_finite
 
 _LARGEST_ALPHA = 2.0**16
@@ -49,7 +49,7 @@ class AdapterFiles:
 
     def adapter(self) -> Adapter:
         """What is kept of it once it is loaded."""
-        return Adapter(files.fingerprint(self.folder), self.folder, self.config.base_model_name_or_path)
+        return Adapter(fingerprints.of(self.folder), self.folder, self.config.base_model_name_or_path)
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """See that the tensors are exactly those that a base needs for this configuration: names and shapes.
@@ -152,7 +152,8 @@ def _check_settings(file: Path, described: Mapping[str, Any]) -> None:
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
-            weights = load_file(str(path))
+            # Read, not mapped as by `load_file`: somebody may write the file again while it is served
+            weights = load(path.read_bytes())
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

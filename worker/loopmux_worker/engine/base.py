@@ -1,8 +1,8 @@
 """The interface between a worker's wire side and whatever generates.
 
-One thread owns the engine and calls everything here. An engine is a step machine: requests are submitted and cancelled
-between steps, and each ``step`` returns what came of it. Text work (incremental detokenising, stop strings, tool-call
-parsing) is the engine's, because stopping depends on it.
+One thread owns the engine and calls everything here but ``prepare``. An engine is a step machine: requests are added
+and cancelled between steps, and each ``step`` returns what came of it. Text work (incremental detokenising, stop
+strings, tool-call parsing) is the engine's, because stopping depends on it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,18 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request as the engine gets it. ``prefix`` are tokens already produced by an earlier attempt."""
+    """A request as the engine gets it.
+
+    Attributes:
+        prefix: tokens already produced by an earlier attempt.
+        arrived: when the worker got it, on the engine's clock; None: when it is prepared.
+    """
 
     key: Key
     run: Run
     generate: Generate
     prefix: tuple[int, ...] = ()
+    arrived: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +111,41 @@ class Load:
 
 
 class Engine(Protocol):
-    """What the worker drives. Not thread-safe: one thread owns it."""
+    """What the worker drives. Not thread-safe, but for ``prepare``: one thread owns it.
+
+    Attributes:
+        slow_to_prepare: whether ``prepare`` may take long enough to be worth a thread of its own.
+    """
+
+    slow_to_prepare: bool
 
     def describe(self) -> Description:
         """What is loaded; stable between ``load_adapter`` and ``unload_adapter``."""
         ...
 
-    def submit(self, job: Job) -> None:
-        """Take a request in.
+    def prepare(self, job: Job) -> Any:
+        """Check a request and read its prompt, for ``add``. In any thread, one request at a time; changes nothing.
 
         Raises:
             LoopmuxError: it cannot be run here (bad field, unknown model or adapter, prompt longer than the context).
         """
         ...
+
+    def add(self, prepared: Any) -> None:
+        """Take a prepared request in.
+
+        Raises:
+            LoopmuxError: it cannot be run any more: its adapter was unloaded since.
+        """
+        ...
+
+    def submit(self, job: Job) -> None:
+        """Both at once, where no stream has to wait for it.
+
+        Raises:
+            LoopmuxError: it cannot be run here.
+        """
+        self.add(self.prepare(job))
 
     def cancel(self, key: Key) -> Usage | None:
         """Forget a request before the next token; None if it is not here (any more)."""

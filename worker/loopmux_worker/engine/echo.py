@@ -17,7 +17,18 @@ from loopmux.messages import Generate, ModelSpec, ServedModel, SessionHint, Work
 from loopmux.results import FinishReason, ToolCall, Usage
 from loopmux.wire import unpack_tokens
 from loopmux_worker.engine import admission
-from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced, timing_of
+from loopmux_worker.engine.base import (
+    Description,
+    Engine,
+    Failed,
+    Finished,
+    Job,
+    Key,
+    Load,
+    Output,
+    Produced,
+    timing_of,
+)
 from loopmux_worker.engine.script import pieces_of, script_of
 from loopmux_worker.engine.text import StopStrings
 from loopmux_worker.engine.toolparse import CallParser
@@ -95,8 +106,10 @@ class _Running:
     first: float | None = None
 
 
-class EchoEngine:
+class EchoEngine(Engine):
     """Runs any number of requests side by side, each at its own rate."""
+
+    slow_to_prepare = False
 
     def __init__(self, spec: WorkerSpec, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = read_settings(spec.echo)
@@ -115,8 +128,8 @@ class EchoEngine:
         report: dict[str, Any] = {"engine": "echo", "why": "configured", "rate": self._settings.rate}
         return Description("echo", served, self._slots, adapters, report)
 
-    def submit(self, job: Job) -> None:
-        """Take a request in; see ``Engine``."""
+    def prepare(self, job: Job) -> _Running:
+        """Check a request; see ``Engine``."""
         generate = job.generate
         admission.check(generate)
         admission.check_stop_tokens(generate, VOCABULARY)
@@ -128,25 +141,28 @@ class EchoEngine:
         words = None if script is None else pieces_of(script)
         available = len(words) if words is not None else self._available(generate, limit)
         now = self._clock()
-        running = _Running(
+        return _Running(
             job=job,
             words=words,
             total=min(limit, available),
             reason="length" if limit <= available else "stop",
             position=0,
             next_due=now + self._settings.first_delay,
-            arrived=now,
+            arrived=now if job.arrived is None else job.arrived,
             prompt=prompt,
             stops=StopStrings(generate.stop),
             calls=CallParser(job.key.request) if admission.parses_calls(generate) else None,
         )
-        self._computed += prompt
-        for _ in job.prefix:
-            self._produce(running)
-        if running.position >= running.total:
-            self._waiting.append(self._finished(running))
+
+    def add(self, prepared: _Running) -> None:
+        """Take a request in; see ``Engine``."""
+        self._computed += prepared.prompt
+        for _ in prepared.job.prefix:
+            self._produce(prepared)
+        if prepared.position >= prepared.total:
+            self._waiting.append(self._finished(prepared))
         else:
-            self._running[job.key] = running
+            self._running[prepared.job.key] = prepared
 
     def cancel(self, key: Key) -> Usage | None:
         """Forget a request."""

@@ -6,7 +6,7 @@ Whatever would be served wrong is refused, with what was found, what was expecte
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.messages import ModelSpec, WorkerSpec
 from loopmux.modelfolders import adapter_folder
 from loopmux.weightfiles import MODEL_CONFIG, model_weights, read_json
-from loopmux_worker.engine import files, folders, memory
+from loopmux_worker.engine import fingerprints, memory, specfolders
 from loopmux_worker.engine.templates import check_template, has_template
 
 Progress = Callable[[str, str], None]
@@ -37,7 +37,6 @@ class Loaded:
 
     Attributes:
         model: the transformers model; adapters are put into it by ``adapters``.
-        tokenizers: per model id that was added, the adapter's own where it has one.
         ends: token ids that end an output, whichever model's.
         context: tokens of prompt and answer together.
         vocabulary: rows of the embedding: prompt ids are below.
@@ -59,17 +58,11 @@ class Loaded:
     folder: Path
     parameters: int
     weights_bytes: int
-    tokenizers: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, model: ModelSpec, tokenizer: Any, notes: Iterable[str]) -> None:
-        """Take a model id in with what ``tokenizer_of`` found for it."""
-        self.tokenizers[model.id] = tokenizer
-        self.notes += notes
-
-    def ends_of(self, model: str) -> frozenset[int]:
-        """Token ids that end an output of a model: its own tokenizer's are not its neighbours'."""
-        return self.ends | _ids(self.tokenizers[model].eos_token_id)
+    def ends_with(self, tokenizer: Any) -> frozenset[int]:
+        """Token ids that end an output read with a tokenizer: its own, and those of the base."""
+        return self.ends | _ids(tokenizer.eos_token_id)
 
 
 def load(spec: WorkerSpec, progress: Progress) -> Loaded:
@@ -80,16 +73,18 @@ def load(spec: WorkerSpec, progress: Progress) -> Loaded:
     """
     if spec.torch_threads is not None:
         torch.set_num_threads(spec.torch_threads)
-    folder = folders.base_folder(spec)
+    folder = specfolders.base_folder(spec)
     check_environment(spec, folder)
     device = choose_device(spec.device)
     weights = model_weights(folder, pickle=spec.allow_pickle_weights)
     _check_memory(spec, weights, device)
     progress("loading", f"weights of {folder.name} ({sum(p.stat().st_size for p in weights) / 2**20:.0f} MiB)")
+    before = fingerprints.state(folder)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fingerprint") as pool:
-        digest = pool.submit(files.fingerprint, folder)
-        model = _load_model(spec, folder, device)
-        return _loaded(spec, folder, model, digest)
+        digest = pool.submit(fingerprints.of, folder)
+        loaded = _loaded(spec, folder, _load_model(spec, folder, device), digest)
+    fingerprints.check_unchanged(folder, before)
+    return loaded
 
 
 def _loaded(spec: WorkerSpec, folder: Path, model: Any, digest: Future[str]) -> Loaded:
@@ -106,7 +101,7 @@ def _loaded(spec: WorkerSpec, folder: Path, model: Any, digest: Future[str]) -> 
         head=_head_width(model, vocabulary),
         device=model.device,
         dtype=model.dtype,
-        fingerprint=files.combined(parts),
+        fingerprint=fingerprints.combined(parts),
         folder=folder,
         parameters=sum(p.numel() for p in model.parameters()),
         weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
@@ -226,9 +221,9 @@ def _load_model(spec: WorkerSpec, folder: Path, device: torch.device) -> Any:
 
 def _check_loading(folder: Path, info: Any) -> None:
     """Weights that are missing would be made up at random, and answer like it."""
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+    for kind in ("missing_keys", "mismatched_keys"):
         found = sorted(map(str, info.get(kind) or ()))
-        if found and kind != "unexpected_keys":
+        if found:
             raise ConfigError(
                 f"{folder}: {len(found)} weights are {kind.removesuffix('_keys')}, the first is {found[0]}: "
                 "config.json and weights do not belong together"
@@ -255,20 +250,25 @@ def tokenizer_of(model: ModelSpec, loaded: Loaded, spec: WorkerSpec) -> tuple[An
     """
     base, notes = loaded.folder, []
     own = adapter_folder(model.adapter_dir) if model.adapter_dir else base
-    tokenizer = read_tokenizer(own if files.has_tokenizer(own) else base, spec)
+    tokenizer = read_tokenizer(own if _has_tokenizer(own) else base, spec)
     if len(tokenizer) > loaded.vocabulary:
         raise ConfigError(
             f"model {model.id!r}: its tokenizer has {len(tokenizer)} tokens, the model's embedding {loaded.vocabulary} "
             "rows: it belongs to another model"
         )
-    if own != base and files.has_tokenizer(own) and not has_template(tokenizer) and files.has_tokenizer(base):
+    if own != base and _has_tokenizer(own) and not has_template(tokenizer) and _has_tokenizer(base):
         tokenizer.chat_template = read_tokenizer(base, spec).chat_template
         notes.append(f"{model.id}: the adapter's tokenizer has no chat template, the base's is used")
     if has_template(tokenizer):
-        check_template(tokenizer, own if files.has_tokenizer(own) else base)
+        check_template(tokenizer, own if _has_tokenizer(own) else base)
     elif model.model_type == "instruct":
         notes.append(f"{model.id}: no chat template, a plain 'User: … Assistant:' format is used")
     return tokenizer, notes
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether a folder brings a tokenizer of its own."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
 
 
 def read_tokenizer(folder: Path, spec: WorkerSpec) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -11,13 +12,13 @@ import structlog
 import torch
 import transformers
 
-from loopmux.errors import AdapterNotFoundError, BadRequestError, LoopmuxError
+from loopmux.errors import AdapterNotFoundError, BadRequestError, ConfigError, LoopmuxError
 from loopmux.madefor import other_base
 from loopmux.messages import Generate, LeftOut, ModelSpec, ServedModel, WorkerSpec
 from loopmux.modelfolders import adapter_folder
 from loopmux.results import Timing
 from loopmux_worker.causes import ran_out
-from loopmux_worker.engine import admission, files, folders, memory, templates
+from loopmux_worker.engine import admission, fingerprints, memory, specfolders, templates
 from loopmux_worker.engine.adapterfiles import Adapter
 from loopmux_worker.engine.base import Description, Job, timing_of
 from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, tokenizer_of
@@ -43,6 +44,40 @@ class AdapterStore(Protocol):
     def unload(self, name: str) -> None:
         """Forget an adapter."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model id that is served, and what its prompts and answers go through.
+
+    Attributes:
+        tokenizer: the adapter's own where it has one.
+        ends: token ids that end an output: its own tokenizer's are not its neighbours'.
+        notes: what somebody who wonders about its answers should know.
+    """
+
+    spec: ModelSpec
+    tokenizer: Any
+    ends: frozenset[int]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job that was checked, with its prompt as token ids; nobody else knows of it yet.
+
+    Attributes:
+        model, adapter: what it was prepared for; the adapter as a model id of its own, None for the base alone.
+        reading: how its output is to be read.
+        arrived: when the worker got it.
+    """
+
+    job: Job
+    model: Served
+    adapter: Served | None
+    prompt: list[int]
+    reading: Reading
+    arrived: float
 
 
 @dataclass(slots=True)
@@ -105,7 +140,7 @@ class Models:
     def __init__(self, spec: WorkerSpec, loaded: Loaded, adapters: AdapterStore, progress: Progress, why: str) -> None:
         self.loaded = loaded
         self._spec, self._adapters, self._why = spec, adapters, why
-        self._models: dict[str, ModelSpec] = {}
+        self._served: dict[str, Served] = {}  # replaced, never changed: ``prepare`` reads it from another thread
         self._left_out: dict[str, LoopmuxError] = {}
         self._leaving: set[str] = set()
         self._add_all(progress)
@@ -113,7 +148,7 @@ class Models:
     @property
     def first(self) -> str:
         """Some model's id."""
-        return next(iter(self._models))
+        return next(iter(self._served))
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
@@ -130,23 +165,29 @@ class Models:
                 if not isinstance(error, LoopmuxError):
                     _log.exception("loading an adapter failed", model=model.id)
                 self._left_out[model.id] = as_config_error(error)
-        if not self._models:
-            raise folders.nothing_left(self._left_out)
+        if not self._served:
+            raise specfolders.nothing_left(self._left_out)
         for name, reason in self._left_out.items():
             _log.error("model left out", model=name, reason=reason.message)
 
     def _add(self, model: ModelSpec) -> None:
         """Take in one model: its tokenizer, and its adapter if it has one."""
+        before = fingerprints.state(adapter_folder(model.adapter_dir)) if model.adapter_dir else ()
         tokenizer, notes = tokenizer_of(model, self.loaded, self._spec)
         if model.adapter_dir:
             with memory.loading_adapter(model.id, model.adapter_dir):
                 adapter = self._adapters.load(model.id, model.adapter_dir)
+            try:
+                fingerprints.check_unchanged(adapter.folder, before)
+            except ConfigError:
+                self._adapters.unload(model.id)
+                raise
             base = self._spec.base_model or str(self.loaded.folder)
             if note := other_base(adapter.made_for, base, adapter.folder):
                 _log.warning("adapter of another base", model=model.id, note=note)
                 notes.append(f"{model.id}: {note}")
-        self._models[model.id] = model
-        self.loaded.add(model, tokenizer, notes)
+        served = Served(model, tokenizer, self.loaded.ends_with(tokenizer), tuple(notes))
+        self._served = {**self._served, model.id: served}
 
     def _without_merged(self, model: ModelSpec) -> ModelSpec:
         """A merged model in ``adapter_dir`` was loaded as the base: there is no adapter to put on it."""
@@ -165,11 +206,11 @@ class Models:
                 "when they have ended, or under another name",
                 retryable=True,
             )
-        if name in self._models:
+        if name in self._served:
             raise BadRequestError(f"adapter {name!r}: a model or adapter of that name is served already")
         self._add(ModelSpec(name, adapter_dir=directory))
         self._left_out.pop(name, None)
-        return self._served(self._models[name])
+        return self._announced(self._served[name].spec)
 
     def leave(self, name: str) -> None:
         """Serve an adapter's model no more: new requests for it are refused, those that use it go on until ``unload``.
@@ -183,7 +224,7 @@ class Models:
                 f"adapter {name!r} is not loaded; loaded: {', '.join(self._staying()) or 'none'}"
             )
         self._leaving.add(name)
-        del self._models[name], self.loaded.tokenizers[name]
+        self._served = {other: served for other, served in self._served.items() if other != name}
 
     def unload(self, name: str) -> None:
         """Forget an adapter that left and that no request uses any more."""
@@ -216,43 +257,68 @@ class Models:
         """What attention state depends on beside the tokens: the content of base and adapter."""
         return f"{self.loaded.fingerprint} {self._adapters.loaded[adapter].fingerprint if adapter else ''}"
 
-    def prepare(self, job: Job) -> Request:
-        """Check a job and make it ready to run.
+    def prepare(self, job: Job) -> Prepared:
+        """Check a job and read its prompt. In any thread; uses no torch, whose threads are those of who computes.
 
         Raises:
             LoopmuxError: it cannot be run here; it says why.
         """
+        arrived = time.monotonic() if job.arrived is None else job.arrived
         generate, loaded = job.generate, self.loaded
         admission.check(generate)
         admission.check_stop_tokens(generate, loaded.head)
         self._check_not_leaving(job.run.model, job.run.adapter)
-        model = admission.model_of(job.run, self._models)
-        adapter = admission.adapter_of(job.run, self._models)
-        exact = generate.deterministic or job.run.deterministic
-        if exact and loaded.dtype != torch.float32:
+        served = self._served  # one look: adapters come and go meanwhile
+        specs = {name: one.spec for name, one in served.items()}
+        model = served[admission.model_of(job.run, specs).id]
+        adapter = admission.adapter_of(job.run, specs)
+        if _exact(job) and loaded.dtype != torch.float32:
             raise BadRequestError(
                 f"deterministic: the model runs in {str(loaded.dtype).removeprefix('torch.')}, where a resumed request "
                 "may differ; set dtype: float32 for it"
             )
         prompt = self._prompt(generate, model)
-        if job.prefix and max(job.prefix) >= loaded.vocabulary:
+        known = min(loaded.vocabulary, loaded.head)
+        if job.prefix and max(job.prefix) >= known:
             raise BadRequestError(
                 f"found token {max(job.prefix)} in what this request is to go on behind, this model's ids are below "
-                f"{loaded.vocabulary}"
+                f"{known}"
             )
         limit = admission.room_for(len(prompt), len(job.prefix), generate.max_new_tokens, loaded.context)
+        reading = _reading(job, model, limit)
+        return Prepared(job, model, served[adapter] if adapter else None, prompt, reading, arrived)
+
+    def begin(self, prepared: Prepared) -> Request:
+        """A prepared job, ready to run and past its prefix.
+
+        Raises:
+            LoopmuxError: it cannot be run any more, for an adapter went since; or it names a token that is not there.
+        """
+        job, generate, loaded = prepared.job, prepared.job.generate, self.loaded
+        self._check_not_leaving(job.run.model, job.run.adapter)
+        for served in (prepared.model, prepared.adapter):
+            if served is not None and self._served.get(served.spec.id) is not served:
+                raise AdapterNotFoundError(
+                    f"adapter {served.spec.id!r} was unloaded while this request's prompt was read; if one of that "
+                    "name is loaded again, send the request again",
+                    model=served.spec.id,
+                )
         sampler = Sampler(
             generate.sampling,
             seed=seed_of(generate.sampling, job.key.request),
             vocabulary=loaded.head,
-            prompt=prompt,
+            prompt=prepared.prompt,
             logprobs=generate.logprobs,
             device=loaded.device,
         )
-        return Request(prompt, adapter, limit, Reader(self._reading(job, model, limit)), sampler, exact)
+        adapter = prepared.adapter.spec.id if prepared.adapter else None
+        reading = prepared.reading
+        request = Request(prepared.prompt, adapter, reading.limit, Reader(reading), sampler, _exact(job))
+        request.replay(job.prefix)
+        return request
 
-    def _prompt(self, generate: Generate, model: ModelSpec) -> list[int]:
-        prompt = templates.render(generate, model, self.loaded.tokenizers[model.id])
+    def _prompt(self, generate: Generate, model: Served) -> list[int]:
+        prompt = templates.render(generate, model.spec, model.tokenizer)
         if not prompt:
             raise BadRequestError("prompt: found no tokens, expected at least one")
         if max(prompt) >= self.loaded.vocabulary:
@@ -261,43 +327,23 @@ class Models:
             )
         return prompt
 
-    def _reading(self, job: Job, model: ModelSpec, limit: int) -> Reading:
-        generate, tokenizer = job.generate, self.loaded.tokenizers[model.id]
-        calls = admission.parses_calls(generate)
-        ends = frozenset(generate.stop_token_ids) | (
-            frozenset() if generate.ignore_eos else self.loaded.ends_of(model.id)
-        )
-        plain = templates.uses_plain_chat(generate, model, tokenizer)
-        stops = (*generate.stop, templates.PLAIN_CHAT_STOP) if plain else generate.stop
-        return Reading(
-            decode=lambda ids: str(
-                tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            ),
-            ends=ends,
-            silent=_special(tokenizer, keep=(OPEN, CLOSE) if calls else ()),
-            stops=stops,
-            limit=limit,
-            calls=job.key.request if calls else None,
-            one_call=calls and not generate.parallel_tool_calls,
-        )
-
     # --- about itself -------------------------------------------------------------------------------------------------
 
     def describe(self, engine: str, slots: int, more: dict[str, Any]) -> Description:
         """What is loaded, as an engine of this name describes itself."""
-        served = tuple(self._served(model) for model in self._models.values())
+        served = tuple(self._announced(model.spec) for model in self._served.values())
         left_out = tuple(LeftOut(name, error.message) for name, error in self._left_out.items())
         report = {"engine": engine, "why": self._why, **self._report(), **more}
         return Description(engine, served, slots, self._staying(), report, left_out)
 
-    def _served(self, model: ModelSpec) -> ServedModel:
+    def _announced(self, model: ModelSpec) -> ServedModel:
         adapter = self._adapters.loaded.get(model.id)
         parts = {
             "base": self.loaded.fingerprint,
             "adapter": adapter.fingerprint if adapter else "",
             "prompt": f"{model.model_type} {model.system_prompt or ''}",
         }
-        return ServedModel(model.id, files.combined(parts), model.id if adapter else None)
+        return ServedModel(model.id, fingerprints.combined(parts), model.id if adapter else None)
 
     def _report(self) -> dict[str, Any]:
         loaded = self.loaded
@@ -314,8 +360,27 @@ class Models:
             "threads": torch.get_num_threads(),
             "adapters": {name: adapter.fingerprint for name, adapter in self._adapters.loaded.items()},
             "unloading": sorted(self._leaving),
-            "notes": list(loaded.notes),
+            "notes": [*loaded.notes, *(note for served in self._served.values() for note in served.notes)],
         }
+
+
+def _exact(job: Job) -> bool:
+    return job.generate.deterministic or job.run.deterministic
+
+
+def _reading(job: Job, model: Served, limit: int) -> Reading:
+    generate, tokenizer = job.generate, model.tokenizer
+    calls = admission.parses_calls(generate)
+    plain = templates.uses_plain_chat(generate, model.spec, tokenizer)
+    return Reading(
+        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
+        ends=frozenset(generate.stop_token_ids) | (frozenset() if generate.ignore_eos else model.ends),
+        silent=_special(tokenizer, keep=(OPEN, CLOSE) if calls else ()),
+        stops=(*generate.stop, templates.PLAIN_CHAT_STOP) if plain else generate.stop,
+        limit=limit,
+        calls=job.key.request if calls else None,
+        one_call=calls and not generate.parallel_tool_calls,
+    )
 
 
 def _special(tokenizer: Any, keep: tuple[str, ...]) -> frozenset[int]:

@@ -14,7 +14,7 @@ from loopmux_worker.engine.base import Engine, Failed, Job, Key
 from loopmux_worker.engine.loading import Loaded, Progress, load
 from loopmux_worker.engine.models import Models
 from loopmux_worker.engine.plain import PlainEngine
-from loopmux_worker.engine.slots.attention import Memory
+from loopmux_worker.engine.slots.attention import KVMemory
 from loopmux_worker.engine.slots.engine import SlotsEngine
 from loopmux_worker.engine.slots.forward import Forward, Trial, positions_by_length, try_rows
 from loopmux_worker.engine.slots.linears import alike, pack
@@ -47,16 +47,20 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
         adapters = MixedAdapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
         why = "configured" if spec.engine == "slots" else "the model and every adapter can share a forward"
         room = _sized(spec, loaded, trial.token_bytes)
-        models = Models(spec, loaded, adapters, progress, why)
-        forward = Forward(loaded.model, Memory(room.rows, room.context, loaded.device), adapters)
-        engine: Engine = SlotsEngine(models, forward, room.most, torch.get_num_threads())
         taken = room.rows * room.context * trial.token_bytes / memory.MIB
-        expected = f"{taken:.0f} MiB of attention state ({room.rows} rows of {room.context} tokens) and one step"
+        state = f"{taken:.0f} MiB of attention state ({room.rows} rows of {room.context} tokens)"
+        progress("loading", f"{state} for {room.most} requests at once")
+        models = Models(spec, loaded, adapters, progress, why)
+        forward = Forward(loaded.model, KVMemory(room.rows, room.context, loaded.device), adapters)
+        engine: Engine = SlotsEngine(models, forward, room.most, torch.get_num_threads())
+        expected = f"{state} and one step"
     else:
         one = Adapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
         models = Models(spec, loaded, one, progress, trial.why_not)
         engine = PlainEngine(models, one, spec.torch_threads)
         expected = "what one step computes"
+    description = engine.describe()
+    progress("loading", f"{description.engine} engine: {description.report['why']}")
     progress("warming", "one token")
     with memory.explained("a first token was computed", expected, "set a smaller kv_cache_gib, slots or context"):
         warm_up(engine, models.first)

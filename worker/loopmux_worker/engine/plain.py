@@ -21,10 +21,21 @@ from loopmux.messages import ServedModel, SessionHint
 from loopmux.results import Usage
 from loopmux_worker.causes import DeviceLostError
 from loopmux_worker.engine.adapters import Adapters
-from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Output, Produced, engine_error
+from loopmux_worker.engine.base import (
+    Description,
+    Engine,
+    Failed,
+    Finished,
+    Job,
+    Key,
+    Load,
+    Output,
+    Produced,
+    engine_error,
+)
 from loopmux_worker.engine.failures import Failures
 from loopmux_worker.engine.generating import Choose, Read, Task
-from loopmux_worker.engine.models import Models
+from loopmux_worker.engine.models import Models, Prepared
 
 _log = structlog.get_logger(__name__)
 
@@ -40,7 +51,7 @@ class _Leave:
     done: threading.Event = field(default_factory=threading.Event)
 
 
-class PlainEngine:
+class PlainEngine(Engine):
     """One model with its adapters behind ``generate()``.
 
     Args:
@@ -48,6 +59,8 @@ class PlainEngine:
         adapters: the adapters among it, which ``generate()`` uses one at a time.
         threads: torch's threads for one operation; None leaves its choice.
     """
+
+    slow_to_prepare = True
 
     def __init__(self, models: Models, adapters: Adapters, threads: int | None) -> None:
         self._models, self._adapters, self._threads = models, adapters, threads
@@ -68,11 +81,14 @@ class PlainEngine:
         """What is loaded."""
         return self._models.describe("plain", 1, {})
 
-    def submit(self, job: Job) -> None:
+    def prepare(self, job: Job) -> Prepared:
+        """Check a request and read its prompt."""
+        return self._models.prepare(job)
+
+    def add(self, prepared: Prepared) -> None:
         """Take a request in; one at a time runs, others wait."""
-        request = self._models.prepare(job)
-        request.replay(job.prefix)
-        task = self._tasks[job.key] = Task(job, request, time.monotonic(), reported=request.reader.total)
+        job, request = prepared.job, self._models.begin(prepared)
+        task = self._tasks[job.key] = Task(job, request, prepared.arrived, reported=request.reader.total)
         if request.reader.reason is None:
             self._todo.put(task)
         else:  # the lost attempt had produced the last token already

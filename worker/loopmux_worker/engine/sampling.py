@@ -86,7 +86,9 @@ class Sampler:
         self._counts: Tensor | None = None
         if sampling.repetition_penalty != 1:
             self._seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-            self._seen[torch.tensor(list(prompt), dtype=torch.long, device=device)] = True
+            # An embedding may have more rows than the head has outputs: of those there is nothing to penalise
+            made = [token for token in prompt if token < vocabulary]
+            self._seen[torch.tensor(made, dtype=torch.long, device=device)] = True
         if sampling.presence_penalty or sampling.frequency_penalty:
             self._counts = torch.zeros(vocabulary, device=device)
 

@@ -87,7 +87,7 @@ class Layout:
     groups: tuple[Group, ...]
 
 
-class Memory:
+class KVMemory:
     """The KV memory of one model: keys and values of shape (rows, kv heads, context, head size) per layer.
 
     So the keys of one head, which are read together, lie together. A layer's tensors are made when its first keys come,

@@ -21,6 +21,7 @@ from loopmux.results import Usage
 from loopmux_worker.causes import ran_out
 from loopmux_worker.engine.base import (
     Description,
+    Engine,
     Failed,
     Finished,
     Job,
@@ -31,7 +32,7 @@ from loopmux_worker.engine.base import (
     engine_error,
 )
 from loopmux_worker.engine.failures import Failures
-from loopmux_worker.engine.models import Models, Running
+from loopmux_worker.engine.models import Models, Prepared, Running
 from loopmux_worker.engine.sampling import Pick, choose_rows
 from loopmux_worker.engine.slots.forward import Forward
 from loopmux_worker.engine.slots.pace import Pace
@@ -53,7 +54,7 @@ class Task(Running):
         return Usage(prompt, self.request.reader.total, min(self.sequence.cached, prompt))
 
 
-class SlotsEngine:
+class SlotsEngine(Engine):
     """Continuous batching over KV rows.
 
     Args:
@@ -62,6 +63,8 @@ class SlotsEngine:
         most: requests that run at once.
         threads: that the thread which steps computes with.
     """
+
+    slow_to_prepare = True
 
     def __init__(self, models: Models, forward: Forward, most: int, threads: int) -> None:
         self._models, self._forward, self._memory, self._most = models, forward, forward.memory, most
@@ -87,10 +90,13 @@ class SlotsEngine:
         more = {"kv_rows": memory.rows, "kv_context": memory.context, "kv_bytes": memory.size}
         return self._models.describe("slots", self._most, more)
 
-    def submit(self, job: Job) -> None:
+    def prepare(self, job: Job) -> Prepared:
+        """Check a request and read its prompt."""
+        return self._models.prepare(job)
+
+    def add(self, prepared: Prepared) -> None:
         """Take a request in; it joins the next step, or waits for a row."""
-        request = self._models.prepare(job)
-        request.replay(job.prefix)
+        job, request = prepared.job, self._models.begin(prepared)
         sequence = Sequence(
             job.key,
             [*request.prompt, *job.prefix],
@@ -99,7 +105,7 @@ class SlotsEngine:
             job.run.session,
             len(request.prompt) if request.exact else None,
         )
-        task = self._tasks[job.key] = Task(job, request, time.monotonic(), sequence=sequence)
+        task = self._tasks[job.key] = Task(job, request, prepared.arrived, sequence=sequence)
         if request.reader.reason is None:
             self._scheduler.add(sequence)
         else:  # the lost attempt had produced the last token already

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from loopmux_worker.causes import device_lost, ran_out
 from loopmux_worker.engine.base import Key
-from loopmux_worker.engine.slots.attention import Memory, Unsupported
+from loopmux_worker.engine.slots.attention import KVMemory, Unsupported
+from loopmux_worker.engine.slots.lora import Span
 from loopmux_worker.engine.slots.schedule import Segment
 
 _TRIED = 24
@@ -20,14 +21,11 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 as a difference of the order of the range itself."""
 
 
-Run = tuple[str | None, int]
-
-
-class Runs(Protocol):
+class Packed(Protocol):
     """Adapters that are told what the next forward is made of."""
 
-    def use(self, runs: Sequence[Run], head: Sequence[Run] | None = None) -> None:
-        """The adapter (or None) and the number of tokens of each run; ``head`` of those that get logits."""
+    def use(self, spans: Sequence[Span], head: Sequence[Span] | None = None) -> None:
+        """The adapter (or None) and the number of tokens of each span; ``head`` of those that get logits."""
         ...
 
 
@@ -54,7 +52,7 @@ class Forward:
         adapters: told about every step.
     """
 
-    def __init__(self, model: Any, memory: Memory, adapters: Runs) -> None:
+    def __init__(self, model: Any, memory: KVMemory, adapters: Packed) -> None:
         self._model, self.memory, self._adapters = model, memory, adapters
         model.set_attn_implementation(memory.name)
 
@@ -78,7 +76,7 @@ class Forward:
 
 @torch.inference_mode()
 def try_rows(
-    model: Any, adapters: Runs, device: torch.device, vocabulary: int, plain: tuple[Tensor, ...] = ()
+    model: Any, adapters: Packed, device: torch.device, vocabulary: int, plain: tuple[Tensor, ...] = ()
 ) -> Trial:
     """Whether a model can be run over rows.
 
@@ -134,7 +132,7 @@ def positions_by_length(model: Any, context: int) -> str | None:
     return None
 
 
-class _Watched(Memory):
+class _Watched(KVMemory):
     """Rows that note which windows the layers ask for."""
 
     def __init__(self, rows: int, context: int, device: torch.device) -> None:

@@ -1,11 +1,11 @@
-"""Mixed LoRA: one forward over packed tokens, of which every run of consecutive ones may use another adapter or none.
+"""Mixed LoRA: one forward over packed tokens, of which every span of consecutive ones may use another adapter or none.
 
 A linear layer that adapters target computes, for a token x with adapter i,
 
     y = W x + b + s_i · B_i A_i x
 
 (LoRA, https://arxiv.org/abs/2106.09685, eq. 3; s = α/r, or α/√r for rsLoRA, https://arxiv.org/abs/2312.03732). For
-short runs of several adapters the A_i and B_i are stacked, so that two products serve all of them, and a mask between
+short spans of several adapters the A_i and B_i are stacked, so that two products serve all of them, and a mask between
 the two leaves each token the columns of its own.
 """
 
@@ -25,11 +25,11 @@ from loopmux_worker.engine.adapterfiles import Adapter
 from loopmux_worker.engine.slots.linears import Replacement, can_pack, packed, product
 from loopmux_worker.engine.slots.pairs import Pair, pairs_of
 
-Run = tuple[str | None, int]
+Span = tuple[str | None, int]
 """Consecutive tokens of one request: the name of their adapter or None, and how many they are."""
 
 LONG = 64
-"""Tokens from which a run is computed by itself. On 2 CPU cores in bf16, 8 adapters of rank 16 on 768 × 768: by itself
+"""Tokens from which a span is computed by itself. On 2 CPU cores in bf16, 8 adapters of rank 16 on 768 × 768: by itself
 two products take 45 µs and 0.15 more per token, within the stack of all a token costs 0.9 µs more."""
 
 
@@ -38,27 +38,27 @@ class Piece:
     """Consecutive tokens that are computed together.
 
     Attributes:
-        runs: what they use, in order.
+        spans: what they use, in order.
         alone: the one adapter of all of them, or None where a mask tells.
     """
 
     start: int
-    runs: tuple[Run, ...]
+    spans: tuple[Span, ...]
     alone: str | None
 
     @property
     def stop(self) -> int:
         """The token after the last."""
-        return self.start + sum(count for _, count in self.runs)
+        return self.start + sum(count for _, count in self.spans)
 
 
-def pieces(runs: Iterable[Run]) -> list[Piece]:
+def pieces(spans: Iterable[Span]) -> list[Piece]:
     """Cut packed tokens into what is computed together; tokens of the base alone between pieces are in none.
 
-    A long run stands alone. Neighbouring short runs share a piece, also with short runs of the base between them.
+    A long span stands alone. Neighbouring short spans share a piece, also with short spans of the base between them.
     """
     found: list[Piece] = []
-    pending: list[Run] = []
+    pending: list[Span] = []
     start = position = 0
 
     def close() -> None:
@@ -69,7 +69,7 @@ def pieces(runs: Iterable[Run]) -> list[Piece]:
             found.append(Piece(start, tuple(pending), names.pop() if len(names) == 1 else None))
         pending.clear()
 
-    for name, count in _joined(runs):
+    for name, count in _joined(spans):
         if count >= LONG:
             close()
             if name is not None:
@@ -82,10 +82,10 @@ def pieces(runs: Iterable[Run]) -> list[Piece]:
     return found
 
 
-def _joined(runs: Iterable[Run]) -> list[Run]:
-    """Neighbours of the same adapter as one run."""
-    joined: list[Run] = []
-    for name, count in runs:
+def _joined(spans: Iterable[Span]) -> list[Span]:
+    """Neighbours of the same adapter as one span."""
+    joined: list[Span] = []
+    for name, count in spans:
         if joined and joined[-1][0] == name:
             count += joined.pop()[1]
         joined.append((name, count))
@@ -121,9 +121,9 @@ def _steps(found: Iterable[Piece], tokens: int, stack: Sequence[str], layout: _L
         if piece.alone is not None:
             if piece.alone in ranks:
                 steps.append(_Step(rows, (piece.alone,), None))
-        elif any(name in ranks for name, _ in piece.runs):
+        elif any(name in ranks for name, _ in piece.spans):
             number: dict[str | None, int] = {name: i for i, name in enumerate(names)}
-            of_token = torch.tensor([number.get(name, -1) for name, count in piece.runs for _ in range(count)])
+            of_token = torch.tensor([number.get(name, -1) for name, count in piece.spans for _ in range(count)])
             of_column = torch.tensor([i for i, name in enumerate(names) for _ in range(ranks[name])])
             steps.append(_Step(rows, names, (of_token[:, None] != of_column).to(place)))
     return steps
@@ -172,13 +172,13 @@ class MixedLinear(Replacement):
         self._stacked, self._work = None, []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, in) to (…, out), the tokens in the order of the runs."""
+        """(…, in) to (…, out), the tokens in the order of the spans."""
         y: torch.Tensor = self.base(x)
         if not self._work:
             return y
         y = y.contiguous()  # it may be a view into what was computed for several layers
         if x.numel() != self._tokens * self.in_features:
-            raise EngineError(f"a layer got {tuple(x.shape)}, the runs given before have {self._tokens} tokens")
+            raise EngineError(f"a layer got {tuple(x.shape)}, the spans given before have {self._tokens} tokens")
         flat_x, flat_y = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
         for step, pair in self._work:
             if step.rows is None:
@@ -211,7 +211,7 @@ class MixedAdapters:
         self._loaded: dict[str, Adapter] = {}
         self._layers: dict[str, MixedLinear] = {}  # by the name of the linear layer whose place they take
         self._stack: tuple[str, ...] = ()
-        self._runs: tuple[tuple[Run, ...], tuple[Run, ...]] | None = (), ()
+        self._spans: tuple[tuple[Span, ...], tuple[Span, ...]] | None = (), ()
 
     @property
     def loaded(self) -> dict[str, Adapter]:
@@ -253,25 +253,25 @@ class MixedAdapters:
             if not layer.pairs:
                 self._set(path, self._layers.pop(path).base)
 
-    def use(self, runs: Sequence[Run], head: Sequence[Run] | None = None) -> None:
+    def use(self, spans: Sequence[Span], head: Sequence[Span] | None = None) -> None:
         """Say what the tokens of the next forwards are, in their order; holds until said otherwise.
 
         Args:
-            runs: of all tokens. Nothing: the base alone, for any number of tokens.
+            spans: of all tokens. Nothing: the base alone, for any number of tokens.
             head: of those that the output head gets, where the model is told to keep only some; default: all.
 
         Raises:
             AdapterNotFoundError: one is not loaded; what was said before holds.
         """
-        body, top = tuple(runs), tuple(runs if head is None else head)
-        if (body, top) == self._runs:
+        body, top = tuple(spans), tuple(spans if head is None else head)
+        if (body, top) == self._spans:
             return
         for name, _ in (*body, *top):
             if name is not None:
                 self._check(name)
         cut = {False: (pieces(body), _total(body)), True: (pieces(top), _total(top))}
         self._stack = self._shared([*cut[False][0], *cut[True][0]])
-        self._runs = None  # whatever happens on the way, the next call starts anew
+        self._spans = None  # whatever happens on the way, the next call starts anew
         output = self._model.get_output_embeddings()
         steps: dict[Any, list[_Step]] = {}
         for layer in self._layers.values():
@@ -280,14 +280,14 @@ class MixedAdapters:
             if kind not in steps:
                 steps[kind] = _steps(found, tokens, self._stack, layer.layout, layer.device)
             layer.prepare(tokens, steps[kind])
-        self._runs = body, top
+        self._spans = body, top
 
     def _shared(self, found: Iterable[Piece]) -> tuple[str, ...]:
         """Who is stacked: those that masks are needed for, and who was before, while they are at most half of it.
 
         So adapters that come and go from step to step cause no copying, and one that is long gone costs nothing.
         """
-        needed = {name for piece in found if piece.alone is None for name, _ in piece.runs if name is not None}
+        needed = {name for piece in found if piece.alone is None for name, _ in piece.spans if name is not None}
         both = needed | set(self._stack)
         wanted = both if len(both) <= 2 * len(needed) else needed or both
         return self._stack if wanted == set(self._stack) else tuple(name for name in self._loaded if name in wanted)
@@ -307,5 +307,5 @@ class MixedAdapters:
             raise AdapterNotFoundError(f"adapter {name!r} is not loaded")
 
 
-def _total(runs: Iterable[Run]) -> int:
-    return sum(count for _, count in runs)
+def _total(spans: Iterable[Span]) -> int:
+    return sum(count for _, count in spans)
