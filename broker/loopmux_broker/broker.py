@@ -147,14 +147,15 @@ class Broker:
         tables.counters["stalls"] += 1
         tables.pardoned = {*tables.clients.by_peer, *tables.pool.workers, *tables.pool.launchers}
         tables.back_at = now
+        # what was read between the sleep and this word of it is not moved into the future
         for client in tables.clients.by_peer.values():
-            client.heard += gap
+            client.heard = min(client.heard + gap, now)
         for member in (*tables.pool.workers.values(), *tables.pool.launchers.values()):
-            member.heard += gap
+            member.heard = min(member.heard + gap, now)
         for worker in tables.pool.workers.values():
-            worker.moved += gap
+            worker.moved = min(worker.moved + gap, now)
         for lease in tables.pool.leases.values():
-            lease.since += gap
+            lease.since = min(lease.since + gap, now)
         self._recovery.until += gap
         tables.timers.delay(lambda key: key[0] in LIVENESS, gap)
 

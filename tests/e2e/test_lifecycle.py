@@ -20,6 +20,7 @@ from processes import running
 
 def test_the_model_is_loaded_once_over_many_calls(demo_stack: stacks.Stack) -> None:
     with loopmux.Client(demo_stack.endpoint) as client:
+        stacks.wait_for(lambda: len(client.status().workers) == 2, "both workers to be known to the broker")
         before = {w.name: (w.pid, w.served) for w in client.status().workers}
         for _ in range(8):
             client.generate("Hello", model="shout", max_new_tokens=4)

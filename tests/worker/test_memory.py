@@ -70,10 +70,10 @@ def test_a_request_that_runs_out_of_memory_may_be_tried_again():
 
 
 def test_an_adapter_is_not_left_out_because_memory_ran_out(tiny_model, monkeypatch):
-    def load_file(path):
+    def load(data):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(adapterfiles, "load_file", load_file)
+    monkeypatch.setattr(adapterfiles, "load", load)
     models = (ModelSpec("base"), ModelSpec("red", str(tiny_model.adapters["red"])))
     with pytest.raises(ConfigError) as caught:
         open_engine(WorkerSpec("w", "", models, str(tiny_model.base), torch_threads=1), lambda *_: None)

@@ -123,6 +123,20 @@ def test_requests_run_in_the_order_in_which_they_came(engine, slow, monkeypatch)
     assert added == jobs
 
 
+def test_everybody_who_is_prepared_joins_the_next_step(tiny_model, monkeypatch):
+    engine = enginekit.opened(tiny_model.base)
+    added, add = [], engine.add
+    monkeypatch.setattr(engine, "add", lambda prepared: (added.append(prepared.job), add(prepared)))
+    driver, jobs = Driver(engine, lambda: None), [job() for _ in range(5)]
+    driver._preparer.start()
+    for n, one in enumerate(jobs, 1):
+        driver.put(Submit(one))
+        until(lambda n=n: driver._commands.qsize() == 2 * n, "a prompt is prepared")
+    driver._turn()
+    assert added == jobs
+    assert driver.stop(PATIENCE)
+
+
 def test_what_is_cancelled_before_it_is_prepared_never_runs(engine, slow, monkeypatch):
     added, add = [], engine.add
     monkeypatch.setattr(engine, "add", lambda prepared: (added.append(prepared.job), add(prepared)))

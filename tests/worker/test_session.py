@@ -615,6 +615,15 @@ def test_bodies_are_read_within_the_limits_of_bodies():
     assert isinstance(session.handle(received, 0.0)[-1], Submit)
 
 
+def test_a_signal_does_not_end_what_an_administrator_has_given_time():
+    session = running()
+    session.handle(drained(60), 1.0)
+    assert kinds(session.handle(Asked(240.0), 2.0)) == [Kind.DRAIN]
+    [drain] = sent(session.handle(Asked(), 3.0))
+    assert drain.header == Header(Kind.DRAIN, arg=1500)
+    assert session.handle(Asked(), 3.1)[-1] == Leave()
+
+
 def test_asked_to_take_its_time_it_takes_it_until_it_is_asked_to_hurry():
     session = running()
     [drain] = sent(session.handle(Asked(240.0), 1.0))

@@ -128,8 +128,9 @@ class Driver:
         taken: list[Command | _Preparing] = []
         try:
             command = self._commands.get_nowait() if due == 0 else self._commands.get(timeout=due)
-            while command is not None:
-                taken.append(command)
+            while True:
+                if command is not None:  # else it only wakes
+                    taken.append(command)
                 command = self._commands.get_nowait()
         except queue.Empty:
             pass  # that is the end of what is at hand

@@ -92,6 +92,7 @@ class Session:
         self._offer_at = now
         self._drain_at = now
         self._leave_at: float | None = None  # once it was asked to leave
+        self._signalled: float | None = None  # until when a signal has given it time
 
     # --- what happened ------------------------------------------------------------------------------------------------
 
@@ -270,11 +271,13 @@ class Session:
         request.offered, request.epoch = False, self._epoch
 
     def _asked(self, within: float, now: float) -> list[Action]:
-        """Leave once nothing runs here any more; at once when that is so already, or it was asked in as much hurry."""
-        hurried = self._leave_at is None or now + within < self._leave_at
-        if not (hurried and self._welcomed and self._requests):
+        """Leave once nothing runs here any more; at once when that is so, or a signal was in as much hurry before."""
+        leave_at = now + within
+        again = self._signalled is not None and self._signalled <= leave_at
+        if again or not self._welcomed or not self._requests:
             return self._goodbye()
-        self._leave_at = now + within
+        self._signalled = leave_at
+        self._leave_at = min(leave_at, math.inf if self._leave_at is None else self._leave_at)
         return [self._drain(now)]
 
     def _evicted(self, within: float, now: float) -> list[Action]:
