@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal
 
-from loopmux.messages import ModelStatus, Status, WorkerStatus
-from loopmux_broker.pool import Worker
+from loopmux.messages import AdapterStatus, ModelStatus, Status, WorkerStatus
+from loopmux_broker.pool import Pool, Worker, contents
 from loopmux_broker.tables import Tables
 
 _LATE = 1.5
@@ -31,6 +31,7 @@ def report(tables: Tables, now: float) -> Status:
         counters=dict(sorted(tables.counters.items())),
         settled=tables.settled,
         tables=_sizes(tables),
+        adapters=_adapters(pool),
     )
 
 
@@ -45,6 +46,25 @@ def _sizes(tables: Tables) -> dict[str, int]:
         "strikes": len(tables.strikes),
         "rivals": len(tables.rivals),
     }
+
+
+def _adapters(pool: Pool) -> tuple[AdapterStatus, ...]:
+    """Those that workers have, and those that they should have."""
+    loaded_for = {entry.model: entry for entry in pool.run_time_adapters()}
+    having: dict[str, list[Worker]] = {name: [] for name in loaded_for}
+    for worker in pool.workers.values():
+        for name in worker.register.adapters:
+            having.setdefault(name, []).append(worker)
+    return tuple(
+        AdapterStatus(
+            name,
+            len(workers),
+            tuple(sorted({content for w in workers if (content := contents(w).get(name))})),
+            loaded_for[name].onto if name in loaded_for else None,
+            loaded_for[name].folder if name in loaded_for else "",
+        )
+        for name, workers in sorted(having.items())
+    )
 
 
 def _model(tables: Tables, model: str, queued: int, running: int, now: float) -> ModelStatus:

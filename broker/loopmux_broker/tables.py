@@ -42,6 +42,7 @@ class Alarm(IntEnum):
     STALL = 15  # peer
     DRAIN = 16  # peer
     ROUND = 17  # model
+    ADAPTER = 18  # operation
 
 
 LIVENESS = frozenset(

@@ -8,6 +8,7 @@ from loopmux import codec, wire
 from loopmux.errors import BadRequestError, ProtocolError
 from loopmux.messages import Catalogue, Heartbeat, Held, Register
 from loopmux.wire import ID_SIZE, Kind, Message
+from loopmux_broker.adapters import Adapters
 from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import agree, no_common_version, welcome
 from loopmux_broker.ends import Ends, protocol_failure
@@ -42,9 +43,10 @@ class WorkerSide:
         ends: Ends,
         waiting: Waiting,
         streams: Streams,
+        adapters: Adapters,
     ) -> None:
         self._t, self._entry, self._attempts, self._leases, self._recovery = tables, entry, attempts, leases, recovery
-        self._ends, self._waiting, self._streams = ends, waiting, streams
+        self._ends, self._waiting, self._streams, self._adapters = ends, waiting, streams, adapters
 
     def hear(self, peer: Peer, message: Message, frames: list[bytes], now: float) -> None:
         """Handle one message; ``frames`` are what it was made from, for passing on.
@@ -87,6 +89,8 @@ class WorkerSide:
                 lease = self._lease(worker, message)
                 if lease is not None:
                     self._attempts.not_there(lease, now)
+            case Kind.DONE:
+                self._adapters.done(worker, message, now)
             case Kind.DRAIN:
                 self._attempts.drain(worker, message.header.arg / 1000, now)
             case Kind.BYE:
@@ -103,6 +107,9 @@ class WorkerSide:
                 entry = codec.unpack(Catalogue, message.route)
                 self._t.pool.declare(launcher, entry, now)
                 self._waiting.model_withdrawn(entry.model, now)
+                self._adapters.declared(entry, now)
+            case Kind.DONE:
+                self._adapters.done(launcher, message, now)
             case Kind.BYE:
                 self.lost(launcher, "left", now)
                 self._withdraw(launcher.name, None, now)
@@ -249,6 +256,7 @@ class WorkerSide:
             if not member.expected:
                 self._recovery.introduced(member, now)
             self._leases.watch(member, now)
+            self._adapters.joined(member, now)
         elif isinstance(member, Launcher):
             self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + _REDECLARE)
 
@@ -257,6 +265,7 @@ class WorkerSide:
         launcher = next((x for x in self._t.pool.launchers.values() if x.name == name), None)
         if launcher is not None:
             self._withdraw(name, launcher.register.boot, now)
+            self._adapters.settled(now)
 
     def _withdraw(self, name: str, keep_boot: bytes | None, now: float) -> None:
         for model in self._t.pool.withdraw(name, keep_boot=keep_boot):
@@ -287,6 +296,7 @@ class WorkerSide:
             if why == "left":
                 for model in member.models:
                     self._waiting.model_left(model, now)
+            self._adapters.lost(member, why, now)
 
     def stalled(self, peer: Peer, now: float) -> None:
         """The time has come to see whether a worker's engine stands still."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loopmux.errors import LoopmuxError
-from loopmux.messages import SessionHint, Status, Submit
+from loopmux.messages import Done, SessionHint, Status, Submit
 from loopmux.results import Result, StreamEvent
-from loopmux.wire import Message
+from loopmux.wire import Kind, Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,17 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A caller wants the broker's status; ``id`` is the question's own, ``deadline`` when it stops waiting."""
+    """A caller wants the broker's status, or adapters loaded or unloaded (``kind`` and ``route``).
+
+    ``id`` is the question's own, ``deadline`` when it stops waiting for a broker, ``patience`` the seconds that one
+    that is there gets for the answer, where it takes longer.
+    """
 
     id: bytes
     deadline: float
+    kind: Kind = Kind.STATUS
+    route: bytes = b""
+    patience: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +192,7 @@ class Answer:
     """The broker's answer to ``Asked``."""
 
     id: bytes
-    status: Status
+    status: Status | Done
 
 
 Action = Send | Introduce | Deliver | Finish | Fail | Answer

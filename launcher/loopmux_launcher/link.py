@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loopmux.cadence import INTRODUCE_AGAIN, SILENT_HEARTBEATS
 from loopmux.codec import BODY_LIMITS, pack, unpack
 from loopmux.errors import ProtocolError
-from loopmux.messages import Catalogue, Failure, Heartbeat, Register, Welcome
+from loopmux.messages import AdapterOrder, Catalogue, Done, Failure, Heartbeat, Register, Welcome
 from loopmux.wire import Header, Kind, Message
 
 
@@ -26,7 +26,16 @@ class Refused:
     reason: str
 
 
-News = Welcomed | Refused
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """An adapter is to be remembered for workers to come, or forgotten."""
+
+    id: bytes
+    order: AdapterOrder
+    load: bool
+
+
+News = Welcomed | Refused | Ordered
 
 
 class Link:
@@ -66,6 +75,9 @@ class Link:
                 self.lost()
             case Kind.ERROR:
                 return Refused(unpack(Failure, message.body, BODY_LIMITS).message)
+            case Kind.LOAD | Kind.UNLOAD:
+                order = unpack(AdapterOrder, message.route)
+                return Ordered(message.header.request, order, message.kind is Kind.LOAD)
             case _:
                 pass  # PONG; what a newer broker may ask is not for us
         return None
@@ -92,6 +104,12 @@ class Link:
         """The message for a change, if the broker is there to hear it."""
         heard = self.welcome and not self._left
         return [Message(Header(Kind.CATALOGUE), pack(catalogue))] if heard else []
+
+    def answer(self, id_: bytes, trouble: str) -> list[Message]:
+        """What came of an order; the broker repeats it until it hears this."""
+        done = Done(Failure("config", trouble)) if trouble else Done()
+        heard = self.welcome and not self._left
+        return [Message(Header(Kind.DONE, id_), body=pack(done))] if heard else []
 
     def bye(self) -> list[Message]:
         """Taking leave, once and for good."""

@@ -7,15 +7,18 @@ again and again is parked with its reason while the rest goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from loopmux.codec import shorten
-from loopmux.messages import Catalogue, ModelPhase
+from loopmux.messages import AdapterOrder, Catalogue, ModelPhase
+from loopmux_launcher.adapters import Added
 from loopmux_launcher.backoff import Backoff
 from loopmux_launcher.events import (
     Action,
+    AdapterOrdered,
+    AdaptersSaved,
     Announce,
     Began,
     BrokerWelcomed,
@@ -39,6 +42,7 @@ from loopmux_launcher.events import (
 )
 from loopmux_launcher.groups import Group
 from loopmux_launcher.lifecycle import Process, State
+from loopmux_launcher.remembered import Remembered, answer
 
 BROKER = "broker"
 _BROKER_START_TIMEOUT = 30.0
@@ -61,8 +65,18 @@ class _Environment:
 class Plan:
     """What should run on this host, and how far that is true."""
 
-    def __init__(self, groups: Iterable[Group], *, required: Iterable[str], with_broker: bool) -> None:
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        *,
+        required: Iterable[str],
+        with_broker: bool,
+        added: Iterable[Added] = (),
+        idle: Collection[Added] = (),
+    ) -> None:
+        """``added`` are the adapters that were loaded at run time; all but the ``idle`` ones are in ``groups``."""
         self.groups = tuple(groups)
+        self._remembered = Remembered(added, idle)
         self.required = tuple(required)
         self.workers = {
             name: (Process(name, group.start_timeout), group) for group in self.groups for name in group.worker_names()
@@ -114,6 +128,10 @@ class Plan:
                 yield from self._process_exited(self._process(event.name), event, now)
             case BrokerWelcomed():
                 yield from (ReportPhase(told) for told in self.catalogue(now))
+            case AdapterOrdered():
+                yield from self._remembered.ordered(event, self.groups)
+            case AdaptersSaved():
+                yield from self._adapters_saved(event, now)
             case StopRequested(at_once):
                 again = "" if at_once or not self._busy() else "; once more to stop at once"
                 yield Announce("launcher", f"stopping{again}")
@@ -224,6 +242,26 @@ class Plan:
                 process.wake = None
                 yield KillProcess(process.name)
 
+    # --- adapters at run time ---
+
+    def _adapters_saved(self, event: AdaptersSaved, now: float) -> Iterator[Action]:
+        """The broker is told what is remembered before it is answered: it holds workers to that."""
+        done = self._remembered.saved(event)
+        if done is not None:
+            yield from self._adapted(*done, now)
+        yield from answer(event, done)
+
+    def _adapted(self, order: AdapterOrder, load: bool, now: float) -> Iterator[Action]:
+        self.groups = self._remembered.apply(order, self.groups, load=load)
+        by_name = {name: group for group in self.groups for name in group.worker_names()}
+        self.workers = {name: (process, by_name[name]) for name, (process, _) in self.workers.items()}
+        for process, _ in self.workers.values():
+            process.left_out.pop(order.name, None)  # what could not be loaded at its start was loaded since
+        if not load:
+            self._reported.pop(order.name, None)
+            yield ReportPhase(Catalogue(order.name, "idle", removed=True))
+        yield from self._report_changes(now)
+
     # --- stopping ---
 
     def _stop(self, now: float, *, at_once: bool) -> Iterator[Action]:
@@ -296,6 +334,8 @@ class Plan:
             for model in group.model_ids:
                 phase, detail, ready = self._phase(group, model)
                 told = Catalogue(model, phase, 0.0, shorten(detail, _DETAIL_LIMIT), ready)
+                if (one := self._remembered.get(model)) is not None:
+                    told = replace(told, onto=one.model, folder=one.folder)
                 before = self._reported.get(model)
                 if before and before[0] == told:
                     continue

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import zmq
@@ -21,12 +22,17 @@ from loopmux.listening import Listening
 from loopmux.messages import Register
 from loopmux.sockets import Dealer
 from loopmux.wire import VERSIONS, WORKER_MESSAGE_LIMIT, Message, from_frames, new_id, to_frames
-from loopmux_launcher import places, workercode
+from loopmux_launcher import adapterstore, livelook, places, workercode
+from loopmux_launcher.adapters import Added, extended
+from loopmux_launcher.asking import Asking
 from loopmux_launcher.config import Configuration
 from loopmux_launcher.console import Console
 from loopmux_launcher.events import (
     Action,
+    AdapterOrdered,
+    AdaptersSaved,
     Announce,
+    AnswerOrder,
     Began,
     BrokerWelcomed,
     BuildEnvironment,
@@ -40,6 +46,7 @@ from loopmux_launcher.events import (
     ProcessExited,
     ProcessReported,
     ReportPhase,
+    SaveAdapters,
     StartBroker,
     StartWorker,
     StopBuild,
@@ -49,7 +56,7 @@ from loopmux_launcher.events import (
 )
 from loopmux_launcher.groups import group
 from loopmux_launcher.lifecycle import STOP_GRACE
-from loopmux_launcher.link import Link, Refused, Welcomed
+from loopmux_launcher.link import Link, Ordered, Refused, Welcomed
 from loopmux_launcher.plan import BROKER, Plan
 from loopmux_launcher.probe import worker_command, worker_variables
 from loopmux_launcher.processes import Child, Said, broker_line, phase_line
@@ -71,11 +78,16 @@ class Launcher:
 
     def __init__(self, configuration: Configuration, endpoint: str, console: Console, *, with_broker: bool) -> None:
         self._configuration, self._console = configuration, console
-        self._endpoint = endpoints.worker_endpoint(endpoint)
+        self._clients, self._endpoint = endpoint, endpoints.worker_endpoint(endpoint)
         models = configuration.models.values()
-        groups = group(models, self._endpoint, len(os.sched_getaffinity(0)))
+        self._adapters = places.adapters(endpoint)
+        added = adapterstore.read(self._adapters)
+        groups, idle = extended(group(models, self._endpoint, len(os.sched_getaffinity(0))), added)
+        for one, why in idle.items():
+            text = f"adapter {one.name} of {self._adapters} is not loaded: {why}"
+            console.announce(Announce("launcher", text, "warning"))
         required = [model.id for model in models if model.required]
-        self._plan = Plan(groups, required=required, with_broker=with_broker)
+        self._plan = Plan(groups, required=required, with_broker=with_broker, added=added, idle=idle)
         self._link = Link(_register())
         self._logs = places.usable_logs(endpoint)
         self._code = workercode.install(places.usable_data() / "code")
@@ -105,7 +117,9 @@ class Launcher:
         """Serve until a signal, the end of ``parent``, or until nothing is left to serve; returns the exit code."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            with Signals(parent) as signals:
+            with Signals(parent) as signals, ExitStack() as stack:
+                if self._console.form == "live":
+                    self._asking = stack.enter_context(Asking(self._clients))
                 self._dealer = Dealer(context, WORKER_MESSAGE_LIMIT)
                 self._dealer.connect(self._endpoint)
                 self._handle(Began())
@@ -139,8 +153,12 @@ class Launcher:
         due = self._plan.next_timer()
         if due is not None and due <= time.monotonic():
             self._handle(TimerFired())
+        if self._asking is not None:
+            status = None if self._stopped else self._asking.status
+            self._console.show(livelook.picture(status) if status else ())
 
     _stopped = False
+    _asking: Asking | None = None
 
     def _wait(self, signals: Signals) -> tuple[set[int], set[int]]:
         poller = zmq.Poller()
@@ -183,10 +201,22 @@ class Launcher:
                     self._children[name].kill()
             case ReportPhase(catalogue):
                 self._send(self._link.report(catalogue))
+            case SaveAdapters(id_, added):
+                self._save(id_, added)
+            case AnswerOrder(id_, trouble):
+                self._send(self._link.answer(id_, trouble))
             case Announce():
                 self._console.announce(action)
             case Finish(code):
                 self._exit = code
+
+    def _save(self, id_: bytes, added: tuple[Added, ...]) -> None:
+        trouble = ""
+        try:
+            adapterstore.write(self._adapters, added)
+        except OSError as error:
+            trouble = f"{self._adapters} cannot be written: {error.strerror}; what is loaded would not last"
+        self._handle(AdaptersSaved(id_, trouble))
 
     # --- children
 
@@ -314,6 +344,8 @@ class Launcher:
                 continue
             if isinstance(news, Welcomed):
                 self._handle(BrokerWelcomed())
+            elif isinstance(news, Ordered):
+                self._handle(AdapterOrdered(news.id, news.order, news.load))
             elif isinstance(news, Refused):
                 raise LoopmuxError(f"the broker at {self._endpoint} refused this launcher: {news.reason}")
 

@@ -19,7 +19,7 @@ from loopmux.results import Timing
 from loopmux_worker.causes import ran_out
 from loopmux_worker.engine import admission, files, folders, memory, templates
 from loopmux_worker.engine.adapterfiles import Adapter
-from loopmux_worker.engine.base import Description, Job, timing_of
+from loopmux_worker.engine.base import Description, Job, taken, timing_of
 from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, tokenizer_of
 from loopmux_worker.engine.output import Piece, Reader, Reading
 from loopmux_worker.engine.sampling import Sampler, seed_of
@@ -149,8 +149,8 @@ class Models:
         merged = model.adapter_dir and adapter_folder(model.adapter_dir) == self.loaded.folder
         return replace(model, adapter_dir=None) if merged else model
 
-    def load_adapter(self, name: str, directory: str) -> ServedModel:
-        """Load an adapter and serve it as a model of that name.
+    def load_adapter(self, name: str, directory: str, like: str) -> ServedModel:
+        """Load an adapter and serve it as a model of that name; see ``Engine``.
 
         Raises:
             LoopmuxError: the name is taken, or the adapter cannot be used.
@@ -162,8 +162,11 @@ class Models:
                 retryable=True,
             )
         if name in self._models:
-            raise BadRequestError(f"adapter {name!r}: a model or adapter of that name is served already")
-        self._add(ModelSpec(name, adapter_dir=directory))
+            there = self._adapters.loaded.get(name)
+            if there is None or there.fingerprint != files.fingerprint(adapter_folder(directory)):
+                raise taken(name)
+            return self._served(self._models[name])
+        self._add(replace(self._models.get(like, ModelSpec("")), id=name, adapter_dir=directory))
         self._left_out.pop(name, None)
         return self._served(self._models[name])
 
