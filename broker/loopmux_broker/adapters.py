@@ -55,7 +55,8 @@ class _Operation:
         stages: who has to do it, by name; the first ones are under way.
         since: when the present stage began.
         done, failures: what was answered, by name.
-        had: workers that served the adapter before, from which a failed LOAD does not take it.
+        had: boots of the workers that served the adapter before, from which a failed LOAD does not take it.
+        fresh: the workers, by name, that have it through this.
         single: it is about the one worker that it names, and not what all of them should do.
     """
 
@@ -65,7 +66,8 @@ class _Operation:
     asker: Peer | None
     stages: list[tuple[_Role, set[str]]]
     since: float
-    had: frozenset[str] = frozenset()
+    had: frozenset[bytes] = frozenset()
+    fresh: set[str] = field(default_factory=set)
     done: dict[str, Done] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     remembered: set[str] = field(default_factory=set)
@@ -86,7 +88,7 @@ class _Ended:
 
     answer: Done
     undone: bool
-    had: frozenset[str]
+    had: frozenset[bytes]
 
 
 class Adapters:
@@ -124,7 +126,7 @@ class Adapters:
             return
         declared = self._t.pool.launchers_of(order.model if load else order.name)
         stages: list[tuple[_Role, set[str]]] = [("worker", workers), ("launcher", set(declared))]
-        had = frozenset(w.name for w in self._t.pool.serving(order.name))
+        had = frozenset(w.register.boot for w in self._t.pool.serving(order.name))
         self._begin(_Operation(id_, load, order, peer, stages if load else stages[::-1], now, had), now)
 
     def _check_free(self, order: AdapterOrder) -> None:
@@ -226,6 +228,8 @@ class Adapters:
             op.remembered.add(member.name)
         else:
             op.done[member.name] = done
+            if member.register.boot not in op.had:
+                op.fresh.add(member.name)
             if not op.load:
                 self._gone_from(member, op.order.name, now)
 
@@ -235,7 +239,7 @@ class Adapters:
         if ended is None or not ended.undone:
             self._serves(worker, done, now)
             self._sweep(worker, now)
-        elif worker.name not in ended.had and done.served is not None:
+        elif worker.register.boot not in ended.had and done.served is not None:
             self._one(Kind.UNLOAD, AdapterOrder("", done.served.id), worker, now)
 
     def declared(self, entry: Catalogue, now: float) -> None:
@@ -290,6 +294,7 @@ class Adapters:
             return
         for op in list(self._operations.values()):
             op.done.pop(member.name, None)
+            op.fresh.discard(member.name)
             if op.waits_for("worker", member.name):
                 op.stages[0][1].discard(member.name)
                 if op.load:
@@ -383,7 +388,7 @@ class Adapters:
                 self._waiting.model_changed(op.order.name, now)
             return
         remembered = set() if op.had else op.remembered
-        stages: list[tuple[_Role, set[str]]] = [("launcher", remembered), ("worker", set(op.done) - op.had)]
+        stages: list[tuple[_Role, set[str]]] = [("launcher", remembered), ("worker", set(op.fresh))]
         if back := [stage for stage in stages if stage[1]]:
             self._by_itself(Kind.UNLOAD, op.order, back, now, single=False)
 
@@ -438,7 +443,7 @@ def _told(op: _Operation, what: str) -> Failure:
     """The failures of all members as one: the first one's code, and who said what."""
     first = next(iter(op.failures.values()))
     said = "; ".join(f"{name}: {shorten(f.message, _REASON)}" for name, f in _by_reason(op.failures).items())
-    back = sorted(set(op.done) - op.had) if op.load else []
+    back = sorted(op.fresh) if op.load else []
     undone = f"; taken back from {', '.join(back)}" if back else ""
     retryable = all(failure.retryable for failure in op.failures.values())
     return Failure(first.code, f"adapter {op.order.name!r} {what}: {said}{undone}", retryable, op.order.model)
