@@ -76,6 +76,14 @@ class _Operation:
     def waits_for(self, role: _Role, name: str) -> bool:
         return bool(self.stages) and self.stages[0][0] == role and name in self.stages[0][1]
 
+    def counts_on(self, worker: Worker, name: str) -> bool:
+        """Whether it has a worker load this adapter."""
+        return (
+            self.load
+            and self.order.name == name
+            and (worker.name in self.done or self.waits_for("worker", worker.name))
+        )
+
     def takes_in(self, worker: Worker) -> bool:
         """Whether a worker that has just come has to load it, too."""
         loading = self.load and not self.single and self.stages[0][0] == "worker"
@@ -235,12 +243,15 @@ class Adapters:
 
     def _late(self, worker: Worker, id_: bytes, done: Done, now: float) -> None:
         """A worker has loaded an adapter that nobody waits for any more; what was taken back goes from there, too."""
-        ended = self._ended.get(id_)
-        if ended is None or not ended.undone:
+        assert done.served is not None
+        ended, name = self._ended.get(id_), done.served.id
+        if any(op.counts_on(worker, name) for op in self._operations.values()):
+            return  # that will tell whether it stays
+        if ended is not None and ended.undone and worker.register.boot not in ended.had:
+            self._one(Kind.UNLOAD, AdapterOrder("", name), worker, now)
+        else:
             self._serves(worker, done, now)
             self._sweep(worker, now)
-        elif worker.register.boot not in ended.had and done.served is not None:
-            self._one(Kind.UNLOAD, AdapterOrder("", done.served.id), worker, now)
 
     def declared(self, entry: Catalogue, now: float) -> None:
         """A launcher remembers an adapter: workers of its model that do not have it are to load it."""
