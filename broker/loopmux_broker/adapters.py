@@ -168,20 +168,21 @@ class Adapters:
         return workers
 
     def _unloadable(self, order: AdapterOrder) -> set[str]:
-        """The workers that are to unload it.
+        """The workers that are to unload it; there may be none now where launchers remember it.
 
         Raises:
             LoopmuxError: they do not have it, or the configuration says that they should.
         """
         pool, model, name = self._t.pool, order.model, order.name
-        workers = self._workers_of(model)
         words = pool.launchers_of(name).values()
+        remembered = any(word.entry.onto == model for word in words)
+        workers = self._running(model) if remembered else self._workers_of(model)
         if any(word.entry.onto is None for word in words) and name in pool.adapters(model):
             raise BadRequestError(
                 f"adapter {name!r} is one of the configuration: take it out there, `unload` is for what `load` brought"
             )
         having = {w.name for w in pool.serving(name) if name in w.register.adapters} & workers
-        if not having and not any(word.entry.onto == model for word in words):
+        if not having and not remembered:
             known = ", ".join(pool.adapters(model)) or "none"
             raise AdapterNotFoundError(f"model {model!r} has no adapter {name!r}, loaded are: {known}")
         return having
@@ -190,7 +191,7 @@ class Adapters:
         pool = self._t.pool
         if not pool.knows(model) and self._t.settled:
             raise unknown_model(model, pool.known())
-        workers = {w.name for w in pool.serving(model) if not w.draining}
+        workers = self._running(model)
         if not workers:
             how = pool.standing(model, 0.0)
             why = f"{how.phase}: {how.detail}" if how.detail else how.phase
@@ -200,6 +201,9 @@ class Adapters:
                 retry_after=_RETRY,
             )
         return workers
+
+    def _running(self, model: str) -> set[str]:
+        return {w.name for w in self._t.pool.serving(model) if not w.draining}
 
     def _loaded_for(self, name: str) -> str | None:
         """The model that an adapter was loaded for at run time."""

@@ -86,6 +86,7 @@ class Launcher:
     def __init__(self, configuration: Configuration, endpoint: str, console: Console, *, with_broker: bool) -> None:
         self._configuration, self._console = configuration, console
         self._clients, self._endpoint = endpoint, endpoints.worker_endpoint(endpoint)
+        self._logs = places.usable_logs(endpoint)  # first: where that folder is unusable, it says so best
         self._adapters = places.adapters(endpoint)
         added = adapterstore.read(self._adapters)
         groups, idle = extended(self._groups(), added)
@@ -96,7 +97,6 @@ class Launcher:
         self._declared = {name: declared(e) for name, e in configuration.environments.items()}
         self._watch = FileWatch(configuration.file, time.monotonic())
         self._link = Link(_register())
-        self._logs = places.usable_logs(endpoint)
         self._code = workercode.install(places.usable_data() / "code")
         self._children: dict[str, Child] = {}
         self._builds: dict[str, EnvironmentReady | EnvironmentFailed | None] = {}

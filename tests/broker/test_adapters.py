@@ -203,6 +203,15 @@ def test_it_is_said_again_until_it_is_answered_and_not_for_ever(core: Core) -> N
     assert set(told(late, Kind.UNLOAD)) == {SECOND}
 
 
+def test_one_that_is_remembered_can_be_unloaded_while_no_worker_runs(core: Core) -> None:
+    loaded(core)
+    core.lose(WORKER)
+    core.lose(SECOND)
+    assert set(told(unload(core), Kind.UNLOAD)) == {LAUNCHER}
+    assert answers(forgotten(core)) == [Done(remembered=True)]
+    assert adapters(core) == ()
+
+
 def test_the_time_in_which_the_broker_itself_was_away_is_nobodys_silence(core: Core) -> None:
     load(core)
     done(core, WORKER)
