@@ -195,6 +195,7 @@ def test_an_adapter_that_is_unloaded_waits_for_the_prompts_that_came_before(engi
         assert slow.begun.wait(PATIENCE)
         driven.driver.put(Adapt(b"o" * 16, AdapterOrder("base", "x"), load=False))
         driven.submit(behind)
+        time.sleep(0.1)  # in which it could be unloaded too early
         slow.release.set()
         assert driven.end(before).total == 8
         assert isinstance(driven.end(behind), Finished | Failed)  # it had not to be waited for
