@@ -11,6 +11,7 @@ import traceback
 
 from loopmux import wire
 from loopmux.errors import ProtocolError
+from loopmux_broker.adapters import Adapters
 from loopmux_broker.admin_side import AdminSide
 from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import ClientSide
@@ -54,9 +55,18 @@ class Broker:
         self._attempts = Attempts(t, self._leases, self._ends, self._waiting)
         entry = Entry(t, self._attempts, self._waiting)
         self._recovery = Recovery(t, entry, self._attempts, self._leases, self._ends, self._waiting)
-        self._clients = ClientSide(t, entry, self._recovery, self._ends, self._streams)
+        self._adapters = Adapters(t, self._waiting)
+        self._clients = ClientSide(t, entry, self._recovery, self._ends, self._streams, self._adapters)
         self._workers = WorkerSide(
-            t, entry, self._attempts, self._leases, self._recovery, self._ends, self._waiting, self._streams
+            t,
+            entry,
+            self._attempts,
+            self._leases,
+            self._recovery,
+            self._ends,
+            self._waiting,
+            self._streams,
+            self._adapters,
         )
         self._admins = AdminSide(t, self._attempts)
         if config.settle > 0:
@@ -157,6 +167,7 @@ class Broker:
         for lease in tables.pool.leases.values():
             lease.since = min(lease.since + gap, now)
         self._recovery.until += gap
+        self._adapters.delay(gap)
         tables.timers.delay(lambda key: key[0] in LIVENESS, gap)
 
     def _ring(self, key: TimerKey, now: float) -> None:
@@ -165,6 +176,8 @@ class Broker:
             (self._waiting.go_on if alarm is Alarm.ROUND else self._workers.redeclared)(whose, now)
         elif alarm in (Alarm.RUN, Alarm.STOP):
             self._lease_rings(alarm, whose, attempt, now)
+        elif alarm is Alarm.ADAPTER:
+            self._adapters.ring(whose, now)
         elif alarm in (Alarm.DEADLINE, Alarm.TERMINAL, Alarm.TOMBSTONE, Alarm.RECOVERY, Alarm.HOME):
             self._request_rings(alarm, whose, now)
         else:
@@ -201,6 +214,7 @@ class Broker:
         match alarm:
             case Alarm.SETTLED:
                 self._waiting.settled(now)
+                self._adapters.settled(now)
             case Alarm.STALL:
                 self._workers.stalled(whose, now)
             case Alarm.DRAIN if worker is not None:

@@ -8,6 +8,7 @@ from loopmux import codec, wire
 from loopmux.errors import BadRequestError, ProtocolError
 from loopmux.messages import Hello, SessionHint, Submit, Welcome
 from loopmux.wire import ID_SIZE, Header, Kind, Message
+from loopmux_broker.adapters import Adapters
 from loopmux_broker.clients import Client
 from loopmux_broker.dispatch import session_of
 from loopmux_broker.ends import Ends, protocol_failure
@@ -26,8 +27,11 @@ _TALKING = 1.5
 class ClientSide:
     """Answers clients. Whoever has not said HELLO is asked for it."""
 
-    def __init__(self, tables: Tables, entry: Entry, recovery: Recovery, ends: Ends, streams: Streams) -> None:
+    def __init__(
+        self, tables: Tables, entry: Entry, recovery: Recovery, ends: Ends, streams: Streams, adapters: Adapters
+    ) -> None:
         self._t, self._entry, self._recovery, self._ends, self._streams = tables, entry, recovery, ends, streams
+        self._adapters = adapters
 
     def hear(self, peer: Peer, message: Message, now: float) -> None:
         """Handle one message.
@@ -64,6 +68,8 @@ class ClientSide:
                 self._session(client, codec.unpack(SessionHint, message.route))
             case Kind.STATUS:
                 self._t.out.append(reported(self._t, peer, message.header.request, now))
+            case Kind.LOAD | Kind.UNLOAD:
+                self._adapters.asked(peer, message, now)
             case Kind.BYE:
                 self._ends.abandon(client, now)
             case kind:

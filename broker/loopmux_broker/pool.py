@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from loopmux.errors import BadRequestError
-from loopmux.messages import Catalogue, Heartbeat, ModelPhase, Register
+from loopmux.messages import Catalogue, Heartbeat, LeftOut, ModelPhase, Register, ServedModel
 from loopmux.wire import StopReason
 from loopmux_broker.events import Peer
 from loopmux_broker.requests import Request
@@ -103,6 +104,7 @@ class Worker(Member):
         expected: HELD that are still to come; until then nobody knows which of its slots are free.
         held_for: the request that it is being emptied for.
         alone: the lease that nothing may run beside.
+        loading: operations that have it load an adapter, which holds up its engine.
     """
 
     report: dict[str, Any] = field(default_factory=dict)
@@ -117,19 +119,21 @@ class Worker(Member):
     expected: int = 0
     held_for: Request | None = None
     alone: Lease | None = None
+    loading: frozenset[bytes] = frozenset()
     load: Heartbeat = field(default_factory=Heartbeat)
     models: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._read_models()
+        self.read_models()
 
-    def _read_models(self) -> None:
+    def read_models(self) -> None:
+        """``models`` as the register has them."""
         self.models = {m.id: m.adapter for m in self.register.models}
 
     def renew(self, peer: Peer, register: Register, introduction: int, now: float) -> None:
         """The same process registered again, perhaps over another connection or with other models."""
         Member.renew(self, peer, register, introduction, now)
-        self._read_models()
+        self.read_models()
 
     @property
     def slots(self) -> int:
@@ -236,6 +240,40 @@ class Pool:
         else:
             self.launchers.pop(member.peer, None)
 
+    def adapt(self, worker: Worker, served: ServedModel, content: str) -> None:
+        """A worker has loaded an adapter; ``content`` is the hash of its files."""
+        register = self._without(worker, served.id)
+        names = (*register.adapters, served.id)
+        self._become(worker, replace(register, models=(*register.models, served), adapters=names))
+        worker.report = {**worker.report, "adapters": {**contents(worker), served.id: content}}
+
+    def strip(self, worker: Worker, name: str) -> None:
+        """A worker has unloaded an adapter."""
+        self._become(worker, self._without(worker, name))
+        kept = {known: content for known, content in contents(worker).items() if known != name}
+        worker.report = {**worker.report, "adapters": kept}
+
+    def leave_out(self, worker: Worker, name: str, reason: str) -> None:
+        """A worker could not load an adapter that it should have."""
+        register = self._without(worker, name)
+        self._become(worker, replace(register, left_out=(*register.left_out, LeftOut(name, reason))))
+
+    def _without(self, worker: Worker, name: str) -> Register:
+        """What a worker serves beside one adapter."""
+        register = worker.register
+        return replace(
+            register,
+            models=tuple(model for model in register.models if model.id != name),
+            adapters=tuple(adapter for adapter in register.adapters if adapter != name),
+            left_out=tuple(one for one in register.left_out if one.id != name),
+        )
+
+    def _become(self, worker: Worker, register: Register) -> None:
+        self.leave(worker)
+        worker.register = register
+        worker.read_models()
+        self.join(worker)
+
     # --- slots
 
     def lease(self, request: Request, worker: Worker, now: float) -> Lease:
@@ -312,6 +350,15 @@ class Pool:
         """Whether anybody serves, declares or left out the model."""
         return model in self._serving or model in self._declared or model in self._left_out
 
+    def launchers_of(self, model: str) -> Mapping[str, Declared]:
+        """The words of all launchers about a model, by launcher."""
+        return self._declared.get(model, {})
+
+    def run_time_adapters(self) -> list[Catalogue]:
+        """The adapters that launchers remember, for all workers of the model that they were loaded for."""
+        words = (word.entry for by in self._declared.values() for word in by.values())
+        return [entry for entry in words if entry.onto is not None]
+
     def adapters(self, model: str) -> list[str]:
         """The adapters that a request for the model may name, sorted."""
         names: set[str] = set()
@@ -319,6 +366,14 @@ class Pool:
             names.update(worker.register.adapters)
             names.update(a for a in (worker.models[model],) if a)
         return sorted(names)
+
+
+def contents(worker: Worker) -> dict[str, str]:
+    """The hashes of a worker's adapters, by name, as far as it names them."""
+    told = worker.report.get("adapters")
+    if not isinstance(told, dict):
+        return {}
+    return {name: content for name, content in told.items() if isinstance(content, str)}
 
 
 def _take_out(table: dict[str, dict[T, Any]], model: str, key: T) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from loopmux import codec
-from loopmux.messages import Demand, ModelStatus, Status, WorkerLoad, WorkerStatus
+from loopmux.messages import AdapterStatus, Demand, ModelStatus, Status, WorkerLoad, WorkerStatus
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import Peer, Send
-from loopmux_broker.pool import Worker
+from loopmux_broker.pool import Pool, Worker, contents
 from loopmux_broker.tables import Tables
 
 _LATE = 1.5
@@ -41,6 +41,7 @@ def report(tables: Tables, now: float) -> Status:
         settled=tables.settled,
         tables=_sizes(tables),
         notes={x.name: x.note for x in pool.launchers.values() if x.note},
+        adapters=_adapters(pool),
     )
 
 
@@ -67,6 +68,25 @@ def _sizes(tables: Tables) -> dict[str, int]:
         "strikes": len(tables.strikes),
         "rivals": len(tables.rivals),
     }
+
+
+def _adapters(pool: Pool) -> tuple[AdapterStatus, ...]:
+    """Those that workers have, and those that they should have."""
+    loaded_for = {entry.model: entry for entry in pool.run_time_adapters()}
+    having: dict[str, list[Worker]] = {name: [] for name in loaded_for}
+    for worker in pool.workers.values():
+        for name in worker.register.adapters:
+            having.setdefault(name, []).append(worker)
+    return tuple(
+        AdapterStatus(
+            name,
+            len(workers),
+            tuple(sorted({content for w in workers if (content := contents(w).get(name))})),
+            loaded_for[name].onto if name in loaded_for else None,
+            loaded_for[name].folder if name in loaded_for else "",
+        )
+        for name, workers in sorted(having.items())
+    )
 
 
 def _model(tables: Tables, model: str, queued: int, running: int, now: float) -> ModelStatus:

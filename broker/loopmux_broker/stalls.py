@@ -21,11 +21,13 @@ class Stall:
         prefill: before a request's first token.
         per_size: the same for each character (or token id) of its prompt, where that is more. A slow machine computes
             some 20 tokens of 4 characters in a second.
+        adapter: so much longer while it loads an adapter, which has to be answered within that time, too.
     """
 
     decode: float = 15.0
     prefill: float = 60.0
     per_size: float = 0.02
+    adapter: float = 120.0
 
     def budget(self, lease: Lease) -> float:
         """For how long the engine may stand still because of one attempt."""
@@ -41,7 +43,8 @@ class Stall:
     def due(self, worker: Worker) -> float | None:
         """When a worker counts as hung unless its engine moves before; None while it has nothing to do."""
         budgets = [self.budget(lease) for lease in worker.leases.values() if _counts(lease)]
-        return worker.moved + max(budgets) if budgets else None
+        longer = self.adapter if worker.loading else 0.0
+        return worker.moved + max(budgets) + longer if budgets else None
 
 
 def busy(worker: Worker) -> bool:

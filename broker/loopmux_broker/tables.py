@@ -44,6 +44,7 @@ class Alarm(IntEnum):
     DRAIN = 16  # peer
     ROUND = 17  # model
     HOME = 18  # request
+    ADAPTER = 19  # operation
 
 
 LIVENESS = frozenset(

@@ -100,12 +100,12 @@ class Waiting:
         if model in self._t.pool.withdrawn and not self._t.pool.knows(model):
             self.model_withdrawn(model, now)
 
-    def model_withdrawn(self, model: str, now: float) -> None:
+    def model_withdrawn(self, model: str, now: float, why: str = "its launcher left") -> None:
         """A launcher no longer answers for a model."""
         if self._t.pool.knows(model):
             self.model_changed(model, now)
             return
-        error = ModelNotFoundError(f"model {model!r} is gone: its launcher left, and no worker serves it any more")
+        error = ModelNotFoundError(f"model {model!r} is gone: {why}, and no worker serves it any more")
         self._each(model, lambda request, now: self._ends.end(request, Kind.ERROR, error, now), now)
 
     def _tell_phase(self, request: Request, now: float) -> None:

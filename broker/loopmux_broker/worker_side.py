@@ -8,6 +8,7 @@ from loopmux import codec, wire
 from loopmux.errors import BadRequestError, ProtocolError
 from loopmux.messages import Catalogue, Heartbeat, Held, Register
 from loopmux.wire import ID_SIZE, Header, Kind, Message
+from loopmux_broker.adapters import Adapters
 from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import agree, no_common_version, welcome
 from loopmux_broker.dispatch import paced
@@ -44,9 +45,10 @@ class WorkerSide:
         ends: Ends,
         waiting: Waiting,
         streams: Streams,
+        adapters: Adapters,
     ) -> None:
         self._t, self._entry, self._attempts, self._leases, self._recovery = tables, entry, attempts, leases, recovery
-        self._ends, self._waiting, self._streams = ends, waiting, streams
+        self._ends, self._waiting, self._streams, self._adapters = ends, waiting, streams, adapters
 
     def hear(self, peer: Peer, message: Message, frames: list[bytes], now: float) -> None:
         """Handle one message; ``frames`` are what it was made from, for passing on.
@@ -90,6 +92,8 @@ class WorkerSide:
                 lease = self._lease(worker, message)
                 if lease is not None:
                     self._attempts.not_there(lease, now)
+            case Kind.DONE:
+                self._adapters.done(worker, message, now)
             case Kind.DRAIN:
                 worker.evicted = None
                 self._attempts.drain(worker, message.header.arg / 1000, now)
@@ -110,6 +114,9 @@ class WorkerSide:
                 self._waiting.model_withdrawn(entry.model, now)
                 if entry.phase == "idle" and self._t.queues.waiting(entry.model):
                     self._t.cold.add(entry.model)  # it was stopped just when somebody came
+                self._adapters.declared(entry, now)
+            case Kind.DONE:
+                self._adapters.done(launcher, message, now)
             case Kind.BYE:
                 self.lost(launcher, "left", now)
                 self._withdraw(launcher.name, None, now)
@@ -276,6 +283,7 @@ class WorkerSide:
             if not member.expected:
                 self._recovery.introduced(member, now)
             self._leases.watch(member)
+            self._adapters.joined(member, now)
         elif isinstance(member, Launcher):
             self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + _REDECLARE)
 
@@ -284,6 +292,7 @@ class WorkerSide:
         launcher = next((x for x in self._t.pool.launchers.values() if x.name == name), None)
         if launcher is not None:
             self._withdraw(name, launcher.register.boot, now)
+            self._adapters.settled(now)
 
     def _withdraw(self, name: str, keep_boot: bytes | None, now: float) -> None:
         for model in self._t.pool.withdraw(name, keep_boot=keep_boot):
@@ -319,6 +328,7 @@ class WorkerSide:
             if why == "left":
                 for model in member.models:
                     self._waiting.model_left(model, now)
+            self._adapters.lost(member, why, now)
 
     def stalled(self, peer: Peer, now: float) -> None:
         """The time has come to see whether a worker's engine stands still."""

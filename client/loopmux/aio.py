@@ -11,11 +11,12 @@ import contextlib
 import math
 import os
 from collections.abc import AsyncIterator, Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from loopmux import __version__, wire
-from loopmux.client import Messages, hint_of, make_request
+from loopmux.client import Messages, evict_order, hint_of, load_order, make_request, outcome_of, unload_order
 from loopmux.connection import Connection
 from loopmux.endpoints import default_endpoint, ipc_path
 from loopmux.errors import CancelledError, ConnectionLostError, LoopmuxError
@@ -36,7 +37,7 @@ from loopmux.events import (
     TimePassed,
 )
 from loopmux.link import Link
-from loopmux.messages import DEFAULT_TIMEOUT, Evict, ModelStatus, Status
+from loopmux.messages import DEFAULT_TIMEOUT, AdapterStatus, Done, ModelStatus, Status
 from loopmux.options import Defaults, Options, PromptOptions, merge
 from loopmux.pump import Sink, dispatch
 from loopmux.results import Result, StreamEvent, TextDelta
@@ -398,28 +399,46 @@ class AsyncClient:
         Raises:
             ConnectionLostError: no answer within ``connect_timeout``.
         """
-        return await self._ask(None)
-
-    async def drain(self, worker: str, *, within: float = 60.0) -> Status:
-        """Have a worker leave in good order; see ``Client.drain``."""
-        return await self._ask(Evict(worker, within))
-
-    async def _ask(self, evict: Evict | None) -> Status:
-        inbox = _Inbox()
-        driver = self._channel.driver()
-        question = Asked(wire.new_id(), driver.loop.time() + self._channel.connect_timeout, evict)
-        driver.start(question, inbox.put_nowait)
-        match await inbox.get():
-            case Answer(_, status):
-                return status
-            case Fail(_, error):
-                raise error
-            case other:
-                raise AssertionError(f"a question was answered with {other}")
+        status = await self._ask(Asked(wire.new_id(), self._give_up_at()))
+        assert isinstance(status, Status), "STATUS is answered with REPORT"
+        return status
 
     async def models(self) -> list[ModelStatus]:
         """The models the broker knows, as in ``status``."""
         return list((await self.status()).models)
+
+    async def load_adapter(self, model: str, name: str, folder: str | Path) -> Done:
+        """Have all workers of a model load an adapter; see ``Client.load_adapter``."""
+        return outcome_of(await self._ask(load_order(model, name, folder, self._give_up_at())))
+
+    async def unload_adapter(self, model: str, name: str) -> Done:
+        """Take back what ``load_adapter`` did; see ``Client.unload_adapter``."""
+        return outcome_of(await self._ask(unload_order(model, name, self._give_up_at())))
+
+    async def adapters(self) -> list[AdapterStatus]:
+        """The adapters that requests may name, as in ``status``."""
+        return list((await self.status()).adapters)
+
+    async def drain(self, worker: str, *, within: float = 60.0) -> Status:
+        """Have a worker leave in good order; see ``Client.drain``."""
+        status = await self._ask(evict_order(worker, within, self._give_up_at()))
+        assert isinstance(status, Status), "EVICT is answered with REPORT"
+        return status
+
+    def _give_up_at(self) -> float:
+        """When a question that is asked now stops waiting for a broker."""
+        return self._channel.driver().loop.time() + self._channel.connect_timeout
+
+    async def _ask(self, question: Asked) -> Status | Done:
+        inbox = _Inbox()
+        self._channel.driver().start(question, inbox.put_nowait)
+        match await inbox.get():
+            case Answer(_, answer):
+                return answer
+            case Fail(_, error):
+                raise error
+            case other:
+                raise AssertionError(f"a question was answered with {other}")
 
     def _begin(self, options: Mapping[str, Any], prompt: str | None, *, collect: bool) -> AsyncStream:
         driver = self._channel.driver()

@@ -9,23 +9,37 @@ import os
 import queue
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from loopmux import wire
-from loopmux.codec import FieldError, build
+from loopmux.codec import FieldError, build, pack
 from loopmux.endpoints import default_endpoint, ipc_path
-from loopmux.errors import BadRequestError, CancelledError, ConnectionLostError, LoopmuxError
+from loopmux.errors import BadRequestError, CancelledError, ConnectionLostError, LoopmuxError, from_code
 from loopmux.events import Answer, Asked, CancelAsked, Consumed, Deliver, Fail, Finish, Hinted, Request, Submitted
-from loopmux.messages import DEFAULT_TIMEOUT, Evict, ModelStatus, SessionHint, Status
+from loopmux.messages import (
+    DEFAULT_TIMEOUT,
+    AdapterOrder,
+    AdapterStatus,
+    Done,
+    Evict,
+    ModelStatus,
+    SessionHint,
+    Status,
+)
 from loopmux.options import Defaults, Options, PromptOptions, merge, prepare
 from loopmux.pump import Channel, Pump
 from loopmux.results import Result, StreamEvent, TextDelta
+from loopmux.wire import Kind
 
 if TYPE_CHECKING:
     from typing import Self
 
     from loopmux.loopevents import ToolLoopResult
+
+_ADAPTER_PATIENCE = 300.0
+"""Seconds for the answer about an adapter: workers and launchers get 120 each from the broker."""
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: role/content maps as chat templates take them."""
@@ -240,7 +254,45 @@ class Client:
         Raises:
             ConnectionLostError: no answer within ``connect_timeout``.
         """
-        return self._ask(None)
+        status = self._ask(Asked(wire.new_id(), self._give_up_at()))
+        assert isinstance(status, Status), "STATUS is answered with REPORT"
+        return status
+
+    def models(self) -> list[ModelStatus]:
+        """The models the broker knows, as in ``status``."""
+        return list(self.status().models)
+
+    def load_adapter(self, model: str, name: str, folder: str | Path) -> Done:
+        """Have all workers of a model load an adapter, which becomes the model id ``name``; requests go on meanwhile.
+
+        It is loaded in all of them or in none, and in workers that are started later until it is unloaded. Loading what
+        is loaded already, under this name and with these contents, changes nothing.
+
+        Args:
+            model: whose type and system prompt it takes.
+            name: for ``model=`` in a request, and for ``adapter=`` beside any model of the same workers.
+            folder: where its files lie, on the workers' host; relative to the working directory.
+
+        Returns:
+            What came of it: ``content`` (hash of the files), ``workers`` and whether it is ``remembered``.
+
+        Raises:
+            LoopmuxError: it was loaded nowhere; the message has each worker's reason.
+        """
+        return outcome_of(self._ask(load_order(model, name, folder, self._give_up_at())))
+
+    def unload_adapter(self, model: str, name: str) -> Done:
+        """Take back what ``load_adapter`` did: new requests for it are refused, those that run end by themselves.
+
+        Raises:
+            AdapterNotFoundError: the model's workers do not have it.
+            LoopmuxError: it could not be unloaded everywhere.
+        """
+        return outcome_of(self._ask(unload_order(model, name, self._give_up_at())))
+
+    def adapters(self) -> list[AdapterStatus]:
+        """The adapters that requests may name, as in ``status``."""
+        return list(self.status().adapters)
 
     def drain(self, worker: str, *, within: float = 60.0) -> Status:
         """Have a worker leave in good order; of a client of the admin endpoint (``endpoints.admin_endpoint``).
@@ -254,23 +306,24 @@ class Client:
             ProtocolError: the client is not one of the admin endpoint.
             ConnectionLostError: no answer within ``connect_timeout``.
         """
-        return self._ask(Evict(worker, within))
+        status = self._ask(evict_order(worker, within, self._give_up_at()))
+        assert isinstance(status, Status), "EVICT is answered with REPORT"
+        return status
 
-    def _ask(self, evict: Evict | None) -> Status:
+    def _give_up_at(self) -> float:
+        """When a question that is asked now stops waiting for a broker."""
+        return time.monotonic() + self._channel.connect_timeout
+
+    def _ask(self, question: Asked) -> Status | Done:
         inbox: queue.SimpleQueue[Deliver | Finish | Fail | Answer] = queue.SimpleQueue()
-        question = Asked(wire.new_id(), time.monotonic() + self._channel.connect_timeout, evict)
         self._channel.pump().start(question, inbox.put)
         match inbox.get():
-            case Answer(_, status):
-                return status
+            case Answer(_, answer):
+                return answer
             case Fail(_, error):
                 raise error
             case other:
                 raise AssertionError(f"a question was answered with {other}")
-
-    def models(self) -> list[ModelStatus]:
-        """The models the broker knows, as in ``status``."""
-        return list(self.status().models)
 
     def _begin(self, options: Mapping[str, Any], prompt: str | None, *, collect: bool) -> Stream:
         request = make_request(merge(self._options, options, {"prompt": prompt}), time.monotonic(), collect=collect)
@@ -297,3 +350,37 @@ def hint_of(session: str, state: str, expected: float | None) -> SessionHint:
         return build(SessionHint, {"session": session, "state": state, "expected": expected})
     except FieldError as error:
         raise BadRequestError(str(error)) from error
+
+
+def load_order(model: str, name: str, folder: str | Path, give_up_at: float) -> Asked:
+    """LOAD, as a question; a relative folder is one of this process's."""
+    order = AdapterOrder(model, name, str(Path(folder).expanduser().absolute()))
+    return Asked(wire.new_id(), give_up_at, Kind.LOAD, pack(order), _ADAPTER_PATIENCE)
+
+
+def unload_order(model: str, name: str, give_up_at: float) -> Asked:
+    """UNLOAD, as a question."""
+    return Asked(wire.new_id(), give_up_at, Kind.UNLOAD, pack(AdapterOrder(model, name)), _ADAPTER_PATIENCE)
+
+
+def evict_order(worker: str, within: float, give_up_at: float) -> Asked:
+    """EVICT, as a question."""
+    return Asked(wire.new_id(), give_up_at, Kind.EVICT, pack(Evict(worker, within)))
+
+
+def outcome_of(answer: Status | Done) -> Done:
+    """What came of LOAD or UNLOAD.
+
+    Raises:
+        LoopmuxError: it was not done.
+    """
+    assert isinstance(answer, Done), "LOAD and UNLOAD are answered with DONE"
+    if (failure := answer.failure) is not None:
+        raise from_code(
+            failure.code,
+            failure.message,
+            retryable=failure.retryable,
+            model=failure.model,
+            retry_after=failure.retry_after,
+        )
+    return answer

@@ -53,7 +53,7 @@ from loopmux.events import (
     Submitted,
     TimePassed,
 )
-from loopmux.messages import Failure, Hello, Status, Welcome
+from loopmux.messages import Done, Failure, Hello, Status, Welcome
 from loopmux.stream import Exchange, Stage
 from loopmux.wire import Header, Kind, Message
 
@@ -75,9 +75,14 @@ class State(Enum):
 
 @dataclass(slots=True)
 class _Question:
-    message: Message
+    asked: Asked
     deadline: float
-    resend_at: float
+    resend_at: float = math.inf
+
+    def ask(self, now: float) -> Send:
+        """Put it to the broker, and again in a while."""
+        self.resend_at = now + RESEND
+        return Send(Message(Header(self.asked.kind, self.asked.id), self.asked.route))
 
 
 class Connection:
@@ -166,13 +171,16 @@ class Connection:
         )
 
     def _asked(self, event: Asked, now: float) -> list[Action]:
-        ready = self.state is State.READY
-        header = Header(Kind.STATUS if event.evict is None else Kind.EVICT, event.id)
-        message = Message(header, b"" if event.evict is None else codec.pack(event.evict))
-        self._questions[event.id] = _Question(message, event.deadline, now + RESEND if ready else math.inf)
+        question = self._questions[event.id] = _Question(event, event.deadline)
         if self.state is State.IDLE:
             return self._greet(now)
-        return [Send(message)] if ready else []
+        return [self._put(question, now)] if self.state is State.READY else []
+
+    def _put(self, question: _Question, now: float) -> Send:
+        """Ask a broker that is there; from the first time on it has the time that the answer may take."""
+        if question.asked.patience and question.deadline == question.asked.deadline:
+            question.deadline = now + question.asked.patience
+        return question.ask(now)
 
     def _closed(self, now: float) -> list[Action]:
         actions: list[Action] = []
@@ -258,7 +266,7 @@ class Connection:
                 return self._welcomed(codec.unpack(Welcome, message.route), now)
             case Kind.WHO if self.state is State.READY and message.header.request == wire.NO_ID:
                 return self._lose(now)
-            case Kind.REPORT if message.header.request in self._questions:
+            case Kind.REPORT | Kind.DONE if message.header.request in self._questions:
                 return self._reported(message)
             case Kind.ERROR if message.header.request in self._questions:
                 return self._rejected(message)
@@ -272,7 +280,8 @@ class Connection:
         id_ = message.header.request
         del self._questions[id_]
         try:
-            return [Answer(id_, codec.unpack(Status, message.body, codec.BODY_LIMITS))]
+            answer: type[Status | Done] = Status if message.kind is Kind.REPORT else Done
+            return [Answer(id_, codec.unpack(answer, message.body, codec.BODY_LIMITS))]
         except ProtocolError as error:
             return [Fail(id_, error)]
 
@@ -294,9 +303,7 @@ class Connection:
         self._hello_at = math.inf
         self._ping_at = now + welcome.heartbeat
         actions = self._tell_all(_attached(welcome, fresh=fresh), now)
-        for question in self._questions.values():
-            question.resend_at = now + RESEND
-            actions.append(Send(question.message))
+        actions += [self._put(question, now) for question in self._questions.values()]
         return actions
 
     def _turned_away(self, failure: Failure) -> list[Action]:
@@ -357,6 +364,13 @@ class Connection:
             "or set $LOOPMUX_ENDPOINT to where one listens"
         )
 
+    def _unanswered(self, question: _Question) -> ConnectionLostError:
+        waited = question.asked.patience or self._connect_timeout
+        return ConnectionLostError(
+            f"the broker at {self._endpoint} did not answer {question.asked.kind.name} (waited {waited:g} s): see "
+            "whether it runs with `loopmux status`, and try again"
+        )
+
     def _time_passed(self, now: float) -> list[Action]:
         actions = self._presence(now)
         while self._unreachable_at() <= now:
@@ -384,10 +398,9 @@ class Connection:
         for id_, question in list(self._questions.items()):
             if now >= question.deadline:
                 del self._questions[id_]
-                actions.append(Fail(id_, self._nobody()))
+                actions.append(Fail(id_, self._nobody() if self._welcome is None else self._unanswered(question)))
             elif now >= question.resend_at:
-                question.resend_at = now + RESEND
-                actions.append(Send(question.message))
+                actions.append(question.ask(now))
         return actions
 
 

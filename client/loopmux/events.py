@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loopmux.errors import LoopmuxError
-from loopmux.messages import Evict, SessionHint, Status, Submit
+from loopmux.messages import Done, SessionHint, Status, Submit
 from loopmux.results import Result, StreamEvent
-from loopmux.wire import Message
+from loopmux.wire import Kind, Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +96,17 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A caller wants the broker's status, and before that perhaps a worker to leave (of administrators only).
+    """A caller wants the broker's status, adapters loaded or unloaded, or a worker to leave (``kind`` and ``route``).
 
-    ``id`` is the question's own, ``deadline`` when it stops waiting.
+    ``id`` is the question's own, ``deadline`` when it stops waiting for a broker, ``patience`` the seconds that one
+    that is there gets for the answer, where it takes longer.
     """
 
     id: bytes
     deadline: float
-    evict: Evict | None = None
+    kind: Kind = Kind.STATUS
+    route: bytes = b""
+    patience: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +192,7 @@ class Answer:
     """The broker's answer to ``Asked``."""
 
     id: bytes
-    status: Status
+    status: Status | Done
 
 
 Action = Send | Introduce | Deliver | Finish | Fail | Answer

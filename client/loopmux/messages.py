@@ -389,7 +389,9 @@ class Catalogue:
 
     Sent for each model after REGISTER and at every change. ``removed`` takes the model out of the catalogue.
     ``detail`` is a line for people (progress, or the reason of a failure with the worker's last words). ``scales``: its
-    processes come and go with the demand, which the launcher therefore wants to hear of (SCALE).
+    processes come and go with the demand, which the launcher therefore wants to hear of (SCALE). An adapter that was
+    loaded at run time has ``onto``, the model that it was loaded for, and the ``folder`` where it lies: the broker sees
+    to it that workers of that model have it.
     """
 
     model: str
@@ -399,6 +401,8 @@ class Catalogue:
     workers: int = 0
     removed: bool = False
     scales: bool = False
+    onto: str | None = None
+    folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,6 +425,41 @@ class Demand:
 
     queued: dict[str, int] = field(default_factory=dict)
     workers: tuple[WorkerLoad, ...] = ()
+
+
+# --- adapters at run time ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOrder:
+    """ROUTE of LOAD and UNLOAD: an adapter that all workers of a model are to serve, or to serve no longer.
+
+    It becomes a model id of its own, ``name``, that is asked as ``model`` is (type, system prompt), and may be named as
+    an adapter of any model of these workers. ``folder`` is absolute, on the workers' host; empty in UNLOAD.
+    """
+
+    model: str
+    name: str
+    folder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """BODY of DONE: what came of LOAD or UNLOAD.
+
+    Attributes:
+        failure: why it was not done; None if it was.
+        content: hash of the adapter's files.
+        served: from a worker that loaded it: what it serves since.
+        workers: from the broker: those that did it.
+        remembered: from the broker: a launcher does the same with workers that it starts.
+    """
+
+    failure: Failure | None = None
+    content: str = ""
+    served: ServedModel | None = None
+    workers: tuple[str, ...] = ()
+    remembered: bool = False
 
 
 # --- status -----------------------------------------------------------------------------------------------------------
@@ -465,6 +504,23 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """An adapter that requests may name.
+
+    Attributes:
+        onto: the model that it was loaded for at run time; None for one of the configuration, or without a launcher.
+        contents: hashes of its files, one unless workers have different ones.
+        workers: how many have it.
+    """
+
+    name: str
+    workers: int = 0
+    contents: tuple[str, ...] = ()
+    onto: str | None = None
+    folder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """BODY of REPORT: the broker's answer to STATUS. ``counters`` holds running totals by name.
 
@@ -487,6 +543,7 @@ class Status:
     settled: bool = True
     tables: dict[str, int] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    adapters: tuple[AdapterStatus, ...] = ()
 
 
 # --- administration ---------------------------------------------------------------------------------------------------

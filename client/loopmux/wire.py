@@ -79,6 +79,7 @@ class Kind(IntEnum):
     RUNACK = 81
     STOP = 82
     REPLAY = 83
+    # client -> broker -> worker, launcher: adapters at run time
     LOAD = 84
     UNLOAD = 85
     DONE = 86

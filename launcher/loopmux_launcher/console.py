@@ -1,4 +1,4 @@
-"""What people read: plain lines, JSON lines, or lines with a live one below them on a terminal."""
+"""What people read: plain lines, JSON lines, or lines with a live view below them on a terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from typing import Literal, TextIO
 
 from loopmux_launcher.events import Announce
@@ -20,8 +21,9 @@ _PACE = 2.0
 class Console:
     """Prints announcements with the seconds since the start. Warnings and errors go to standard error.
 
-    Progress is a line that is written over on a terminal; elsewhere it is one line when something else begins (its
-    first word changes) and now and then in between.
+    On a terminal, what is under way stands below all lines, one for each subject, and below that what ``show`` was
+    given last; it is written over. Elsewhere progress is one line when something else begins (its first word changes)
+    and now and then in between.
 
     A reader that goes away (a closed pipe) does not end the launcher: its workers serve others.
     """
@@ -29,7 +31,10 @@ class Console:
     def __init__(self, form: Format | None = None) -> None:
         self.form: Format = form or ("live" if sys.stdout.isatty() else "plain")
         self._began = time.monotonic()
-        self._live = False
+        self._doing: dict[str, str] = {}
+        self._picture: Sequence[str] = ()
+        self._drawn = 0
+        """Lines of the live view that are on the screen, the cursor below them."""
         self._told: dict[str, tuple[str, float]] = {}
 
     def announce(self, news: Announce) -> None:
@@ -39,19 +44,24 @@ class Console:
         if self.form == "json":
             self._write(stream, json.dumps({"elapsed": round(elapsed, 3), "level": news.level,
                                             "subject": news.subject, "text": news.text}) + "\n")  # fmt: skip
-        elif news.level == "ready":
-            self._line(stream, news.text)
         elif news.level == "progress":
             self._progress(news, elapsed)
         else:
-            self._line(stream, f"{elapsed:7.1f} s  {news.subject}: {news.text}")
+            self._doing.pop(news.subject, None)
+            line = f"{elapsed:7.1f} s  {news.subject}: {news.text}"
+            self._line(stream, news.text if news.level == "ready" else line)
+
+    def show(self, picture: Sequence[str]) -> None:
+        """What stands below everything in the live view."""
+        if self.form == "live" and picture != self._picture:
+            self._picture = picture
+            self._redraw()
 
     def _progress(self, news: Announce, elapsed: float) -> None:
         line = f"{elapsed:7.1f} s  {news.subject}: {news.text}"
         if self.form == "live":
-            width = shutil.get_terminal_size().columns - 1
-            self._write(sys.stdout, f"\r\x1b[K{line[:width]}")
-            self._live = True
+            self._doing[news.subject] = line
+            self._redraw()
             return
         verb = news.text.split(maxsplit=1)[0]
         before, when = self._told.get(news.subject, ("", 0.0))
@@ -63,18 +73,31 @@ class Console:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        """Leave the terminal without a live line."""
-        if self._live:
-            self._write(sys.stdout, "\r\x1b[K")
-            self._live = False
+        """Leave the terminal without a live view."""
+        self._doing, self._picture = {}, ()
+        self._redraw()
 
     def _line(self, stream: TextIO, text: str) -> None:
-        if self._live:
-            self._write(sys.stdout, "\r\x1b[K")
-            self._live = False
+        self._write(sys.stdout, self._erase())
         self._write(stream, text + "\n")
+        self._redraw()
+
+    def _redraw(self) -> None:
+        """The live view anew, as much of its end as the terminal has room for: a view that scrolls stays for good."""
+        columns, rows = shutil.get_terminal_size()
+        lines = [*self._doing.values(), *self._picture] if self.form == "live" else []
+        shown = [line[: columns - 1] for line in lines[-max(1, rows - 1) :]]
+        erase, self._drawn = self._erase(), len(shown)
+        self._write(sys.stdout, erase + "".join(f"{line}\n" for line in shown))
+
+    def _erase(self) -> str:
+        """Back to where the live view begins, and nothing below."""
+        drawn, self._drawn = self._drawn, 0
+        return f"\x1b[{drawn}A\r\x1b[J" if drawn else ""
 
     def _write(self, stream: TextIO, text: str) -> None:
+        if not text:
+            return
         try:
             stream.write(text)
             stream.flush()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from loopmux.messages import Catalogue, Demand, WorkerSpec
+from loopmux.messages import AdapterOrder, Catalogue, Demand, WorkerSpec
+from loopmux_launcher.adapters import Added
 from loopmux_launcher.groups import Group
 
 # --- events: in the past tense ----------------------------------------------------------------------------------------
@@ -111,6 +112,23 @@ class ConfigurationRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterOrdered:
+    """All workers of a model have loaded an adapter, or are to unload one: it is to be remembered, or forgotten."""
+
+    id: bytes
+    order: AdapterOrder
+    load: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersSaved:
+    """What ``SaveAdapters`` came to; ``trouble`` is why nothing could be written."""
+
+    id: bytes
+    trouble: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """Somebody wants us to end; ``at_once`` without waiting for anything."""
 
@@ -134,6 +152,8 @@ Event = (
     | DemandReported
     | ConfigurationChanged
     | ConfigurationRefused
+    | AdapterOrdered
+    | AdaptersSaved
     | StopRequested
     | TimerFired
 )
@@ -193,6 +213,22 @@ class ReportPhase:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveAdapters:
+    """Write down what is loaded at run time; answered with ``AdaptersSaved``."""
+
+    id: bytes
+    added: tuple[Added, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerOrder:
+    """Tell the broker what came of its order; ``trouble`` is why it was not done."""
+
+    id: bytes
+    trouble: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Announce:
     """Tell people. ``progress`` lines may be dropped or overwritten, ``ready`` is the line that scripts wait for."""
 
@@ -216,6 +252,8 @@ Action = (
     | StopProcess
     | KillProcess
     | ReportPhase
+    | SaveAdapters
+    | AnswerOrder
     | Announce
     | Finish
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loopmux.cadence import INTRODUCE_AGAIN, SILENT_HEARTBEATS
 from loopmux.codec import BODY_LIMITS, pack, shorten, unpack
 from loopmux.errors import ProtocolError
-from loopmux.messages import Catalogue, Demand, Failure, Heartbeat, Register, Welcome
+from loopmux.messages import AdapterOrder, Catalogue, Demand, Done, Failure, Heartbeat, Register, Welcome
 from loopmux.wire import Header, Kind, Message
 
 _NOTE_LIMIT = 2_000
@@ -36,7 +36,16 @@ class Demanded:
     demand: Demand
 
 
-News = Welcomed | Refused | Demanded
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """An adapter is to be remembered for workers to come, or forgotten."""
+
+    id: bytes
+    order: AdapterOrder
+    load: bool
+
+
+News = Welcomed | Refused | Demanded | Ordered
 
 
 class Link:
@@ -83,6 +92,9 @@ class Link:
                 return Demanded(unpack(Demand, message.body, BODY_LIMITS))
             case Kind.ERROR:
                 return Refused(unpack(Failure, message.body, BODY_LIMITS).message)
+            case Kind.LOAD | Kind.UNLOAD:
+                order = unpack(AdapterOrder, message.route)
+                return Ordered(message.header.request, order, message.kind is Kind.LOAD)
             case _:
                 pass  # PONG; what a newer broker may ask is not for us
         return None
@@ -109,6 +121,12 @@ class Link:
         """The message for a change, if the broker is there to hear it."""
         heard = self.welcome and not self._left
         return [Message(Header(Kind.CATALOGUE), pack(catalogue))] if heard else []
+
+    def answer(self, id_: bytes, trouble: str) -> list[Message]:
+        """What came of an order; the broker repeats it until it hears this."""
+        done = Done(Failure("config", trouble)) if trouble else Done()
+        heard = self.welcome and not self._left
+        return [Message(Header(Kind.DONE, id_), body=pack(done))] if heard else []
 
     def bye(self) -> list[Message]:
         """Taking leave, once and for good."""

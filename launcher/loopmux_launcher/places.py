@@ -34,9 +34,19 @@ def usable_logs(endpoint: str | None = None) -> Path:
     return usable(logs(endpoint), "log files", "set $XDG_STATE_HOME to another")
 
 
+def adapters(endpoint: str) -> Path:
+    """The file of the adapters that were loaded at run time into the stack of an endpoint."""
+    return _state() / "adapters" / f"{endpoint_tag(endpoint)}.json"
+
+
+def _state() -> Path:
+    """``$XDG_STATE_HOME/loopmux``: logs, what was loaded at run time."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state").absolute() / "loopmux"
+
+
 def logs(endpoint: str | None = None) -> Path:
     """The folder of log files: one of its own for each endpoint, because two stacks may run workers of one name."""
-    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state").absolute() / "loopmux" / "logs"
+    folder = _state() / "logs"
     return folder / endpoint_tag(endpoint) if endpoint else folder
 
 

@@ -7,15 +7,18 @@ again after a delay, and what dies again and again is parked with its reason whi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
 from loopmux.codec import shorten
-from loopmux.messages import Catalogue, ModelPhase
+from loopmux.messages import AdapterOrder, Catalogue, ModelPhase
+from loopmux_launcher.adapters import Added
 from loopmux_launcher.backoff import Backoff
 from loopmux_launcher.crew import Crew
 from loopmux_launcher.events import (
     Action,
+    AdapterOrdered,
+    AdaptersSaved,
     Announce,
     Began,
     BrokerWelcomed,
@@ -41,6 +44,7 @@ from loopmux_launcher.events import (
 from loopmux_launcher.fleet import Fleet
 from loopmux_launcher.groups import Group
 from loopmux_launcher.lifecycle import Process, State
+from loopmux_launcher.remembered import Remembered, answer
 
 BROKER = "broker"
 _BROKER_START_TIMEOUT = 30.0
@@ -56,10 +60,20 @@ class Plan:
         groups: what the configuration asks for.
         with_broker: the broker is ours, too.
         budget: GiB that workers may take together; None is no limit.
+        added: adapters that were loaded at run time; all but the ``idle`` ones are in ``groups``.
     """
 
-    def __init__(self, groups: Iterable[Group], *, with_broker: bool, budget: float | None = None) -> None:
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        *,
+        with_broker: bool,
+        budget: float | None = None,
+        added: Iterable[Added] = (),
+        idle: Collection[Added] = (),
+    ) -> None:
         self.fleet = Fleet(groups, budget)
+        self._remembered = Remembered(added, idle)
         self.broker = Process(BROKER, _BROKER_START_TIMEOUT, backoff=Backoff(eager=True)) if with_broker else None
         self.exit_code = 0
         self._began = 0.0
@@ -127,6 +141,10 @@ class Plan:
                 yield from self._process_exited(self._process(event.name), event, now)
             case BrokerWelcomed():
                 yield from (ReportPhase(told) for told in self.catalogue(now))
+            case AdapterOrdered():
+                yield from self._remembered.ordered(event, self.fleet.groups)
+            case AdaptersSaved():
+                yield from self._adapters_saved(event, now)
             case TimerFired():
                 for process in self._processes():
                     if process.wake is not None and process.wake <= now:
@@ -141,7 +159,12 @@ class Plan:
                 yield from self.fleet.told(demand, now)
             case ConfigurationChanged() if not self._stopping:
                 self._refused = ""
-                yield from self.fleet.configure(event, now)
+                groups, idle = self._remembered.renew(event.groups)
+                for one, why in idle.items():
+                    yield Announce(
+                        f"adapter {one.name}", f"loaded at run time, is not served any more: {why}", "warning"
+                    )
+                yield from self.fleet.configure(replace(event, groups=groups), now)
                 yield from self._withdraw()
             case ConfigurationRefused(reason):
                 self._refused = f"refused, the former one stays in force: {reason}"
@@ -222,6 +245,24 @@ class Plan:
                 process.wake = None
                 yield KillProcess(process.name)
 
+    # --- adapters at run time
+
+    def _adapters_saved(self, event: AdaptersSaved, now: float) -> Iterator[Action]:
+        """The broker is told what is remembered before it is answered: it holds workers to that."""
+        done = self._remembered.saved(event)
+        if done is not None:
+            yield from self._adapted(*done, now)
+        yield from answer(event, done)
+
+    def _adapted(self, order: AdapterOrder, load: bool, now: float) -> Iterator[Action]:
+        groups = self._remembered.apply(order, self.fleet.groups, load=load)
+        for crew, group in zip(self._crews, groups, strict=True):
+            crew.group = group
+        for process in self.fleet.processes():
+            process.left_out.pop(order.name, None)  # what could not be loaded at its start was loaded since
+        yield from self._withdraw()
+        yield from self._report_changes(now)
+
     # --- stopping
 
     def _stop(self, now: float, *, at_once: bool) -> Iterator[Action]:
@@ -293,6 +334,8 @@ class Plan:
                 phase, detail, ready = self._phase(crew, model)
                 detail = shorten(detail, _DETAIL_LIMIT)
                 told = Catalogue(model, phase, 0.0, detail, ready, scales=crew.group.scales)
+                if (one := self._remembered.get(model)) is not None:
+                    told = replace(told, onto=one.model, folder=one.folder)
                 before = self._reported.get(model)
                 if before and before[0] == told:
                     continue
@@ -301,7 +344,7 @@ class Plan:
                 yield ReportPhase(replace(told, elapsed=now - since))
 
     def _withdraw(self) -> Iterator[Action]:
-        """Take models out of the catalogue that the configuration has no more."""
+        """Take models out of the catalogue that are served no more: unloaded, or not in the configuration."""
         known = {model for crew in self._crews for model in crew.group.model_ids}
         for model in self._reported.keys() - known:
             del self._reported[model]

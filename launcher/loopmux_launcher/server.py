@@ -23,12 +23,17 @@ from loopmux.listening import Listening
 from loopmux.messages import Register
 from loopmux.sockets import Dealer
 from loopmux.wire import VERSIONS, WORKER_MESSAGE_LIMIT, Message, from_frames, new_id, to_frames
-from loopmux_launcher import places, workercode
+from loopmux_launcher import adapterstore, livelook, places, workercode
+from loopmux_launcher.adapters import Added, extended
+from loopmux_launcher.asking import Asking
 from loopmux_launcher.config import Configuration
 from loopmux_launcher.console import Console
 from loopmux_launcher.events import (
     Action,
+    AdapterOrdered,
+    AdaptersSaved,
     Announce,
+    AnswerOrder,
     Began,
     BrokerWelcomed,
     BuildEnvironment,
@@ -45,6 +50,7 @@ from loopmux_launcher.events import (
     ProcessExited,
     ProcessReported,
     ReportPhase,
+    SaveAdapters,
     StartBroker,
     StartWorker,
     StopBuild,
@@ -55,7 +61,7 @@ from loopmux_launcher.events import (
 from loopmux_launcher.groups import Group, group
 from loopmux_launcher.guard import Guard
 from loopmux_launcher.lifecycle import STOP_GRACE
-from loopmux_launcher.link import Demanded, Link, Refused, Welcomed
+from loopmux_launcher.link import Demanded, Link, Ordered, Refused, Welcomed
 from loopmux_launcher.plan import BROKER, Plan
 from loopmux_launcher.probe import worker_command, worker_variables
 from loopmux_launcher.processes import Child, Said, broker_line, phase_line
@@ -79,12 +85,18 @@ class Launcher:
 
     def __init__(self, configuration: Configuration, endpoint: str, console: Console, *, with_broker: bool) -> None:
         self._configuration, self._console = configuration, console
-        self._endpoint = endpoints.worker_endpoint(endpoint)
-        self._plan = Plan(self._groups(), with_broker=with_broker, budget=configuration.memory_gib)
+        self._clients, self._endpoint = endpoint, endpoints.worker_endpoint(endpoint)
+        self._logs = places.usable_logs(endpoint)  # first: where that folder is unusable, it says so best
+        self._adapters = places.adapters(endpoint)
+        added = adapterstore.read(self._adapters)
+        groups, idle = extended(self._groups(), added)
+        for one, why in idle.items():
+            text = f"adapter {one.name} of {self._adapters} is not loaded: {why}"
+            console.announce(Announce("launcher", text, "warning"))
+        self._plan = Plan(groups, with_broker=with_broker, budget=configuration.memory_gib, added=added, idle=idle)
         self._declared = {name: declared(e) for name, e in configuration.environments.items()}
         self._watch = FileWatch(configuration.file, time.monotonic())
         self._link = Link(_register())
-        self._logs = places.usable_logs(endpoint)
         self._code = workercode.install(places.usable_data() / "code")
         self._children: dict[str, Child] = {}
         self._builds: dict[str, EnvironmentReady | EnvironmentFailed | None] = {}
@@ -125,6 +137,8 @@ class Launcher:
             ending.callback(lambda: self._send(self._link.bye()))
             ending.callback(self._abandon)
             signals = ending.enter_context(Signals(parent))
+            if self._console.form == "live":
+                self._asking = ending.enter_context(Asking(self._clients))
             self._dealer.connect(self._endpoint)
             self._handle(Began())
             while self._exit is None:
@@ -155,8 +169,12 @@ class Launcher:
         due = self._plan.next_timer()
         if due is not None and due <= time.monotonic():
             self._handle(TimerFired())
+        if self._asking is not None:
+            status = None if self._stopped else self._asking.status
+            self._console.show(livelook.picture(status) if status else ())
 
     _stopped = False
+    _asking: Asking | None = None
 
     def _wait(self, signals: Signals) -> tuple[set[int], set[int]]:
         poller = zmq.Poller()
@@ -199,10 +217,22 @@ class Launcher:
                     self._children[name].kill()
             case ReportPhase(catalogue):
                 self._send(self._link.report(catalogue))
+            case SaveAdapters(id_, added):
+                self._save(id_, added)
+            case AnswerOrder(id_, trouble):
+                self._send(self._link.answer(id_, trouble))
             case Announce():
                 self._console.announce(action)
             case Finish(code):
                 self._exit = code
+
+    def _save(self, id_: bytes, added: tuple[Added, ...]) -> None:
+        trouble = ""
+        try:
+            adapterstore.write(self._adapters, added)
+        except OSError as error:
+            trouble = f"{self._adapters} cannot be written: {error.strerror}; what is loaded would not last"
+        self._handle(AdaptersSaved(id_, trouble))
 
     # --- the configuration
 
@@ -354,6 +384,8 @@ class Launcher:
                 self._handle(BrokerWelcomed())
             elif isinstance(news, Demanded):
                 self._handle(DemandReported(news.demand))
+            elif isinstance(news, Ordered):
+                self._handle(AdapterOrdered(news.id, news.order, news.load))
             elif isinstance(news, Refused):
                 raise LoopmuxError(f"the broker at {self._endpoint} refused this launcher: {news.reason}")
 

@@ -30,7 +30,7 @@ from loopmux.events import (
     Submitted,
     TimePassed,
 )
-from loopmux.messages import End, Failure, Hello, SessionHint, Status, Submit, Tok, Welcome
+from loopmux.messages import AdapterOrder, Done, End, Failure, Hello, SessionHint, Status, Submit, Tok, Welcome
 from loopmux.results import Timing, Usage
 from loopmux.wire import Header, Kind, Message, pack_tokens, to_frames
 
@@ -353,3 +353,47 @@ def test_and_so_many_bytes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     story.kinds(CancelAsked(first))  # it was never sent
     assert story.submit(4, body=bytes(600)) not in story.outcomes
     assert small not in story.outcomes
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def order(story: Story, kind: Kind = Kind.LOAD) -> Asked:
+    return Asked(QUESTION, story.now + 5.0, kind, codec.pack(AdapterOrder("m", "loud", "/a")), 60.0)
+
+
+@pytest.mark.parametrize("kind", [Kind.LOAD, Kind.UNLOAD])
+def test_an_order_is_put_again_until_it_is_answered(kind: Kind) -> None:
+    story = Story()
+    assert story.kinds(order(story, kind)) == [Kind.HELLO]
+    assert story.welcome() == [kind]
+    story.alive = True
+    assert story.wait(1.0).count(kind) == 1
+    story.wait(30.0)  # longer than a status would be waited for
+    done = Done(content="c0ffee", workers=("w1",), remembered=True)
+    story.get(Kind.DONE, done, request=QUESTION)
+    assert story.outcomes[QUESTION] == Answer(QUESTION, done)
+    assert kind not in story.wait(5.0)
+
+
+def test_an_order_that_is_not_answered_is_given_up_after_its_own_time() -> None:
+    story = ready()
+    story.do(order(story))
+    story.wait(59.0)
+    assert QUESTION not in story.outcomes
+    story.wait(2.0)
+    assert "did not answer LOAD (waited 60 s)" in story.error(QUESTION).message
+
+
+def test_an_order_without_a_broker_waits_no_longer_than_a_question() -> None:
+    story = Story()
+    story.do(order(story))
+    story.wait(6.0)
+    assert "no broker answers" in story.error(QUESTION).message
+
+
+def test_an_order_goes_to_the_next_broker_as_well() -> None:
+    story = ready()
+    story.do(order(story))
+    story.do(Disconnected())
+    assert Kind.LOAD in story.welcome(b"two")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ import psutil
 import pytest
 
 import loopmux
+from launcher.wheels import write_workers_needs
 from loopmux import privatestack, server
 from loopmux.endpoints import default_endpoint
 from loopmux.errors import BadRequestError, ConfigError, ConnectionLostError
@@ -119,6 +121,7 @@ print(endpoint, flush=True)
 def program(rest: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", PROGRAM + rest],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -138,6 +141,54 @@ assert server.listening(endpoint)
         out, err = running.communicate(timeout=60)
     assert (running.returncode, err) == (0, "")
     assert out.startswith("ipc://")
+    assert stacks(home) == []
+    assert private_folders(home) == []
+
+
+def test_what_is_built_and_what_is_loaded_is_told(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    write_workers_needs(tmp_path / "wheels")
+    environment = {"requirements": [], "index_options": ["--no-index", f"--find-links {tmp_path / 'wheels'}"]}
+    models = {"default": {"engine": "echo", "environment": "own"}}
+    (tmp_path / "c.yaml").write_text(json.dumps({"environments": {"own": environment}, "models": models}))
+    monkeypatch.setenv("LOOPMUX_CONFIG", str(tmp_path / "c.yaml"))
+    lines: list[str] = []
+    server.ensure_running("default", lines.append)
+    server.shutdown_all()
+    text = "\n".join(lines)
+    for said in ("environment own: building", "environment own: installing", "environment own: ready in",
+                 "default-1: starting", "default-1: ready in"):  # fmt: skip
+        assert said in text, text
+    assert lines[-1].endswith(": default")
+
+
+WORK = """
+import loopmux
+with loopmux.Client(endpoint) as client:
+    for _ in range(2):
+        print(client.generate("Hello", max_new_tokens=3).usage.completion_tokens, flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_two_programs_that_start_at_the_same_moment_have_a_whole_stack_each(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))  # nothing is there yet: both prepare it at once
+    with program(WORK) as one, program(WORK) as other:
+        endpoints = []
+        for running in (one, other):
+            assert running.stdout is not None
+            endpoints.append(running.stdout.readline().strip())
+            assert running.stdout.readline() == "3\n"
+        assert len(set(endpoints)) == 2
+        out, err = one.communicate("\n\n", timeout=60)
+        assert (out, err, one.returncode) == ("3\n", "", 0)
+        assert [server.listening(endpoint) for endpoint in endpoints] == [False, True]
+        out, err = other.communicate("\n\n", timeout=60)
+        assert (out, err, other.returncode) == ("3\n", "", 0)
     assert stacks(home) == []
     assert private_folders(home) == []
 

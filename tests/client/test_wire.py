@@ -123,7 +123,7 @@ def test_vectors(vector: dict[str, Any]) -> None:
 
 
 def test_the_vectors_cover_every_kind_that_is_in_use() -> None:
-    names = ["LOAD", "UNLOAD", "DONE", "FAILED"]
+    names = ["FAILED"]
     reserved = {Kind[name] for name in names}
     assert {v["header"]["kind"] for v in VECTORS} == {k.name for k in set(Kind) - reserved}
 

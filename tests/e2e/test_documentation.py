@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,40 @@ PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_the_examples_run(page: Path, demo_stack: stacks.Stack, tmp_path: Path) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
     program = tmp_path / "example.py"
-    program.write_text("\n".join(blocks))
+    program.write_text("\n".join(blocks(page, "python")))
     env = {**os.environ, "LOOPMUX_ENDPOINT": demo_stack.endpoint, "PYTHONWARNINGS": "error"}
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=100, env=env)
     assert done.returncode == 0, done.stderr
+
+
+MIGRATION = ROOT / "docs" / "migration.md"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+def test_what_is_run_when_one_comes_from_the_replaced_system(demo_stack: stacks.Stack, tmp_path: Path) -> None:
+    """The file is good as it stands, and the commands work, in a folder that has what they name."""
+    [file] = blocks(MIGRATION, "yaml")
+    (tmp_path / "llm_backends.yaml").write_text(file)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    commands = [line[2:] for block in blocks(MIGRATION, "console") for line in block.splitlines()]
+    assert [command.split()[:2] for command in commands] == [
+        ["loopmux", words] for words in ("config", "run-adapter", "generate", "status", "models")
+    ]
+    said = {}
+    for command in commands:
+        words = shlex.split(command)
+        env = {**os.environ, "LOOPMUX_ENDPOINT": demo_stack.endpoint}
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=100, env=env
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        said[words[1]] = done.stdout
+    assert "port" in said["config"]
+    assert said["run-adapter"] == said["run-adapter"].upper()
 
 
 @pytest.mark.parametrize(

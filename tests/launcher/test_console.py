@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import shutil
 import sys
 
 import pytest
@@ -31,13 +34,55 @@ def test_plain_progress_comes_when_something_else_begins(capsys: pytest.CaptureF
     assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == [told[0], *told[3:]]
 
 
-def test_a_live_line_is_written_over_and_gone_before_the_next_line(capsys: pytest.CaptureFixture[str]) -> None:
+def screen(out: str) -> list[str]:
+    """The lines that a terminal shows in the end."""
+    lines = [""]
+    for part in re.findall(r"\x1b\[\d*[AJ]|\r|\n|[^\x1b\r\n]+", out):
+        if part.startswith("\x1b"):
+            up = int(part[2:-1] or 0) if part.endswith("A") else 0
+            assert up < len(lines), "above the top of what was written"
+            lines = lines[: len(lines) - up] if up else lines
+        elif part == "\n":
+            lines.append("")
+        elif part == "\r":
+            lines[-1] = ""
+        else:
+            lines[-1] += part
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def words(lines: list[str]) -> list[str]:
+    """Without the seconds."""
+    return [re.sub(r"^ *[\d.]+ s  ", "", line) for line in lines]
+
+
+def test_what_is_under_way_stands_below_all_lines_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console("live") as console:
+        say(console, ("a", "started", "info"), ("e", "collecting a", "progress"), ("f", "resolving", "progress"))
+        console.show(["MODEL", "m"])
+        say(console, ("b", "started", "info"), ("e", "collecting b", "progress"))
+        seen = capsys.readouterr().out
+        below = ["e: collecting b", "f: resolving", "MODEL", "m"]
+        assert words(screen(seen)) == ["a: started", "b: started", *below]
+        say(console, ("e", "ready", "info"))
+        seen += capsys.readouterr().out
+        assert words(screen(seen)) == ["a: started", "b: started", "e: ready", "f: resolving", "MODEL", "m"]
+    assert words(screen(seen + capsys.readouterr().out)) == ["a: started", "b: started", "e: ready"]
+
+
+def test_a_view_that_is_too_large_shows_its_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((10, 4)))
     console = Console("live")
-    say(console, ("e", "collecting a", "progress"), ("e", "collecting b", "progress"), ("e", "ready", "info"))
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    assert out.count("\r\x1b[K") == 3
-    assert out.rsplit("\r\x1b[K")[-1].endswith("e: ready\n")
+    console.show([f"line {n} that is long" for n in range(9)])
+    assert screen(capsys.readouterr().out) == ["line 6 th", "line 7 th", "line 8 th"]
+
+
+def test_nothing_is_shown_below_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console("plain") as console:
+        console.show(["MODEL", "m"])
+    assert capsys.readouterr().out == ""
 
 
 def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
+import select
 import signal
 import socket
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -319,6 +324,67 @@ def test_stopping_during_a_build_stops_it(config: Path, endpoint: str, home: Pat
         assert up.wait() == 0
         gone(up, family, home)
     assert [p.name for p in (places.data() / "envs" / "e").iterdir()] == [".lock"]
+
+
+def test_an_adapter_that_was_loaded_is_there_until_it_is_unloaded(config: Path, endpoint: str) -> None:
+    def served() -> dict[str, int]:
+        return {one.name: one.workers for one in client.adapters()}
+
+    words = ("up", "--config", str(config), "--endpoint", endpoint)
+    with program(*words) as up, loopmux.Client(endpoint, max_new_tokens=3) as client:
+        up.line("ready after")
+        wait_for(lambda: len(client.status().workers) == 2 and client.status().launchers, "all to have joined")
+        done = client.load_adapter("echo", "parrot", "/adapters/parrot")
+        assert (done.workers, done.remembered) == (("echo-1", "echo-2"), True)
+        up.line("adapter parrot: loaded for echo")
+        up.children("loopmux_worker")[0].kill()
+        wait_for(lambda: served() == {"parrot": 1}, "the worker to be gone")
+        wait_for(lambda: served() == {"parrot": 2}, "the next one to have it")
+        up.children("loopmux_broker")[0].kill()
+        wait_for(lambda: served() == {"parrot": 2}, "the next broker to know it")
+        assert client.generate("x", model="parrot").text
+        up.process.kill()
+        wait_for(lambda: not alive(up.family()), "all to end")
+    with program(*words) as up, loopmux.Client(endpoint, max_new_tokens=3) as client:
+        up.line("ready after")
+        wait_for(lambda: served() == {"parrot": 2}, "what is remembered")
+        [one] = client.adapters()
+        assert (one.onto, one.folder) == ("echo", "/adapters/parrot")
+        client.unload_adapter("echo", "parrot")
+        up.children("loopmux_worker")[0].kill()
+        wait_for(lambda: len(client.status().workers) == 1, "the worker to be gone")
+        wait_for(lambda: len(client.status().workers) == 2, "the next one")
+        assert served() == {}
+        assert {model.id for model in client.models()} == {"echo"}
+
+
+def test_a_terminal_shows_what_is_done_and_what_runs(config: Path, endpoint: str, home: Path) -> None:
+    config.write_text("models: {echo: {engine: echo, workers: 2, echo: {rate: 50, tokens: 100000}}}\n")
+    near, far = pty.openpty()
+    termios.tcsetwinsize(far, (24, 120))
+    command = [sys.executable, "-m", "loopmux_launcher", "up", "--config", str(config), "--endpoint", endpoint]
+    shown = bytearray()
+
+    def look() -> str:
+        with suppress(OSError):  # the other end is closed
+            while select.select([near], [], [], 0)[0]:
+                shown.extend(os.read(near, 65536))
+        return shown.decode()
+
+    with subprocess.Popen(command, stdin=far, stdout=far, stderr=far) as process, ExitStack() as anyway:
+        anyway.callback(process.kill)
+        os.close(far)
+        table = r"MODEL +PHASE[^\r]*\r\necho +ready +2 +0 +0\r\n0 running, 0 queued, 0 tokens/s, 2 workers"
+        wait_for(lambda: re.search(table, look()), "the model to be shown as ready")
+        with loopmux.Client(endpoint) as client, client.stream("x", model="echo", max_new_tokens=10**6) as stream:
+            next(iter(stream))
+            wait_for(lambda: re.search(r"1 running, 0 queued, \d+ tokens/s", look()), "the stream to be seen")
+        process.send_signal(signal.SIGINT)
+        wait_for(lambda: look() and process.poll() is not None, "its end")
+        assert process.returncode == 0
+    assert "echo-2: stopped" in look()
+    assert not (home / "s").exists()
+    os.close(near)
 
 
 def test_a_second_interrupt_does_not_wait(up: Program, home: Path) -> None:

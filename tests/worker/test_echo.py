@@ -201,6 +201,9 @@ def test_wrong_settings(settings, reason):
 def test_adapters_come_and_go():
     some = engine()
     assert some.load_adapter("new", "folder").id == "new"
+    assert some.load_adapter("new", "folder").id == "new"
+    with pytest.raises(BadRequestError, match="with other contents"):
+        some.load_adapter("new", "another")
     some.submit(job(model="new"))
     some.unload_adapter("new")
     with pytest.raises(ModelNotFoundError):

@@ -365,8 +365,10 @@ def test_adapters_come_and_go_at_run_time(engine, tiny_model):
     served = engine.load_adapter("again", str(tiny_model.adapters["red"]))
     assert served.adapter == "again"
     assert ids(answer(engine, job("again", max_new_tokens=8))) == before["red"]
-    with pytest.raises(BadRequestError, match="served already"):
-        engine.load_adapter("again", str(tiny_model.adapters["red"]))
+    assert engine.load_adapter("again", str(tiny_model.adapters["red"])) == served  # the same: nothing to do
+    for name, content in (("again", "blue"), ("base", "red")):
+        with pytest.raises(BadRequestError, match="with other contents, is served already"):
+            engine.load_adapter(name, str(tiny_model.adapters[content]))
     engine.unload_adapter("again")
     with pytest.raises(LoopmuxError):
         engine.submit(job("again"))

@@ -234,7 +234,7 @@ def test_once_it_is_mended_it_can_be_loaded_beside_the_others(tiny_model, tmp_pa
         assert engine.describe().left_out == ()
         assert greedy(engine, "red") != greedy(engine, "base")
         with pytest.raises(BadRequestError, match="served already"):
-            engine.load_adapter("red", str(folder))
+            engine.load_adapter("red", str(tiny_model.adapters["blue"]))
     finally:
         engine.close()
 

@@ -12,11 +12,11 @@ import pytest
 import enginekit
 from enginekit import PATIENCE, drain, ids, of, until
 from loopmux.errors import AdapterNotFoundError, BadRequestError, EngineError
-from loopmux.messages import ModelSpec, WorkerSpec
+from loopmux.messages import AdapterOrder, ModelSpec, WorkerSpec
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine import open_engine, templates
 from loopmux_worker.engine.base import Failed, Finished
-from loopmux_worker.events import Cancel, Cancelled, Stepped, Submit
+from loopmux_worker.events import Adapt, Adapted, Cancel, Cancelled, Stepped, Submit
 
 PROMPT = list(range(40, 60))
 
@@ -199,6 +199,23 @@ def test_an_adapter_that_went_while_a_prompt_was_read_is_not_used(engine, tiny_m
         assert drain(engine)[-1].total == 8
         engine.unload_adapter("x")
     engine.close()
+
+
+def test_an_adapter_that_is_unloaded_waits_for_the_prompts_that_came_before(engine, slow, tiny_model):
+    engine.load_adapter("x", str(tiny_model.adapters["red"]))
+    before, behind = job("long", model="x"), job("short", model="x")
+    with driving(engine) as driven:
+        driven.submit(before)
+        assert slow.begun.wait(PATIENCE)
+        driven.driver.put(Adapt(b"o" * 16, AdapterOrder("base", "x"), load=False))
+        driven.submit(behind)
+        time.sleep(0.1)  # in which it could be unloaded too early
+        slow.release.set()
+        assert driven.end(before).total == 8
+        assert isinstance(driven.end(behind), Finished | Failed)  # it had not to be waited for
+        until(lambda: any(isinstance(event, Adapted) for event in driven.seen()), "an answer")
+    [adapted] = [event for event in driven.events if isinstance(event, Adapted)]
+    assert adapted.error is None
 
 
 def test_the_time_in_the_queue_begins_where_the_worker_got_the_request(engine):

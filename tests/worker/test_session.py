@@ -5,6 +5,8 @@ import pytest
 from loopmux.codec import BODY_LIMITS, pack, unpack
 from loopmux.errors import EngineError
 from loopmux.messages import (
+    AdapterOrder,
+    Done,
     End,
     Failure,
     Generate,
@@ -19,8 +21,10 @@ from loopmux.messages import (
 )
 from loopmux.results import Timing, ToolCall, Usage
 from loopmux.wire import Header, Kind, Message, StopReason, pack_tokens, unpack_tokens
-from loopmux_worker.engine.base import Failed, Finished, Job, Key, Load, Produced
+from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Produced
 from loopmux_worker.events import (
+    Adapt,
+    Adapted,
     Asked,
     Cancel,
     Cancelled,
@@ -634,3 +638,87 @@ def test_asked_to_take_its_time_it_takes_it_until_it_is_asked_to_hurry():
     patient = running()
     patient.handle(Asked(240.0), 1.0)
     assert patient.handle(Asked(240.0), 2.0)[-1] == Leave()
+
+
+# --- adapters at run time ---------------------------------------------------------------------------------------------
+
+LOUD = ServedModel("loud", "f-loud", "loud")
+ORDER = AdapterOrder("m", "loud", "/adapters/loud")
+
+
+def ordered(kind=Kind.LOAD, id_=OTHER, order=ORDER):
+    return Received(Message(Header(kind, id_), pack(order)))
+
+
+def adapted(*models, id_=OTHER, **report):
+    description = Description("", (ServedModel("m", "f"), *models), 4, tuple(m.id for m in models), report)
+    return Adapted(id_, ORDER, description)
+
+
+def answered(actions):
+    return [unpack(Done, m.body) for m in sent(actions) if m.kind is Kind.DONE]
+
+
+def test_an_adapter_is_loaded_by_the_engine_announced_and_part_of_every_introduction_from_then_on():
+    session = joined()
+    assert session.handle(ordered(), 1.0) == [Adapt(OTHER, ORDER, load=True)]
+    assert session.handle(ordered(), 1.5) == []  # it is at it
+    actions = session.handle(adapted(LOUD, adapters={"loud": "c0ffee"}), 2.0)
+    assert answered(actions) == [Done(content="c0ffee", served=LOUD)]
+    [_, again] = session.handle(Received(message(Kind.WHO)), 2.5)
+    register = unpack(Register, again.message.route)
+    assert (register.models, register.adapters) == ((ServedModel("m", "f"), LOUD), ("loud",))
+    assert unpack(dict, again.message.body) == {"engine": "test", "adapters": {"loud": "c0ffee"}}
+
+
+def test_a_request_with_an_adapter_that_was_loaded_is_told_its_weights():
+    session = joined()
+    session.handle(ordered(), 1.0)
+    session.handle(adapted(LOUD), 2.0)
+    session.handle(run(adapter="loud"), 3.0)
+    [tok] = sent(session.handle(stepped(produced(0, 1)), 3.0))
+    assert unpack(Tok, tok.body).fingerprint == "f+f-loud"
+
+
+def test_what_cannot_be_loaded_is_answered_with_the_reason_and_changes_nothing():
+    session = joined()
+    session.handle(ordered(), 1.0)
+    [done] = answered(session.handle(Adapted(OTHER, ORDER, None, EngineError("it does not fit " * 500)), 2.0))
+    assert (done.failure.code, done.failure.worker, done.served) == ("engine", "w1", None)
+    assert len(done.failure.message) <= 2000
+    [_, again] = session.handle(Received(message(Kind.WHO)), 2.5)
+    assert unpack(Register, again.message.route) == REGISTER
+
+
+def test_an_adapter_is_unloaded():
+    session = joined()
+    session.handle(ordered(), 1.0)
+    session.handle(adapted(LOUD), 2.0)
+    unload = AdapterOrder("m", "loud")
+    assert session.handle(ordered(Kind.UNLOAD, REQUEST, unload), 3.0) == [Adapt(REQUEST, unload, load=False)]
+    assert answered(session.handle(adapted(id_=REQUEST), 3.5)) == [Done()]
+    [_, again] = session.handle(Received(message(Kind.WHO)), 4.0)
+    assert unpack(Register, again.message.route) == REGISTER
+
+
+def test_more_than_can_be_announced_is_unloaded_again():
+    session = joined()
+    session.handle(ordered(), 1.0)
+    many = tuple(ServedModel(f"adapter-{i}" + "x" * 40, "f", None) for i in range(70))
+    actions = session.handle(adapted(*many, LOUD), 2.0)
+    assert actions[0] == Adapt(OTHER, ORDER, load=False)
+    [done] = answered(actions)
+    assert done.failure.code == "config"
+    assert "spread them over several workers" in done.failure.message
+    [_, again] = session.handle(Received(message(Kind.WHO)), 2.5)
+    assert unpack(Register, again.message.route) == REGISTER
+
+
+def test_an_adapter_that_was_loaded_while_the_broker_was_away_is_in_the_next_introduction():
+    session = joined()
+    session.handle(ordered(), 1.0)
+    session.handle(Disconnected(), 1.5)
+    assert session.handle(ordered(id_=REQUEST), 1.6) == []  # of a connection that is gone
+    assert sent(session.handle(adapted(LOUD), 2.0)) == []
+    [register] = [m for m in sent(session.handle(Connected(), 2.5)) if m.kind is Kind.REGISTER]
+    assert LOUD in unpack(Register, register.route).models

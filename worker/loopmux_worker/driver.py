@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -19,12 +20,12 @@ from loopmux.errors import LoopmuxError
 from loopmux.results import Usage
 from loopmux_worker.causes import device_lost
 from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Load, Output, engine_error
-from loopmux_worker.events import Cancel, Cancelled, Event, Hint, Stepped, Submit
+from loopmux_worker.events import Adapt, Adapted, Cancel, Cancelled, Event, Hint, Stepped, Submit
 from loopmux_worker.preparing import Preparer
 
 _log = structlog.get_logger(__name__)
 
-Command = Submit | Cancel | Hint
+Command = Submit | Cancel | Hint | Adapt
 """What the engine's thread is told."""
 
 
@@ -38,6 +39,9 @@ class _Preparing:
 
 _BACKLOG = 256
 """Steps whose outputs may wait for the I/O thread; an engine that is faster than the wire is made to wait."""
+
+_AGAIN = 0.01
+"""Seconds until an engine that cannot load an adapter yet, and has no step to make, is asked again."""
 
 
 class Driver:
@@ -57,6 +61,7 @@ class Driver:
         self._stopping = threading.Event()
         self._keys: dict[Key, int] = {}  # running requests and how many tokens each has
         self._load = Load(0, 0, 0)
+        self._adapts: deque[tuple[Adapt, frozenset[Key]]] = deque()  # with what was being prepared before
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.died: BaseException | None = None
         """What ended the thread, if it was not asked to end."""
@@ -110,6 +115,8 @@ class Driver:
     def _turn(self) -> None:
         """Carry out the commands at hand, then one step."""
         due = self._engine.due()
+        if self._adapts and due is None:
+            due = _AGAIN
         for command in self._take(due):
             match command:
                 case Submit(job):
@@ -120,7 +127,11 @@ class Driver:
                     self._post(Cancelled(key, self._cancel(key)))
                 case Hint(hint):
                     self._engine.hint(hint)
+                case Adapt():
+                    self._adapts.append((command, frozenset(self._preparing)))
         self._take_in_prepared()
+        while self._adapts and self._may_adapt(*self._adapts[0]):
+            self._post(self._adapt(self._adapts.popleft()[0]))
         self._report([] if self._engine.due() is None else self._step())
 
     def _take(self, due: float | None) -> list[Command | _Preparing]:
@@ -158,6 +169,24 @@ class Driver:
             return Usage(completion_tokens=len(preparing.job.prefix))
         self._keys.pop(key, None)
         return self._engine.cancel(key)
+
+    def _may_adapt(self, command: Adapt, before: frozenset[Key]) -> bool:
+        """Requests that came before it are taken in first: one that uses what is unloaded is to run to its end."""
+        return self._preparing.keys().isdisjoint(before) and (not command.load or self._engine.can_load())
+
+    def _adapt(self, command: Adapt) -> Adapted:
+        """Load or unload an adapter; whatever that does to the engine, the requests that run go on."""
+        order = command.order
+        try:
+            if command.load:
+                self._engine.load_adapter(order.name, order.folder, order.model)
+            else:
+                self._engine.unload_adapter(order.name)
+        except Exception as error:  # noqa: BLE001 - who asked for it hears of it
+            if not isinstance(error, LoopmuxError):
+                _log.exception("adapting failed", adapter=order.name, load=command.load)
+            return Adapted(command.id, order, None, _survived(error))
+        return Adapted(command.id, order, self._engine.describe())
 
     def _step(self) -> list[Output]:
         """One step. If it raises, the requests that were running fail and the engine goes on without them."""

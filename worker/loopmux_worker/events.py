@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loopmux.errors import LoopmuxError
-from loopmux.messages import SessionHint
+from loopmux.messages import AdapterOrder, SessionHint
 from loopmux.results import Usage
 from loopmux.wire import Message
-from loopmux_worker.engine.base import Job, Key, Load, Output
+from loopmux_worker.engine.base import Description, Job, Key, Load, Output
 
 STOP_WITHIN = 1.5
 """Seconds in which a worker leaves that is asked to (SIGTERM): nobody likes to wait for a program to end."""
@@ -50,6 +50,16 @@ class Cancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapted:
+    """The engine has loaded or unloaded an adapter, and is what ``description`` says; or could not, for ``error``."""
+
+    id: bytes
+    order: AdapterOrder
+    description: Description | None
+    error: LoopmuxError | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """Somebody asked this process to end within so many seconds.
 
@@ -64,7 +74,7 @@ class Woke:
     """``next_timer`` was reached."""
 
 
-Event = Received | Connected | Disconnected | Stepped | Cancelled | Asked | Woke
+Event = Received | Connected | Disconnected | Stepped | Cancelled | Adapted | Asked | Woke
 
 # --- actions ----------------------------------------------------------------------------------------------------------
 
@@ -104,10 +114,19 @@ class Hint:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapt:
+    """Have the engine load an adapter (or unload it) between two steps; answered by ``Adapted``."""
+
+    id: bytes
+    order: AdapterOrder
+    load: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Leave:
     """End this process. With ``error`` set, the broker refused it for that reason."""
 
     error: LoopmuxError | None = None
 
 
-Action = Send | Unsend | Submit | Cancel | Hint | Leave
+Action = Send | Unsend | Submit | Cancel | Hint | Adapt | Leave

@@ -9,16 +9,14 @@ import socket
 import sys
 import time
 from collections import deque
-from dataclasses import replace
 from types import TracebackType
 
 import structlog
 import zmq
 
 import loopmux
-from loopmux.codec import pack, shorten
-from loopmux.errors import ConfigError, EngineError, LoopmuxError, ProtocolError
-from loopmux.messages import LeftOut, Register, WorkerSpec
+from loopmux.errors import EngineError, LoopmuxError, ProtocolError
+from loopmux.messages import Register, WorkerSpec
 from loopmux.sockets import Dealer
 from loopmux.wire import CLIENT_MESSAGE_LIMIT, ROUTE_LIMIT, VERSIONS, Message, from_frames, new_id, to_frames
 from loopmux_worker.driver import Driver
@@ -26,6 +24,7 @@ from loopmux_worker.engine.base import Description, Engine
 from loopmux_worker.events import (
     STOP_WITHIN,
     Action,
+    Adapt,
     Asked,
     Cancel,
     Connected,
@@ -39,6 +38,7 @@ from loopmux_worker.events import (
     Unsend,
     Woke,
 )
+from loopmux_worker.joining import described
 from loopmux_worker.session import Session
 
 _log = structlog.get_logger(__name__)
@@ -47,12 +47,6 @@ _PER_TURN = 64
 """Messages read per turn of the loop, so that a flood cannot keep output from going out."""
 _ENGINE_STOP = 1.0
 """Seconds that the engine has to end its step; with the farewell this stays within the 2 s that a stop may take."""
-_MOST_MODELS = 64
-"""Entries of a list in ROUTE."""
-_MOST_HELD = 2**31
-"""More than any worker holds: room for the number in REGISTER."""
-_REASONS = (1000, 500, 250, 120, 60, 30)
-"""Bytes that each reason of a model left out may take: the most with which the whole fits."""
 
 
 def registration(spec: WorkerSpec, description: Description, boot: bytes) -> Register:
@@ -67,25 +61,10 @@ def registration(spec: WorkerSpec, description: Description, boot: bytes) -> Reg
         boot=boot,
         versions=VERSIONS,
         host=platform.node(),
-        models=description.models,
-        adapters=description.adapters,
-        slots=description.slots,
-        engine=description.engine,
         pid=os.getpid(),
         software=f"loopmux {loopmux.__version__}",
     )
-    for limit in _REASONS:
-        reasons = tuple(LeftOut(one.id, shorten(one.reason, limit)) for one in description.left_out)
-        register = replace(register, left_out=reasons)
-        size = len(pack(replace(register, held=_MOST_HELD)))
-        if size <= ROUTE_LIMIT:
-            break
-    if max(len(description.models), len(description.left_out)) > _MOST_MODELS or size > ROUTE_LIMIT:
-        raise ConfigError(
-            f"worker {spec.name!r} serves {len(description.models)} models whose names take {size} bytes; at most "
-            f"{_MOST_MODELS} in {ROUTE_LIMIT} bytes can be announced: spread them over several workers"
-        )
-    return register
+    return described(register, description)
 
 
 class Worker:
@@ -205,7 +184,7 @@ class Worker:
                 self._send(to_frames(message), lasting=lasting)
             case Unsend():
                 self._unsent.clear()
-            case Submit() | Cancel() | Hint():
+            case Submit() | Cancel() | Hint() | Adapt():
                 self._driver.put(action)
             case Leave():
                 self._left = action

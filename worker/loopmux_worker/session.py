@@ -14,14 +14,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loopmux.cadence import HEARTBEAT, INTRODUCE_AGAIN, KEPT, RESEND, SILENT_HEARTBEATS
-from loopmux.codec import BODY_LIMITS, pack, unpack
-from loopmux.errors import BadRequestError, EngineError, LoopmuxError, ProtocolError
-from loopmux.messages import End, Failure, Generate, Heartbeat, Held, Register, Run, SessionHint, Welcome
+from loopmux.codec import BODY_LIMITS, pack, shorten, unpack
+from loopmux.errors import BadRequestError, ConfigError, EngineError, LoopmuxError, ProtocolError
+from loopmux.messages import (
+    AdapterOrder,
+    Done,
+    End,
+    Failure,
+    Generate,
+    Heartbeat,
+    Held,
+    Register,
+    Run,
+    SessionHint,
+    Welcome,
+)
 from loopmux.results import Usage
 from loopmux.wire import NO_ID, VERSIONS, Header, Kind, Message, StopReason, unpack_tokens
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Load, Output, Produced
 from loopmux_worker.events import (
     Action,
+    Adapt,
+    Adapted,
     Asked,
     Cancel,
     Cancelled,
@@ -37,6 +51,7 @@ from loopmux_worker.events import (
     Unsend,
     Woke,
 )
+from loopmux_worker.joining import described
 from loopmux_worker.keeping import OutputStream
 
 DEADLINE_GRACE = 1.0
@@ -45,6 +60,8 @@ BUFFER = 64 * 1024 * 1024
 """Bytes of output that are kept while no broker takes them; then the engine has to wait."""
 ACKNOWLEDGE_WITHIN = 0.05
 """Seconds until RUNACK of a first attempt, unless output goes out before and says as much; far below ``RESEND``."""
+_REASON = 2000
+"""Bytes of a reason in DONE, which the broker reads."""
 _FASTEST_HEARTBEAT = 0.05
 """Seconds; a broker that asks for more is mistaken."""
 _ABSENCE = 2.0
@@ -75,8 +92,9 @@ class Session:
     """
 
     def __init__(self, register: Register, report: dict[str, Any], now: float) -> None:
-        self._register, self._report = register, pack(report)
+        self._register, self._report = register, report
         self._name = register.name
+        self._adapting: set[bytes] = set()  # operations that the engine is at
         self._requests: dict[Key, _Request] = {}
         self._load = Load(0, 0, 0)
         self._tokens = 0  # since the last heartbeat
@@ -125,6 +143,8 @@ class Session:
                 return [action for output in outputs for action in self._output(output, now)]
             case Cancelled(key, usage):
                 return self._cancelled(key, usage, now)
+            case Adapted():
+                return self._adapted(event)
             case Asked(within):
                 return self._asked(within, now)
             case Woke():
@@ -198,6 +218,8 @@ class Session:
                 return [Hint(unpack(SessionHint, message.route))]
             case Kind.DRAIN:
                 return self._evicted(header.arg / 1000, now)
+            case Kind.LOAD | Kind.UNLOAD if self._welcomed:
+                return self._adapt(message)
             case Kind.DIE:
                 return [Leave()]
             case _:
@@ -217,7 +239,7 @@ class Session:
         register = replace(self._register, held=len(self._requests))
         # It goes before all else, and waits for room where what the last connection left behind fills the socket.
         header = Header(Kind.REGISTER, seq=self._introduction)
-        return [Unsend(), Send(Message(header, pack(register), self._report))]
+        return [Unsend(), Send(Message(header, pack(register), pack(self._report)))]
 
     def _lost(self, now: float) -> None:
         """Nothing but REGISTER goes out until the broker answers; output is kept."""
@@ -410,6 +432,40 @@ class Session:
             return []
         request.acknowledge_at = math.inf
         return [Send(message) for message in messages]
+
+    # --- adapters -----------------------------------------------------------------------------------------------------
+
+    def _adapt(self, message: Message) -> list[Action]:
+        id_ = message.header.request
+        if id_ in self._adapting:
+            return []
+        order = unpack(AdapterOrder, message.route)
+        self._adapting.add(id_)
+        return [Adapt(id_, order, message.kind is Kind.LOAD)]
+
+    def _adapted(self, event: Adapted) -> list[Action]:
+        """Tell the broker. Where it is away, REGISTER says what is served, and it asks again for what it wants."""
+        self._adapting.discard(event.id)
+        error, done, undo = event.error, Done(), list[Action]()
+        if event.description is not None:
+            try:
+                self._register = described(self._register, event.description)
+            except ConfigError as too_many:  # it cannot be announced, so nobody could ever use it
+                error, undo = too_many, [Adapt(event.id, event.order, load=False)]
+            else:
+                self._report = self._report | event.description.report
+                done = self._serves(event.order.name)
+        if error is not None:
+            reason = shorten(error.message, _REASON)
+            done = Done(Failure(error.code, reason, error.retryable, event.order.model or None, self._name))
+        answer = Message(Header(Kind.DONE, event.id), body=pack(done))
+        return undo + ([Send(answer)] if self._welcomed else [])
+
+    def _serves(self, name: str) -> Done:
+        """DONE for a model that is served, or no longer."""
+        served = next((model for model in self._register.models if model.id == name), None)
+        contents = self._report.get("adapters")
+        return Done(content=str(contents.get(name, "")) if isinstance(contents, dict) else "", served=served)
 
     # --- the clock ----------------------------------------------------------------------------------------------------
 

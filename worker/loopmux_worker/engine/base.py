@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from loopmux.errors import EngineError, LoopmuxError
+from loopmux.errors import BadRequestError, EngineError, LoopmuxError
 from loopmux.messages import Generate, LeftOut, Run, ServedModel, SessionHint
 from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
 from loopmux_worker.causes import in_words, ran_out
@@ -170,8 +170,15 @@ class Engine(Protocol):
         """Load and progress; cheap."""
         ...
 
-    def load_adapter(self, name: str, directory: str) -> ServedModel:
+    def can_load(self) -> bool:
+        """Whether ``load_adapter`` can begin at once; if not, it can soon: what runs may end, nothing else begins."""
+        ...
+
+    def load_adapter(self, name: str, directory: str, like: str = "") -> ServedModel:
         """Load an adapter beside the others and serve it as a model id of that name.
+
+        It is asked as the model ``like`` is (type, system prompt); as an instruct model without a system prompt where
+        there is none. One that is loaded already, under this name and with these contents, stays as it is.
 
         Raises:
             LoopmuxError: it does not fit, the name is taken or is that of one which is being unloaded, or this engine
@@ -190,6 +197,14 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release threads and memory."""
         ...
+
+
+def taken(name: str) -> LoopmuxError:
+    """The error for an adapter whose name something else has."""
+    return BadRequestError(
+        f"adapter {name!r}: a model or adapter of that name, with other contents, is served already: unload that one "
+        "first, or choose another name"
+    )
 
 
 def timing_of(arrived: float, started: float | None, first: float | None, now: float, tokens: int) -> Timing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from loopmux.errors import AdapterNotFoundError, ConfigError, EngineError
@@ -27,6 +27,7 @@ from loopmux_worker.engine.base import (
     Load,
     Output,
     Produced,
+    taken,
     timing_of,
 )
 from loopmux_worker.engine.script import pieces_of, script_of
@@ -125,7 +126,12 @@ class EchoEngine(Engine):
         """The models as configured; the fingerprint is the same for all echo engines, since their output is."""
         served = tuple(ServedModel(m.id, "echo", m.id if m.adapter_dir else None) for m in self._models.values())
         adapters = tuple(m.id for m in self._models.values() if m.adapter_dir)
-        report: dict[str, Any] = {"engine": "echo", "why": "configured", "rate": self._settings.rate}
+        report: dict[str, Any] = {
+            "engine": "echo",
+            "why": "configured",
+            "rate": self._settings.rate,
+            "adapters": dict.fromkeys(adapters, "echo"),
+        }
         return Description("echo", served, self._slots, adapters, report)
 
     def prepare(self, job: Job) -> _Running:
@@ -195,9 +201,15 @@ class EchoEngine(Engine):
         running = min(len(self._running), self._slots)
         return Load(running, len(self._running) - running, self._progress, computed=self._computed)
 
-    def load_adapter(self, name: str, directory: str) -> ServedModel:
-        """Serve one more model id."""
-        self._models[name] = ModelSpec(name, adapter_dir=directory)
+    def can_load(self) -> bool:
+        """Always."""
+        return True
+
+    def load_adapter(self, name: str, directory: str, like: str = "") -> ServedModel:
+        """Serve one more model id; of the directory only the name matters."""
+        if self._models.get(name, ModelSpec(name, directory)).adapter_dir != directory:
+            raise taken(name)
+        self._models[name] = replace(self._models.get(like, ModelSpec("")), id=name, adapter_dir=directory)
         return ServedModel(name, "echo", name)
 
     def unload_adapter(self, name: str) -> None:

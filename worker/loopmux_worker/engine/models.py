@@ -20,7 +20,7 @@ from loopmux.results import Timing
 from loopmux_worker.causes import ran_out
 from loopmux_worker.engine import admission, fingerprints, memory, specfolders, templates
 from loopmux_worker.engine.adapterfiles import Adapter
-from loopmux_worker.engine.base import Description, Job, timing_of
+from loopmux_worker.engine.base import Description, Job, taken, timing_of
 from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, tokenizer_of
 from loopmux_worker.engine.output import Piece, Reader, Reading
 from loopmux_worker.engine.sampling import Sampler, seed_of
@@ -194,8 +194,8 @@ class Models:
         merged = model.adapter_dir and adapter_folder(model.adapter_dir) == self.loaded.folder
         return replace(model, adapter_dir=None) if merged else model
 
-    def load_adapter(self, name: str, directory: str) -> ServedModel:
-        """Load an adapter and serve it as a model of that name.
+    def load_adapter(self, name: str, directory: str, like: str) -> ServedModel:
+        """Load an adapter and serve it as a model of that name; see ``Engine``.
 
         Raises:
             LoopmuxError: the name is taken, or the adapter cannot be used.
@@ -207,8 +207,12 @@ class Models:
                 retryable=True,
             )
         if name in self._served:
-            raise BadRequestError(f"adapter {name!r}: a model or adapter of that name is served already")
-        self._add(ModelSpec(name, adapter_dir=directory))
+            there = self._adapters.loaded.get(name)
+            if there is None or there.fingerprint != fingerprints.of(adapter_folder(directory)):
+                raise taken(name)
+            return self._announced(self._served[name].spec)
+        asked_like = self._served[like].spec if like in self._served else ModelSpec("")
+        self._add(replace(asked_like, id=name, adapter_dir=directory))
         self._left_out.pop(name, None)
         return self._announced(self._served[name].spec)
 

@@ -65,6 +65,8 @@ class PlainEngine(Engine):
     def __init__(self, models: Models, adapters: Adapters, threads: int | None) -> None:
         self._models, self._adapters, self._threads = models, adapters, threads
         self._model_lock = threading.Lock()
+        self._may_begin = threading.Event()  # else the next request waits for an adapter to be loaded first
+        self._may_begin.set()
         self._tasks: dict[Key, Task] = {}
         self._ready: list[Output] = []
         self._progress = self._computed = 0
@@ -128,10 +130,20 @@ class PlainEngine(Engine):
         running = min(1, len(self._tasks))
         return Load(running, len(self._tasks) - running, self._progress, computed=self._computed)
 
-    def load_adapter(self, name: str, directory: str) -> ServedModel:
+    def can_load(self) -> bool:
+        """Not while a request runs; the next one waits then."""
+        if not self._model_lock.locked():
+            return True
+        self._may_begin.clear()
+        return False
+
+    def load_adapter(self, name: str, directory: str, like: str = "") -> ServedModel:
         """Load an adapter; waits for the request that runs."""
-        with self._model_lock:
-            return self._models.load_adapter(name, directory)
+        try:
+            with self._model_lock:
+                return self._models.load_adapter(name, directory, like)
+        finally:
+            self._may_begin.set()
 
     def unload_adapter(self, name: str) -> None:
         """Unload an adapter when the helper thread has come to the end of what was submitted before.
@@ -147,6 +159,7 @@ class PlainEngine(Engine):
         """End the helper thread; a running request ends before its next token."""
         for task in self._tasks.values():
             task.cancelled.set()
+        self._may_begin.set()
         self._todo.put(None)
         self._thread.join()
 
@@ -159,6 +172,7 @@ class PlainEngine(Engine):
             if isinstance(task, _Leave):
                 self._let_go(task)
                 continue
+            self._may_begin.wait()
             if task.cancelled.is_set():
                 continue
             task.started = time.monotonic()

@@ -145,9 +145,13 @@ class SlotsEngine(Engine):
         core = self._scheduler
         return Load(core.running, core.waiting, self._progress, cached=self._cached, computed=self._computed)
 
-    def load_adapter(self, name: str, directory: str) -> ServedModel:
+    def can_load(self) -> bool:
+        """Always: between two steps nothing runs."""
+        return True
+
+    def load_adapter(self, name: str, directory: str, like: str = "") -> ServedModel:
         """Load an adapter between two steps."""
-        return self._models.load_adapter(name, directory)
+        return self._models.load_adapter(name, directory, like)
 
     def unload_adapter(self, name: str) -> None:
         """Unload an adapter as soon as no request uses it."""

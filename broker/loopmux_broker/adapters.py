@@ -1,0 +1,477 @@
+"""Adapters at run time: LOAD and UNLOAD, carried out by all workers of a model and remembered by its launchers.
+
+LOAD goes to the workers first and to the launchers when all have it, UNLOAD the other way round: so nothing is
+remembered that a worker could not do, and no worker is started with what is being unloaded. A LOAD that fails anywhere
+is taken back where it was done. What launchers declare is the rule from then on: a worker that comes without an adapter
+that they remember (CATALOGUE's ``onto``), because it was being started meanwhile, is sent LOAD by the broker itself,
+and one that comes with an adapter that none of them knows, because it was away meanwhile, UNLOAD.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loopmux import codec, wire
+from loopmux.codec import shorten
+from loopmux.errors import (
+    AdapterNotFoundError,
+    BadRequestError,
+    LoopmuxError,
+    OverloadedError,
+    ProtocolError,
+    unknown_model,
+)
+from loopmux.messages import AdapterOrder, Catalogue, Done, Failure
+from loopmux.wire import Header, Kind, Message
+from loopmux_broker.events import Log, Peer, Send
+from loopmux_broker.pool import Launcher, Worker
+from loopmux_broker.tables import Alarm, Tables
+from loopmux_broker.waiting import Waiting
+
+_MOST = 64
+"""Operations at once. Each holds up the engines of its workers, so more of them would only wait for each other."""
+_KEPT = 256
+"""Ended operations whose outcome is kept for who asks again, and for workers that answer late."""
+_LONGEST_NAME = 100
+"""Bytes of an adapter's name: REGISTER has room for 64 models in 4 KiB."""
+_LONGEST_FOLDER = 2000
+_REASON = 300
+"""Bytes of one worker's reason in the answer about all of them."""
+_RETRY = 1.0
+
+_Role = Literal["worker", "launcher"]
+
+
+@dataclass(slots=True)
+class _Operation:
+    """LOAD or UNLOAD under way.
+
+    Attributes:
+        asker: the connection over which it was asked for last; None where the broker does it by itself.
+        stages: who has to do it, by name; the first ones are under way.
+        since: when the present stage began.
+        done, failures: what was answered, by name.
+        had: boots of the workers that served the adapter before, from which a failed LOAD does not take it.
+        fresh: the workers, by name, that have it through this.
+        single: it is about the one worker that it names, and not what all of them should do.
+    """
+
+    id: bytes
+    load: bool
+    order: AdapterOrder
+    asker: Peer | None
+    stages: list[tuple[_Role, set[str]]]
+    since: float
+    had: frozenset[bytes] = frozenset()
+    fresh: set[str] = field(default_factory=set)
+    done: dict[str, Done] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    remembered: set[str] = field(default_factory=set)
+    single: bool = False
+
+    def waits_for(self, role: _Role, name: str) -> bool:
+        return bool(self.stages) and self.stages[0][0] == role and name in self.stages[0][1]
+
+    def counts_on(self, worker: Worker, name: str) -> bool:
+        """Whether it has a worker load this adapter."""
+        return (
+            self.load
+            and self.order.name == name
+            and (worker.name in self.done or self.waits_for("worker", worker.name))
+        )
+
+    def takes_in(self, worker: Worker) -> bool:
+        """Whether a worker that has just come has to load it, too."""
+        loading = self.load and not self.single and self.stages[0][0] == "worker"
+        return loading and self.order.model in worker.models and worker.name not in self.done
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """What is kept of an operation: its answer, and who must not have the adapter because of it."""
+
+    answer: Done
+    undone: bool
+    had: frozenset[bytes]
+
+
+class Adapters:
+    """Operations on adapters, from the order to the answer."""
+
+    def __init__(self, tables: Tables, waiting: Waiting) -> None:
+        self._t, self._waiting = tables, waiting
+        self._operations: dict[bytes, _Operation] = {}
+        self._ended: OrderedDict[bytes, _Ended] = OrderedDict()
+        self._made = 0
+
+    # --- what clients ask ---------------------------------------------------------------------------------------------
+
+    def asked(self, peer: Peer, message: Message, now: float) -> None:
+        """LOAD or UNLOAD from a client; said again, it is answered again.
+
+        Raises:
+            ProtocolError: malformed.
+        """
+        order, id_ = codec.unpack(AdapterOrder, message.route), message.header.request
+        if id_ == wire.NO_ID:
+            raise ProtocolError(f"{message.kind.name}: found an id of zeros, expected 16 random bytes")
+        if id_ in self._operations:
+            self._operations[id_].asker = peer
+            return
+        if id_ in self._ended:
+            self._answer(peer, id_, self._ended[id_].answer)
+            return
+        load = message.kind is Kind.LOAD
+        try:
+            self._check_free(order)
+            workers = self._loadable(order) if load else self._unloadable(order)
+        except LoopmuxError as error:
+            self._answer(peer, id_, Done(_failure(error, order.model)))
+            return
+        declared = self._t.pool.launchers_of(order.model if load else order.name)
+        stages: list[tuple[_Role, set[str]]] = [("worker", workers), ("launcher", set(declared))]
+        had = frozenset(w.register.boot for w in self._t.pool.serving(order.name))
+        self._begin(_Operation(id_, load, order, peer, stages if load else stages[::-1], now, had), now)
+
+    def _check_free(self, order: AdapterOrder) -> None:
+        if any(op.order.name == order.name for op in self._operations.values()):
+            raise OverloadedError(
+                f"adapter {order.name!r} is being loaded or unloaded: try again when that is done", retry_after=_RETRY
+            )
+        if len(self._operations) >= _MOST:
+            raise OverloadedError(f"{_MOST} adapters are being loaded or unloaded: try again", retry_after=_RETRY)
+
+    def _loadable(self, order: AdapterOrder) -> set[str]:
+        """The workers that are to load it.
+
+        Raises:
+            LoopmuxError: there are none, or the name is another model's.
+        """
+        pool, model, name = self._t.pool, order.model, order.name
+        if not name or len(name.encode()) > _LONGEST_NAME:
+            raise BadRequestError(f"name: found {name[:80]!r}, expected 1 to {_LONGEST_NAME} bytes")
+        if not order.folder.startswith("/") or len(order.folder.encode()) > _LONGEST_FOLDER:
+            raise BadRequestError(
+                f"folder: found {order.folder[:80]!r}, expected an absolute path of at most {_LONGEST_FOLDER} bytes"
+            )
+        workers = self._workers_of(model)
+        if (onto := self._loaded_for(model)) is not None:
+            raise BadRequestError(f"model {model!r} is an adapter that was loaded for {onto!r}: name that one")
+        words = pool.launchers_of(name).values()
+        others = [w.name for w in pool.serving(name) if w.name not in workers]
+        if others or any(word.entry.onto != model for word in words):
+            raise BadRequestError(f"adapter {name!r}: found a model of that name already, choose another one")
+        return workers
+
+    def _unloadable(self, order: AdapterOrder) -> set[str]:
+        """The workers that are to unload it; there may be none now where launchers remember it.
+
+        Raises:
+            LoopmuxError: they do not have it, or the configuration says that they should.
+        """
+        pool, model, name = self._t.pool, order.model, order.name
+        words = pool.launchers_of(name).values()
+        remembered = any(word.entry.onto == model for word in words)
+        workers = self._running(model) if remembered else self._workers_of(model)
+        if any(word.entry.onto is None for word in words) and name in pool.adapters(model):
+            raise BadRequestError(
+                f"adapter {name!r} is one of the configuration: take it out there, `unload` is for what `load` brought"
+            )
+        having = {w.name for w in pool.serving(name) if name in w.register.adapters} & workers
+        if not having and not remembered:
+            known = ", ".join(pool.adapters(model)) or "none"
+            raise AdapterNotFoundError(f"model {model!r} has no adapter {name!r}, loaded are: {known}")
+        return having
+
+    def _workers_of(self, model: str) -> set[str]:
+        pool = self._t.pool
+        if not pool.knows(model) and self._t.settled:
+            raise unknown_model(model, pool.known())
+        workers = self._running(model)
+        if not workers:
+            how = pool.standing(model, 0.0)
+            why = f"{how.phase}: {how.detail}" if how.detail else how.phase
+            raise OverloadedError(
+                f"model {model!r} has no worker now (it is {why}): adapters are loaded into workers that run; try "
+                "again when there is one",
+                retry_after=_RETRY,
+            )
+        return workers
+
+    def _running(self, model: str) -> set[str]:
+        return {w.name for w in self._t.pool.serving(model) if not w.draining}
+
+    def _loaded_for(self, name: str) -> str | None:
+        """The model that an adapter was loaded for at run time."""
+        return next((word.entry.onto for word in self._t.pool.launchers_of(name).values() if word.entry.onto), None)
+
+    # --- what workers and launchers answer ----------------------------------------------------------------------------
+
+    def done(self, member: Worker | Launcher, message: Message, now: float) -> None:
+        """DONE: one of those who were told has done it, or could not.
+
+        Raises:
+            ProtocolError: malformed.
+        """
+        done, id_ = codec.unpack(Done, message.body), message.header.request
+        role: _Role = "worker" if isinstance(member, Worker) else "launcher"
+        if isinstance(member, Worker):
+            member.moved, member.loading = now, member.loading - {id_}
+        op = self._operations.get(id_)
+        if op is not None and op.waits_for(role, member.name):
+            loaded = op.load and isinstance(member, Worker) and done.failure is None
+            if loaded and (done.served is None or done.served.id != op.order.name):
+                raise ProtocolError(f"DONE: expected what is served since, {op.order.name!r}, found {done.served}")
+            self._note(op, member, done, now)
+            self._go_on(op, now)
+        elif isinstance(member, Worker) and done.served is not None:
+            self._late(member, id_, done, now)
+
+    def _note(self, op: _Operation, member: Worker | Launcher, done: Done, now: float) -> None:
+        op.stages[0][1].discard(member.name)
+        gone_already = not op.load and done.failure is not None and done.failure.code == AdapterNotFoundError.code
+        if done.failure is not None and not gone_already:
+            op.failures[member.name] = done.failure
+        elif isinstance(member, Launcher):
+            op.remembered.add(member.name)
+        else:
+            op.done[member.name] = done
+            if member.register.boot not in op.had:
+                op.fresh.add(member.name)
+            if not op.load:
+                self._gone_from(member, op.order.name, now)
+
+    def _late(self, worker: Worker, id_: bytes, done: Done, now: float) -> None:
+        """A worker has loaded an adapter that nobody waits for any more; what was taken back goes from there, too."""
+        assert done.served is not None
+        ended, name = self._ended.get(id_), done.served.id
+        if any(op.counts_on(worker, name) for op in self._operations.values()):
+            return  # that will tell whether it stays
+        if ended is not None and ended.undone and worker.register.boot not in ended.had:
+            self._one(Kind.UNLOAD, AdapterOrder("", name), worker, now)
+        else:
+            self._serves(worker, done, now)
+            self._sweep(worker, now)
+
+    def declared(self, entry: Catalogue, now: float) -> None:
+        """A launcher remembers an adapter: workers of its model that do not have it are to load it."""
+        if entry.onto is not None and not entry.removed:
+            for worker in self._t.pool.serving(entry.onto):
+                self._complete(worker, entry, now)
+
+    def joined(self, worker: Worker, now: float) -> None:
+        """A worker registered: what is under way is its business too, and it may lack, or have, what it should not."""
+        for op in list(self._operations.values()):
+            if op.waits_for("worker", worker.name):
+                self._tell(op, [worker])
+            elif op.takes_in(worker):
+                op.stages[0][1].add(worker.name)
+                self._tell(op, [worker])
+        for entry in self._t.pool.run_time_adapters():
+            self._complete(worker, entry, now)
+        self._sweep(worker, now)
+
+    def settled(self, now: float) -> None:
+        """Launchers have had the time to declare what they remember."""
+        for worker in list(self._t.pool.workers.values()):
+            self._sweep(worker, now)
+
+    def _complete(self, worker: Worker, entry: Catalogue, now: float) -> None:
+        """A worker of its model loads an adapter, unless it has tried to."""
+        name, onto = entry.model, entry.onto
+        lacks = onto in worker.models and name not in worker.models and not worker.draining
+        if lacks and name not in {one.id for one in worker.register.left_out} and not self._under_way(name, worker):
+            self._one(Kind.LOAD, AdapterOrder(onto or "", name, entry.folder), worker, now)
+
+    def _sweep(self, worker: Worker, now: float) -> None:
+        """What a worker has and no launcher knows goes, where some launcher knows its other models."""
+        pool = self._t.pool
+        if not self._t.settled or worker.draining or not any(map(pool.launchers_of, worker.models)):
+            return
+        for name in worker.register.adapters:
+            if not pool.launchers_of(name) and not self._under_way(name, worker):
+                self._one(Kind.UNLOAD, AdapterOrder("", name), worker, now)
+
+    def _under_way(self, name: str, worker: Worker) -> bool:
+        """Whether an operation will decide about an adapter of a worker."""
+        return any(
+            op.order.name == name and (not op.single or op.waits_for("worker", worker.name))
+            for op in self._operations.values()
+        )
+
+    def lost(self, member: Worker | Launcher, why: str, now: float) -> None:
+        """A worker is gone. A launcher that is gone may come back, and is waited for."""
+        if not isinstance(member, Worker):
+            return
+        for op in list(self._operations.values()):
+            op.done.pop(member.name, None)
+            op.fresh.discard(member.name)
+            if op.waits_for("worker", member.name):
+                op.stages[0][1].discard(member.name)
+                if op.load:
+                    op.failures[member.name] = Failure("engine", f"it {why} while it loaded it", retryable=True)
+                self._go_on(op, now)
+
+    def delay(self, gap: float) -> None:
+        """The broker itself was away for so many seconds, in which nobody could answer."""
+        for op in self._operations.values():
+            op.since += gap
+
+    def ring(self, id_: bytes, now: float) -> None:
+        """Who has not answered is told again, or not waited for any longer."""
+        op = self._operations.get(id_)
+        if op is None:
+            return
+        if now - op.since < self._t.config.stall.adapter:
+            self._tell(op, self._members(*op.stages[0]))
+            self._t.timers.set((Alarm.ADAPTER, id_, 0), now + self._t.config.resend)
+            return
+        role, silent = op.stages[0]
+        for name in silent:
+            why = f"the {role} did not answer within {self._t.config.stall.adapter:g} s"
+            op.failures[name] = Failure("engine", why, retryable=True)
+        silent.clear()
+        self._go_on(op, now)
+
+    # --- the course of an operation -----------------------------------------------------------------------------------
+
+    def _one(self, kind: Kind, order: AdapterOrder, worker: Worker, now: float) -> None:
+        """One worker is to do what the rule is."""
+        self._by_itself(kind, order, [("worker", {worker.name})], now, single=True)
+
+    def _by_itself(
+        self, kind: Kind, order: AdapterOrder, stages: list[tuple[_Role, set[str]]], now: float, *, single: bool
+    ) -> None:
+        """An operation that no client asked for."""
+        self._made += 1
+        id_ = hashlib.blake2b(self._t.identity.epoch + self._made.to_bytes(8), digest_size=wire.ID_SIZE).digest()
+        self._begin(_Operation(id_, kind is Kind.LOAD, order, None, stages, now, single=single), now)
+
+    def _begin(self, op: _Operation, now: float) -> None:
+        self._operations[op.id] = op
+        verb = "loading" if op.load else "unloading"
+        self._t.out.append(Log("info", f"{verb} an adapter", {"name": op.order.name, "model": op.order.model}))
+        self._tell(op, self._members(*op.stages[0]))
+        self._t.timers.set((Alarm.ADAPTER, op.id, 0), now + self._t.config.resend)
+        self._go_on(op, now)
+
+    def _members(self, role: _Role, names: Collection[str]) -> list[Worker] | list[Launcher]:
+        launchers = [one for one in self._t.pool.launchers.values() if one.name in names]
+        return self._workers(names) if role == "worker" else launchers
+
+    def _workers(self, names: Collection[str]) -> list[Worker]:
+        return [worker for worker in self._t.pool.workers.values() if worker.name in names]
+
+    def _tell(self, op: _Operation, members: Iterable[Worker | Launcher]) -> None:
+        kind, route = Kind.LOAD if op.load else Kind.UNLOAD, codec.pack(op.order)
+        for member in members:
+            if isinstance(member, Worker) and op.load:
+                member.loading |= {op.id}
+            self._t.out.append(Send(member.peer, Message(Header(kind, op.id), route)))
+
+    def _go_on(self, op: _Operation, now: float) -> None:
+        """To the next stage that anybody has a part in, when all of this one have answered; then to the end."""
+        while not op.stages[0][1]:
+            if op.failures and (op.load or op.stages[0][0] == "launcher"):
+                self._fail(op, now)
+                self._catch_up(op, now)
+                return
+            op.stages.pop(0)
+            if not op.stages:
+                self._conclude(op, now)
+                self._catch_up(op, now)
+                return
+            op.since = now
+            self._tell(op, self._members(*op.stages[0]))
+            self._t.timers.set((Alarm.ADAPTER, op.id, 0), now + self._t.config.resend)
+
+    def _conclude(self, op: _Operation, now: float) -> None:
+        if op.load:
+            for worker in self._workers(op.done):
+                self._serves(worker, op.done[worker.name], now)
+        content = next((done.content for done in op.done.values() if done.content), "")
+        failure = _told(op, "was not unloaded everywhere") if op.failures else None
+        self._end(op, Done(failure, content, None, tuple(sorted(op.done)), bool(op.remembered)))
+
+    def _fail(self, op: _Operation, now: float) -> None:
+        """Take back what was done, and say why."""
+        self._end(op, Done(_told(op, "was loaded nowhere" if op.load else "was not unloaded")), undone=op.load)
+        if not op.load:
+            return
+        if op.asker is None:
+            for worker in self._workers(op.failures):
+                self._t.pool.leave_out(worker, op.order.name, op.failures[worker.name].message)
+                self._waiting.model_changed(op.order.name, now)
+            return
+        remembered = set() if op.had else op.remembered
+        stages: list[tuple[_Role, set[str]]] = [("launcher", remembered), ("worker", set(op.fresh))]
+        if back := [stage for stage in stages if stage[1]]:
+            self._by_itself(Kind.UNLOAD, op.order, back, now, single=False)
+
+    def _end(self, op: _Operation, answer: Done, *, undone: bool = False) -> None:
+        del self._operations[op.id]
+        self._t.timers.cancel((Alarm.ADAPTER, op.id, 0))
+        for worker in self._t.pool.workers.values():
+            worker.loading -= {op.id}
+        self._ended[op.id] = _Ended(answer, undone, op.had)
+        while len(self._ended) > _KEPT:
+            self._ended.popitem(last=False)
+        if op.asker is not None:
+            self._answer(op.asker, op.id, answer)
+        if answer.failure is not None:
+            self._t.out.append(Log("warning", answer.failure.message))
+
+    def _catch_up(self, op: _Operation, now: float) -> None:
+        """Workers that came when it was too late to take part are held to what is remembered."""
+        name = op.order.name
+        for entry in self._t.pool.run_time_adapters():
+            if entry.model == name:
+                self.declared(entry, now)
+        if not op.single:  # else one that cannot unload it would be told for ever
+            for worker in self._t.pool.serving(name):
+                self._sweep(worker, now)
+
+    def _answer(self, peer: Peer, id_: bytes, answer: Done) -> None:
+        self._t.out.append(Send(peer, Message(Header(Kind.DONE, id_), body=codec.pack(answer))))
+
+    # --- what it means for requests -----------------------------------------------------------------------------------
+
+    def _serves(self, worker: Worker, done: Done, now: float) -> None:
+        assert done.served is not None
+        self._t.pool.adapt(worker, done.served, done.content)
+        self._t.vacant[worker] = None
+        self._waiting.model_changed(done.served.id, now)
+
+    def _gone_from(self, worker: Worker, name: str, now: float) -> None:
+        """What runs there with it goes on to its end; what waits for it may wait in vain."""
+        self._t.pool.strip(worker, name)
+        if not self._t.pool.knows(name):
+            self._waiting.model_withdrawn(name, now, "it was unloaded")
+        for model in worker.models:
+            self._waiting.model_changed(model, now)
+
+
+def _failure(error: LoopmuxError, model: str) -> Failure:
+    return Failure(error.code, error.message, error.retryable, model, retry_after=error.retry_after)
+
+
+def _told(op: _Operation, what: str) -> Failure:
+    """The failures of all members as one: the first one's code, and who said what."""
+    first = next(iter(op.failures.values()))
+    said = "; ".join(f"{name}: {shorten(f.message, _REASON)}" for name, f in _by_reason(op.failures).items())
+    back = sorted(op.fresh) if op.load else []
+    undone = f"; taken back from {', '.join(back)}" if back else ""
+    retryable = all(failure.retryable for failure in op.failures.values())
+    return Failure(first.code, f"adapter {op.order.name!r} {what}: {said}{undone}", retryable, op.order.model)
+
+
+def _by_reason(failures: Mapping[str, Failure]) -> dict[str, Failure]:
+    """Those who say the same together, so that it is read once."""
+    names: dict[str, list[str]] = {}
+    for name in sorted(failures):
+        names.setdefault(failures[name].message, []).append(name)
+    return {", ".join(said): failures[said[0]] for said in names.values()}
