@@ -288,9 +288,13 @@ class Adapters:
             self._one(Kind.LOAD, AdapterOrder(onto or "", name, entry.folder), worker, now)
 
     def _sweep(self, worker: Worker, now: float) -> None:
-        """What a worker has and no launcher knows goes, where some launcher knows its other models."""
+        """What a worker has and no launcher knows goes, where some launcher knows its other models.
+
+        Not while a launcher declares its models, one after the other: what it comes to last is unknown until then.
+        """
         pool = self._t.pool
-        if not self._t.settled or worker.draining or not any(map(pool.launchers_of, worker.models)):
+        heard_out = self._t.settled and all(launcher.declared for launcher in pool.launchers.values())
+        if not heard_out or worker.draining or not any(map(pool.launchers_of, worker.models)):
             return
         for name in worker.register.adapters:
             if not pool.launchers_of(name) and not self._under_way(name, worker):

@@ -82,9 +82,20 @@ class Member:
 
 @dataclass(slots=True, eq=False)
 class Launcher(Member):
-    """A host's launcher. ``note`` is what it wants people to know."""
+    """A host's launcher.
+
+    Attributes:
+        note: what it wants people to know.
+        declared: it has had the time to declare all of its models since it registered.
+    """
 
     note: str = ""
+    declared: bool = False
+
+    def renew(self, peer: Peer, register: Register, introduction: int, now: float) -> None:
+        """The same process registered again, and declares its models again."""
+        Member.renew(self, peer, register, introduction, now)
+        self.declared = False
 
 
 @dataclass(slots=True, eq=False)

@@ -291,6 +291,7 @@ class WorkerSide:
         """A launcher has had its time to declare its models: what only its predecessor declared is taken out."""
         launcher = next((x for x in self._t.pool.launchers.values() if x.name == name), None)
         if launcher is not None:
+            launcher.declared = True
             self._withdraw(name, launcher.register.boot, now)
             self._adapters.settled(now)
 

@@ -371,8 +371,21 @@ def test_a_worker_that_was_away_meanwhile_is_told_when_it_is_back(core: Core) ->
     unload(core)
     forgotten(core)
     done(core, WORKER, TWO, Done())
+    core.wait(5.5)  # its launcher has declared all that it knows
     back = core.register(THIRD, name="w2", boot=instance(SECOND), models=("m", "loud"), adapters=("loud",))
     assert set(told(back, Kind.UNLOAD)) == {THIRD}
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_what_a_worker_has_stays_while_its_launcher_declares_its_models(declared: bool) -> None:
+    core = Core()
+    core.launcher()
+    core.declare("m", "ready")
+    came = core.register(WORKER, models=("m", "loud"), adapters=("loud",))
+    assert told(came, Kind.UNLOAD) == {}
+    if declared:
+        core.declare("loud", "ready")
+    assert set(told(core.wait(5.5), Kind.UNLOAD)) == (set() if declared else {WORKER})
 
 
 @pytest.mark.parametrize(
