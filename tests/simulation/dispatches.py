@@ -60,9 +60,12 @@ class Dispatches:
             hold(run.timeout <= max(left, 0.0) + latency + 0.01, "a deadline is not moved", what)
 
     def _in_turn(self, call: Call, tables: Tables) -> None:
-        """Nobody of the same client waits who came before and has no less right."""
+        """Nobody of the same client waits who came before and has no less right.
+
+        Who waited for its session's worker goes first there: free slots of others were left for it.
+        """
         mine = call.submit
-        if call.attached or self._world.clock.now < self._world.broker.born + _RECOVERY:
+        if call.id in self._awaited or call.attached or self._world.clock.now < self._world.broker.born + _RECOVERY:
             return
         for other in tables.queues.of_model(mine.model):
             theirs = self._world.promise.calls[other.id]

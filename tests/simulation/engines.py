@@ -68,7 +68,8 @@ class Engines:
 
     def _spared(self, call: Call, record: Request) -> int:
         """How many losses may not count: whether a worker was lost by a broker that was away, this one cannot know."""
-        return record.mishaps if self._promise.hit(call, "freeze broker", before=5.0) else 0
+        away = self._promise.hit(call, "freeze broker", "suspend host", before=5.0)
+        return record.mishaps if away else 0
 
     def _as_asked(self, call: Call, worker: WorkerProcess, job: Job) -> None:
         submit, run = call.submit, job.run
@@ -90,7 +91,12 @@ class Engines:
             hold(same, "P7 a session is one client's", lambda: f"{run.session} of {call} is that of {owner}")
 
     def killed(self, worker: WorkerProcess) -> None:
-        """A worker dies, whatever it runs for the broker with it."""
+        """A worker dies, whatever it runs for the broker with it.
+
+        What one ran that had said it leaves goes on elsewhere as migrated, before anybody knows that it died.
+        """
+        if worker.core is not None and worker.core._leave_at is not None:
+            return
         tables = self._world.broker.core.tables
         for key in worker.engine._running:
             lease = tables.pool.leases.get((key.request, key.attempt))
