@@ -26,7 +26,7 @@ class Dispatches:
         self._world = world
         self._known: set[tuple[bytes, int, float]] = set()
         self._home: dict[tuple[str, str, str], tuple[str, float]] = {}
-        self._awaited: set[bytes] = set()  # requests that waited for their session's worker, while others were free
+        self._awaited: dict[bytes, str] = {}  # requests that waited for their session's worker, while others were free
 
     def run(self, worker: Endpoint, peer: bytes, message: Message) -> None:
         """RUN goes out."""
@@ -47,7 +47,7 @@ class Dispatches:
             return
         hold(len(place.leases) <= place.slots, "no more than the slots", lambda: f"{call} → {worker}")
         self._in_time(call, run)
-        self._in_turn(call, tables)
+        self._in_turn(call, worker, tables)
         self._at_home(call, worker, header.attempt, tables)
 
     def _in_time(self, call: Call, run: Run) -> None:
@@ -59,13 +59,17 @@ class Dispatches:
         if not promise.hit(call, "freeze", "hold", "clog", "snap client", "kill broker"):
             hold(run.timeout <= max(left, 0.0) + latency + 0.01, "a deadline is not moved", what)
 
-    def _in_turn(self, call: Call, tables: Tables) -> None:
+    def _in_turn(self, call: Call, worker: Endpoint, tables: Tables) -> None:
         """Nobody of the same client waits who came before and has no less right.
 
         Who waited for its session's worker goes first there: free slots of others were left for it.
         """
         mine = call.submit
-        if call.id in self._awaited or call.attached or self._world.clock.now < self._world.broker.born + _RECOVERY:
+        if (
+            self._awaited.get(call.id) == worker.name
+            or call.attached
+            or self._world.clock.now < self._world.broker.born + _RECOVERY
+        ):
             return
         for other in tables.queues.of_model(mine.model):
             theirs = self._world.promise.calls[other.id]
@@ -128,7 +132,7 @@ class Dispatches:
         own = [r for r in lane if r.client is request.client]
         first, last = (own.index(request) + 1, len(lane)) if request in own else (0, 0)
         if request.awaits:
-            self._awaited.add(request.id)
+            self._awaited[request.id] = request.awaits
         in_place = request.alone or request.awaits or first <= header.arg <= last
         hold(in_place, "ACCEPTED has the place in the queue", lambda: f"{header}, expected {first} to {last}")
 

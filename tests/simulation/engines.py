@@ -68,8 +68,7 @@ class Engines:
 
     def _spared(self, call: Call, record: Request) -> int:
         """How many losses may not count: whether a worker was lost by a broker that was away, this one cannot know."""
-        away = self._promise.hit(call, "freeze broker", "suspend host", before=5.0)
-        return record.mishaps if away else 0
+        return record.mishaps if self._promise.hit(call, "freeze broker", before=5.0) else 0
 
     def _as_asked(self, call: Call, worker: WorkerProcess, job: Job) -> None:
         submit, run = call.submit, job.run
