@@ -12,6 +12,7 @@ import pytest
 from brokerwire import broker
 from loopmux import cli, exitcodes
 from loopmux.cli import delegate, show, talk
+from loopmux.cli.printing import Printer
 from loopmux.errors import BadRequestError
 from loopmux.messages import ModelStatus, Status, WorkerStatus
 from loopmux.results import TextDelta
@@ -124,5 +125,5 @@ def test_an_error_after_some_text_starts_a_line_of_its_own(capsys: pytest.Captur
         raise BadRequestError("no more")
 
     with pytest.raises(BadRequestError):
-        talk._print_stream(stream())
+        Printer().show(stream())
     assert capsys.readouterr().out == "half an ans\n"
