@@ -135,7 +135,7 @@ class MCPServer:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """End the connection; a process, with all that it started, has ended when this returns."""
+        """End the connection; a server that is a process has ended when this returns."""
         self._end.close()
         self._portal = None
 

@@ -105,15 +105,12 @@ def test_chat_with_the_tools_of_a_file_and_of_an_mcp_server(echo_stack: stacks.S
     file.write_text("def add(a: int, b: int) -> int:\n    return a + b\n")
     noon = {"source_timezone": "Europe/Paris", "time": "12:00", "target_timezone": "Asia/Tokyo"}
     asked = f'!call add {{"a": 1, "b": 2}}\n!call mcp-time_convert_time {json.dumps(noon)}\n'
-    words = ["echo", "--tools", str(file), "--mcp", f"{sys.executable} -m mcp_server_time"]
-    done = run(echo_stack, "chat", *words, "--yes", stdin=asked)
+    clock = f"sh -c 'echo a banner; exec {sys.executable} -m mcp_server_time'"
+    done = run(echo_stack, "chat", "echo", "--tools", str(file), "--mcp", clock, "--yes", stdin=asked)
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     assert '[add: "3"]' in done.stderr
     assert "Asia/Tokyo" in done.stderr.splitlines()[-1]
-    done = run(echo_stack, "chat", "echo", "--mcp", "loopmux-no-such-command", stdin=asked)
-    assert done.returncode == 1
-    assert done.stderr.startswith("loopmux: the MCP server 'loopmux-no-such-command' cannot be opened")
-    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(echo_stack: stacks.Stack) -> None:

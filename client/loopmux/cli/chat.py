@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import secrets
 import sys
 import time
@@ -62,6 +63,8 @@ def _chat(options: argparse.Namespace) -> int:
         if options.mcp:
             from loopmux.mcp import MCPServer
 
+            # the SDK logs tracebacks of what a server says beside the protocol; what matters comes as an error
+            logging.getLogger("mcp").addHandler(logging.NullHandler())
             sources += [servers.enter_context(MCPServer(target)) for target in options.mcp]
         system = [{"role": "system", "content": options.system}] if options.system else []
         chat = Chat(client, options.model, collect(sources), talk.given(options), system, options.yes)
