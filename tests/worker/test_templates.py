@@ -2,6 +2,8 @@ import pytest
 
 from loopmux.errors import BadRequestError
 from loopmux.messages import Generate, ModelSpec
+from loopmux.results import ToolCall
+from loopmux.transcript import assistant_message
 from loopmux.wire import pack_tokens
 from loopmux_worker.engine import templates
 
@@ -174,3 +176,27 @@ def test_tools_need_a_template_that_shows_them(tiny_model):
     tokenizer.chat_template = None
     with pytest.raises(BadRequestError, match="no chat template"):
         templates.render(generate, INSTRUCT, tokenizer)
+
+
+def test_reasoning_of_earlier_turns_reaches_a_template_under_its_name(tiny_model):
+    tokenizer = tiny_model.tokenizer
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = (
+        {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "one"},
+        {"role": "assistant", "content": "b", "tool_calls": [call], "reasoning_content": "two"},
+        {"role": "assistant", "content": "c", "reasoning_content": "three"},
+    )
+
+    def render(template):
+        tokenizer.chat_template = "{% for message in messages %}" + template + ".{% endfor %}{# tools #}"
+        return shown(tokenizer, templates.render(Generate(messages=turns), INSTRUCT, tokenizer))
+
+    assert render("{{ message.reasoning_content }}") == "one.two.three."
+    # as gpt-oss has it, whose template refuses both in a message with calls
+    assert render("{{ message.thinking }}") == "one..three."
+
+
+def test_a_malformed_call_stays_in_the_message_that_the_template_gets(either):
+    message = assistant_message("So", [ToolCall("1", "", error="no", raw='<tool_call>{"a"')])
+    text = shown(either, templates.render(Generate(messages=(user("hi"), message, user("?"))), INSTRUCT, either))
+    assert '<|im_start|>assistant\nSo\n<tool_call>{"a"<|im_end|>' in text

@@ -174,7 +174,6 @@ class Chat:
         if not sys.stdin.isatty():
             self.printer.note(f"[{shown} was not run: nobody is there to allow it; --yes runs tools without asking]")
             return Deny("nobody is there to allow it")
-        self.printer.end_line()
         while True:
             match _answer(f"{danger}: run {shown}? [y]es, [n]o, [a]lways: "):
                 case "y" | "yes":

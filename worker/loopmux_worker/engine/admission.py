@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from loopmux.errors import AdapterNotFoundError, BadRequestError, ContextLengthError, ModelNotFoundError
 from loopmux.messages import Generate, ModelSpec, Run
@@ -41,9 +42,9 @@ def check_stop_tokens(generate: Generate, vocabulary: int) -> None:
             )
 
 
-def parses_calls(generate: Generate) -> bool:
-    """Whether the output is searched for tool calls."""
-    return bool(generate.tools) and generate.tool_choice != "none"
+def callable_tools(generate: Generate) -> tuple[dict[str, Any], ...]:
+    """The tools that the model may call: the output is searched for such calls."""
+    return () if generate.tool_choice == "none" else generate.tools
 
 
 def model_of(run: Run, models: Mapping[str, ModelSpec]) -> ModelSpec:

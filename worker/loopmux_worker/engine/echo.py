@@ -30,15 +30,17 @@ from loopmux_worker.engine.base import (
     taken,
     timing_of,
 )
+from loopmux_worker.engine.calls import Parser, family_of
 from loopmux_worker.engine.script import pieces_of, script_of
 from loopmux_worker.engine.text import StopStrings
-from loopmux_worker.engine.toolparse import CallParser
 
 VOCABULARY = 4096
 """Token ids are below this; each is a word of two syllables."""
 _PER_STEP = 8
 """Tokens per request and step where nothing limits the rate: as many as one TOK carries."""
 _SLOTS = 64
+_FAMILY = family_of("", "hermes")
+"""As scripts write calls."""
 _CONSONANTS, _VOWELS = "bdfghklmnprstvwz", "aeiu"
 
 
@@ -103,7 +105,7 @@ class _Running:
     arrived: float
     prompt: int
     stops: StopStrings
-    calls: CallParser | None
+    calls: Parser | None
     first: float | None = None
 
 
@@ -157,7 +159,7 @@ class EchoEngine(Engine):
             arrived=now if job.arrived is None else job.arrived,
             prompt=prompt,
             stops=StopStrings(generate.stop),
-            calls=CallParser(job.key.request) if admission.parses_calls(generate) else None,
+            calls=_FAMILY.parser(job.key.request, admission.callable_tools(generate)),
         )
 
     def add(self, prepared: _Running) -> None:
