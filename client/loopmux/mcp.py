@@ -58,7 +58,7 @@ class MCPServer:
         include: the only tools to take, by the server's names; all if empty.
         exclude: tools to leave out, likewise.
         timeout: seconds for opening it, for its list of tools and for each call; a loop's deadline holds as well.
-        danger: level of its tools, or a function from the server's name of one to its level; the default asks first.
+        danger: level of its tools, or a function from a name to it; the default is to be asked about
         env: variables for the process beside ``PATH``, ``HOME`` and the like; it gets no others.
         headers: HTTP headers for the URL, such as ``Authorization``.
 
