@@ -21,7 +21,7 @@ def turn(text: str = "", *calls: ToolCall, reason: FinishReason | None = None, r
 
 @dataclass
 class ScriptedStream:
-    answer: Result | Exception
+    answer: Result | BaseException
     left: list[str]
     done: bool = False
 
@@ -32,7 +32,7 @@ class ScriptedStream:
         return self.answer
 
     def events(self) -> Iterator[StreamEvent]:
-        if isinstance(self.answer, Exception):
+        if isinstance(self.answer, BaseException):
             raise self.answer
         if self.answer.text:
             yield TextDelta(self.answer.text)
@@ -64,7 +64,7 @@ class ScriptedStream:
 class ScriptedClient:
     """Answers with ``script`` in order; ``requests`` and ``hints`` are what it was told, ``left`` how streams ended."""
 
-    script: list[Result | Exception]
+    script: list[Result | BaseException]
     requests: list[dict[str, Any]] = field(default_factory=list)
     hints: list[tuple[str, str]] = field(default_factory=list)
     left: list[str] = field(default_factory=list)

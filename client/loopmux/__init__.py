@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from loopmux import loop as loop
+    from loopmux import mcp as mcp
     from loopmux import server as server
     from loopmux import tools as tools
     from loopmux.aio import AsyncClient as AsyncClient
@@ -76,7 +77,7 @@ _NAMES = {
     "tools": "Tool tool",
 }
 """Module to the names it contributes. The imports above say the same to type checkers; a test compares the two."""
-_MODULES = ("loop", "server", "tools")
+_MODULES = ("loop", "mcp", "server", "tools")
 """Modules that are part of the public surface as such."""
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import queue
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -233,12 +233,11 @@ class Client:
         tools: Iterable[Any],
         max_turns: int = 10,
         **options: Any,
-    ) -> Iterator[Any]:
+    ) -> Generator[Any]:
         """Like ``run_tools``, yielding what happens as it happens; see ``loopmux.loop.iterate``."""
         from loopmux import loop
 
-        events: Iterator[Any] = loop.iterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
-        return events
+        return loop.iterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
 
     def hint(self, session: str, state: Literal["waiting_on_tool", "done"], expected: float | None = None) -> None:
         """Tell the broker whether a session comes back, and after how many seconds if that is known; never waits.

@@ -230,12 +230,28 @@ def prepare(
     approval: bool,
     settings: dict[str, Any],
 ) -> Plan:
-    """Check everything a loop is started with; nothing has been sent when it raises.
+    """Check everything a loop is started with; nothing has been sent when it raises, and the error has the messages.
 
     Raises:
         BadRequestError: messages, tools or limits are wrong.
         ToolNotFoundError: ``tool_choice`` names a tool that is not among them.
+        LoopmuxError: a source of tools cannot say what it has.
     """
+    messages = _messages(prompt_or_messages)
+    try:
+        return _plan(messages, given, session, approval, settings)
+    except LoopmuxError as error:
+        error.messages = messages
+        raise
+
+
+def _plan(
+    messages: list[ChatMessage],
+    given: Iterable[Any] | None,
+    session: str | None,
+    approval: bool,
+    settings: dict[str, Any],
+) -> Plan:
     known = {f.name for f in dataclasses.fields(Limits)}
     limits = Limits(**{name: value for name, value in settings.items() if name in known})
     options = {name: value for name, value in settings.items() if name not in known}
@@ -244,7 +260,6 @@ def prepare(
     if choice not in ("auto", "none", "required", *by_name):
         names = ", ".join(by_name) or "there are none"
         raise ToolNotFoundError(f"tool_choice: found {choice!r}, expected auto, none, required or a tool of: {names}")
-    messages = _messages(prompt_or_messages)
     loop = Loop(messages, by_name, limits, approval, session or secrets.token_hex(8))
     return Plan(loop, [tool.schema for tool in by_name.values()], options)
 

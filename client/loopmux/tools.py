@@ -171,7 +171,8 @@ def schemas(tools: Iterable[Any] | None) -> list[dict[str, Any]]:
 def _refuse_repeated(names: list[str]) -> None:
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise BadRequestError(
-            f"two tools are named {repeated!r}: rename one with Tool.from_function(function, name='…')"
+            f"two tools are named {repeated!r}: rename one with Tool.from_function(function, name='…'), "
+            "or those of a server with MCPServer(…, name='…')"
         )
 
 

@@ -12,9 +12,10 @@ import pytest
 from brokerwire import broker
 from loopmux import cli, exitcodes
 from loopmux.cli import delegate, show, talk
+from loopmux.cli.printing import Printer
 from loopmux.errors import BadRequestError
 from loopmux.messages import ModelStatus, Status, WorkerStatus
-from loopmux.results import ReasoningDelta, TextDelta
+from loopmux.results import ReasoningDelta, TextDelta, Waiting
 
 
 def test_no_broker_is_one_clear_line_and_exit_code_1(tmp_path: Path) -> None:
@@ -124,11 +125,23 @@ def test_an_error_after_some_text_starts_a_line_of_its_own(capsys: pytest.Captur
         raise BadRequestError("no more")
 
     with pytest.raises(BadRequestError):
-        talk._print_stream(stream())
+        Printer().show(stream())
     assert capsys.readouterr().out == "half an ans\n"
 
 
 def test_what_a_model_thinks_is_no_part_of_the_output(capsys: pytest.CaptureFixture[str]) -> None:
     events = [ReasoningDelta("I "), TextDelta(""), ReasoningDelta("add."), TextDelta("4"), TextDelta("2")]
-    assert talk._print_stream(iter(events)) == "42"
+    Printer().show(events)
     assert capsys.readouterr() == ("42\n", "I add.\n")
+
+
+def test_what_happens_in_the_middle_of_an_answer_is_no_part_of_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    events = [
+        TextDelta("for"),
+        Waiting("queued", elapsed=1),
+        TextDelta("ty"),
+        ReasoningDelta("two?"),
+        TextDelta("-two"),
+    ]
+    Printer().show(events)
+    assert capsys.readouterr() == ("forty-two\n", "\n[queued, 1 s]\n\ntwo?\n")

@@ -9,7 +9,7 @@ import pytest
 
 import loopmux
 
-HEAVY = ("torch", "transformers", "peft", "yaml", "structlog", "asyncio")
+HEAVY = ("torch", "transformers", "peft", "yaml", "structlog", "asyncio", "mcp", "anyio")
 
 
 def loaded_after(program: str) -> set[str]:
@@ -21,6 +21,10 @@ def loaded_after(program: str) -> set[str]:
 @pytest.mark.parametrize("program", ["import loopmux", "import loopmux; loopmux.Client(); loopmux.Result"])
 def test_the_client_loads_nothing_heavy(program: str) -> None:
     assert not loaded_after(program) & set(HEAVY)
+
+
+def test_the_sdk_for_mcp_is_loaded_when_a_server_is_opened() -> None:
+    assert not loaded_after("import loopmux.mcp; loopmux.mcp.MCPServer('python')") & {"mcp", "anyio"}
 
 
 def test_the_package_alone_loads_not_even_zmq() -> None:

@@ -286,8 +286,9 @@ def test_a_forced_call_is_forced_once(choice: str, sent: list[str]):
 
 def test_a_tool_choice_that_is_not_there():
     client = ScriptedClient([])
-    with pytest.raises(ToolNotFoundError, match="'sub', expected auto, none, required or a tool of: add"):
+    with pytest.raises(ToolNotFoundError, match="'sub', expected auto, none, required or a tool of: add") as caught:
         run(client, tool_choice="sub")
+    assert caught.value.messages == [{"role": "user", "content": "go"}]
     assert client.requests == []
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +98,38 @@ def test_ctrl_c_stops_a_generation_and_says_so_by_its_exit_code(echo_stack: stac
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
         process.communicate()
+
+
+def test_chat_with_the_tools_of_a_file_and_of_an_mcp_server(echo_stack: stacks.Stack, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def add(a: int, b: int) -> int:\n    return a + b\n")
+    noon = {"source_timezone": "Europe/Paris", "time": "12:00", "target_timezone": "Asia/Tokyo"}
+    asked = f'!call add {{"a": 1, "b": 2}}\n!call mcp-time_convert_time {json.dumps(noon)}\n'
+    clock = f"sh -c 'echo a banner; exec {sys.executable} -m mcp_server_time'"
+    done = run(echo_stack, "chat", "echo", "--tools", str(file), "--mcp", clock, "--yes", stdin=asked)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert '[add: "3"]' in done.stderr
+    assert "Asia/Tokyo" in done.stderr.splitlines()[-1]
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(echo_stack: stacks.Stack) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "loopmux", "chat", "slow", "--endpoint", echo_stack.endpoint]
+    with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        os.close(theirs)
+        assert process.stdout is not None
+        os.write(ours, b"hi\n")
+        shown = b""
+        while not shown.partition(b"> ")[2]:  # the prompt, and some of the answer
+            shown += os.read(process.stdout.fileno(), 4096)
+        process.send_signal(signal.SIGINT)
+        os.write(ours, b"/help\n\n")
+        rest, _ = process.communicate(timeout=20)
+        os.close(ours)
+    assert process.returncode == 0
+    assert b"[stopped" in rest
+    assert b"/save FILE" in rest.partition(b"[stopped")[2]
 
 
 def test_run_adapter_answers_once_and_prints_nothing_else(examples: dict[str, Any]) -> None:

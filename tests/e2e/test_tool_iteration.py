@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 import loopmux
 from e2e import stacks
 from e2e.loops import scripted_tools
+from loopmux.mcp import MCPServer
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,14 @@ def test_example_loops_make_their_calls_and_answer(demo_stack: stacks.Stack, loo
             ), example
             assert example["answer_contains"] in out.text, (example["prompt"], out.text)
             assert out.turns == len(example["turns"]) + 1
+
+
+def test_the_model_calls_the_tool_of_an_mcp_server(demo_stack: stacks.Stack) -> None:
+    shop = [sys.executable, str(Path(__file__).parents[1] / "mcpshop.py")]
+    with loopmux.Client(demo_stack.endpoint) as client, MCPServer(shop, name="", include=["add"]) as server:
+        out = client.run_tools("add 12 and 30", model="tools", tools=[server], temperature=0)
+    assert [(entry["tool"], entry["result"]) for entry in out.tool_log] == [("add", 42)]
+    assert "42" in out.text
 
 
 def test_the_prompt_of_each_turn_is_the_one_before_plus_what_is_new_once(

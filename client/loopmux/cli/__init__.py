@@ -1,7 +1,7 @@
 """The ``loopmux`` command.
 
 It needs what the client needs and no more. A subcommand that belongs to another part becomes that part's program
-(``delegate``); the rest talks to the broker (``talk``, ``show``, ``adapters``, ``drain``).
+(``delegate``); the rest talks to the broker (``talk``, ``chat``, ``show``, ``adapters``, ``drain``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import traceback
 
 import loopmux
 from loopmux import exitcodes
-from loopmux.cli import adapters, delegate, drain, show, talk
+from loopmux.cli import adapters, chat, delegate, drain, show, talk
 from loopmux.errors import LoopmuxError
 
 
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     talk.add_commands(commands, common)
+    chat.add_commands(commands, common)
     show.add_commands(commands, common)
     adapters.add_commands(commands, common)
     drain.add_commands(commands, common)

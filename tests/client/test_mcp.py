@@ -1,0 +1,294 @@
+"""MCP servers as tool sources: one made with the official SDK, one that is published, and bad ones."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from loopmux import loop
+from loopmux.errors import (
+    BadRequestError,
+    ConnectionLostError,
+    DeadlineExceededError,
+    LoopmuxError,
+    ProtocolError,
+)
+from loopmux.mcp import MCPServer
+from loopmux.tools import Tool, collect
+from scripted import AsyncScriptedClient, ScriptedClient, call, turn
+
+SHOP = [sys.executable, str(Path(__file__).parents[1] / "mcpshop.py")]
+DEAF = ["sh", "-c", "cat >/dev/null"]
+"""Reads everything and says nothing; ends with its input."""
+
+
+@contextmanager
+def over_http() -> Iterator[str]:
+    """The shop's URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port, number = listening.getsockname()[1], listening.fileno()
+        process = subprocess.Popen([*SHOP, str(number)], pass_fds=[number])
+    try:
+        yield f"http://127.0.0.1:{port}/mcp"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def stdio() -> Iterator[MCPServer]:
+    with MCPServer(SHOP, name="shop", env={"SHOP_TOKEN": "secret"}) as server:
+        process = psutil.Process(asyncio.run(server.call("pid", {})))
+        yield server
+    assert not process.is_running()
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with over_http() as where:
+        yield where
+
+
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[MCPServer]:
+    with MCPServer(url, name="shop") as server:
+        yield server
+
+
+@pytest.fixture(params=["stdio", "http"])
+def shop(request: pytest.FixtureRequest) -> MCPServer:
+    made: MCPServer = request.getfixturevalue(request.param)
+    return made
+
+
+def results(server: MCPServer, *calls: Any, **settings: Any) -> list[str]:
+    """What a model reads of some calls, one turn each."""
+    client = ScriptedClient([*(turn("", made) for made in calls), turn("done")])
+    out = loop.run(client, "go", tools=[server], **settings)
+    assert out.text == "done"
+    return [message["content"] for message in out.messages if message["role"] == "tool"]
+
+
+def tools(server: MCPServer) -> dict[str, Tool]:
+    return collect([server])
+
+
+def test_its_tools(shop: MCPServer) -> None:
+    found = tools(shop)
+    assert list(found) == [
+        f"shop_{name}" for name in ("add", "stock_find", "picture", "variable", "order", "pid", "hang", "die")
+    ]
+    add = found["shop_add"]
+    assert add.description == "Add two numbers."
+    assert add.parameters["required"] == ["a", "b"]
+    assert add.danger == "warning"
+    assert add.problems({"a": 1, "b": "2"}) == 'b: found "2", expected a whole number'
+
+
+def test_a_loop(shop: MCPServer) -> None:
+    client = ScriptedClient([turn("", call("shop_add", a=12, b=30)), turn("It is 42.")])
+    out = loop.run(client, "go", tools=[shop])
+    assert out.messages[2]["content"] == "42"
+    assert out.tool_log[0]["result"] == 42
+
+
+def test_an_async_loop(shop: MCPServer) -> None:
+    calls = [call("shop_add", f"c{n}", a=n, b=n) for n in range(4)]
+    client = AsyncScriptedClient([turn("", *calls), turn("done")])
+    out = asyncio.run(loop.arun(client, "go", tools=[shop]))
+    assert [entry["result"] for entry in out.tool_log] == [0, 2, 4, 6]
+
+
+def test_results_of_all_kinds(shop: MCPServer) -> None:
+    assert results(
+        shop,
+        call("shop_stock_find", name="lamp"),
+        call("shop_picture", name="lamp"),
+        call("shop_variable", name="HOME_OF_NOBODY"),
+        call("shop_order", count=1),
+        call("shop_order", count="one"),
+    ) == [
+        '{"name": "lamp", "price": 2.5}',
+        "the lamp:\n[left out: image of the type image/png, which is no text]",
+        "not set",
+        "Error: Error executing tool order: the shop is closed",
+        'Error: bad arguments for shop_order: count: found "one", expected a whole number',
+    ]
+
+
+def test_a_process_gets_the_variables_it_is_given_and_no_others(
+    stdio: MCPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert results(stdio, call("shop_variable", name="SHOP_TOKEN")) == ["secret"]
+    assert results(stdio, call("shop_variable", name="LOOPMUX_ENDPOINT")) == ["not set"]
+
+
+def test_its_own_name_goes_in_front_unless_another_is_given(url: str) -> None:
+    with MCPServer(url) as server:
+        assert "the_shop_add" in tools(server)
+    with MCPServer(url, name="") as server:
+        assert "add" in tools(server)
+
+
+def test_some_of_its_tools(url: str) -> None:
+    with MCPServer(url, name="s", include=["add", "die"], exclude=["die"], danger=lambda name: "safe") as server:
+        assert [(name, tool.danger) for name, tool in tools(server).items()] == [("s_add", "safe")]
+    with (
+        MCPServer(url, exclude=["pit"]) as server,
+        pytest.raises(BadRequestError, match=r"has no tool 'pit' to include or exclude: did you mean 'pid'"),
+    ):
+        server.tools()
+
+
+def test_names_that_no_model_can_write(url: str) -> None:
+    with (
+        MCPServer(url, name="my shop") as server,
+        pytest.raises(BadRequestError, match=r"the MCP server 'my shop' .*'my shop_add'.*exclude=\['add'\]"),
+    ):
+        server.tools()
+
+
+def test_two_servers_with_tools_of_one_name_keep_the_transcript(shop: MCPServer) -> None:
+    with pytest.raises(BadRequestError, match=r"two tools are named 'shop_add'.*MCPServer\(…, name=") as caught:
+        loop.run(ScriptedClient([]), "go", tools=[shop, shop])
+    assert caught.value.messages == [{"role": "user", "content": "go"}]
+
+
+def test_a_server_that_dies() -> None:
+    with MCPServer(SHOP, name="shop") as server:
+        died, later = results(server, call("shop_die"), call("shop_add", a=1, b=2))
+        for content in (died, later):
+            assert content.startswith(f"Error: ConnectionLostError: the MCP server 'shop' ({SHOP[0]}")
+            assert content.endswith("its last words: out of paper): find out why it ended, and open it again")
+        with pytest.raises(ConnectionLostError, match="is gone"):
+            loop.run(ScriptedClient([]), "go", tools=[server])
+
+
+def test_a_server_behind_a_url_that_dies() -> None:
+    with over_http() as url, MCPServer(url, name="shop") as server:
+        for content in results(server, call("shop_die"), call("shop_add", a=1, b=2)):
+            assert f"the MCP server 'shop' ({url}) is gone" in content
+
+
+def test_a_call_that_is_never_answered(shop: MCPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shop, "_timeout", 0.1)
+    (content,) = results(shop, call("shop_hang"))
+    assert "asked for a call of 'hang', did not answer within 0.1 s: see whether it hangs, or give it more" in content
+    monkeypatch.undo()
+    assert results(shop, call("shop_add", a=1, b=2)) == ["3"]  # the connection lives on
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (["loopmux-no-such-command"], "No such file or directory: 'loopmux-no-such-command'"),
+        ([sys.executable, "-c", "raise SystemExit('no such zone')"], "Connection closed; its last words: no such zone"),
+        (["echo", "hello"], "Connection closed"),
+        ("http://127.0.0.1:1/mcp", "ConnectError: .*see that a server for streamable HTTP runs there"),
+    ],
+)
+def test_what_cannot_be_opened(target: Any, said: str) -> None:
+    with pytest.raises(ConnectionLostError, match=rf"the MCP server .* cannot be opened \(.*{said}"), MCPServer(target):
+        pass
+
+
+def test_a_process_that_never_answers() -> None:
+    before = {child.pid for child in psutil.Process().children()}
+    with pytest.raises(DeadlineExceededError, match=r"did not answer within 0\.2 s: see that the command starts"):
+        MCPServer(DEAF, timeout=0.2).__enter__()
+    assert {child.pid for child in psutil.Process().children()} == before
+
+
+def test_a_url_that_never_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = MCPServer(f"http://127.0.0.1:{silent.getsockname()[1]}/mcp?key=secret", timeout=0.2)
+        with pytest.raises(DeadlineExceededError, match=r"/mcp' did not answer within 0\.2 s"), server:
+            pass
+
+
+def test_a_server_may_be_opened_again_also_by_asyncio(url: str) -> None:
+    server = MCPServer(url)
+
+    async def main() -> int:
+        async with server:
+            total: int = await server.call("add", {"a": 1, "b": 2})
+        return total
+
+    assert [asyncio.run(main()) for _ in range(2)] == [3, 3]
+    with server:
+        assert tools(server)
+
+
+def test_a_task_that_is_cancelled_while_it_opens_a_server_leaves_it_closed(url: str) -> None:
+    server = MCPServer(url)
+
+    async def opening() -> None:
+        async with server:
+            pass
+
+    async def main() -> None:
+        task = asyncio.create_task(opening())
+        await asyncio.sleep(0)  # it has begun
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    with pytest.raises(BadRequestError, match="is not open"):
+        server.tools()
+
+
+def test_a_server_outside_of_its_block() -> None:
+    server = MCPServer(DEAF)
+    with pytest.raises(BadRequestError, match=r"the MCP server .* is not open: use it inside of its `with` block"):
+        server.tools()
+
+
+def test_a_server_is_opened_once_at_a_time(stdio: MCPServer) -> None:
+    with pytest.raises(BadRequestError, match="is open already"):
+        stdio.__enter__()
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "said"),
+    [
+        ("", {}, "expected a command such as"),
+        ([], {}, "expected a command such as"),
+        ("python 'a", {}, "No closing quotation"),
+        ("http://host/mcp", {"env": {"A": "b"}}, "env= is for a command"),
+        ("python", {"headers": {"A": "b"}}, "headers= for a URL"),
+    ],
+)
+def test_what_is_no_server(target: Any, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadRequestError, match=said):
+        MCPServer(target, **settings)
+
+
+def test_without_the_sdk_the_install_line_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mcp", None)
+    with pytest.raises(LoopmuxError, match=r"pip install '\.\[mcp\]'"):
+        MCPServer(DEAF).__enter__()
+
+
+def test_a_published_server_started_as_a_user_would() -> None:
+    with MCPServer(f"{sys.executable} -m mcp_server_time --local-timezone UTC", name="time") as clock:
+        noon = {"source_timezone": "Europe/Paris", "time": "12:00", "target_timezone": "Asia/Tokyo"}
+        right, wrong = results(
+            clock, call("time_convert_time", **noon), call("time_get_current_time", timezone="Atlantis")
+        )
+        with pytest.raises(
+            ProtocolError, match=r"the MCP server 'time' .* asked for a call of 'sub', answered with an error"
+        ):
+            asyncio.run(clock.call("sub", {}))
+    assert '"timezone": "Asia/Tokyo"' in right
+    assert wrong.startswith("Error: ")
+    assert "Atlantis" in wrong
