@@ -21,12 +21,16 @@ from loopmux_worker.causes import ran_out
 from loopmux_worker.engine import admission, fingerprints, memory, specfolders, templates
 from loopmux_worker.engine.adapterfiles import Adapter
 from loopmux_worker.engine.base import Description, Job, taken, timing_of
+from loopmux_worker.engine.calls.families import BY_NAME
+from loopmux_worker.engine.grammars import asked, matching
 from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, tokenizer_of
 from loopmux_worker.engine.output import Piece, Reader, Reading
 from loopmux_worker.engine.sampling import Sampler, seed_of
 from loopmux_worker.engine.toolparse import CLOSE, OPEN
 
 _log = structlog.get_logger(__name__)
+
+_FAMILY = BY_NAME["hermes"]
 
 
 class AdapterStore(Protocol):
@@ -69,6 +73,7 @@ class Prepared:
     Attributes:
         model, adapter: what it was prepared for; the adapter as a model id of its own, None for the base alone.
         reading: how its output is to be read.
+        grammar: what its output is held to.
         arrived: when the worker got it.
     """
 
@@ -77,6 +82,7 @@ class Prepared:
     adapter: Served | None
     prompt: list[int]
     reading: Reading
+    grammar: matching.Matcher | None
     arrived: float
 
 
@@ -104,7 +110,7 @@ class Request:
     def push(self, token: int) -> Piece:
         """Take in the next token."""
         self.sampler.note(token)
-        return self.reader.push(token)
+        return self.reader.push(token, last=self.sampler.complete)
 
 
 @dataclass(slots=True)
@@ -140,6 +146,7 @@ class Models:
     def __init__(self, spec: WorkerSpec, loaded: Loaded, adapters: AdapterStore, progress: Progress, why: str) -> None:
         self.loaded = loaded
         self._spec, self._adapters, self._why = spec, adapters, why
+        self._grammars = matching.Grammars(loaded.head)
         self._served: dict[str, Served] = {}  # replaced, never changed: ``prepare`` reads it from another thread
         self._left_out: dict[str, LoopmuxError] = {}
         self._leaving: set[str] = set()
@@ -269,7 +276,8 @@ class Models:
         """
         arrived = time.monotonic() if job.arrived is None else job.arrived
         generate, loaded = job.generate, self.loaded
-        admission.check(generate)
+        generate.check()
+        wanted = asked.asked(generate)
         admission.check_stop_tokens(generate, loaded.head)
         self._check_not_leaving(job.run.model, job.run.adapter)
         served = self._served  # one look: adapters come and go meanwhile
@@ -290,7 +298,10 @@ class Models:
             )
         limit = admission.room_for(len(prompt), len(job.prefix), generate.max_new_tokens, loaded.context)
         reading = _reading(job, model, limit)
-        return Prepared(job, model, served[adapter] if adapter else None, prompt, reading, arrived)
+        grammar = wanted and self._grammars.matcher(
+            wanted, _FAMILY, model.tokenizer, eos=model.ends, ends=reading.ends, thinks=False
+        )
+        return Prepared(job, model, served[adapter] if adapter else None, prompt, reading, grammar, arrived)
 
     def begin(self, prepared: Prepared) -> Request:
         """A prepared job, ready to run and past its prefix.
@@ -314,6 +325,7 @@ class Models:
             prompt=prepared.prompt,
             logprobs=generate.logprobs,
             device=loaded.device,
+            grammar=prepared.grammar,
         )
         adapter = prepared.adapter.spec.id if prepared.adapter else None
         reading = prepared.reading
@@ -356,6 +368,7 @@ class Models:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "peft": peft.__version__,
+            "llguidance": matching.release(),
             "device": str(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "context": loaded.context,
