@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from loopmux.messages import ModelStatus as ModelStatus
     from loopmux.messages import Status as Status
     from loopmux.messages import WorkerStatus as WorkerStatus
+    from loopmux.results import ReasoningDelta as ReasoningDelta
     from loopmux.results import Result as Result
     from loopmux.results import StreamEvent as StreamEvent
     from loopmux.results import TextDelta as TextDelta
@@ -71,7 +72,7 @@ _NAMES = {
     "inference": "InferenceConfig ToolEnabledInferenceConfig run_inference run_inference_with_tools",
     "loopevents": "ToolLoopResult",
     "messages": "ModelStatus Status WorkerStatus",
-    "results": "Result StreamEvent TextDelta Timing TokenLogprob ToolCall Usage Waiting",
+    "results": "ReasoningDelta Result StreamEvent TextDelta Timing TokenLogprob ToolCall Usage Waiting",
     "tools": "Tool tool",
 }
 """Module to the names it contributes. The imports above say the same to type checkers; a test compares the two."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from loopmux.errors import BadRequestError, LoopmuxError
 from loopmux.outcome import Outcome, Status
-from loopmux.results import Result, TextDelta, ToolCall, Usage, Waiting
+from loopmux.results import ReasoningDelta, Result, TextDelta, ToolCall, Usage, Waiting
 from loopmux.tools import Tool
 
 ChatMessage = dict[str, Any]
@@ -173,7 +173,16 @@ class LoopFinished:
 
 
 LoopEvent = (
-    TurnStarted | TextDelta | ToolCall | Waiting | Usage | TurnFinished | ToolStarted | ToolResult | LoopFinished
+    TurnStarted
+    | TextDelta
+    | ReasoningDelta
+    | ToolCall
+    | Waiting
+    | Usage
+    | TurnFinished
+    | ToolStarted
+    | ToolResult
+    | LoopFinished
 )
 """What iterating over a loop yields: the streams of its turns, and what happens between them."""
 

@@ -264,7 +264,7 @@ class Phase:
 
 @dataclass(slots=True)
 class Tok:
-    """BODY of TOK: what the tokens of the message mean to a reader; text may lag behind tokens, never lead.
+    """BODY of TOK: what the tokens of the message mean to a reader; text and reasoning lag behind tokens, never lead.
 
     ``fingerprint``, with an attempt's first tokens, names the weights that they came from: ATTACH gives it back.
     """
@@ -273,6 +273,7 @@ class Tok:
     calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     fingerprint: str = ""
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -571,14 +572,25 @@ class Evict:
 # --- launcher to worker -----------------------------------------------------------------------------------------------
 
 
+ToolFormat = Literal[
+    "auto", "hermes", "qwen_xml", "llama_json", "mistral_list", "mistral_args", "gemma", "gpt_oss", "glm", "deepseek",
+    "envelope",
+]  # fmt: skip
+"""How a model writes tool calls; ``auto``: its chat template tells."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One model id that a worker is to serve: the base with ``adapter_dir`` or alone."""
+    """One model id that a worker is to serve: the base with ``adapter_dir`` or alone.
+
+    ``tool_format`` is how it writes tool calls.
+    """
 
     id: str
     adapter_dir: str | None = None
     model_type: Literal["instruct", "base"] = "instruct"
     system_prompt: str | None = None
+    tool_format: ToolFormat = "auto"
 
 
 @dataclass(frozen=True, slots=True)

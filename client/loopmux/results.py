@@ -102,6 +102,13 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """A piece of what the model thinks before it answers. These of a stream, joined, are the result's reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting:
     """The request waits: where it stands in the queue and what its model is doing (queued, building, loading …)."""
 
@@ -116,13 +123,14 @@ class Result:
     """A finished generation.
 
     Attributes:
-        text: clean text, without prompt, special tokens or tool calls.
+        text: clean text, without prompt, reasoning, special tokens or tool calls.
         token_ids: all produced token ids, end token included.
         finish_reason: why it ended.
         tool_calls: the calls of this turn, in order.
         model, adapter, worker: who answered.
         request_id: hexadecimal, as in logs and ``status``.
         attempts: 1 unless a worker was lost on the way.
+        reasoning: what the model thought, for models that say so.
     """
 
     text: str
@@ -137,7 +145,8 @@ class Result:
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     attempts: int = 1
+    reasoning: str = ""
 
 
-StreamEvent = TextDelta | ToolCall | Waiting | Usage
+StreamEvent = TextDelta | ToolCall | Waiting | Usage | ReasoningDelta
 """What iterating over a stream yields. ``Usage`` comes last."""

@@ -51,7 +51,7 @@ from loopmux.events import (
     TimePassed,
 )
 from loopmux.messages import End, Failure, Phase, Tok
-from loopmux.results import Result, StreamEvent, TextDelta, TokenLogprob, ToolCall, Waiting
+from loopmux.results import ReasoningDelta, Result, StreamEvent, TextDelta, TokenLogprob, ToolCall, Waiting
 from loopmux.wire import Header, Kind, Message
 
 GRACE = 1.0
@@ -81,6 +81,7 @@ class Exchange:
         self.stage = Stage.WAITING
         self.received = 0
         self._texts: list[str] = []
+        self._reasoning: list[str] = []
         self._ids: list[int] = []
         self._calls: list[ToolCall] = []
         self._logprobs: list[TokenLogprob] = []
@@ -230,6 +231,7 @@ class Exchange:
         self._fingerprint = tok.fingerprint or self._fingerprint
         self.received += count
         self._texts.append(tok.text)
+        self._reasoning.append(tok.reasoning)
         self._ids += ids
         self._calls += tok.calls
         self._logprobs += tok.logprobs
@@ -242,7 +244,9 @@ class Exchange:
             return self._consume(self.received) if self._report_due() else []
         report = self.received if self._report_due() else 0
         delta = TextDelta(tok.text, tuple(ids), start, tok.logprobs)
-        deliveries: list[RequestAction] = [Deliver(self.request.id, delta, report)]
+        thought = [ReasoningDelta(tok.reasoning)] if tok.reasoning else []
+        deliveries: list[RequestAction] = [Deliver(self.request.id, one) for one in thought]
+        deliveries.append(Deliver(self.request.id, delta, report))
         deliveries += [Deliver(self.request.id, call) for call in tok.calls]
         return deliveries
 
@@ -316,6 +320,7 @@ class Exchange:
             tool_calls=tuple(self._calls),
             logprobs=tuple(self._logprobs),
             attempts=max(attempt, 1),
+            reasoning="".join(self._reasoning),
         )
 
     def _failure(self, failure: Failure) -> LoopmuxError:

@@ -13,11 +13,13 @@ from loopmux.outcome import Outcome
 from loopmux.results import ToolCall
 
 
-def assistant_message(text: str, calls: Iterable[ToolCall]) -> ChatMessage:
+def assistant_message(text: str, calls: Iterable[ToolCall], reasoning: str = "") -> ChatMessage:
     """A turn as a message. A malformed call stays in the text as the model wrote it; the others are listed."""
     calls = list(calls)
     raw = [call.raw for call in calls if call.error is not None and call.raw]
     message: ChatMessage = {"role": "assistant", "content": "\n".join([text, *raw] if text else raw)}
+    if reasoning:
+        message["reasoning_content"] = reasoning
     if listed := [_listed(call) for call in calls if call.error is None]:
         message["tool_calls"] = listed
     return message

@@ -143,7 +143,7 @@ class Loop:
         self.text = result.text
         self.usage += result.usage
         self.request_ids.append(result.request_id)
-        self.messages.append(assistant_message(result.text, result.tool_calls))
+        self.messages.append(assistant_message(result.text, result.tool_calls, result.reasoning))
         actions: list[Action] = [Report(event)]
         if not result.tool_calls:
             return [*actions, Finish(self.result(result.finish_reason))]

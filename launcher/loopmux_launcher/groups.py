@@ -156,7 +156,7 @@ def _group(pack: list[Model], name: str, endpoint: str, threads: int | None) -> 
     spec = WorkerSpec(
         name=name,
         endpoint=endpoint,
-        models=tuple(ModelSpec(m.id, m.adapter_dir, m.entry.model_type, m.entry.system_prompt or None) for m in pack),
+        models=tuple(map(_spec, pack)),
         base_model=model.base_model,
         engine=entry.engine,
         dtype=entry.dtype,
@@ -182,6 +182,11 @@ def _group(pack: list[Model], name: str, endpoint: str, threads: int | None) -> 
         memory=max(m.entry.memory_gib or 0.0 for m in pack),
         shares_cores=own_threads is None,
     )
+
+
+def _spec(model: Model) -> ModelSpec:
+    entry = model.entry
+    return ModelSpec(model.id, model.adapter_dir, entry.model_type, entry.system_prompt or None, entry.tool_format)
 
 
 def _number(value: Any) -> Any:

@@ -12,7 +12,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loopmux.messages import FEWEST_TOKENS
+from loopmux.messages import FEWEST_TOKENS, ToolFormat
 
 
 def key(
@@ -102,6 +102,7 @@ class ModelEntry:
     use_4bit: bool = key(False, "Load in 4 bit; needs bitsandbytes in the environment.")
     use_8bit: bool = key(False, "Load in 8 bit; needs bitsandbytes in the environment.")
     system_prompt: str | None = key(None, "System message for requests that bring none.")
+    tool_format: ToolFormat = key("auto", "How the model writes tool calls; auto: its chat template tells.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "Number format of the weights.")
     device: str = key("auto", "auto, cpu, mps, cuda or cuda:N.", pattern=r"auto|cpu|mps|cuda(:\d+)?")
     slots: int | Literal["auto"] | None = key(None, "Requests that a process runs at once.", minimum=1)

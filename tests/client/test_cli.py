@@ -14,7 +14,7 @@ from loopmux import cli, exitcodes
 from loopmux.cli import delegate, show, talk
 from loopmux.errors import BadRequestError
 from loopmux.messages import ModelStatus, Status, WorkerStatus
-from loopmux.results import TextDelta
+from loopmux.results import ReasoningDelta, TextDelta
 
 
 def test_no_broker_is_one_clear_line_and_exit_code_1(tmp_path: Path) -> None:
@@ -126,3 +126,9 @@ def test_an_error_after_some_text_starts_a_line_of_its_own(capsys: pytest.Captur
     with pytest.raises(BadRequestError):
         talk._print_stream(stream())
     assert capsys.readouterr().out == "half an ans\n"
+
+
+def test_what_a_model_thinks_is_no_part_of_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    events = [ReasoningDelta("I "), TextDelta(""), ReasoningDelta("add."), TextDelta("4"), TextDelta("2")]
+    assert talk._print_stream(iter(events)) == "42"
+    assert capsys.readouterr() == ("42\n", "I add.\n")

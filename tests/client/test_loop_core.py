@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,6 +70,15 @@ def answer(made: ToolCall, content: str) -> dict[str, Any]:
 
 def contents(loop: Loop) -> list[str]:
     return [m["content"] for m in loop.messages if m["role"] == "tool"]
+
+
+def test_a_turn_keeps_its_reasoning_in_the_transcript():
+    loop = new()
+    asked(loop, replace(turn("", call("add", a=1, b=2)), reasoning="I add."))
+    assert loop.messages[-1]["reasoning_content"] == "I add."
+    loop = new()
+    asked(loop, turn("hello"))
+    assert "reasoning_content" not in loop.messages[-1]
 
 
 def test_an_answer_without_calls_ends_the_loop():

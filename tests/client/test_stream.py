@@ -27,7 +27,7 @@ from loopmux.events import (
     TimePassed,
 )
 from loopmux.messages import End, Failure, Phase, Submit, Tok
-from loopmux.results import TextDelta, Timing, ToolCall, Usage, Waiting
+from loopmux.results import ReasoningDelta, TextDelta, Timing, ToolCall, Usage, Waiting
 from loopmux.stream import GRACE, PATIENCE, Exchange, Stage
 from loopmux.wire import Header, Kind, Message, pack_tokens
 
@@ -90,9 +90,11 @@ def accepted(position: int = 0) -> Arrived:
     return Arrived(Message(Header(Kind.ACCEPTED, ID, arg=position)))
 
 
-def tok(start: int, count: int = 1, calls: tuple[ToolCall, ...] = (), fingerprint: str = "") -> Arrived:
+def tok(
+    start: int, count: int = 1, calls: tuple[ToolCall, ...] = (), fingerprint: str = "", thought: str = ""
+) -> Arrived:
     ids = list(range(start, start + count))
-    body = codec.pack(Tok("".join(f"{i}." for i in ids), calls, fingerprint=fingerprint))
+    body = codec.pack(Tok("".join(f"{i}." for i in ids), calls, fingerprint=fingerprint, reasoning=thought))
     return Arrived(Message(Header(Kind.TOK, ID, start, count, 1), body=body, tokens=pack_tokens(ids)))
 
 
@@ -131,6 +133,17 @@ def test_a_request_is_submitted_streamed_and_acknowledged() -> None:
     assert (result.finish_reason, result.usage, result.attempts) == ("stop", USAGE, 2)
     assert (result.model, result.adapter, result.worker, result.request_id) == ("m", "a", "w1", ID.hex())
     assert story.exchange.stage is Stage.DONE
+
+
+def test_reasoning_comes_in_front_of_text_and_is_no_part_of_it() -> None:
+    story = begun()
+    story.do(tok(0, 1, thought="I "))
+    story.do(tok(1, 1, thought="add."))
+    story.do(end(2))
+    assert [type(d.event) for d in story.delivered[:4]] == [ReasoningDelta, TextDelta] * 2
+    (outcome,) = story.outcomes
+    assert isinstance(outcome, Finish)
+    assert (outcome.result.reasoning, outcome.result.text) == ("I add.", "0.1.")
 
 
 def test_waiting_is_told_to_the_reader() -> None:

@@ -31,7 +31,7 @@ def test_models_on_one_base_share_processes_and_each_brings_its_adapter() -> Non
     (found,) = group(
         [
             model("default", processes=2, system_prompt="Hi."),
-            model("tools", adapter="/tools"),
+            model("tools", adapter="/tools", tool_format="envelope"),
             model("plain", model_type="base"),
         ],
         ENDPOINT,
@@ -40,7 +40,7 @@ def test_models_on_one_base_share_processes_and_each_brings_its_adapter() -> Non
     assert found.worker_names() == ("default-1", "default-2")
     assert found.spec.models == (
         ModelSpec("default", None, "instruct", "Hi."),
-        ModelSpec("tools", "/tools"),
+        ModelSpec("tools", "/tools", tool_format="envelope"),
         ModelSpec("plain", None, "base"),
     )
     assert (found.spec.base_model, found.spec.endpoint) == ("/base", ENDPOINT)

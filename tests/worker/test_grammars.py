@@ -156,7 +156,10 @@ def test_every_family_reads_back_what_was_forced(tokenizer, form, special):
     assert [(text, len(calls)) for text, calls in written] == [("", 1)] * 3
     assert len({str(calls[0].arguments) for _, calls in written}) == 3
     several = generate(WEATHER, NOTHING)
-    counts = (len(Writing(several, family, some, grammars=grammars).ramble(seed, 0.2).checked()[1]) for seed in range(20))
+    counts = (
+        len(Writing(several, family, some, grammars=grammars).ramble(seed, 0.2).checked()[1])
+        for seed in range(2 if family.channels else 20)
+    )
     assert any(count > 1 for count in counts) is not family.channels, "a channel ends with its call"
 
 
@@ -253,7 +256,9 @@ def test_an_answer_in_json(tokenizer):
 
 REFERENCE = {
     "type": "object",
-    "$defs": {"leaf": {"type": "object", "properties": {"next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/leaf"}]}}}},
+    "$defs": {
+        "leaf": {"type": "object", "properties": {"next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/leaf"}]}}}
+    },
     "properties": {"tree": {"$ref": "#/$defs/leaf"}},
     "required": ["tree"],
 }
@@ -292,11 +297,19 @@ def test_arguments_are_closed_laid_out_and_within_64_bits(tokenizer, said, held)
     [
         (generate(choice="required"), "hermes", "tool_choice: found 'required'.*there are none"),
         (generate(NOTHING, choice="later"), "hermes", "tool_choice: found 'later'.*now"),
-        (generate(tool(x={"not": {"type": "string"}})), "hermes", "arguments of 'weather' cannot be.*not.*strict: false"),
+        (
+            generate(tool(x={"not": {"type": "string"}})),
+            "hermes",
+            "arguments of 'weather' cannot be.*not.*strict: false",
+        ),
         (generate(tool(x={"type": "array", "uniqueItems": True})), "hermes", "'weather'.*uniqueItems"),
         (generate(tool(x={"$ref": "https://example.org/x.json"})), "hermes", "'weather'.*example.org"),
         (generate(NOTHING, tool(x={"type": "string", "pattern": "(?=a)b"})), "hermes", "'weather'"),
-        (generate({"name": "f", "parameters": {"type": "array"}}), "hermes", r"tools\[0\].*found 'array', expected 'object'"),
+        (
+            generate({"name": "f", "parameters": {"type": "array"}}),
+            "hermes",
+            r"tools\[0\].*found 'array', expected 'object'",
+        ),
         (generate({"name": "f", "parameters": {"type": "object", "x": float("nan")}}), "hermes", r"tools\[0\].*JSON"),
         (generate({"name": "f", "strict": "yes"}), "hermes", r"tools\[0\].function.strict: found 'yes'"),
         (Generate(prompt="x", response_format={"type": "json_object"}), "hermes", "response_format.*json_object"),
@@ -320,7 +333,7 @@ def test_without_llguidance_the_remedy_is_named(tokenizer, monkeypatch):
 
 
 def test_a_tokenizer_that_llguidance_cannot_read():
-    with pytest.raises(BadRequestError, match="cannot use this model's tokenizer.*Odd"):
+    with pytest.raises(BadRequestError, match=r"cannot use this model's tokenizer.*Odd"):
         Writing(generate(NOTHING), BY_NAME["hermes"], Odd())
 
 
@@ -332,7 +345,7 @@ class Odd:
 
 
 def test_a_model_without_an_end(tokenizer):
-    with pytest.raises(BadRequestError, match="no end token.*eos_token_id"):
+    with pytest.raises(BadRequestError, match=r"no end token.*eos_token_id"):
         Grammars(HEAD).matcher(
             asked(generate(NOTHING)), BY_NAME["hermes"], tokenizer(()), eos=frozenset(), ends=frozenset(), thinks=False
         )
@@ -373,3 +386,17 @@ def test_a_token_that_does_not_fit_is_an_error_and_another_end_token_an_end(toke
     assert made.allowed()[[END, 7]].all(), "a whole number may be whole here"
     made.push(7)
     assert made.complete
+
+
+def test_behind_every_prefix_the_same_may_come(tokenizer):
+    family, grammars = BY_NAME["hermes"], Grammars(HEAD)
+    some = tokenizer(tokens_of(family))
+    whole = Writing(generate(WEATHER), family, some, grammars=grammars).ramble(3, 0.9)
+    first = Writing(generate(WEATHER), family, some, grammars=grammars)
+    for count, token in enumerate(whole.ids):
+        again = Writing(generate(WEATHER), family, some, grammars=grammars)
+        for known in whole.ids[:count]:
+            again.push(known)
+        assert again.matcher.allowed().equal(first.matcher.allowed())
+        first.push(token)
+    assert first.matcher.complete

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from callkit import parser
 from loopmux_worker.engine.output import Reader, Reading
 
 END, SILENT = 1000, 1001
@@ -41,22 +42,33 @@ def test_a_stop_string_cuts_the_text_but_not_the_tokens():
     assert (text(pieces), reader.reason, reader.total) == ("one ", "stop", 8)
 
 
+def hermes():
+    return parser("hermes", template="<think>")
+
+
 CALL = b'<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 
 
 def test_calls_make_the_reason_unless_the_limit_cut_the_turn():
-    reader, pieces = read([*b"a ", *CALL, *CALL, END], calls=bytes(16))
+    reader, pieces = read([*b"a ", *CALL, *CALL, END], parser=hermes)
     assert (text(pieces), reader.reason) == ("a", "tool_calls")
     assert [c.name for p in pieces for c in p.calls] == ["f", "f"]
-    reader, pieces = read([*CALL, *CALL[:20]], calls=bytes(16), limit=len(CALL) + 20)
+    reader, pieces = read([*CALL, *CALL[:20]], parser=hermes, limit=len(CALL) + 20)
     assert reader.reason == "length"
     assert [c.error is None for p in pieces for c in p.calls] == [True, False]
 
 
 def test_one_call_only_ends_the_turn_behind_it():
-    reader, pieces = read([*CALL, *CALL, END], calls=bytes(16), one_call=True)
+    reader, pieces = read([*CALL, *CALL, END], parser=hermes, one_call=True)
     assert (reader.reason, reader.total) == ("tool_calls", len(CALL))
     assert sum(len(p.calls) for p in pieces) == 1
+
+
+def test_reasoning_is_no_text_and_counts_as_no_call():
+    reader, pieces = read([*b"<think>hm</think>yes", END], parser=hermes)
+    assert (text(pieces), "".join(piece.reasoning for piece in pieces), reader.reason) == ("yes", "hm", "stop")
+    reader, pieces = read(list(b"<think>hm\n"), parser=hermes, limit=10)
+    assert ("".join(piece.reasoning for piece in pieces), reader.reason) == ("hm", "length")
 
 
 def test_without_tools_tags_are_text():
@@ -65,9 +77,11 @@ def test_without_tools_tags_are_text():
 
 @given(st.data())
 def test_a_replayed_prefix_continues_as_if_nothing_had_happened(data):
-    parts = st.sampled_from([b"text ", "ä€".encode(), CALL, b"<tool_", b"ST", b"STOP", b"\xff"])
+    parts = st.sampled_from(
+        [b"text ", "ä€".encode(), CALL, b"<tool_", b"ST", b"STOP", b"\xff", b"<think>", b"</think>"]
+    )
     ids = list(b"".join(data.draw(st.lists(parts, min_size=1, max_size=6))))
-    options = {"calls": bytes(16), "stops": ("STOP",), "limit": len(ids)}
+    options = {"parser": hermes, "stops": ("STOP",), "limit": len(ids)}
     whole_reader, whole = read(ids, **options)
     cut = data.draw(st.integers(0, whole_reader.total))
     resumed, _ = read(ids[:cut], **options)

@@ -227,8 +227,8 @@ def test_a_terminal_flushes_first_and_repeats_until_acknowledged():
     session = running()
     session.handle(stepped(produced(0, 1)), 1.0)
     call = ToolCall("call_0", "add", {"a": 1})
-    tok, end = sent(session.handle(stepped(produced(1, 2, calls=(call,)), finished(3)), 1.001))
-    assert unpack(Tok, tok.body) == Tok("x", (call,))
+    tok, end = sent(session.handle(stepped(produced(1, 2, calls=(call,), reasoning="hm"), finished(3)), 1.001))
+    assert unpack(Tok, tok.body) == Tok("x", (call,), reasoning="hm")
     assert end.header == Header(Kind.END, REQUEST, seq=3, attempt=1)
     assert unpack(End, end.body) == End("stop", Usage(3, 3), Timing(), "m", "w1")
     assert [m for m in sent(session.handle(Woke(), 2.001)) if m.kind is not Kind.HB] == [end]

@@ -4,6 +4,8 @@ import pytest
 
 from loopmux.errors import BadRequestError
 from loopmux.messages import Generate, ModelSpec
+from loopmux.results import ToolCall
+from loopmux.transcript import assistant_message
 from loopmux.wire import pack_tokens
 from loopmux_worker.engine import templates
 
@@ -153,7 +155,10 @@ def test_template_arguments_reach_the_template(tiny_model):
             "without '<'",
         ),
         (Generate(prompt="x", template_kwargs={"tokenize": False}), "tokenize"),
-        (Generate(prompt="x", tools=({"function": {"name": "f", "strict": 1}},)), r"tools\[0\].function.strict: found 1"),
+        (
+            Generate(prompt="x", tools=({"function": {"name": "f", "strict": 1}},)),
+            r"tools\[0\].function.strict: found 1",
+        ),
     ],
 )
 def test_refusals_name_the_place(tokenizer, generate, reason):
@@ -175,11 +180,11 @@ def test_tools_need_a_template_that_shows_them(tiny_model):
     with pytest.raises(BadRequestError, match="does not show tools"):
         templates.render(generate, INSTRUCT, tokenizer)
     tokenizer.chat_template = None
-    with pytest.raises(BadRequestError, match="no chat template.*chat_template.jinja"):
+    with pytest.raises(BadRequestError, match=r"no chat template.*chat_template.jinja"):
         templates.render(generate, INSTRUCT, tokenizer)
     base = ModelSpec("m", model_type="base")
     for asked in (generate, replace(generate, prompt=None, messages=(user("x"),))):
-        with pytest.raises(BadRequestError, match="plain text.*model_type: instruct"):
+        with pytest.raises(BadRequestError, match=r"plain text.*model_type: instruct"):
             templates.render(asked, base, tiny_model.tokenizer)
 
 
@@ -188,3 +193,27 @@ def test_whether_a_tool_is_strict_is_not_the_models_concern(tokenizer):
         return templates.render(Generate(prompt="x", tools=({"function": {"name": "f", **more}},)), INSTRUCT, tokenizer)
 
     assert ids(strict=True) == ids()
+
+
+def test_reasoning_of_earlier_turns_reaches_a_template_under_its_name(tiny_model):
+    tokenizer = tiny_model.tokenizer
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = (
+        {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "one"},
+        {"role": "assistant", "content": "b", "tool_calls": [call], "reasoning_content": "two"},
+        {"role": "assistant", "content": "c", "reasoning_content": "three"},
+    )
+
+    def render(template):
+        tokenizer.chat_template = "{% for message in messages %}" + template + ".{% endfor %}{# tools #}"
+        return shown(tokenizer, templates.render(Generate(messages=turns), INSTRUCT, tokenizer))
+
+    assert render("{{ message.reasoning_content }}") == "one.two.three."
+    # as gpt-oss has it, whose template refuses both in a message with calls
+    assert render("{{ message.thinking }}") == "one..three."
+
+
+def test_a_malformed_call_stays_in_the_message_that_the_template_gets(either):
+    message = assistant_message("So", [ToolCall("1", "", error="no", raw='<tool_call>{"a"')])
+    text = shown(either, templates.render(Generate(messages=(user("hi"), message, user("?"))), INSTRUCT, either))
+    assert '<|im_start|>assistant\nSo\n<tool_call>{"a"<|im_end|>' in text

@@ -55,6 +55,7 @@ class OutputStream:
         self._sent_at: float | None = None
         self._ids: list[int] = []
         self._text: list[str] = []
+        self._reasoning: list[str] = []
         self._calls: list[ToolCall] = []
         self._logprobs: list[TokenLogprob] = []
         self._kept: deque[_Kept] = deque()
@@ -73,6 +74,7 @@ class OutputStream:
         self.end += len(produced.ids)
         self._ids += produced.ids
         self._text.append(produced.text)
+        self._reasoning.append(produced.reasoning)
         self._calls += produced.calls
         self._logprobs += produced.logprobs
         due = self.flush_at()
@@ -95,9 +97,10 @@ class OutputStream:
         if not self._ids:
             return []
         fingerprint = self.fingerprint if self._sent_at is None else ""
-        body = pack(Tok("".join(self._text), tuple(self._calls), tuple(self._logprobs), fingerprint))
+        reasoning = "".join(self._reasoning)
+        body = pack(Tok("".join(self._text), tuple(self._calls), tuple(self._logprobs), fingerprint, reasoning))
         ids, start = self._ids, self._sent
-        self._ids, self._text, self._calls, self._logprobs = [], [], [], []
+        self._ids, self._text, self._reasoning, self._calls, self._logprobs = [], [], [], [], []
         if len(body) > WORKER_MESSAGE_LIMIT:
             self.end = self._sent
             raise EngineError(

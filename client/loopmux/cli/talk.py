@@ -11,7 +11,7 @@ from typing import Any
 import loopmux
 from loopmux.codec import plain
 from loopmux.errors import BadRequestError, LoopmuxError, failed_to_start, unknown_model
-from loopmux.results import TextDelta, Waiting
+from loopmux.results import ReasoningDelta, TextDelta, Waiting
 
 _LOOK_AGAIN = 0.2
 """Seconds between two looks at a broker that has just started, whose models may still join."""
@@ -73,14 +73,21 @@ def _read_prompt(given: str) -> str:
 
 
 def _print_stream(stream: Any) -> str:
-    """Print text as it arrives, say on standard error why nothing does, and return the whole text."""
+    """Print text as it arrives, on standard error what the model thinks or why nothing comes; return the whole text."""
     parts: list[str] = []
+    thinking = False  # a line of it is open
     try:
         for event in stream:
             match event:
                 case TextDelta(text=text):
+                    if text and thinking:
+                        print(file=sys.stderr, flush=True)
+                        thinking = False
                     parts.append(text)
                     print(text, end="", flush=True)
+                case ReasoningDelta(text=text):
+                    print(text, end="", file=sys.stderr, flush=True)
+                    thinking = True
                 case Waiting():
                     detail = f" ({event.detail})" if event.detail else ""
                     print(f"[{event.phase}, {event.elapsed:.0f} s{detail}]", file=sys.stderr, flush=True)

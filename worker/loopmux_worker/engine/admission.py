@@ -1,4 +1,4 @@
-"""What every engine asks of a request before it starts, and refuses: names it does not serve, tokens it does not have."""
+"""What every engine asks of a request before it starts, and refuses: a model or token that it does not have."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def check_stop_tokens(generate: Generate, vocabulary: int) -> None:
             )
 
 
-def parses_calls(generate: Generate) -> bool:
-    """Whether the output is searched for tool calls."""
-    return bool(generate.tools) and generate.tool_choice != "none"
+def callable_tools(generate: Generate) -> tuple[dict[str, Any], ...]:
+    """The tools that the model may call: the output is searched for such calls."""
+    return () if generate.tool_choice == "none" else generate.tools
 
 
 def model_of(run: Run, models: Mapping[str, ModelSpec]) -> ModelSpec:

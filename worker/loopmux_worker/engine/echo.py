@@ -30,15 +30,17 @@ from loopmux_worker.engine.base import (
     taken,
     timing_of,
 )
+from loopmux_worker.engine.calls import Parser, family_of
 from loopmux_worker.engine.script import pieces_of, script_of
 from loopmux_worker.engine.text import StopStrings
-from loopmux_worker.engine.toolparse import CallParser
 
 VOCABULARY = 4096
 """Token ids are below this; each is a word of two syllables."""
 _PER_STEP = 8
 """Tokens per request and step where nothing limits the rate: as many as one TOK carries."""
 _SLOTS = 64
+_FAMILY = family_of("", "hermes")
+"""As scripts write calls."""
 _CONSONANTS, _VOWELS = "bdfghklmnprstvwz", "aeiu"
 
 
@@ -103,7 +105,7 @@ class _Running:
     arrived: float
     prompt: int
     stops: StopStrings
-    calls: CallParser | None
+    calls: Parser | None
     first: float | None = None
 
 
@@ -140,8 +142,8 @@ class EchoEngine(Engine):
         generate.check()
         if admission.asks_guarantee(generate):
             raise BadRequestError(
-                "tool_choice, strict, response_format: an echo is what it is, found a request to guarantee something of "
-                "it: leave them out, or ask another model"
+                "tool_choice, strict, response_format: found one, but an echo cannot be guaranteed to be anything: "
+                "leave it out, or ask another model"
             )
         admission.check_stop_tokens(generate, VOCABULARY)
         model = admission.model_of(job.run, self._models)
@@ -162,7 +164,7 @@ class EchoEngine(Engine):
             arrived=now if job.arrived is None else job.arrived,
             prompt=prompt,
             stops=StopStrings(generate.stop),
-            calls=CallParser(job.key.request) if admission.parses_calls(generate) else None,
+            calls=_FAMILY.parser(job.key.request, admission.callable_tools(generate)),
         )
 
     def add(self, prepared: _Running) -> None:

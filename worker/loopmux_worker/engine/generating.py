@@ -76,4 +76,4 @@ def _produce(task: Task, pick: Pick) -> Produced:
     position = task.request.reader.total
     piece = task.request.push(pick.token)
     logprobs = (pick.logprob,) if pick.logprob else ()
-    return Produced(task.job.key, position, (pick.token,), piece.text, piece.calls, logprobs)
+    return Produced(task.job.key, position, (pick.token,), piece.text, piece.calls, logprobs, piece.reasoning)

@@ -21,16 +21,16 @@ from loopmux_worker.causes import ran_out
 from loopmux_worker.engine import admission, fingerprints, memory, specfolders, templates
 from loopmux_worker.engine.adapterfiles import Adapter
 from loopmux_worker.engine.base import Description, Job, taken, timing_of
-from loopmux_worker.engine.calls.families import BY_NAME
+from loopmux_worker.engine.calls import Family, family_of
 from loopmux_worker.engine.grammars import asked, matching
 from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, tokenizer_of
 from loopmux_worker.engine.output import Piece, Reader, Reading
 from loopmux_worker.engine.sampling import Sampler, seed_of
-from loopmux_worker.engine.toolparse import CLOSE, OPEN
+from loopmux_worker.engine.text import Decode
 
 _log = structlog.get_logger(__name__)
-
-_FAMILY = BY_NAME["hermes"]
+_TAIL = 16
+"""Tokens at a prompt's end that show whether it opened reasoning: the mark for it, in however many pieces."""
 
 
 class AdapterStore(Protocol):
@@ -57,12 +57,14 @@ class Served:
     Attributes:
         tokenizer: the adapter's own where it has one.
         ends: token ids that end an output: its own tokenizer's are not its neighbours'.
+        family: how its answers write reasoning and tool calls.
         notes: what somebody who wonders about its answers should know.
     """
 
     spec: ModelSpec
     tokenizer: Any
     ends: frozenset[int]
+    family: Family
     notes: tuple[str, ...]
 
 
@@ -193,7 +195,9 @@ class Models:
             if note := other_base(adapter.made_for, base, adapter.folder):
                 _log.warning("adapter of another base", model=model.id, note=note)
                 notes.append(f"{model.id}: {note}")
-        served = Served(model, tokenizer, self.loaded.ends_with(tokenizer), tuple(notes))
+        family, told = _family(model, tokenizer)
+        notes += told
+        served = Served(model, tokenizer, self.loaded.ends_with(tokenizer), family, tuple(notes))
         self._served = {**self._served, model.id: served}
 
     def _without_merged(self, model: ModelSpec) -> ModelSpec:
@@ -297,10 +301,13 @@ class Models:
                 f"{known}"
             )
         limit = admission.room_for(len(prompt), len(job.prefix), generate.max_new_tokens, loaded.context)
-        reading = _reading(job, model, limit)
-        grammar = wanted and self._grammars.matcher(
-            wanted, _FAMILY, model.tokenizer, eos=model.ends, ends=reading.ends, thinks=False
-        )
+        thinks = model.family.opens_reasoning(_decoder(model.tokenizer)(prompt[-_TAIL:]))
+        reading = _reading(job, model, limit, thinks=thinks)
+        grammar = None
+        if wanted is not None:
+            grammar = self._grammars.matcher(
+                wanted, model.family, model.tokenizer, eos=model.ends, ends=reading.ends, thinks=thinks
+            )
         return Prepared(job, model, served[adapter] if adapter else None, prompt, reading, grammar, arrived)
 
     def begin(self, prepared: Prepared) -> Request:
@@ -357,7 +364,7 @@ class Models:
         parts = {
             "base": self.loaded.fingerprint,
             "adapter": adapter.fingerprint if adapter else "",
-            "prompt": f"{model.model_type} {model.system_prompt or ''}",
+            "prompt": f"{model.model_type} {model.tool_format} {model.system_prompt or ''}",
         }
         return ServedModel(model.id, fingerprints.combined(parts), model.id if adapter else None)
 
@@ -376,6 +383,11 @@ class Models:
             "weights_bytes": loaded.weights_bytes,
             "threads": torch.get_num_threads(),
             "adapters": {name: adapter.fingerprint for name, adapter in self._adapters.loaded.items()},
+            "tool_formats": {
+                name: served.family.name
+                for name, served in self._served.items()
+                if served.spec.model_type == "instruct"
+            },
             "unloading": sorted(self._leaving),
             "notes": [*loaded.notes, *(note for served in self._served.values() for note in served.notes)],
         }
@@ -385,18 +397,37 @@ def _exact(job: Job) -> bool:
     return job.generate.deterministic or job.run.deterministic
 
 
-def _reading(job: Job, model: Served, limit: int) -> Reading:
-    generate, tokenizer = job.generate, model.tokenizer
-    calls = admission.parses_calls(generate)
+def _family(model: ModelSpec, tokenizer: Any) -> tuple[Family, list[str]]:
+    """How a model writes calls, and what is worth a note about it; without a template all that it writes is text."""
+    if model.model_type == "base" or not templates.has_template(tokenizer):
+        return family_of(None), []
+    family = family_of(str(tokenizer.chat_template), model.tool_format)
+    _log.info("tool calls", model=model.id, format=family.name)
+    if family.name != "envelope" or model.tool_format != "auto" or not templates.shows_tools(tokenizer):
+        return family, []
+    note = (
+        f"{model.id}: its chat template shows tools, but how they are called is not known; 'envelope' is used: "
+        "set tool_format if it is another"
+    )
+    return family, [note]
+
+
+def _decoder(tokenizer: Any) -> Decode:
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _reading(job: Job, model: Served, limit: int, *, thinks: bool) -> Reading:
+    generate, tokenizer, family = job.generate, model.tokenizer, model.family
+    tools = admission.callable_tools(generate)
     plain = templates.uses_plain_chat(generate, model.spec, tokenizer)
     return Reading(
-        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
+        decode=_decoder(tokenizer),
         ends=frozenset(generate.stop_token_ids) | (frozenset() if generate.ignore_eos else model.ends),
-        silent=_special(tokenizer, keep=(OPEN, CLOSE) if calls else ()),
+        silent=_special(tokenizer, keep=family.tokens(calls=bool(tools))),
         stops=(*generate.stop, templates.PLAIN_CHAT_STOP) if plain else generate.stop,
         limit=limit,
-        calls=job.key.request if calls else None,
-        one_call=calls and not generate.parallel_tool_calls,
+        parser=lambda: family.parser(job.key.request, tools, reasoning=thinks),
+        one_call=bool(tools) and not generate.parallel_tool_calls,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a token means to a reader: text, tool calls, the end. Pure; every engine feeds each of its requests through one.
+"""What a token means to a reader: text, reasoning, tool calls, the end. Pure; engines feed each request through one.
 
 A resumed request replays its prefix through a fresh ``Reader``, so that everything with a state (half characters, stop
 strings, an open tool call) stands where the lost attempt left it.
@@ -6,11 +6,12 @@ strings, an open tool call) stands where the lost attempt left it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from loopmux.results import FinishReason, ToolCall
+from loopmux_worker.engine.calls import Parsed, Parser
 from loopmux_worker.engine.text import Decode, Detokenizer, StopStrings
-from loopmux_worker.engine.toolparse import CallParser, Parsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Reading:
         silent: token ids without text that end nothing (special tokens).
         stops: stop strings.
         limit: most tokens of the output, prefix included.
-        calls: the request's id where tool calls are to be parsed, else None.
+        parser: makes what finds reasoning and calls in the text; None where there is nothing to find.
         one_call: end after the first call.
     """
 
@@ -32,7 +33,7 @@ class Reading:
     silent: frozenset[int] = frozenset()
     stops: tuple[str, ...] = ()
     limit: int = 2**31
-    calls: bytes | None = None
+    parser: Callable[[], Parser | None] = lambda: None
     one_call: bool = False
 
 
@@ -42,6 +43,7 @@ class Piece:
 
     text: str = ""
     calls: tuple[ToolCall, ...] = ()
+    reasoning: str = ""
     reason: FinishReason | None = None
 
 
@@ -52,7 +54,7 @@ class Reader:
         self._reading = reading
         self._detokenizer = Detokenizer(reading.decode)
         self._stops = StopStrings(reading.stops)
-        self._calls = CallParser(reading.calls) if reading.calls is not None else None
+        self._parser = reading.parser()
         self.total = 0
         """Tokens so far."""
         self.reason: FinishReason | None = None
@@ -78,8 +80,8 @@ class Reader:
         parsed = self._parse(text)
         if parsed.calls and self._reading.one_call:
             self.reason = "tool_calls"
-            return Piece(parsed.text, parsed.calls[:1], self.reason)
-        return Piece(parsed.text, parsed.calls)
+            return Piece(parsed.text, parsed.calls[:1], parsed.reasoning, self.reason)
+        return Piece(parsed.text, parsed.calls, parsed.reasoning)
 
     def _finish(self, text: str, reason: FinishReason, *, cut: bool) -> Piece:
         """End here; ``cut`` by a stop string, behind which nothing counts."""
@@ -87,13 +89,13 @@ class Reader:
             rest, stopped = self._stops.push(self._detokenizer.flush())
             text += rest + ("" if stopped else self._stops.flush())
         parsed = self._parse(text)
-        last = self._calls.flush() if self._calls else Parsed()
+        last = self._parser.flush() if self._parser else Parsed()
         calls = parsed.calls + last.calls
         if self._reading.one_call:
             calls = calls[:1]
-        called = self._calls is not None and self._calls.count > 0
+        called = self._parser is not None and self._parser.count > 0
         self.reason = "tool_calls" if called and reason == "stop" else reason
-        return Piece(parsed.text + last.text, calls, self.reason)
+        return Piece(parsed.text + last.text, calls, parsed.reasoning + last.reasoning, self.reason)
 
     def _parse(self, text: str) -> Parsed:
-        return self._calls.push(text) if self._calls else Parsed(text)
+        return self._parser.push(text) if self._parser else Parsed(text)

@@ -3,8 +3,8 @@
 Randomness is counter-based: the draw at absolute position i of a request comes from (seed, i) and nothing else, so that
 a result depends neither on batch neighbours nor on a restart in the middle.
 
-Order: logit bias and penalties, grammar, temperature, top-k, top-p, min-p. The repetition penalty (Keskar et al. 2019) counts
-prompt and output, presence and frequency penalties count the output alone.
+Order: logit bias and penalties, grammar, temperature, top-k, top-p, min-p. The repetition penalty (Keskar et al. 2019)
+counts prompt and output, presence and frequency penalties count the output alone.
 """
 
 from __future__ import annotations

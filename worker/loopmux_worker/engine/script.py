@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from loopmux.messages import Generate
-from loopmux_worker.engine.toolparse import CLOSE, OPEN
+from loopmux_worker.engine.calls.jsoncalls import CLOSE, OPEN
 
 _PIECE = 4
 """Characters of one token of a script: so that tags and JSON are cut in awkward places, as models do."""

@@ -56,6 +56,11 @@ def has_template(tokenizer: Tokenizer) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
+def shows_tools(tokenizer: Tokenizer) -> bool:
+    """Whether its chat template shows tools to the model."""
+    return "tools" in str(tokenizer.chat_template)
+
+
 def check_template(tokenizer: Tokenizer, folder: object) -> None:
     """Find a chat template that cannot be read before a request does.
 
@@ -100,8 +105,8 @@ def _without_template(model: ModelSpec) -> str:
     found = "is served as plain text (model_type: base)" if model.model_type == "base" else "has no chat template"
     remedy = "set model_type: instruct" if model.model_type == "base" else "put its chat_template.jinja into its folder"
     return (
-        f"tools: found some, but the model {model.id!r} {found}, which could not show them to it: {remedy}, use another "
-        "model, or give prompt_token_ids that show them"
+        f"tools: found some, but the model {model.id!r} {found}, which could not show them to it: {remedy}, use "
+        "another model, or give prompt_token_ids that show them"
     )
 
 
@@ -256,10 +261,12 @@ def _apply(
     tokenizer: Tokenizer,
     model: ModelSpec,
 ) -> list[int]:
-    if tools and "tools" not in str(tokenizer.chat_template):
+    if tools and not shows_tools(tokenizer):
         raise BadRequestError(f"tools: the chat template of {model.id!r} does not show tools; use a model whose does")
     keyed = {"messages": [m.get("tool_calls") for m in messages], "tools": tools, "template_kwargs": arguments}
     _check_keys(keyed, control_tokens(tokenizer), "")
+    if "message.thinking" in str(tokenizer.chat_template):
+        messages = [_with_thinking(message) for message in messages]
     try:
         if "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters:
             ids = tokenizer.apply_chat_template(
@@ -278,6 +285,14 @@ def _apply(
         raise BadRequestError(
             f"messages: the chat template of {model.id!r} refused them: {type(error).__name__}: {error}"
         ) from error
+
+
+def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
+    """The templates of gpt-oss have another name for reasoning, and refuse it beside text in a message with calls."""
+    reasoning = message.get("reasoning_content")
+    others = {key: value for key, value in message.items() if key != "reasoning_content"}
+    refused = message.get("tool_calls") and message["content"]
+    return others if reasoning is None or refused else {**others, "thinking": reasoning}
 
 
 def control_tokens(tokenizer: Tokenizer) -> list[str]:

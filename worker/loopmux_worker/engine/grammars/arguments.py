@@ -125,7 +125,9 @@ class Arguments:
         if literals is None:
             least, most = _bounds(schema, "Length")
             body = f"/(?s:.{{{least},{'' if most is None else most}}})/"
-            return [f"{self._rules.text(before)} {self._rules.characters(self._name(), body, self._named.closing, after)}"]
+            return [
+                f"{self._rules.text(before)} {self._rules.characters(self._name(), body, self._named.closing, after)}"
+            ]
         texts = [text for text in literals if isinstance(text, str)]
         if not texts or any(self._named.closing in text for text in texts):
             raise self._refused(f"{_shown(schema)}, expected texts without {self._named.closing}")
@@ -141,8 +143,8 @@ class Arguments:
 
     def _refused(self, found: str) -> BadRequestError:
         return BadRequestError(
-            f"tools: the arguments of {self._tool.name!r} cannot be guaranteed in the format {self._family}: found {found}: "
-            "change its parameters, or set strict: false for it"
+            f"tools: the arguments of {self._tool.name!r} cannot be guaranteed in the format {self._family}: found "
+            f"{found}: change its parameters, or set strict: false for it"
         )
 
     def _name(self) -> str:
@@ -175,7 +177,12 @@ def _in_order(parts: Sequence[tuple[str, bool]], between: str) -> str:
 
 def _bounds(schema: Mapping[str, Any], of: str) -> tuple[int, int | None]:
     least, most = schema.get(f"min{of}", 0), schema.get(f"max{of}")
-    if not isinstance(least, int) or not isinstance(most, int | None) or least < 0 or (most is not None and most < least):
+    if (
+        not isinstance(least, int)
+        or not isinstance(most, int | None)
+        or least < 0
+        or (most is not None and most < least)
+    ):
         raise BadRequestError(f"tools: found min{of} {least!r} and max{of} {most!r}, expected whole numbers in order")
     return least, most
 

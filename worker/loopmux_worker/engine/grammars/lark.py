@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from loopmux.errors import BadRequestError
-from loopmux_worker.engine.calls.families import Family
+from loopmux_worker.engine.calls import Family
 from loopmux_worker.engine.grammars.arguments import Arguments
 from loopmux_worker.engine.grammars.asked import Asked, Tool
 from loopmux_worker.engine.grammars.rules import Rules
@@ -72,8 +72,8 @@ def _calls_in_text(rules: Rules, syntax: Syntax, family: Family, *, several: boo
     opening, often = syntax.opening, "*" if several else "?"
     if opening is None:
         raise BadRequestError(
-            f"strict: a call in the format {family.name} begins like any text, so nothing can be guaranteed of it where "
-            "text may stand, too: use tool_choice 'required' or a tool's name, or leave strict out"
+            f"strict: a call in the format {family.name} begins like any text, so nothing can be guaranteed of it "
+            "where text may stand, too: use tool_choice 'required' or a tool's name, or leave strict out"
         )
     marks = _marks(family)
     if rules.is_token(opening):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loopmux.errors import BadRequestError, EngineError
-from loopmux_worker.engine.calls.families import Family
+from loopmux_worker.engine.calls import Family
 from loopmux_worker.engine.grammars.asked import Asked
 from loopmux_worker.engine.grammars.lark import grammar
 from loopmux_worker.engine.grammars.rules import alone
@@ -137,8 +137,8 @@ class Grammars:
         text = grammar(asked, family, template, tokenizer.added_tokens_encoder, eos | ends, thinks=thinks)
         if len(text) > _LONGEST:
             raise BadRequestError(
-                f"tools, response_format: found {len(text)} characters of schemas, expected at most {_LONGEST} where an "
-                "output is guaranteed: hand over fewer or smaller ones"
+                f"tools, response_format: found {len(text)} characters of schemas, expected at most {_LONGEST} where "
+                "an output is guaranteed: hand over fewer or smaller ones"
             )
         digest, vocabulary = self._tokens(tokenizer, own)
         key = hashlib.sha256(f"{digest}{text}".encode()).hexdigest()
@@ -198,7 +198,8 @@ def _compile(asked: Asked, text: str, vocabulary: LLTokenizer) -> LLMatcher:
             )
     if asked.answer is not None and (reason := llguidance.LLMatcher.validate_grammar(alone(asked.answer), vocabulary)):
         raise BadRequestError(
-            f"response_format: it cannot be guaranteed: {_short(reason)}: change it, or leave it out and check the answer"
+            f"response_format: it cannot be guaranteed: {_short(reason)}: change it, or leave it out and check "
+            "the answer"
         )
     raise BadRequestError(
         f"tools, response_format: together they cannot be guaranteed: {_short(made.get_error())}: hand over fewer tools"

@@ -9,8 +9,7 @@ import keyword
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from loopmux_worker.engine.calls import gemma, harmony, jsoncalls, xmlcalls
-from loopmux_worker.engine.calls.families import Family
+from loopmux_worker.engine.calls import Family, gemma, harmony, jsoncalls, xmlcalls
 
 NAME, ARGUMENTS, KEY, VALUE, TEXT = "%NAME%", "%ARGUMENTS%", "%KEY%", "%VALUE%", "%TEXT%"
 
@@ -86,9 +85,7 @@ _SYNTAXES = {
         ),
     ),
     "llama_json": Syntax(f'{{"name": "{NAME}", "parameters": {ARGUMENTS}}}', between="; "),
-    "mistral_list": Syntax(
-        _JSON_CALL, jsoncalls.TOOL_CALLS, begin=f"{jsoncalls.TOOL_CALLS} [", between=", ", end="]"
-    ),
+    "mistral_list": Syntax(_JSON_CALL, jsoncalls.TOOL_CALLS, begin=f"{jsoncalls.TOOL_CALLS} [", between=", ", end="]"),
     "mistral_args": Syntax(f"{jsoncalls.TOOL_CALLS}{NAME}{jsoncalls.ARGS}{ARGUMENTS}", jsoncalls.TOOL_CALLS),
     "gpt_oss": Syntax(
         f"{harmony.CHANNEL}commentary to=functions.{NAME} {harmony.CONSTRAIN}json{harmony.MESSAGE}{ARGUMENTS}",

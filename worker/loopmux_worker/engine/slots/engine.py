@@ -249,7 +249,7 @@ class SlotsEngine(Engine):
             return [self._fail(task, engine_error("the engine", error))]
         task.first = task.first or now
         logprobs = (pick.logprob,) if pick.logprob else ()
-        out: list[Output] = [Produced(key, position, (pick.token,), piece.text, piece.calls, logprobs)]
+        out: list[Output] = [Produced(key, position, (pick.token,), piece.text, piece.calls, logprobs, piece.reasoning)]
         if request.reader.reason is None:
             self._scheduler.append(key, pick.token)
         else:

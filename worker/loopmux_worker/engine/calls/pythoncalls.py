@@ -1,0 +1,107 @@
+"""Calls as Python writes them: ``name(key="value")``. The code is read, never run."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from typing import Any
+
+from loopmux_worker.engine.calls.bodies import string
+from loopmux_worker.engine.calls.output import Output
+from loopmux_worker.engine.calls.source import Source, Waiting, marks
+from loopmux_worker.engine.calls.values import Call, MalformedCall
+
+_JSON_WORDS = {"true": True, "false": False, "null": None}
+
+
+def python_calls(source: Source, output: Output, closing: str) -> Waiting[None]:
+    """Read the calls in front of ``closing``, and that."""
+    raw: list[str] = []
+    while True:
+        mark = yield from source.until(marks('"', "'", closing), raw.append)
+        if mark in (closing, ""):
+            break
+        raw.append(mark)
+        if (yield from string(source, raw.append, mark, "\n")) == "\n":
+            mark = yield from source.until(marks(closing), raw.append)
+            break
+    text = "".join(raw).strip()
+    for one in _each(text) if mark else [text]:
+        output.call(one, python_call, whole=bool(mark))
+
+
+def _each(text: str) -> list[str]:
+    """The text of each call; all of it where that is no code."""
+    try:
+        found = [ast.get_source_segment(text, node) or text for node in _call_nodes(text)]
+    except (ValueError, RecursionError):
+        return [text]
+    return found or [text]
+
+
+def python_call(raw: str) -> Call:
+    """One call.
+
+    Raises:
+        MalformedCall: it is none; the message says why.
+    """
+    nodes = _call_nodes(raw)
+    if len(nodes) != 1:
+        raise MalformedCall(f"found {len(nodes)} calls, expected one")
+    call = nodes[0]
+    if call.args or any(keyword.arg is None for keyword in call.keywords):
+        raise MalformedCall("each argument needs its name")
+    arguments = {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
+    return _name(call.func), arguments
+
+
+def _call_nodes(text: str) -> list[ast.Call]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an unknown escape in a string, which stays as it is
+            body = ast.parse(text).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise MalformedCall(f"found no call name(key=value): {error}") from None
+    nodes: list[ast.Call] = []
+    for statement in body:
+        value = statement.value if isinstance(statement, ast.Expr) else None
+        for one in value.elts if isinstance(value, (ast.List, ast.Tuple)) else [value]:
+            nodes.append(_inner_call(one))
+    return nodes
+
+
+def _inner_call(node: ast.expr | None) -> ast.Call:
+    if not isinstance(node, ast.Call):
+        raise MalformedCall("found no call name(key=value)")
+    if (
+        isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+        and len(node.args) == 1
+        and isinstance(node.args[0], ast.Call)
+    ):
+        return node.args[0]
+    return node
+
+
+def _name(node: ast.expr) -> str:
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Attribute(value=inner, attr=name):
+            return f"{_name(inner)}.{name}"
+    raise MalformedCall("found no name in front of the arguments")
+
+
+def _value(node: ast.expr) -> Any:
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str() | None):
+            return node.value
+        case ast.Name(id=word) if word in _JSON_WORDS:
+            return _JSON_WORDS[word]
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+            return -number
+        case ast.List(elts=entries) | ast.Tuple(elts=entries):
+            return [_value(entry) for entry in entries]
+        case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
+            return {str(_value(key)): _value(value) for key, value in zip(keys, values, strict=True) if key}
+    raise MalformedCall(f"found {ast.unparse(node)[:80]!r}, expected a value")
