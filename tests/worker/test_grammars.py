@@ -292,6 +292,25 @@ def test_arguments_are_closed_laid_out_and_within_64_bits(tokenizer, said, held)
         assert Writing(generate(strict(one, False)), family, some).say(call)
 
 
+BASE = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+MORE = {"properties": {"y": {"type": "integer"}}, "required": ["y"]}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        BASE | {"anyOf": [MORE, {"required": []}]},
+        BASE | {"$ref": "#/$defs/more", "$defs": {"more": MORE}},
+        {"allOf": [BASE, MORE]},
+    ],
+)
+def test_properties_that_are_named_in_several_places_may_all_be_given(tokenizer, parameters):
+    family, some = BY_NAME["hermes"], tokenizer(tokens_of(BY_NAME["hermes"]))
+    one = {"name": "f", "parameters": parameters}
+    call = '<tool_call>\n{"name": "f", "arguments": {"x": 1, "y": 2}}\n</tool_call>'
+    assert Writing(generate(one), family, some).say(call)
+
+
 @pytest.mark.parametrize(
     ("request_", "name", "reason"),
     [
@@ -314,6 +333,7 @@ def test_arguments_are_closed_laid_out_and_within_64_bits(tokenizer, said, held)
         (generate({"name": "f", "strict": "yes"}), "hermes", r"tools\[0\].function.strict: found 'yes'"),
         (Generate(prompt="x", response_format={"type": "json_object"}), "hermes", "response_format.*json_object"),
         (Generate(prompt="x", response_format={"enum": ["x" * 2**20]}), "hermes", "characters of schemas"),
+        (Generate(prompt="x", response_format={"anyOf": [{}] * 1000}), "hermes", "response_format: found 1001 objects"),
         (generate(tool(x={"type": "string", "pattern": "a"})), "qwen_xml", "'weather'.*qwen_xml.*'pattern' for a text"),
         (generate(tool(x={"$ref": "#/$defs/y"})), "glm", r"'weather'.*glm.*\$ref"),
         (generate({"name": "f", "parameters": {"anyOf": []}}), "qwen_xml", "'f'.*'anyOf' for an object"),

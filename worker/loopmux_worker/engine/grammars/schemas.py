@@ -17,6 +17,8 @@ _LARGEST = 2**62
 """What llguidance makes ranges of; the wire has twice as much."""
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """White space where chat templates write it. Left to the model it may go on for ever."""
+_MOST = 1000
+"""Objects in one schema. Alternatives that refer to each other make a step slower by the square of their number."""
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "additionalItems")
@@ -39,15 +41,26 @@ def held(schema: Mapping[str, Any], path: str) -> dict[str, Any]:
     """A schema as a grammar is made from it, its layout included.
 
     Raises:
-        BadRequestError: it holds something that is no JSON, or is nested too deep.
+        BadRequestError: it holds something that is no JSON, is nested too deep, or has too many parts.
     """
     try:
         text = json.dumps(schema, allow_nan=False)
-        # Closed, one part of an intersection would exclude the properties of the others
-        narrowed = _narrowed(schema, close='"allOf"' not in text)
+        narrowed = _narrowed(schema, close=not _intersects(schema))
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRequestError(f"{path}: expected a JSON schema, found something that is none: {error}") from None
+    if (parts := text.count("{")) > _MOST:
+        raise BadRequestError(f"{path}: found {parts} objects in it, expected at most {_MOST}: use a smaller schema")
     return {**narrowed, "x-guidance": LAYOUT}
+
+
+def _intersects(schema: Any) -> bool:
+    """Whether an object's properties are named in several places: closed, each would exclude those of the others."""
+    if isinstance(schema, (list, tuple)):
+        return any(map(_intersects, schema))
+    if not isinstance(schema, Mapping):
+        return False
+    own = "properties" in schema and not schema.keys().isdisjoint(("anyOf", "oneOf", "$ref"))
+    return own or "allOf" in schema or any(map(_intersects, schema.values()))
 
 
 def _narrowed(schema: Any, *, close: bool) -> Any:
