@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ class TinyModel:
         return LlamaForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
 
 
-def write_tokenizer(folder: Path, template: str | None = TEMPLATE) -> None:
+def write_tokenizer(
+    folder: Path, template: str | None = TEMPLATE, added: Sequence[str] = ("<tool_call>", "</tool_call>")
+) -> None:
     """256 bytes and some pairs; files that every transformers reads."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(letters)}
@@ -60,7 +63,7 @@ def write_tokenizer(folder: Path, template: str | None = TEMPLATE) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in ("<pad>", "<|im_start|>", "<|im_end|>")])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<tool_call>", "</tool_call>")])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in added])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<pad>",

@@ -48,6 +48,7 @@ class Tool:
         function: called with the arguments by name; may be a coroutine function. Its result becomes text or JSON.
         danger: ``safe``, ``warning`` or ``dangerous``.
         timeout: seconds for one call; None takes the loop's ``tool_timeout``.
+        strict: whether a model is held to the parameters, which the worker can guarantee; None: where a call is forced.
         convert: JSON arguments to what the function wants; set for tools made from functions, whose schema then is
             closed: arguments that it does not name are refused.
     """
@@ -58,6 +59,7 @@ class Tool:
     function: Callable[..., Any]
     danger: Danger = "safe"
     timeout: float | None = None
+    strict: bool | None = None
     convert: Callable[[dict[str, Any]], dict[str, Any]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +90,7 @@ class Tool:
         description: str | None = None,
         danger: Danger = "safe",
         timeout: float | None = None,
+        strict: bool | None = None,
     ) -> Tool:
         """Make a tool of a function from its hints and docstring.
 
@@ -99,12 +102,14 @@ class Tool:
         doc = docstrings.parse(_docstring(function))
         shape = _parameters(function, name, doc.parameters)
         text = doc.description if description is None else description
-        return cls(name, text, shape.schema, function, danger, timeout, shape.convert)
+        return cls(name, text, shape.schema, function, danger, timeout, strict, shape.convert)
 
     @property
     def schema(self) -> dict[str, Any]:
         """The form in which chat templates take a tool."""
         function: dict[str, Any] = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        if self.strict is not None:
+            function["strict"] = self.strict
         return {"type": "function", "function": function}
 
     def problems(self, arguments: dict[str, Any]) -> str | None:
@@ -135,7 +140,12 @@ class ToolSource(Protocol):
 def tool(function: Callable[..., Any], /) -> Tool: ...
 @overload
 def tool(
-    *, name: str | None = None, description: str | None = None, danger: Danger = "safe", timeout: float | None = None
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    danger: Danger = "safe",
+    timeout: float | None = None,
+    strict: bool | None = None,
 ) -> Callable[[Callable[..., Any]], Tool]: ...
 def tool(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     """Decorator that makes a function a ``Tool``: ``@tool`` or ``@tool(danger="dangerous", timeout=5)``."""

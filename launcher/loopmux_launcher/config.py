@@ -16,7 +16,7 @@ Installer = Literal["auto", "uv", "pip"]
 CONFIG_VARIABLE = "LOOPMUX_CONFIG"
 DEFAULT = "default"
 """The environment of models that name none."""
-DEFAULT_REQUIREMENTS = ("torch==2.13.0", "transformers==5.23.0", "peft==0.21.2")
+DEFAULT_REQUIREMENTS = ("torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "llguidance==1.9.1")
 """What the ``default`` environment holds when the file does not say; one set that was tried together."""
 
 

@@ -235,3 +235,8 @@ def test_bound_arguments_are_copies():
     made = Tool("t", "", {"type": "object"}, add)
     made.bind(given)["entries"].append(3)
     assert given == {"entries": [1, 2]}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_strict_is_said_where_it_was_said(strict):
+    assert schemas([tool(strict=strict)(add)]) == [ADD | {"function": ADD["function"] | {"strict": strict}}]

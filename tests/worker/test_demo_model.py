@@ -11,6 +11,7 @@ import pytest
 import enginekit
 from enginekit import of, play, text
 from loopmux.messages import ModelSpec
+from loopmux.schemacheck import problems
 from loopmux_worker.engine.base import Finished, Produced
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo"
@@ -83,3 +84,21 @@ def test_loops(engine, examples):
             messages.append({"role": "assistant", "content": said, "tool_calls": made})
             for call, result in zip(calls, wanted["results"], strict=True):
                 messages.append({"role": "tool", "content": result, "tool_call_id": call.id})
+
+
+def test_a_forced_call(engine):
+    """Asked what it would never call a tool for, it calls the one that it has to, with arguments that fit."""
+    parameters = {
+        "type": "object",
+        "properties": {"town": {"type": "string", "maxLength": 12}, "unit": {"enum": ["celsius", "kelvin"]}},
+        "required": ["town", "unit"],
+    }
+    weather = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    one = enginekit.job(
+        None, "default", messages=({"role": "user", "content": "Hello"},), tools=(weather,), tool_choice="required",
+        parallel_tool_calls=False,
+    )  # fmt: skip
+    *produced, end = play(engine, [one])
+    (call,) = (call for output in produced for call in output.calls)
+    assert (text(produced), end.reason, call.name, call.error) == ("", "tool_calls", "weather", None)
+    assert problems(parameters, call.arguments, closed=True) == []

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from loopmux.errors import BadRequestError
@@ -153,6 +155,10 @@ def test_template_arguments_reach_the_template(tiny_model):
             "without '<'",
         ),
         (Generate(prompt="x", template_kwargs={"tokenize": False}), "tokenize"),
+        (
+            Generate(prompt="x", tools=({"function": {"name": "f", "strict": 1}},)),
+            r"tools\[0\].function.strict: found 1",
+        ),
     ],
 )
 def test_refusals_name_the_place(tokenizer, generate, reason):
@@ -174,8 +180,19 @@ def test_tools_need_a_template_that_shows_them(tiny_model):
     with pytest.raises(BadRequestError, match="does not show tools"):
         templates.render(generate, INSTRUCT, tokenizer)
     tokenizer.chat_template = None
-    with pytest.raises(BadRequestError, match="no chat template"):
+    with pytest.raises(BadRequestError, match=r"no chat template.*chat_template.jinja"):
         templates.render(generate, INSTRUCT, tokenizer)
+    base = ModelSpec("m", model_type="base")
+    for asked in (generate, replace(generate, prompt=None, messages=(user("x"),))):
+        with pytest.raises(BadRequestError, match=r"plain text.*model_type: instruct"):
+            templates.render(asked, base, tiny_model.tokenizer)
+
+
+def test_whether_a_tool_is_strict_is_not_the_models_concern(tokenizer):
+    def ids(**more):
+        return templates.render(Generate(prompt="x", tools=({"function": {"name": "f", **more}},)), INSTRUCT, tokenizer)
+
+    assert ids(strict=True) == ids()
 
 
 def test_reasoning_of_earlier_turns_reaches_a_template_under_its_name(tiny_model):

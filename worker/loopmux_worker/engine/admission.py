@@ -1,4 +1,4 @@
-"""What every engine refuses before it starts: fields out of range, and guarantees that it cannot give."""
+"""What every engine asks of a request before it starts, and refuses: a model or token that it does not have."""
 
 from __future__ import annotations
 
@@ -9,23 +9,16 @@ from loopmux.errors import AdapterNotFoundError, BadRequestError, ContextLengthE
 from loopmux.messages import Generate, ModelSpec, Run
 
 
-def check(generate: Generate) -> None:
-    """Refuse what this release's engines cannot run.
+def asks_guarantee(generate: Generate) -> bool:
+    """Whether a request wants its output held to something: a call, a tool's parameters, a JSON schema."""
+    if generate.tool_choice not in ("auto", "none") or generate.response_format is not None:
+        return True
+    return generate.tool_choice == "auto" and any(_strict(tool) for tool in generate.tools)
 
-    Raises:
-        BadRequestError: naming the field, what was found and what was expected.
-    """
-    generate.check()
-    if generate.tool_choice not in ("auto", "none"):
-        raise BadRequestError(
-            f"tool_choice: found {generate.tool_choice!r}; forcing a call needs constrained decoding, which this "
-            "engine does not have: use 'auto' or 'none'"
-        )
-    if generate.response_format is not None:
-        raise BadRequestError(
-            "response_format: a guaranteed JSON schema needs constrained decoding, which this engine does not have: "
-            "leave it out and check the answer"
-        )
+
+def _strict(tool: Mapping[str, Any]) -> bool:
+    function = tool.get("function", tool)
+    return isinstance(function, Mapping) and function.get("strict") is True
 
 
 def check_stop_tokens(generate: Generate, vocabulary: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from loopmux.errors import AdapterNotFoundError, ConfigError, EngineError
+from loopmux.errors import AdapterNotFoundError, BadRequestError, ConfigError, EngineError
 from loopmux.messages import Generate, ModelSpec, ServedModel, SessionHint, WorkerSpec
 from loopmux.results import FinishReason, ToolCall, Usage
 from loopmux.wire import unpack_tokens
@@ -139,7 +139,12 @@ class EchoEngine(Engine):
     def prepare(self, job: Job) -> _Running:
         """Check a request; see ``Engine``."""
         generate = job.generate
-        admission.check(generate)
+        generate.check()
+        if admission.asks_guarantee(generate):
+            raise BadRequestError(
+                "tool_choice, strict, response_format: found one, but an echo cannot be guaranteed to be anything: "
+                "leave it out, or ask another model"
+            )
         admission.check_stop_tokens(generate, VOCABULARY)
         model = admission.model_of(job.run, self._models)
         admission.adapter_of(job.run, self._models)

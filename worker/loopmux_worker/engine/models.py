@@ -22,9 +22,11 @@ from loopmux_worker.engine import admission, fingerprints, memory, specfolders, 
 from loopmux_worker.engine.adapterfiles import Adapter
 from loopmux_worker.engine.base import Description, Job, taken, timing_of
 from loopmux_worker.engine.calls import Family, family_of
+from loopmux_worker.engine.grammars import asked, matching
 from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, tokenizer_of
 from loopmux_worker.engine.output import Piece, Reader, Reading
 from loopmux_worker.engine.sampling import Sampler, seed_of
+from loopmux_worker.engine.text import Decode
 
 _log = structlog.get_logger(__name__)
 _TAIL = 16
@@ -73,6 +75,7 @@ class Prepared:
     Attributes:
         model, adapter: what it was prepared for; the adapter as a model id of its own, None for the base alone.
         reading: how its output is to be read.
+        grammar: what its output is held to.
         arrived: when the worker got it.
     """
 
@@ -81,6 +84,7 @@ class Prepared:
     adapter: Served | None
     prompt: list[int]
     reading: Reading
+    grammar: matching.Matcher | None
     arrived: float
 
 
@@ -108,7 +112,7 @@ class Request:
     def push(self, token: int) -> Piece:
         """Take in the next token."""
         self.sampler.note(token)
-        return self.reader.push(token)
+        return self.reader.push(token, last=self.sampler.complete)
 
 
 @dataclass(slots=True)
@@ -144,6 +148,7 @@ class Models:
     def __init__(self, spec: WorkerSpec, loaded: Loaded, adapters: AdapterStore, progress: Progress, why: str) -> None:
         self.loaded = loaded
         self._spec, self._adapters, self._why = spec, adapters, why
+        self._grammars = matching.Grammars(loaded.head)
         self._served: dict[str, Served] = {}  # replaced, never changed: ``prepare`` reads it from another thread
         self._left_out: dict[str, LoopmuxError] = {}
         self._leaving: set[str] = set()
@@ -275,7 +280,8 @@ class Models:
         """
         arrived = time.monotonic() if job.arrived is None else job.arrived
         generate, loaded = job.generate, self.loaded
-        admission.check(generate)
+        generate.check()
+        wanted = asked.asked(generate)
         admission.check_stop_tokens(generate, loaded.head)
         self._check_not_leaving(job.run.model, job.run.adapter)
         served = self._served  # one look: adapters come and go meanwhile
@@ -295,8 +301,14 @@ class Models:
                 f"{known}"
             )
         limit = admission.room_for(len(prompt), len(job.prefix), generate.max_new_tokens, loaded.context)
-        reading = _reading(job, model, prompt, limit)
-        return Prepared(job, model, served[adapter] if adapter else None, prompt, reading, arrived)
+        thinks = model.family.opens_reasoning(_decoder(model.tokenizer)(prompt[-_TAIL:]))
+        reading = _reading(job, model, limit, thinks=thinks)
+        grammar = None
+        if wanted is not None:
+            grammar = self._grammars.matcher(
+                wanted, model.family, model.tokenizer, eos=model.ends, ends=reading.ends, thinks=thinks
+            )
+        return Prepared(job, model, served[adapter] if adapter else None, prompt, reading, grammar, arrived)
 
     def begin(self, prepared: Prepared) -> Request:
         """A prepared job, ready to run and past its prefix.
@@ -320,6 +332,7 @@ class Models:
             prompt=prepared.prompt,
             logprobs=generate.logprobs,
             device=loaded.device,
+            grammar=prepared.grammar,
         )
         adapter = prepared.adapter.spec.id if prepared.adapter else None
         reading = prepared.reading
@@ -362,6 +375,7 @@ class Models:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "peft": peft.__version__,
+            "llguidance": matching.release(),
             "device": str(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "context": loaded.context,
@@ -397,22 +411,21 @@ def _family(model: ModelSpec, tokenizer: Any) -> tuple[Family, list[str]]:
     return family, [note]
 
 
-def _reading(job: Job, model: Served, prompt: list[int], limit: int) -> Reading:
+def _decoder(tokenizer: Any) -> Decode:
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _reading(job: Job, model: Served, limit: int, *, thinks: bool) -> Reading:
     generate, tokenizer, family = job.generate, model.tokenizer, model.family
     tools = admission.callable_tools(generate)
     plain = templates.uses_plain_chat(generate, model.spec, tokenizer)
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    reasoning = family.opens_reasoning(decode(prompt[-_TAIL:]))
     return Reading(
-        decode=decode,
+        decode=_decoder(tokenizer),
         ends=frozenset(generate.stop_token_ids) | (frozenset() if generate.ignore_eos else model.ends),
         silent=_special(tokenizer, keep=family.tokens(calls=bool(tools))),
         stops=(*generate.stop, templates.PLAIN_CHAT_STOP) if plain else generate.stop,
         limit=limit,
-        parser=lambda: family.parser(job.key.request, tools, reasoning=reasoning),
+        parser=lambda: family.parser(job.key.request, tools, reasoning=thinks),
         one_call=bool(tools) and not generate.parallel_tool_calls,
     )
 

@@ -60,8 +60,12 @@ class Reader:
         self.reason: FinishReason | None = None
         """Why the output ended; None while it goes on."""
 
-    def push(self, token: int) -> Piece:
-        """Take the next token. With the last one, everything that was held back comes out."""
+    def push(self, token: int, *, last: bool = False) -> Piece:
+        """Take the next token. With the last one, everything that was held back comes out.
+
+        Args:
+            last: nothing may follow, though no end token came.
+        """
         self.total += 1
         if token in self._reading.ends:
             return self._finish("", "stop", cut=False)
@@ -69,6 +73,8 @@ class Reader:
         text, stopped = self._stops.push(text)
         if stopped:
             return self._finish(text, "stop", cut=True)
+        if last:
+            return self._finish(text, "stop", cut=False)
         if self.total >= self._reading.limit:
             return self._finish(text, "length", cut=False)
         parsed = self._parse(text)

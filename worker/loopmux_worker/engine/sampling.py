@@ -3,8 +3,8 @@
 Randomness is counter-based: the draw at absolute position i of a request comes from (seed, i) and nothing else, so that
 a result depends neither on batch neighbours nor on a restart in the middle.
 
-Order: logit bias and penalties, temperature, top-k, top-p, min-p. The repetition penalty (Keskar et al. 2019) counts
-prompt and output, presence and frequency penalties count the output alone.
+Order: logit bias and penalties, grammar, temperature, top-k, top-p, min-p. The repetition penalty (Keskar et al. 2019)
+counts prompt and output, presence and frequency penalties count the output alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +33,28 @@ class Pick:
 
     token: int
     logprob: TokenLogprob | None = None
+
+
+class Grammar(Protocol):
+    """What an output is held to."""
+
+    complete: bool
+
+    def allowed(self) -> Tensor:
+        """Which tokens may come next: shape (vocabulary,), on the CPU.
+
+        Raises:
+            EngineError: it cannot be told.
+        """
+        ...
+
+    def push(self, token: int) -> None:
+        """Take the next token.
+
+        Raises:
+            EngineError: it may not come.
+        """
+        ...
 
 
 def seed_of(sampling: Sampling, request: bytes) -> int:
@@ -64,6 +87,7 @@ class Sampler:
         prompt: the prompt's token ids, for the repetition penalty.
         logprobs: alternatives to report per token; None for no log probabilities.
         device: where the logits will be.
+        grammar: what the output is held to.
 
     Raises:
         BadRequestError: ``logit_bias`` names a token that the model does not have.
@@ -78,8 +102,9 @@ class Sampler:
         prompt: Sequence[int] = (),
         logprobs: int | None = None,
         device: torch.device | str = "cpu",
+        grammar: Grammar | None = None,
     ) -> None:
-        self._sampling, self._seed, self._logprobs = sampling, seed, logprobs
+        self._sampling, self._seed, self._logprobs, self._grammar = sampling, seed, logprobs, grammar
         # Each of shape (vocabulary,), and None for what the request does not ask for.
         self._bias = _bias(sampling, vocabulary, device)
         self._seen: Tensor | None = None
@@ -93,17 +118,28 @@ class Sampler:
             self._counts = torch.zeros(vocabulary, device=device)
 
     def note(self, token: int) -> None:
-        """Count a token of the output: a chosen one, or one of a replayed prefix."""
+        """Count a token of the output: a chosen one, or one of a replayed prefix.
+
+        Raises:
+            EngineError: the grammar does not allow it.
+        """
+        if self._grammar is not None:
+            self._grammar.push(token)
         if self._seen is not None:
             self._seen[token] = True
         if self._counts is not None:
             self._counts[token] += 1
 
+    @property
+    def complete(self) -> bool:
+        """Whether the output is whole by its grammar, so that nothing may follow."""
+        return self._grammar is not None and self._grammar.complete
+
     def choose(self, logits: Tensor, position: int) -> Pick:
         """The token at an absolute position of the output, from logits of shape (vocabulary,). Does not ``note`` it.
 
         Raises:
-            EngineError: the logits are not numbers.
+            EngineError: the logits are not numbers, or the grammar cannot tell what may come.
         """
         (pick,) = choose_rows(logits.unsqueeze(0), [self], [position])
         if isinstance(pick, EngineError):
@@ -120,15 +156,19 @@ def choose_rows(logits: Tensor, samplers: Sequence[Sampler], positions: Sequence
     """What each request's sampler chooses at its position of the output, as if it were alone. Does not ``note`` it.
 
     ``logits`` has shape (rows, vocabulary), any floating type, and a row per sampler. A row whose logits are not
-    numbers gets an error, and no other row notices.
+    numbers, or whose grammar fails, gets an error, and no other row notices.
     """
     logits = logits.float()
     draws = [sampler._draw(position) for sampler, position in zip(samplers, positions, strict=True)]
-    tokens, best = drawing.choose(_adjusted(logits, samplers), draws)
+    allowed = [_allowed(sampler) for sampler in samplers]
+    tokens, best = drawing.choose(_adjusted(logits, samplers, allowed), draws)
     logprobs = _logprobs(logits, tokens, samplers)
     chosen, bests = torch.stack((tokens.double(), best.double())).tolist()  # one transfer; a float64 holds any id
-    rows = zip(chosen, bests, logprobs, positions, strict=True)
-    return [_pick(int(token), best, logprob, position) for token, best, logprob, position in rows]
+    rows = zip(allowed, chosen, bests, logprobs, positions, strict=True)
+    return [
+        held if isinstance(held, EngineError) else _pick(int(token), best, logprob, position)
+        for held, token, best, logprob, position in rows
+    ]
 
 
 def _pick(token: int, best: float, logprob: TokenLogprob | None, position: int) -> Pick | EngineError:
@@ -140,12 +180,21 @@ def _pick(token: int, best: float, logprob: TokenLogprob | None, position: int) 
     )
 
 
-def _adjusted(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """Logits (rows, vocabulary) with bias and penalties; rows without any stay as they are."""
+def _allowed(sampler: Sampler) -> Tensor | EngineError | None:
+    """Which tokens a sampler's grammar allows next; None without one, the error where it cannot be told."""
+    try:
+        return None if sampler._grammar is None else sampler._grammar.allowed()
+    except EngineError as error:
+        return error
+
+
+def _adjusted(logits: Tensor, samplers: Sequence[Sampler], allowed: Sequence[Tensor | EngineError | None]) -> Tensor:
+    """Logits (rows, vocabulary) with bias, penalties and what grammars rule out; rows without any stay as they are."""
     for states, adjust in (
         ([sampler._bias for sampler in samplers], _add_bias),
         ([sampler._seen for sampler in samplers], _penalise_seen),
         ([sampler._counts for sampler in samplers], _penalise_counted),
+        ([None if isinstance(held, EngineError) else held for held in allowed], _rule_out),
     ):
         rows = [i for i, state in enumerate(states) if state is not None]
         if not rows:
@@ -170,6 +219,10 @@ def _penalise_counted(logits: Tensor, counts: Tensor, samplings: Sequence[Sampli
     presence = _column([sampling.presence_penalty for sampling in samplings], logits)
     frequency = _column([sampling.frequency_penalty for sampling in samplings], logits)
     return logits - presence * (counts > 0) - frequency * counts
+
+
+def _rule_out(logits: Tensor, allowed: Tensor, _: Sequence[Sampling]) -> Tensor:
+    return logits.masked_fill(~allowed.to(logits.device), -math.inf)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

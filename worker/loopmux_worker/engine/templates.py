@@ -86,19 +86,28 @@ def render(generate: Generate, model: ModelSpec, tokenizer: Tokenizer) -> list[i
     """
     if generate.prompt_token_ids is not None:
         return unpack_tokens(generate.prompt_token_ids)
+    tools = [_shown(checked_tool(tool, f"tools[{i}]")) for i, tool in enumerate(generate.tools)]
+    if generate.tool_choice == "none":
+        tools = []
+    plain = model.model_type == "base" or not has_template(tokenizer)
+    if tools and plain:
+        raise BadRequestError(_without_template(model))
     if model.model_type == "base" and generate.prompt is not None:
         return _encode_plain(generate.prompt, model, tokenizer)
     messages = conversation(generate, model)
-    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(generate.tools)]
-    if generate.tool_choice == "none":
-        tools = []
-    if not has_template(tokenizer) or model.model_type == "base":
-        if tools:
-            raise BadRequestError(
-                f"tools: the model {model.id!r} has no chat template that could show them to it; use a model that has"
-            )
+    if plain:
         return _encode_marked(plain_chat(_mark(messages, _control_pattern(tokenizer))), tokenizer, start=True)
     return _apply(messages, tools, _template_arguments(generate), tokenizer, model)
+
+
+def _without_template(model: ModelSpec) -> str:
+    """Why tools are refused, and what helps."""
+    found = "is served as plain text (model_type: base)" if model.model_type == "base" else "has no chat template"
+    remedy = "set model_type: instruct" if model.model_type == "base" else "put its chat_template.jinja into its folder"
+    return (
+        f"tools: found some, but the model {model.id!r} {found}, which could not show them to it: {remedy}, use "
+        "another model, or give prompt_token_ids that show them"
+    )
 
 
 def uses_plain_chat(generate: Generate, model: ModelSpec, tokenizer: Tokenizer) -> bool:
@@ -201,8 +210,12 @@ def _arguments(arguments: object, path: str) -> dict[str, Any]:
     return dict(arguments)
 
 
-def _tool(tool: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """A tool in the ``{"type": "function", "function": …}`` form; names are checked because templates print them."""
+def checked_tool(tool: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A tool in the ``{"type": "function", "function": …}`` form; names are checked because templates print them.
+
+    Raises:
+        BadRequestError: naming what is wrong with it.
+    """
     function = tool.get("function", tool)
     if not isinstance(function, Mapping):
         raise BadRequestError(f"{path}.function: found {type(function).__name__}, expected a mapping")
@@ -211,7 +224,14 @@ def _tool(tool: Mapping[str, Any], path: str) -> dict[str, Any]:
         raise BadRequestError(f"{path}.function.name: found {name!r}, expected letters, digits and any of _ . : -")
     parameters = function.get("parameters", {"type": "object", "properties": {}})
     _check_properties(parameters, f"{path}.function.parameters")
+    if not isinstance(strict := function.get("strict"), bool | None):
+        raise BadRequestError(f"{path}.function.strict: found {strict!r}, expected true or false")
     return {"type": "function", "function": {"description": "", **function, "parameters": parameters}}
+
+
+def _shown(tool: dict[str, Any]) -> dict[str, Any]:
+    """A checked tool as the model sees it, to whom ``strict`` means nothing."""
+    return tool | {"function": {key: value for key, value in tool["function"].items() if key != "strict"}}
 
 
 def _check_properties(schema: object, path: str) -> None:

@@ -108,7 +108,7 @@ def _map(value: object) -> Mapping[str, Any]:
 
 def typed(text: str, schema: object) -> Any:
     """A value that was written without quotes, as its schema wants it; what does not fit stays the text that it is."""
-    types = _types_of(schema)
+    types = types_of(schema)
     if "string" in types:
         return None if "null" in types and text in ("null", "None") else text
     try:
@@ -118,13 +118,13 @@ def typed(text: str, schema: object) -> Any:
     return value if types or isinstance(value, (dict, list)) else text
 
 
-def _types_of(schema: object) -> set[str]:
+def types_of(schema: object) -> set[str]:
     """The JSON types that a schema names; empty where it names none."""
     known = _map(schema)
     given = known.get("type")
     found = {kind for kind in ([given] if isinstance(given, str) else _list(given)) if isinstance(kind, str)}
     for choice in (*_list(known.get("anyOf")), *_list(known.get("oneOf"))):
-        found |= _types_of(choice)
+        found |= types_of(choice)
     return found or {_TYPES.get(type(one), "null") for one in _list(known.get("enum"))}
 
 

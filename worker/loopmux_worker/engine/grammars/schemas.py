@@ -1,0 +1,88 @@
+"""JSON schemas as outputs are held to them: what they allow, less what could not be read back. Pure.
+
+Two things are narrower than the schema says. Numbers stay within what the wire has room for. And an object has no
+properties that its schema does not name, unless that has ``additionalProperties``: so do the client's own checks read
+the parameters of a function, and a model left to itself would invent some.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from loopmux.errors import BadRequestError
+
+_LARGEST = 2**62
+"""What llguidance makes ranges of; the wire has twice as much."""
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""White space where chat templates write it. Left to the model it may go on for ever."""
+_MOST = 1000
+"""Objects in one schema. Alternatives that refer to each other make a step slower by the square of their number."""
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties", "additionalItems")
+
+
+def arguments(parameters: object, path: str) -> dict[str, Any]:
+    """The schema that the arguments of a call are held to.
+
+    Raises:
+        BadRequestError: it is no schema of an object.
+    """
+    if not isinstance(parameters, Mapping):
+        raise BadRequestError(f"{path}: found {type(parameters).__name__}, expected a JSON schema")
+    if (kind := parameters.get("type", "object")) != "object":
+        raise BadRequestError(f"{path}.type: found {kind!r}, expected 'object': arguments are given by name")
+    return held({"type": "object", **parameters}, path)
+
+
+def held(schema: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A schema as a grammar is made from it, its layout included.
+
+    Raises:
+        BadRequestError: it holds something that is no JSON, is nested too deep, or has too many parts.
+    """
+    try:
+        text = json.dumps(schema, allow_nan=False)
+        narrowed = _narrowed(schema, close=not _intersects(schema))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRequestError(f"{path}: expected a JSON schema, found something that is none: {error}") from None
+    if (parts := text.count("{")) > _MOST:
+        raise BadRequestError(f"{path}: found {parts} objects in it, expected at most {_MOST}: use a smaller schema")
+    return {**narrowed, "x-guidance": LAYOUT}
+
+
+def _intersects(schema: Any) -> bool:
+    """Whether an object's properties are named in several places: closed, each would exclude those of the others."""
+    if isinstance(schema, (list, tuple)):
+        return any(map(_intersects, schema))
+    if not isinstance(schema, Mapping):
+        return False
+    own = "properties" in schema and not schema.keys().isdisjoint(("anyOf", "oneOf", "$ref"))
+    return own or "allOf" in schema or any(map(_intersects, schema.values()))
+
+
+def _narrowed(schema: Any, *, close: bool) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    made = dict(schema)
+    for key in _BY_NAME:
+        if isinstance(parts := made.get(key), Mapping):
+            made[key] = {name: _narrowed(part, close=close) for name, part in parts.items()}
+    for key in _LISTS:
+        if isinstance(parts := made.get(key), (list, tuple)):
+            made[key] = [_narrowed(part, close=close) for part in parts]
+    for key in _SINGLE:
+        if key in made:
+            made[key] = _narrowed(made[key], close=close)
+    kinds = made.get("type")
+    kinds = kinds if isinstance(kinds, (list, tuple)) else [kinds]
+    if close and "properties" in made:
+        made.setdefault("additionalProperties", False)
+    if any(kind in ("integer", "number") for kind in kinds) and not made.keys() & {"enum", "const"}:
+        if "exclusiveMinimum" not in made:
+            made.setdefault("minimum", -_LARGEST)
+        if "exclusiveMaximum" not in made:
+            made.setdefault("maximum", _LARGEST)
+    return made
