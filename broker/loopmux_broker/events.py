@@ -51,7 +51,7 @@ class ConnectionLost:
 
 @dataclass(frozen=True, slots=True)
 class PushBlocked:
-    """A ``Push`` was not sent because the peer's pipe is full, nor any after it to that peer; said once of a request."""
+    """A ``Push`` was not sent, nor any after it to that peer, whose pipe is full; said once of each request."""
 
     peer: Peer
     request: bytes

@@ -48,7 +48,7 @@ def test_a_sleep_amid_a_turn_is_known_before_the_connections_that_closed_in_it(
 
 
 def test_a_full_pipe_is_told_once_of_each_request(config: BrokerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of chunks may wait for who never reads; one word of each at every try would leave no time for others."""
+    """Thousands of chunks may wait for who never reads: a word of each at every try would leave others no time."""
     pushes: list[Action] = [Push(PEER, [b""], request, seq) for request in (b"1", b"2") for seq in range(1_000)]
     events, tried = list[Event](), list[int]()
 

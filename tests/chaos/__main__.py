@@ -40,7 +40,7 @@ def _others(only: list[str], load: Load) -> Iterator[tuple[bool, bool, str]]:
     if _wanted(only, "neighbours"):
         yield False, *neighbours.verdict(asyncio.run(neighbours.pairs(load, _PAIRS)))
     if _wanted(only, "demo"):
-        for outcome in asyncio.run(demo.demo(workers=2, streams=24, tokens=160)):
+        for outcome in asyncio.run(demo.demo(workers=2, streams=16, tokens=128)):
             yield True, outcome.good, f"demo model, {outcome.fault.name}: nobody can tell from the text"
 
 

@@ -33,6 +33,8 @@ _EMPTY_LIMIT = 40.0
 started again, and whose client has left meanwhile, is kept for 30."""
 _AGAIN = 0.2
 """Seconds between two attempts of a process that does not even start."""
+_VARIABLES = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
+"""Programs that are installed have been compiled; those of a checkout are with the first start, not with each."""
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Part:
             with self.log.open("ab") as log:
                 began = time.monotonic()
                 self.process = await asyncio.create_subprocess_exec(
-                    *self.command, stdout=log, stderr=log, pass_fds=self.inherits
+                    *self.command, stdout=log, stderr=log, env=_VARIABLES, pass_fds=self.inherits
                 )
             await self.process.wait()
             self.ends += 1
