@@ -58,11 +58,12 @@ class Admission:
         One that is ``returning`` was let in before, and so were those that had slots then and are queued now: only the
         sum of both is limited. What others have not read does not keep it out.
         """
-        crowded = self._many(client) if returning else self._full(client) if queues else ""
+        crowded = self._many(client) if returning else self.full(client) if queues else ""
         reason = crowded or self._heavy(client, size) or ("" if returning else self._unread())
         return Refusal(reason, self.retry_after()) if reason else None
 
-    def _full(self, client: Client) -> str:
+    def full(self, client: Client) -> str:
+        """Why no request of a client may be queued now; empty if one may."""
         limits, known = self.limits, len(client.requests)
         if self.queued >= limits.queued:
             return f"{self.queued} requests are queued, the most allowed"

@@ -63,10 +63,14 @@ class Attempts:
         return choose(self._t.pool.serving(request.submit.model), request, self._t.affinity)
 
     def place(self, request: Request, worker: Worker | None, now: float) -> None:
-        """To the free worker if there is one, unless its session's is worth a moment's wait; else into the queue."""
+        """To the free worker if there is one, unless its session's is worth a moment's wait; else into the queue.
+
+        Where the queue is full nobody waits in it who could run.
+        """
         if worker is not None:
             patience = self._t.affinity.patience(request, worker)
-            home = self._busy_home(request, worker) if patience else None
+            waits = patience and not self._t.admission.full(request.client)
+            home = self._busy_home(request, worker) if waits else None
             if home is None:
                 self._dispatch(request, worker, now)
             else:

@@ -88,7 +88,7 @@ class Broker:
                 self._workers.tell_cold(now)
         except Exception:  # noqa: BLE001 - the one choke point: a bug met by one message must not stop all others
             self.tables.counters["internal_errors"] += 1
-            fields: dict[str, object] = {"event": type(event).__name__, "traceback": traceback.format_exc()}
+            fields: dict[str, object] = {"handled": type(event).__name__, "traceback": traceback.format_exc()}
             self.tables.out.append(Log("error", "internal error", fields))
         actions, self.tables.out = self.tables.out, []
         return actions

@@ -21,7 +21,7 @@ class Client:
         queued, held: what admission limits: waiting requests, and bytes of bodies of live ones.
         served: tokens it was served, as `queues` keeps account of them.
         blocked: its pipe was full a moment ago; nothing is pushed until the retry.
-        waiting: requests with something to push once it is no longer blocked, in order.
+        waiting: requests with something to push, at the next try or because it was too much for one go, in order.
     """
 
     instance: bytes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from loopmux import codec, wire
 from loopmux.errors import CancelledError, DeadlineExceededError, LoopmuxError
 from loopmux.messages import Failure, Submit
@@ -14,7 +16,7 @@ from loopmux_broker.output import Output
 from loopmux_broker.pool import Lease
 from loopmux_broker.requests import Request, State, Step
 from loopmux_broker.streams import Streams
-from loopmux_broker.tables import Alarm, Tables
+from loopmux_broker.tables import PAUSE, SLICE, Alarm, Tables
 
 _COUNTED = {Kind.END: "finished", Kind.ERROR: "failed", Kind.CANCELLED: "cancelled", Kind.EXPIRED: "expired"}
 
@@ -146,14 +148,21 @@ class Ends:
         self.forget(request)
 
     def abandon(self, client: Client, now: float) -> None:
-        """A client is gone for good: end what it has here and tell nobody."""
+        """A client is gone for good: end what it has here and tell nobody, some now and the rest soon.
+
+        The newest go first: of many most wait, and would else get the slots of those that run. If it comes back
+        meanwhile, what is left lives on.
+        """
         self._t.clients.part(client)
-        for request in list(client.requests.values()):
+        for request in list(islice(reversed(client.requests.values()), SLICE)):
             if request.state is not State.DONE:
                 self.cancel(request, now, "the client went away")
             self._t.abandon(request)
             self.forget(request)
-        self._t.clients.forget(client)
+        if client.requests:
+            self._t.timers.set((Alarm.CLIENT_GRACE, client.instance, 0), now + PAUSE)
+        else:
+            self._t.clients.forget(client)
 
 
 def protocol_failure(peer: Peer, error: LoopmuxError, request_id: bytes = wire.NO_ID) -> Send:

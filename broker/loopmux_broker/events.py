@@ -11,6 +11,7 @@ from typing import Literal
 from loopmux import wire
 from loopmux.wire import Header, Kind, Message
 
+Level = Literal["debug", "info", "warning", "error"]
 Peer = bytes
 """One connection, opaque to the core: unique among all sockets, never used again once it is lost."""
 
@@ -50,7 +51,7 @@ class ConnectionLost:
 
 @dataclass(frozen=True, slots=True)
 class PushBlocked:
-    """A ``Push`` was not sent because the peer's pipe is full; nothing after it was sent to that peer either."""
+    """A ``Push`` was not sent, nor any after it to that peer, whose pipe is full; said once of each request."""
 
     peer: Peer
     request: bytes
@@ -101,7 +102,7 @@ class Push:
 class Log:
     """Write a line to the log. Never holds a prompt, an output or anything else that a client wrote."""
 
-    level: Literal["debug", "info", "warning", "error"]
+    level: Level
     event: str
     fields: dict[str, object] = field(default_factory=dict)
 

@@ -1,47 +1,45 @@
-"""The broker's log: one line per event on standard error. Never a prompt, never an output."""
+"""The broker's log: one line per event on standard error. Never a prompt, never an output.
+
+Without a library for it: while a broker that was killed is started again everybody waits, and one took as long to
+import as the broker itself.
+"""
 
 from __future__ import annotations
 
-import logging
+import json
 import sys
-from typing import TextIO
+import time
+from typing import Literal
 
-import structlog
+from loopmux_broker.events import Level
+
+LEVELS: tuple[Level, ...] = ("debug", "info", "warning", "error")
 
 
-class _Patient:
-    """A stream that outlives its reader: the broker's parent may be gone, and the broker must still clean up."""
+class Logger:
+    """Writes lines of a form, those of a level and above."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, form: Literal["json", "console"], level: Level) -> None:
+        self._form, self._levels = form, LEVELS[LEVELS.index(level) :]
 
-    def write(self, text: str) -> None:
+    def say(self, level: Level, event: str, **fields: object) -> None:
+        """Write one line."""
+        if level not in self._levels:
+            return
+        line = self._json(level, event, fields) if self._form == "json" else self._console(level, event, fields)
         try:
-            self._stream.write(text)
+            print(line, file=sys.stderr, flush=True)
         except OSError:
-            pass  # nobody reads any more, so there is nobody to tell
+            pass  # its parent is gone and nobody reads any more: there is nobody to tell, and it must still clean up
 
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            pass  # as above
+    def _json(self, level: Level, event: str, fields: dict[str, object]) -> str:
+        about = {"program": "broker", "event": event, "level": level, "timestamp": _timestamp()}
+        return json.dumps(fields | about, default=repr)
+
+    def _console(self, level: Level, event: str, fields: dict[str, object]) -> str:
+        return "  ".join([f"{_timestamp()} {level:7} {event}", *(f"{name}={value}" for name, value in fields.items())])
 
 
-def logger(form: str, level: str) -> structlog.typing.FilteringBoundLogger:
-    """A logger to standard error: ``form`` is json or console, ``level`` the least that is written."""
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if form == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    )
-    wrapped: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
-        structlog.PrintLogger(_Patient(sys.stderr)),  # type: ignore[arg-type]  # it only writes and flushes
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-    )
-    return wrapped.bind(program="broker")
+def _timestamp() -> str:
+    now = time.time()
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"

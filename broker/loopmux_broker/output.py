@@ -59,10 +59,10 @@ class Output:
         self.total = self.acknowledged = self.highest = len(ids) // 4
         self.paused = False
 
-    def take(self) -> list[Chunk]:
-        """The chunks that may be pushed now, marked as pushed."""
+    def take(self, most: int) -> list[Chunk]:
+        """Chunks that may be pushed now, ``most`` of them, marked as pushed."""
         taken: list[Chunk] = []
-        while not self.paused and self.cursor < len(self.chunks):
+        while not self.paused and self.cursor < len(self.chunks) and len(taken) < most:
             chunk = self.chunks[self.cursor]
             # A chunk is never split, so one larger than the client's whole window goes when nothing else is under way.
             if chunk.end > self.credit and not (chunk.seq == self.acknowledged and chunk.seq < self.credit):

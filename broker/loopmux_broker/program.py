@@ -11,11 +11,11 @@ from pathlib import Path
 import loopmux
 from loopmux import exitcodes
 from loopmux.errors import LoopmuxError
-from loopmux_broker.config import BrokerConfig, load
+from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Side
 from loopmux_broker.inherited import Inherited, inherited
 from loopmux_broker.lifeline import Lifeline
-from loopmux_broker.logs import logger
+from loopmux_broker.logs import LEVELS, Logger
 from loopmux_broker.server import Server
 
 _GARBAGE = 20_000
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    config = load(options.config) if options.config else BrokerConfig()
+    config = _settings(options.config)
     given = inherited(options.listen_fd, os.environ)
     config = config.with_endpoints(
         _listened_on(options.endpoint, given, Side.CLIENTS), _listened_on(options.worker_endpoint, given, Side.WORKERS)
@@ -48,7 +48,7 @@ def _serve(options: argparse.Namespace) -> int:
     descriptors = {one.endpoint: one.descriptor for one in given}
     with Lifeline(options.parent_pid) as lifeline:
         lifeline.catch_signals()
-        server = Server(config, logger(options.log_format, options.log_level), lifeline, descriptors)
+        server = Server(config, Logger(options.log_format, options.log_level), lifeline, descriptors)
         # What is there now stays: the collector need not look at it again, and most garbage needs no collector.
         gc.freeze()
         gc.set_threshold(_GARBAGE)
@@ -57,6 +57,14 @@ def _serve(options: argparse.Namespace) -> int:
         finally:
             server.close()
     return 0
+
+
+def _settings(file: Path | None) -> BrokerConfig:
+    if file is None:
+        return BrokerConfig()
+    from loopmux_broker.configfile import load  # the parser takes its time, and most brokers have no file
+
+    return load(file)
 
 
 def _listened_on(named: list[str], given: list[Inherited], side: Side) -> tuple[str, ...]:
@@ -93,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings, see configs/broker.yaml")
     parser.add_argument("--parent-pid", type=int, metavar="PID", help="end, cleaning up, when this process is gone")
     parser.add_argument("--log-format", choices=("json", "console"), default="console")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--log-level", choices=LEVELS, default="info")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"loopmux-broker {loopmux.__version__}")
     return parser

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Mapping
 
 import zmq
-from structlog.typing import FilteringBoundLogger
 
 import loopmux
 from loopmux import endpoints
@@ -18,7 +17,6 @@ from loopmux_broker.broker import Broker
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Door, SendOutcome, Side
 from loopmux_broker.events import (
-    Action,
     AdminSent,
     ClientSent,
     ConnectionLost,
@@ -33,6 +31,7 @@ from loopmux_broker.events import (
     WorkerSent,
 )
 from loopmux_broker.lifeline import PARENT_DIED, Lifeline
+from loopmux_broker.logs import Logger
 
 _SENT: dict[Side, type[ClientSent | WorkerSent | AdminSent]] = {
     Side.CLIENTS: ClientSent,
@@ -53,7 +52,7 @@ class Server:
     def __init__(
         self,
         config: BrokerConfig,
-        log: FilteringBoundLogger,
+        log: Logger,
         lifeline: Lifeline,
         inherited: Mapping[str, int] | None = None,
     ) -> None:
@@ -99,7 +98,8 @@ class Server:
 
     def run(self) -> str:
         """Serve until there is a reason to end, and return it."""
-        self._log.info(
+        self._log.say(
+            "info",
             "ready",
             endpoints=[d.endpoint for d in self.doors if d.side is Side.CLIENTS],
             worker_endpoints=[d.endpoint for d in self.doors if d.side is Side.WORKERS],
@@ -112,7 +112,7 @@ class Server:
             reason = self._lifeline.check(readable)
             if reason is not None:
                 self._orphaned = reason == PARENT_DIED
-                self._log.info("stopping", reason=reason)
+                self._log.say("info", "stopping", reason=reason)
                 return reason
             self._turn(readable)
 
@@ -162,7 +162,7 @@ class Server:
         """If this process was stopped or starved, peers were not silent in that time. Returns what time it is."""
         now = time.monotonic()
         if now - expected > 2 * self._config.heartbeat:
-            self._log.warning("loop stalled", seconds=round(now - expected, 3))
+            self._log.say("warning", "loop stalled", seconds=round(now - expected, 3))
             self._handle(LoopStalled(now - expected), now)
         return now
 
@@ -207,19 +207,18 @@ class Server:
         return leaving
 
     def _handle(self, event: Event, now: float) -> None:
+        refused = b""  # the request of the last push that was: the core takes back what follows for it with that one
         for action in self._broker.handle(event, now):
-            self._do(action)
-
-    def _do(self, action: Action) -> None:
-        match action:
-            case Push(peer, frames, request, seq):
-                if peer in self._full or self._send(peer, frames) is SendOutcome.FULL:
-                    self._full.add(peer)
-                    self._handle(PushBlocked(peer, request, seq), time.monotonic())
-            case Send(peer, _):
-                self._send(peer, action.frames)
-            case Log(level, event, fields):
-                getattr(self._log, level)(event, **fields)
+            match action:
+                case Push(peer, frames, request, seq):
+                    if request != refused and (peer in self._full or self._send(peer, frames) is SendOutcome.FULL):
+                        self._full.add(peer)
+                        refused = request
+                        self._handle(PushBlocked(peer, request, seq), time.monotonic())
+                case Send(peer, _):
+                    self._send(peer, action.frames)
+                case Log(level, what, fields):
+                    self._log.say(level, what, **fields)
 
     def _send(self, peer: Peer, frames: list[bytes]) -> SendOutcome:
         outcome = self.doors[peer[-1]].send(peer, frames)

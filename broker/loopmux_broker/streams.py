@@ -6,11 +6,12 @@ from loopmux.errors import ProtocolError
 from loopmux.wire import Kind
 from loopmux_broker.clients import Client
 from loopmux_broker.events import Push, Send, say
-from loopmux_broker.requests import Request, State
-from loopmux_broker.tables import Alarm, Tables
+from loopmux_broker.requests import Request
+from loopmux_broker.tables import PAUSE, Alarm, Tables
 
-_RETRY_BATCH = 64
-"""Streams that are pushed at once when a full pipe is tried again: a connection may have a thousand waiting."""
+_BURST = 64
+"""Chunks that are pushed to a client in one go. A stream may have thousands that nobody has read, a connection a
+thousand streams, and most of what goes into a full pipe comes back."""
 
 
 class Streams:
@@ -19,20 +20,28 @@ class Streams:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
 
-    def push(self, request: Request, now: float) -> None:
-        """Send the client what it may have, and the terminal once that is all there is."""
+    def push(self, request: Request, now: float) -> int:
+        """Send the client what it may have, some now and the rest soon, and the terminal once that is all there is.
+
+        Returns the number of chunks.
+        """
         client, output, out = request.client, request.output, self._tables.out
         if client.peer is None:
-            return
+            return 0
         if client.blocked:
             client.waiting[request.id] = request
-            return
-        for chunk in output.take():
+            return 0
+        chunks = output.take(_BURST)
+        for chunk in chunks:
             out.append(Push(client.peer, chunk.frames, request.id, chunk.seq))
+        if len(chunks) == _BURST:
+            client.waiting[request.id] = request
+            self._tables.timers.set((Alarm.CLIENT_BLOCKED, client.instance, 0), now + PAUSE)
         if request.terminal is not None and not request.told and output.drained():
             request.told = True
             out.append(Push(client.peer, request.terminal, request.id, output.total))
             self._tables.timers.set((Alarm.TERMINAL, request.id, 0), now + self._tables.config.resend)
+        return len(chunks)
 
     def credit(self, request: Request, credit: int, received: int, now: float) -> None:
         """A client may be sent tokens below ``credit`` and has ``received``.
@@ -75,21 +84,19 @@ class Streams:
 
     def block(self, client: Client, request: Request, seq: int, now: float) -> None:
         """A push failed because the client's pipe is full: wait a moment with everything for it."""
-        if seq >= request.output.total and request.state is State.DONE:
-            request.told = False
-        else:
-            request.output.block(seq)
+        request.told = False  # the terminal goes behind all chunks
+        request.output.block(seq)
         client.blocked = True
         client.waiting[request.id] = request
         self._tables.counters["blocked"] += 1
         self._tables.timers.set((Alarm.CLIENT_BLOCKED, client.instance, 0), now + self._tables.config.retry)
 
     def unblock(self, client: Client, now: float) -> None:
-        """Try a full pipe again."""
+        """Try a full pipe again, or go on with what was too much for one go."""
         client.blocked = False
-        batch = list(client.waiting.values())[:_RETRY_BATCH]
-        for request in batch:
-            del client.waiting[request.id]
-            self.push(request, now)
+        pushed = 0
+        while client.waiting and pushed < _BURST:
+            request = client.waiting.pop(next(iter(client.waiting)))
+            pushed += max(1, self.push(request, now))
         if client.waiting:
-            self._tables.timers.set((Alarm.CLIENT_BLOCKED, client.instance, 0), now + self._tables.config.retry)
+            self._tables.timers.set((Alarm.CLIENT_BLOCKED, client.instance, 0), now + PAUSE)

@@ -19,6 +19,11 @@ from loopmux_broker.requests import Request
 from loopmux_broker.strikes import Strikes
 from loopmux_broker.timers import Timers
 
+SLICE = 64
+"""Requests that are dealt with in one go. There may be 10 000 of one model or client; all at once would hold everybody
+else up."""
+PAUSE = 0.001
+"""Seconds between two of these, for others to be heard."""
 _ABANDONED = 10_000
 """Requests of lost clients whose last attempts are remembered, the longest forgotten first."""
 

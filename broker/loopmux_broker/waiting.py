@@ -16,12 +16,8 @@ from loopmux_broker.events import Send
 from loopmux_broker.intake import unknown_adapter
 from loopmux_broker.pool import Standing
 from loopmux_broker.requests import Request, State
-from loopmux_broker.tables import Alarm, Tables
+from loopmux_broker.tables import PAUSE, SLICE, Alarm, Tables
 
-_SLICE = 64
-"""Requests that are looked at in one go. A model may have 10 000 waiting; all at once would hold everybody else up."""
-_PAUSE = 0.001
-"""Seconds between two of these, for others to be heard."""
 _ASKED_FOR = "it is started because of this request"
 _UNLIKE = "the request goes on where the same weights are loaded that began it"
 
@@ -39,11 +35,11 @@ class Waiting:
         waiting = iter(self._t.queues.of_model(model))
 
         def some(now: float) -> bool:
-            part = list(islice(waiting, _SLICE))
+            part = list(islice(waiting, SLICE))
             for request in part:
                 if request.state is State.QUEUED:
                     look(request, now)
-            return len(part) < _SLICE
+            return len(part) < SLICE
 
         self._rounds[model] = some
         self.go_on(model, now)
@@ -54,7 +50,7 @@ class Waiting:
             del self._rounds[model]
             self._t.timers.cancel((Alarm.ROUND, model, 0))
         else:
-            self._t.timers.set((Alarm.ROUND, model, 0), now + _PAUSE)
+            self._t.timers.set((Alarm.ROUND, model, 0), now + PAUSE)
 
     def model_changed(self, model: str, now: float) -> None:
         """A model's phase or its workers changed: tell who waits for it, or fail them where waiting is in vain."""
@@ -89,7 +85,7 @@ class Waiting:
             self.model_changed(model, now)
         else:
             self._each(model, partial(self._unknown, unknown_model(model, pool.known())), now)
-        self._t.timers.set((Alarm.SETTLED, b"", 0), now + _PAUSE)
+        self._t.timers.set((Alarm.SETTLED, b"", 0), now + PAUSE)
 
     def _unknown(self, error: ModelNotFoundError, request: Request, now: float) -> None:
         if not request.attempt:  # one that ran before waits for a worker to come back

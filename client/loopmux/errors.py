@@ -200,14 +200,20 @@ def from_code(code: str, message: str, **details: Any) -> LoopmuxError:
     return BY_CODE.get(code, LoopmuxError)(message, **details)
 
 
+_LISTED = 50
+"""Models that are named to who asked for another one."""
+
+
 def unknown_model(model: str, known: Iterable[str]) -> ModelNotFoundError:
-    """The error for a model id that nobody serves, with those that there are."""
+    """The error for a model id that nobody serves, with those that there are, or some of very many."""
     there = sorted(known)
     if not there:
         text = f"model {model!r} is not known: no launcher and no worker has joined the broker"
     else:
         hint = did_you_mean(model, there)
-        text = f"model {model!r} is not known, expected one of {', '.join(there)}{hint and f'; {hint}'}"
+        more = f" and {len(there) - _LISTED} more" if len(there) > _LISTED else ""
+        listed = ", ".join(there[:_LISTED]) + more
+        text = f"model {model!r} is not known, expected one of {listed}{hint and f'; {hint}'}"
     return ModelNotFoundError(text, model=model)
 
 

@@ -463,6 +463,16 @@ def test_a_worker_that_leaves_is_not_waited_for(core: Core, leaves: Kind | None)
     assert (SECOND, FOUR, 1) in runs(actions)
 
 
+@pytest.mark.parametrize("limits", [Limits(queued=1), Limits(client_queued=1)])
+def test_nor_where_the_queue_is_full(limits: Limits) -> None:
+    core = Core(limits=limits)
+    core.hello()
+    busy_home(core)
+    assert next_turn(core) == [accepted(FOUR, 1)]
+    assert receivers(core.submit(TWO, session="s", continues=True, prompt_size=LONG)) == [SECOND]
+    assert core.tables.admission.queued == 1
+
+
 def test_nor_one_where_nobody_knows_how_long_a_prompt_takes(core: Core) -> None:
     busy_home(core, took=0.0)
     assert receivers(next_turn(core)) == [SECOND]

@@ -500,15 +500,6 @@ def test_a_model_that_is_still_unknown_when_the_broker_has_settled_is_refused() 
 # --- many who wait
 
 
-def at_once(core: Core) -> list[list[Action]]:
-    """What comes of each timer that rings at once, or at once after the one before."""
-    rounds = []
-    while (due := core.broker.next_timer()) is not None and due < core.now + 0.01:
-        core.now = max(core.now, due)
-        rounds.append(core.handle(TimerDue()))
-    return rounds
-
-
 def test_who_waits_is_told_in_slices() -> None:
     """Ten thousand told in one go would hold up everybody else for a fifth of a second."""
     core = Core()
@@ -518,7 +509,7 @@ def test_who_waits_is_told_in_slices() -> None:
     waiting = [n.to_bytes(16) for n in range(1, 201)]
     for request in waiting:
         core.submit(request)
-    rounds = [core.declare("m", "warming"), *at_once(core)]
+    rounds = [core.declare("m", "warming"), *core.at_once()]
     assert [len(r) for r in rounds] == [64, 64, 64, 8]
     told = [a.message.header.request for r in rounds for a in r if isinstance(a, Send)]
     assert sorted(told) == waiting
@@ -532,7 +523,7 @@ def test_unknown_models_are_refused_one_by_one() -> None:
         core.submit(request, model=f"m{request[-1]}")
     core.now += 3.0
     core.keep_alive(())
-    rounds = at_once(core)
+    rounds = core.at_once()
     assert {len(r) for r in rounds} == {0, 1}
     assert {kind for r in rounds for _, kind in kinds(r)} == {Kind.ERROR}
     assert core.tables.queues.length == 0
@@ -548,7 +539,7 @@ def test_a_model_that_comes_while_others_are_refused_is_not_unknown() -> None:
     core.keep_alive(())
     core.handle(TimerDue())
     assert (WORKER, waiting[-1], 1) in runs(core.register(models=("late",)))
-    at_once(core)
+    core.at_once()
     assert [r.id for r in core.tables.requests.values() if r.state is not State.DONE] == [waiting[-1]]
 
 

@@ -16,7 +16,8 @@ from brokerwire import Peer, broker, command, fails, settings, until
 from loopmux.claims import BusyError, Claim
 from loopmux.errors import ConfigError
 from loopmux.wire import Kind
-from loopmux_broker.config import BrokerConfig, load
+from loopmux_broker.config import BrokerConfig
+from loopmux_broker.configfile import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -237,3 +238,9 @@ def test_no_prompt_in_the_log(endpoint: str) -> None:
     assert written
     assert "hello" not in written
     assert "secret" not in written
+
+
+def test_what_takes_long_to_import_is_not_waited_for_when_it_is_started_again() -> None:
+    code = "import sys, loopmux_broker.program; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"asyncio", "logging", "structlog", "yaml"} & set(loaded)

@@ -16,6 +16,7 @@ from brokerkit import (
     end,
     failure,
     instance,
+    kinds,
     pushed,
     run,
     stop,
@@ -326,6 +327,53 @@ def test_grace_ends_with_the_return(core: Core) -> None:
     assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0), AGAIN)]
 
 
+def crowd(core: Core, count: int) -> list[bytes]:
+    """So many requests of one client; the first four run."""
+    requests = [n.to_bytes(16) for n in range(1, count + 1)]
+    for request in requests:
+        core.submit(request)
+    for request in requests[:4]:
+        core.worker(say(Kind.RUNACK, request, attempt=1))
+    return requests
+
+
+def test_what_a_client_leaves_behind_is_ended_in_slices(core: Core) -> None:
+    """Thousands in one go would hold up everybody else for a tenth of a second."""
+    requests = crowd(core, 200)
+    left = [200]
+    core.client(say(Kind.BYE))
+    while core.tables.requests:
+        left.append(len(core.tables.requests))
+        core.now += 0.001
+        core.handle(TimerDue())
+    assert left == [200, 136, 72, 8]
+    for request in requests[:4]:
+        core.worker(stopped(request))
+    core.assert_empty()
+    assert core.tables.clients.by_instance == {}
+    assert core.counted["cancelled"] == 200
+
+
+def test_none_that_waits_gets_the_slot_of_one_that_is_ended(core: Core) -> None:
+    crowd(core, 200)
+    core.client(say(Kind.BYE))
+    actions = [action for actions in core.at_once() for action in actions]
+    assert [stop(n.to_bytes(16), 1) for n in (4, 3, 2, 1)] == actions
+
+
+def test_a_client_that_returns_meanwhile_keeps_what_is_left(core: Core) -> None:
+    crowd(core, 200)
+    core.lose(CLIENT)
+    core.now += core.config.closed_grace
+    core.keep_alive(())
+    core.handle(TimerDue())
+    core.hello(AGAIN, instance(CLIENT))
+    core.at_once()
+    assert len(core.tables.requests) == 136
+    core.client(credit((1).to_bytes(16), 8, 0), AGAIN)
+    assert core.worker(tok((1).to_bytes(16), 0)) == [pushed(tok((1).to_bytes(16), 0), AGAIN)]
+
+
 # --- a client that does not read
 
 
@@ -351,6 +399,41 @@ def test_a_slow_client_loses_its_request_and_no_other() -> None:
     core.client(say(Kind.ENDACK, ONE))
     core.client(say(Kind.ENDACK, TWO))
     core.assert_empty()
+
+
+def backlog(core: Core) -> list[Action]:
+    """190 chunks that the client gave no credit for; it gives it."""
+    core.running(ONE)
+    for seq in range(190):
+        core.worker(tok(ONE, seq))
+    return core.client(credit(ONE, 1_000, 8))
+
+
+def test_of_a_backlog_some_is_pushed_now_and_the_rest_soon(core: Core) -> None:
+    rounds = [backlog(core), *core.at_once()]
+    relayed = rounds[0].pop(0)
+    assert kinds([relayed]) == [(WORKER, Kind.TOKACK)]
+    assert [starts(actions) for actions in rounds] == [[*range(8, 72)], [*range(72, 136)], [*range(136, 190)]]
+
+
+def test_a_full_pipe_is_tried_again_with_little(core: Core) -> None:
+    backlog(core)
+    core.handle(PushBlocked(CLIENT, ONE, 8))
+    core.now += core.config.retry
+    assert starts(core.handle(TimerDue())) == [*range(8, 72)]
+
+
+def test_with_a_chunk_that_was_refused_the_terminal_comes_again(core: Core) -> None:
+    core.running(ONE)
+    core.lose(CLIENT)
+    core.worker(tok(ONE, 0))
+    core.worker(end(ONE, 1))
+    core.hello(AGAIN, instance(CLIENT))
+    both = [pushed(tok(ONE, 0), AGAIN), pushed(end(ONE, 1), AGAIN)]
+    assert core.client(credit(ONE, 8, 0), AGAIN) == both
+    core.handle(PushBlocked(AGAIN, ONE, 0))
+    core.now += core.config.retry
+    assert core.handle(TimerDue()) == both
 
 
 def test_output_held_for_all_limits_what_is_let_in() -> None:

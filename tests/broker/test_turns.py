@@ -1,23 +1,30 @@
-"""In which order one turn of the broker's loop hands things to the core."""
+"""What the broker's loop hands to its core, in which order, and what it does about a bug in there."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import structlog
 
 from loopmux_broker.config import BrokerConfig
-from loopmux_broker.events import Action, ConnectionLost, Event, LoopStalled
+from loopmux_broker.doors import SendOutcome
+from loopmux_broker.events import Action, ConnectionLost, Event, LoopStalled, Push, PushBlocked, TimerDue
 from loopmux_broker.lifeline import Lifeline
+from loopmux_broker.logs import Logger
 from loopmux_broker.server import Server
 
 PEER = b"\0peer\1"
 
 
+@pytest.fixture
+def config(tmp_path: Path) -> BrokerConfig:
+    return BrokerConfig(endpoints=(f"ipc://{tmp_path}/b.ipc",), worker_endpoints=(f"ipc://{tmp_path}/w.ipc",))
+
+
 def test_a_sleep_amid_a_turn_is_known_before_the_connections_that_closed_in_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: BrokerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, events = SimpleNamespace(now=100.0), list[Event]()
 
@@ -29,9 +36,8 @@ def test_a_sleep_amid_a_turn_is_known_before_the_connections_that_closed_in_it(
         clock.now += 5.0
 
     monkeypatch.setattr("loopmux_broker.server.time", SimpleNamespace(monotonic=lambda: clock.now))
-    config = BrokerConfig(endpoints=(f"ipc://{tmp_path}/b.ipc",), worker_endpoints=(f"ipc://{tmp_path}/w.ipc",))
     with Lifeline() as lifeline:
-        server = Server(config, structlog.get_logger(), lifeline)
+        server = Server(config, Logger("json", "error"), lifeline)
         server._broker = SimpleNamespace(handle=handle, next_timer=lambda: None)  # type: ignore[assignment]
         [_, workers, _] = server.doors
         workers.receive = receive  # type: ignore[method-assign]
@@ -39,3 +45,50 @@ def test_a_sleep_amid_a_turn_is_known_before_the_connections_that_closed_in_it(
         server._turn(set())
         server.close()
     assert events == [LoopStalled(5.0), ConnectionLost(PEER)]
+
+
+def test_a_full_pipe_is_told_once_of_each_request(config: BrokerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of chunks may wait for who never reads: a word of each at every try would leave others no time."""
+    pushes: list[Action] = [Push(PEER, [b""], request, seq) for request in (b"1", b"2") for seq in range(1_000)]
+    events, tried = list[Event](), list[int]()
+
+    def handle(event: Event, now: float) -> list[Action]:
+        events.append(event)
+        return pushes if event == TimerDue() else []
+
+    def send(peer: bytes, frames: list[bytes]) -> SendOutcome:
+        tried.append(1)
+        return SendOutcome.FULL
+
+    with Lifeline() as lifeline:
+        server = Server(config, Logger("json", "error"), lifeline)
+        server._broker = SimpleNamespace(handle=handle)  # type: ignore[assignment]
+        monkeypatch.setattr(server.doors[PEER[-1]], "send", send)
+        server._handle(TimerDue(), 0.0)
+        server.close()
+    assert events == [TimerDue(), PushBlocked(PEER, b"1", 0), PushBlocked(PEER, b"2", 0)]
+    assert len(tried) == 1
+
+
+def test_a_bug_in_the_core_is_logged_and_stops_nothing(
+    config: BrokerConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(event: Event, now: float) -> None:
+        raise RuntimeError("a bug")
+
+    with Lifeline() as lifeline:
+        server = Server(config, Logger("json", "info"), lifeline)
+        monkeypatch.setattr(server._broker, "_handle", fail)
+        server._handle(TimerDue(), 0.0)
+        server.close()
+    line = json.loads(capsys.readouterr().err)
+    assert (line["level"], line["event"], line["handled"]) == ("error", "internal error", "TimerDue")
+    assert line["traceback"].endswith("RuntimeError: a bug\n")
+
+
+def test_a_line_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Logger("console", "warning")
+    log.say("info", "ready")
+    log.say("warning", "loop stalled", seconds=2.5)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("Z warning loop stalled  seconds=2.5")

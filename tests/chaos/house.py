@@ -33,6 +33,8 @@ _EMPTY_LIMIT = 40.0
 started again, and whose client has left meanwhile, is kept for 30."""
 _AGAIN = 0.2
 """Seconds between two attempts of a process that does not even start."""
+_VARIABLES = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
+"""Programs that are installed have been compiled; those of a checkout are with the first start, not with each."""
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Part:
             with self.log.open("ab") as log:
                 began = time.monotonic()
                 self.process = await asyncio.create_subprocess_exec(
-                    *self.command, stdout=log, stderr=log, pass_fds=self.inherits
+                    *self.command, stdout=log, stderr=log, env=_VARIABLES, pass_fds=self.inherits
                 )
             await self.process.wait()
             self.ends += 1
@@ -111,14 +113,19 @@ class House:
     def __init__(self, specs: Sequence[dict[str, Any]], settings: dict[str, Any] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lmx-"))  # short: socket paths are limited
         self.endpoint = f"ipc://{self.folder / 'b'}"
-        config = self.folder / "broker.yaml"
-        config.write_text(json.dumps(settings or {}))  # JSON is YAML
         # they are ours, as a service manager's: connections wait while the broker is started again
         self._listening = {"clients": Listening(self.endpoint), "workers": Listening(f"{self.endpoint}.work")}
         handed = [word for who, one in self._listening.items() for word in ("--listen-fd", f"{who}={one.fileno()}")]
-        self.broker = self._part("broker", "loopmux_broker", *handed, "--config", str(config))
+        self.broker = self._part("broker", "loopmux_broker", *handed, *self._config(settings))
         self.broker.inherits = tuple(one.fileno() for one in self._listening.values())
         self.workers = [self._worker(f"w{n}", spec) for n, spec in enumerate(specs)]
+
+    def _config(self, settings: dict[str, Any] | None) -> list[str]:
+        if settings is None:
+            return []
+        file = self.folder / "broker.yaml"
+        file.write_text(json.dumps(settings))  # JSON is YAML
+        return ["--config", str(file)]
 
     def _part(self, name: str, module: str, *arguments: str) -> Part:
         # the parent: a run that is killed leaves nothing behind

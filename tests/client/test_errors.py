@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import difflib
 import re
+from typing import Any
 
 import pytest
 
 from loopmux import errors
-from loopmux.errors import BY_CODE, LoopmuxError, from_code
+from loopmux.errors import BY_CODE, LoopmuxError, from_code, unknown_model
 
 BUILT_INS = {
     "BadRequestError": ValueError,
@@ -73,3 +75,18 @@ def test_a_code_of_a_newer_peer_is_still_an_error_of_ours() -> None:
 def test_retryable_has_a_default_per_class() -> None:
     retryable = {cls.__name__ for cls in BY_CODE.values() if cls("x").retryable}
     assert retryable == {"OverloadedError", "WorkerLostError", "ConnectionLostError"}
+
+
+def test_of_thousands_of_models_few_are_compared_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    near = difflib.get_close_matches
+
+    def note(name: str, names: list[str], **options: Any) -> list[str]:
+        compared.extend(names)
+        return near(name, names, **options)
+
+    monkeypatch.setattr(difflib, "get_close_matches", note)
+    error = unknown_model("mistrall", ["mistral", *(f"m{n}" for n in range(2_000))])
+    assert error.message.endswith(" and 1951 more; did you mean 'mistral'?")
+    assert len(error.message) < 1_000
+    assert len(compared) <= 64

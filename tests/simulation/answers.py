@@ -77,7 +77,7 @@ class Answers:
         owner = requests[id_].client if id_ in requests else None
 
         def waits() -> bool:
-            """An end waits for room in the pipe, or for the client to take what comes before it."""
+            """An end waits for room in the pipe, or behind what comes before it."""
             request = requests.get(id_)
             return request is not None and request.client is client and request.state is State.DONE
 
@@ -94,7 +94,7 @@ class Answers:
                 return _of(id_, Kind.WHO)
             case Kind.CANCEL:
                 over = _of(id_, *wire.TERMINALS)
-                return lambda said: over(said) or (waits() and client.blocked)
+                return lambda said: over(said) or (waits() and (client.blocked or id_ in client.waiting))
         return None
 
     def _of_broker_to_worker(self, peer: bytes, header: Header) -> Answered | None:

@@ -45,6 +45,10 @@ def audit(world: World) -> None:
         body = sum(r.size for r in mine)
         hold(client.held == body, "the books agree: a client's bodies", lambda: f"{client.held}, {body}")
     for request in requests:
+        kept, total, ids = request.output.chunks, request.output.total, len(request.output.ids) // 4
+        starts, ends = [chunk.seq for chunk in kept], [chunk.end for chunk in kept]
+        in_order = [*starts, total][1:] == ends and (request.state is State.DONE or ids == total)
+        hold(in_order, "the books agree: tokens", lambda: f"{starts}, {ends}, {ids} of {total} ids")
         hold(
             request.output.held <= world.profile.config.request_output + _CHUNK,
             "buffers are bounded",
@@ -63,8 +67,7 @@ def audit(world: World) -> None:
         )
     limits = tables.config.limits
     calls = world.promise.calls  # those that ran before, or waited with another broker, were let in then
-    # … and who waits for the worker of its session would have had a slot
-    new = sum(r.state is State.QUEUED and not (r.attempt or r.awaits or calls[r.id].attached) for r in requests)
+    new = sum(r.state is State.QUEUED and not (r.attempt or calls[r.id].attached) for r in requests)
     hold(new <= limits.queued, "limits are kept: queued", lambda: f"{new} of {admission.queued} never ran")
     hold(admission.held <= limits.held, "limits are kept: bodies", lambda: f"{admission.held} > {limits.held}")
     for worker in pool.workers.values():

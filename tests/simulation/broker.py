@@ -137,11 +137,13 @@ class BrokerProcess(Process):
         self.look()
 
     def _handle(self, event: events.Event) -> None:
+        refused = b""
         for action in self.core.handle(event, self.clock.now):
             match action:
                 case Push(peer, frames, request, seq):
-                    if peer in self._full or not self._send(peer, frames):
+                    if request != refused and (peer in self._full or not self._send(peer, frames)):
                         self._full.add(peer)
+                        refused = request
                         self._handle(PushBlocked(peer, request, seq))
                 case Log(level, text, fields):
                     if text == "internal error":
