@@ -146,7 +146,7 @@ class Adapters:
             raise OverloadedError(f"{_MOST} adapters are being loaded or unloaded: try again", retry_after=_RETRY)
 
     def _loadable(self, order: AdapterOrder) -> set[str]:
-        """The workers that are to load it.
+        """The workers that are to load it; none where the model runs on demand and does not now: the next one will.
 
         Raises:
             LoopmuxError: there are none, or the name is another model's.
@@ -158,7 +158,7 @@ class Adapters:
             raise BadRequestError(
                 f"folder: found {order.folder[:80]!r}, expected an absolute path of at most {_LONGEST_FOLDER} bytes"
             )
-        workers = self._workers_of(model)
+        workers = self._running(model) if self._on_demand(model) else self._workers_of(model)
         if (onto := self._loaded_for(model)) is not None:
             raise BadRequestError(f"model {model!r} is an adapter that was loaded for {onto!r}: name that one")
         words = pool.launchers_of(name).values()
@@ -201,6 +201,11 @@ class Adapters:
                 retry_after=_RETRY,
             )
         return workers
+
+    def _on_demand(self, model: str) -> bool:
+        """Whether a launcher starts workers of a model when they are needed, and they can be."""
+        words = self._t.pool.launchers_of(model).values()
+        return any(word.entry.scales and word.entry.phase != "failed" for word in words)
 
     def _running(self, model: str) -> set[str]:
         return {w.name for w in self._t.pool.serving(model) if not w.draining}

@@ -273,7 +273,8 @@ class Client:
             folder: where its files lie, on the workers' host; relative to the working directory.
 
         Returns:
-            What came of it: ``content`` (hash of the files), ``workers`` and whether it is ``remembered``.
+            What came of it: ``content`` (hash of the files), ``workers`` and whether it is ``remembered``. Without a
+            worker of a model on demand it is only that: the next one loads it, and finds out whether it can.
 
         Raises:
             LoopmuxError: it was loaded nowhere; the message has each worker's reason.

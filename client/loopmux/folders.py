@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from pathlib import Path
 
 from loopmux.errors import ConfigError
 
-_SOME_BYTES = bytes(4096)
-"""A block: on a full disk an empty file can still be made, and the first block of it not be written."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says when there is no room."""
 
 
 def usable(folder: Path, purpose: str, remedy: str) -> Path:
-    """Make a folder if need be, and see that files can be written in it; nothing is left of the trial.
+    """Make a folder if need be, and see that files can be made in it; nothing is left of the trial.
+
+    A full disk is no reason to do without what lies there: who needs room says so.
 
     Args:
         purpose: what it is for, in plural ("log files").
@@ -23,9 +26,10 @@ def usable(folder: Path, purpose: str, remedy: str) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            file.write(_SOME_BYTES)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
+        if error.errno in FULL and folder.is_dir():
+            return folder
         raise unusable(folder, purpose, remedy, error) from error
     return folder
 

@@ -126,8 +126,8 @@ def _rollback(options: argparse.Namespace) -> int:
         torch = _torch(configuration, one)
         built = environments.rollback(one, _envs(), _code(), _progress(console, one), torch=torch)
         text = (
-            f"rolled back to {built.folder}: {built.summary}; workers that are started from now on run there, "
-            f"until `loopmux env build {one.name}` or another declaration"
+            f"rolled back to {built.folder}: {built.summary}; used from the next start, or SIGHUP to a `loopmux up` "
+            f"that runs, until `loopmux env build {one.name}` or another declaration"
         )
         console.announce(Announce(_subject(one), text))
     return 0

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from loopmux import folders
 from loopmux_launcher import envplan, envstore, installer, integrity, interpreters, lockfile, requirements, tools
 from loopmux_launcher.config import Environment
 from loopmux_launcher.envstore import Built
@@ -350,7 +351,7 @@ def _full_disk_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in tools.FULL:
+        if error.errno not in folders.FULL:
             raise
         at = Path(error.filename) if error.filename else folder
         place = next(p for p in (at, *at.parents) if p.exists())

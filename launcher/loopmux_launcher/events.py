@@ -130,9 +130,10 @@ class AdaptersSaved:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """Somebody wants us to end; ``at_once`` without waiting for anything."""
+    """Somebody wants us to end; ``patiently`` when what runs has ended, ``at_once`` without waiting for anything."""
 
     at_once: bool = False
+    patiently: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,12 @@ class Fleet:
         python = premises.python if premises else None
         yield StartWorker(process.name, crew.group.environment, python, replace(crew.group.spec, name=process.name))
 
+    def left(self, process: Process) -> None:
+        """A process left as somebody else told it to. Beyond what always runs it is started again for who waits."""
+        crew = self.crew_of(process.name)
+        if crew is not None:
+            crew.scaling.settle(len(crew.alive))
+
     def _retire(self, process: Process, now: float, why: str) -> Iterator[Action]:
         """Stop a process that is not needed, or not as it is. What it runs ends there or goes on elsewhere."""
         runs = process.runs
@@ -185,9 +191,10 @@ class Fleet:
         premises = self._verdict(name)
         if premises is None:
             return
+        moved = premises.python not in ("", python)  # it was built anew beside, or rolled back
         premises.state, premises.python, premises.detail = "ready", python, ""
         self.notes.pop(f"environment {name}", None)
-        for crew in self._inside(name) if premises.changed else ():
+        for crew in self._inside(name) if premises.changed or moved else ():
             _outdate(crew)
         premises.changed = premises.stale = False
         yield Announce(f"environment {name}", f"ready in {now - premises.since:.1f} s: {summary}")
@@ -287,10 +294,9 @@ class Fleet:
                     yield StopBuild(name)
                 else:
                     premises.state = "wanted"
-            elif event.retry and premises.state == "failed":
+            elif event.retry and not building:
                 premises.state = "wanted"
-            elif event.retry and premises.stale:
-                premises.state, premises.changed = "wanted", True
+                premises.changed |= premises.stale
 
 
 def _outdate(crew: Crew, *, last_of_its_kind: bool = False) -> None:

@@ -9,6 +9,7 @@
                      ENDING ─exit─▶ PAUSING or PARKED (crash loop, or a bad configuration: it would fail again)
 
     stop: any of them ─▶ STOPPING ─exit─▶ GONE ─start─▶ STARTING, when it is wanted again
+    READY ─exit 0─▶ GONE: somebody else told it to leave (an administrator who drains it, a signal)
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class Process:
 
     def exited(self, code: int, last_lines: tuple[str, ...], now: float, draw: float) -> float | None:
         """It is gone; returns the seconds until its next start, None if there is none (then it is PARKED or GONE)."""
-        if self.state is State.STOPPING:
+        if self.state is State.STOPPING or (self.state is State.READY and code == 0):
             self.state, self.wake = State.GONE, None
             return None
         was_ready = self.state is State.READY

@@ -19,3 +19,10 @@ def _row(model: ModelStatus) -> tuple[str, ...]:
     """A model that is not ready says since when, and why."""
     why = "" if model.phase == "ready" else f"{model.elapsed:.0f} s {model.detail.partition(chr(10))[0]}".rstrip()
     return model.id, model.phase, str(model.workers), str(model.running), str(model.queued), why
+
+
+def leaving(status: Status) -> list[str]:
+    """What is waited for while all of it ends; empty when that is nothing."""
+    held = [worker for worker in status.workers if worker.running]
+    names = ", ".join(f"{worker.name} ({worker.running})" for worker in held)
+    return [f"waits for what runs on {names}; Ctrl-C stops at once"] if held else []

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
+from loopmux.cadence import LEAVE_PATIENTLY
 from loopmux.codec import shorten
 from loopmux.messages import AdapterOrder, Catalogue, ModelPhase
 from loopmux_launcher.adapters import Added
@@ -169,10 +170,9 @@ class Plan:
             case ConfigurationRefused(reason):
                 self._refused = f"refused, the former one stays in force: {reason}"
                 yield Announce("launcher", f"configuration {self._refused}", "error")
-            case StopRequested(at_once):
-                again = "" if at_once or not self._busy() else "; once more to stop at once"
-                yield Announce("launcher", f"stopping{again}")
-                yield from self._stop(now, at_once=at_once)
+            case StopRequested():
+                yield Announce("launcher", self._farewell(event))
+                yield from self._stop(now, event)
 
     def _unless_stopping(self, actions: Iterator[Action]) -> Iterator[Action]:
         """Note what happened in any case, and speak of it only where it still matters."""
@@ -216,10 +216,15 @@ class Plan:
             yield Announce(process.name, f"goes on without {model}, which failed: {reason}", "error")
 
     def _process_exited(self, process: Process, event: ProcessExited, now: float) -> Iterator[Action]:
+        left = process.state is State.READY
         delay = process.exited(event.code, event.last_lines, now, event.draw)
         if process.state is State.GONE:
             self.fleet.leaving.pop(process.name, None)
-            yield Announce(process.name, "stopped")
+            yield Announce(process.name, "left, as somebody told it to" if left else "stopped")
+            if left and process is self.broker:
+                yield from self._start(process, now)
+            elif left:
+                self.fleet.left(process)
             return
         first_broker_failure = process is self.broker and not self._started
         said = "".join(f"\n    {line}" for line in process.last_lines)
@@ -232,7 +237,7 @@ class Plan:
         if process is self.broker:
             process.state, process.wake = State.PARKED, None
             self.exit_code = event.code if event.code > 0 else 1
-            yield from self._stop(now, at_once=False)
+            yield from self._stop(now, StopRequested())
 
     def _woke(self, process: Process, now: float) -> Iterator[Action]:
         match process.state:
@@ -265,17 +270,23 @@ class Plan:
 
     # --- stopping
 
-    def _stop(self, now: float, *, at_once: bool) -> Iterator[Action]:
+    def _farewell(self, how: StopRequested) -> str:
+        if how.at_once or not self._busy():
+            return "stopping"
+        waits = f", what runs has {LEAVE_PATIENTLY / 2:.0f} s to end" if how.patiently else ""
+        return f"stopping{waits}; once more to stop at once"
+
+    def _stop(self, now: float, how: StopRequested) -> Iterator[Action]:
         self._stopping = True
         for premises in self.fleet.premises.values():
             if premises.state == "building":
                 yield StopBuild(premises.name)
         for process in self.fleet.processes():
-            if process.state is not State.STOPPING or process.patient:
-                process.stop(now)
+            if process.state is not State.STOPPING or (process.patient and not how.patiently):
+                process.stop(now, patiently=how.patiently)
                 if process.runs:
-                    yield StopProcess(process.name)
-            if at_once and process.runs:
+                    yield StopProcess(process.name, process.patient)
+            if how.at_once and process.runs:
                 process.wake = None
                 yield KillProcess(process.name)
 
@@ -288,7 +299,7 @@ class Plan:
             if self._started and all(crew.group.fewest and self._failed(crew) for crew in self._crews):
                 self.exit_code = 1
                 yield Announce("launcher", "no model is left that could be served: stopping", "error")
-                yield from self._stop(now, at_once=False)
+                yield from self._stop(now, StopRequested())
         if self._stopping and not self._busy():
             if self.broker and self.broker.state not in (State.STOPPING, State.GONE, State.PARKED):
                 self.broker.stop(now)

@@ -46,6 +46,10 @@ class Scaling:
         self.fewest, self.most, self.idle_timeout = fewest, most, idle_timeout
         self.wanted = min(max(self.wanted, fewest), most)
 
+    def settle(self, alive: int) -> None:
+        """Want as many as there are, within the limits: what was wanted besides and not begun is so no more."""
+        self.wanted = min(max(alive, self.fewest), self.most)
+
     def told(self, queued: int, loads: Sequence[WorkerLoad], *, alive: int, ready: int, now: float) -> str | None:
         """Take a report in, and name the process to stop if one is to spare.
 
@@ -60,7 +64,7 @@ class Scaling:
         if queued:
             self.wanted = max(self.wanted, 1)
         else:
-            self.wanted = min(max(alive, self.fewest), self.most)  # what was wanted and not begun is so no more
+            self.settle(alive)
         if not (queued and steady and alive):
             self.pressed = None
         elif self.pressed is None:

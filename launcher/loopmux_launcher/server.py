@@ -153,7 +153,7 @@ class Launcher:
         if asked.reload or self._watch.changed(time.monotonic()):
             self._reload(retry=asked.reload)
         for _ in range(asked.stops):
-            self._handle(StopRequested(at_once=self._stopped))
+            self._handle(StopRequested(self._stopped, asked.patiently and not self._stopped))
             self._send(self._link.bye())  # so that nobody waits for models that will not come back
             self._stopped = True
         for child in list(self._children.values()):
@@ -170,8 +170,8 @@ class Launcher:
         if due is not None and due <= time.monotonic():
             self._handle(TimerFired())
         if self._asking is not None:
-            status = None if self._stopped else self._asking.status
-            self._console.show(livelook.picture(status) if status else ())
+            status, picture = self._asking.status, livelook.leaving if self._stopped else livelook.picture
+            self._console.show(picture(status) if status else ())
 
     _stopped = False
     _asking: Asking | None = None

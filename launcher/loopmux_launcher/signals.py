@@ -13,9 +13,16 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What was asked for since the last look: ``stops`` times to stop, and whether to read the configuration again."""
+    """What was asked for since the last look.
+
+    Attributes:
+        stops: so many times to stop.
+        patiently: the first of them by somebody at the keyboard (Ctrl-C), who sees what is waited for.
+        reload: to read the configuration again.
+    """
 
     stops: int = 0
+    patiently: bool = False
     reload: bool = False
 
 
@@ -72,7 +79,8 @@ class Signals:
             numbers = self._ear.recv(4096)
         except BlockingIOError:
             numbers = b""
-        stops = sum(number in _STOPS for number in numbers)
+        asked = [number for number in numbers if number in _STOPS]
+        stops, patiently = len(asked), asked[:1] == [signal.SIGINT]
         hung_up = signal.SIGHUP in numbers
         if hung_up and self._terminal and not _has_terminal():
             self._terminal = hung_up = False
@@ -80,7 +88,7 @@ class Signals:
         if self._parent is not None and self._parent_ended(readable):
             self._parent = None
             stops += 1
-        return Asked(stops, hung_up)
+        return Asked(stops, patiently, hung_up)
 
     def _parent_ended(self, readable: set[int]) -> bool:
         if self._process is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ _WHY_UNREACHABLE = re.compile(
 _UV_ERROR = re.compile(r"error: |\s*(?:× |╰─▶ |cause: |Caused by: )")
 """What uv's lines begin with when it fails, in its newer and older forms."""
 _FULL = re.compile(r"No space left on device|os error 28|Disk quota exceeded|os error 122")
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What the system says when there is no room."""
 _LONGEST = 600
 """Characters of an installer's reason that are shown; the log has the rest."""
 

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from loopmux.folders import unusable
 from loopmux_launcher.lock import locked
 
 PACKAGES = ("loopmux", "loopmux_worker")
@@ -22,14 +23,20 @@ _SUFFIXES = (".py", ".typed", ".json", ".jinja")
 
 
 def install(folder: Path) -> Path:
-    """The folder to put on PYTHONPATH, made below ``folder`` unless it is there and whole."""
+    """The folder to put on PYTHONPATH, made below ``folder`` unless it is there and whole.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
     files = _collect()
     digest = _digest(files)
     target = folder / digest
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock"):
-        if not target.is_dir() or _digest(_read(target)) != digest:
-            _write(files, target)
+    try:
+        with locked(folder / ".lock"):
+            if not target.is_dir() or _digest(_read(target)) != digest:
+                _write(files, target)
+    except OSError as error:
+        raise unusable(folder, "the workers' code", "set $XDG_DATA_HOME to another", error) from error
     return target
 
 

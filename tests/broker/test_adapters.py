@@ -262,6 +262,23 @@ def test_what_cannot_be_loaded_is_refused_at_once(core: Core, order: AdapterOrde
     assert words in why(actions).message
 
 
+def test_for_a_model_on_demand_without_a_worker_it_is_remembered_and_the_next_one_has_it(core: Core) -> None:
+    core.declare("cold", "idle", scales=True)
+    order = AdapterOrder("cold", "loud", "/adapters/loud")
+    assert told(load(core, order=order), Kind.LOAD) == {LAUNCHER: ONE}
+    core.register(THIRD, models=("cold",))  # one that was on its way
+    actions = core.declare("loud", "idle", onto="cold", folder=order.folder, scales=True)
+    actions += done(core, LAUNCHER, ONE, Done())
+    assert answers(actions) == [Done(remembered=True)]
+    assert set(told(actions, Kind.LOAD)) == {THIRD}
+
+
+def test_for_one_that_cannot_be_started_it_is_refused_with_that_reason(core: Core) -> None:
+    core.declare("cold", "failed", scales=True, detail="no such folder")
+    refused = why(load(core, order=AdapterOrder("cold", "loud", "/a")))
+    assert "no worker now (it is failed: no such folder)" in refused.message
+
+
 def test_an_adapter_is_loaded_for_a_model_not_for_an_adapter(core: Core) -> None:
     loaded(core)
     refused = why(load(core, THREE, AdapterOrder("loud", "louder", "/a")))

@@ -134,6 +134,20 @@ def test_what_lacks_torch_is_refused_for_a_model_that_needs_it(
 
 
 @pytest.mark.slow
+def test_other_workers_code_is_probed_and_nothing_is_built_for_it(
+    built: tuple[Path, list[Program]], tmp_path: Path
+) -> None:
+    folder, _ = built
+    environment = load(folder / "tiny.yaml").environments["tiny"]
+    code, told = workercode.install(tmp_path / "code").rename(tmp_path / "other"), list[str]()
+    for _ in range(2):
+        found = environments.prepare(
+            environment, folder / "loopmux" / "envs", code, tmp_path / "log", told.append, torch=False
+        )
+    assert (told, found.code) == (["probing"], "other")
+
+
+@pytest.mark.slow
 def test_a_requirement_that_cannot_be_had_leaves_nothing_and_says_why(tiny: Path) -> None:
     text = tiny.read_text().replace("{python", '{requirements: ["msgpack==0.0.0"], python')
     tiny.write_text(text)

@@ -203,6 +203,25 @@ def test_a_damaged_environment_is_found_and_built_anew_beside(site: Site) -> Non
 
 
 @pytest.mark.slow
+def test_a_worker_in_a_damaged_environment_says_where_to_look_and_up_goes_over_to_the_next(
+    site: Site, home: Path
+) -> None:
+    site.declare()
+    site.build()
+    shutil.rmtree(next(site.python().parent.parent.glob("lib/python*/site-packages/zmq")))
+    with program("up", "--config", str(site.file), "--endpoint", f"ipc://{home}/s/client.ipc") as up:
+        said = up.line("starts again in")
+        assert "No module named 'zmq'" in said
+        assert "`loopmux env verify` says what" in said
+        assert "is damaged" in site.env("verify", "e", ok=False).stderr
+        site.build("--anew")
+        up.process.send_signal(signal.SIGHUP)
+        up.line("ready after")
+        up.process.terminate()
+        assert up.wait() == 0
+
+
+@pytest.mark.slow
 def test_a_changed_file_is_found(site: Site) -> None:
     site.declare("dd")
     site.build()
@@ -348,13 +367,14 @@ def test_a_disk_that_fills_up_leaves_nothing_half(site: Site, installer: str, ro
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="a small disk cannot be mounted here")
-def test_what_is_built_is_found_and_pruned_on_a_full_disk(site: Site, home: Path) -> None:
+def test_what_is_built_is_found_used_and_pruned_on_a_full_disk(site: Site, home: Path) -> None:
     site.declare("cc")
     other = site.folder / "other.yaml"
     other.write_text("environments: {e: {}}\nmodels: {a: {engine: echo, environment: e}}\n")
     data = home / "data"
     data.mkdir()
     env = f"{sys.executable} -m loopmux_launcher env"
+    up = f"{sys.executable} -m loopmux_launcher up --config {site.file} --endpoint ipc://{home}/s/client.ipc"
     script = f"""
         set -e
         mount -t tmpfs -o size=100m small {data}
@@ -363,6 +383,11 @@ def test_what_is_built_is_found_and_pruned_on_a_full_disk(site: Site, home: Path
         {env} path e --config {site.file}
         {env} verify e --config {site.file}
         {env} list --config {site.file}
+        XDG_STATE_HOME={data}/state {up} >{site.folder}/up 2>&1 & up=$!
+        while kill -0 $up && ! grep -q "ready after" {site.folder}/up; do sleep 0.05; done
+        kill $up
+        wait $up
+        cat {site.folder}/up
         mv {site.file} {site.file}.gone
         {env} prune --config {other}
         ls {data}/loopmux/envs
@@ -370,6 +395,8 @@ def test_what_is_built_is_found_and_pruned_on_a_full_disk(site: Site, home: Path
     done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "good: Python" in done.stdout
+    assert "a-1.log cannot be written: No space left on device; it goes on" in done.stdout
+    assert "ready after" in done.stdout
     assert " MB freed\n" in done.stdout
     assert done.stdout.endswith("freed\n")  # nothing is left
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loopmux.messages import ModelStatus, Status, WorkerStatus
-from loopmux_launcher.livelook import picture
+from loopmux_launcher.livelook import leaving, picture
 
 
 def worker(name: str, rate: float) -> WorkerStatus:
@@ -28,3 +30,10 @@ def test_each_model_with_what_is_done_for_it_and_the_sums() -> None:
 def test_one_worker() -> None:
     status = Status(b"e" * 8, 1.0, "loopmux", 1, 0, 0, 0, workers=(worker("m-1", 0.0),))
     assert picture(status)[-1] == "0 running, 0 queued, 0 tokens/s, 1 worker"
+
+
+def test_while_all_of_it_ends_it_is_said_what_is_waited_for() -> None:
+    busy, idle = worker("m-1", 70.4), replace(worker("m-2", 0.0), running=0)
+    status = Status(b"e" * 8, 1.0, "loopmux", 1, 0, 0, 1, workers=(busy, idle))
+    assert leaving(status) == ["waits for what runs on m-1 (1); Ctrl-C stops at once"]
+    assert leaving(replace(status, workers=(idle,))) == []

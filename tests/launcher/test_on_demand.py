@@ -68,6 +68,17 @@ def test_who_asks_while_it_stops_has_it_started_again_when_it_is_gone() -> None:
     assert [a.name for a in of(StartWorker, core.handle(ProcessExited("m-1", 0), 3.2))] == ["m-1"]
 
 
+def test_one_that_somebody_drained_is_started_again_for_who_waits() -> None:
+    core = begun(lazy())
+    demand(core, m=1, now=1.0)
+    ready(core, "m-1", now=2.0)
+    left = core.handle(ProcessExited("m-1", 0), 3.0)
+    assert of(StartWorker, left) == []
+    assert told(left)["m"].phase == "idle"
+    assert core.next_timer() is None
+    assert [a.name for a in of(StartWorker, demand(core, m=1, now=4.0))] == ["m-1"]
+
+
 def test_an_environment_is_built_when_the_first_request_needs_it() -> None:
     core = plan(lazy(environment="e"))
     assert of(BuildEnvironment, core.handle(Began(), 0.0)) == []

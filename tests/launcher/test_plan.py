@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from launcher.plankit import lines, make, of, plan, ready, told
+from loopmux.cadence import LEAVE_PATIENTLY
 from loopmux.codec import pack
 from loopmux.messages import Catalogue
 from loopmux.wire import ROUTE_LIMIT
@@ -340,3 +341,46 @@ def test_stopping_while_a_restart_is_waited_for() -> None:
     core.handle(ProcessExited("m-1", 1), 5.0)
     assert of(Finish, core.handle(StopRequested(), 5.1)) == [Finish(0)]
     assert core.next_timer() is None
+
+
+def test_ctrl_c_gives_what_runs_the_time_to_end_and_a_second_one_none() -> None:
+    core = plan(make("m"), make("loads"))
+    core.handle(Began(), 0.0)
+    ready(core, "m-1")
+    stopping = core.handle(StopRequested(patiently=True), 10.0)
+    assert lines(stopping, "info") == ["stopping, what runs has 120 s to end; once more to stop at once"]
+    assert of(StopProcess, stopping) == [StopProcess("m-1", patiently=True), StopProcess("loads-1")]
+    core.handle(ProcessExited("loads-1", -15), 10.1)
+    assert core.next_timer() == 10.0 + LEAVE_PATIENTLY + STOP_GRACE
+    assert of(KillProcess, core.handle(StopRequested(at_once=True), 11.0)) == [KillProcess("m-1")]
+    assert of(Finish, core.handle(ProcessExited("m-1", -9), 11.1)) == [Finish(0)]
+
+
+# --- leaving ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_was_told_to_leave_is_no_crashed_one_however_often() -> None:
+    core = plan(make("m"))
+    core.handle(Began(), 0.0)
+    for n in range(CRASHES + 1):
+        ready(core, "m-1", now=n + 0.5)
+        left = core.handle(ProcessExited("m-1", 0), n + 1.0)
+        assert [a.name for a in of(StartWorker, left)] == ["m-1"]
+        assert lines(left, "warning") == lines(left, "error") == []
+
+
+def test_one_that_ends_before_it_was_ready_has_failed_whatever_its_exit_code() -> None:
+    core = plan(make("m"))
+    core.handle(Began(), 0.0)
+    ended = core.handle(ProcessExited("m-1", 0), 1.0)
+    assert of(StartWorker, ended) == []
+    assert "exit code 0; starts again in" in lines(ended, "warning")[0]
+
+
+def test_a_broker_that_somebody_ended_is_started_again() -> None:
+    core = plan(make("m"), with_broker=True)
+    core.handle(Began(), 0.0)
+    ready(core, "broker", "m-1")
+    ended = core.handle(ProcessExited("broker", 0), 5.0)
+    assert of(StartBroker, ended) == [StartBroker()]
+    assert of(StopProcess, ended) == []

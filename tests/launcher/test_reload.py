@@ -208,6 +208,26 @@ def test_a_build_that_fails_leaves_everything_as_it_was() -> None:
     assert stopped(core.handle(EnvironmentReady("e", "/e/2", ""), 50.0)) == ["m-1"]
 
 
+def test_when_somebody_asks_an_environment_is_looked_at_again_and_another_build_of_it_moved_into() -> None:
+    core = begun(make("m", environment="e"))
+    assert of(BuildEnvironment, change(core, make("m", environment="e"), retry=True)) == [BuildEnvironment("e")]
+    assert [entry.phase for entry in core.catalogue(11.0)] == ["ready"]
+    same = core.handle(EnvironmentReady("e", "/e/1", ""), 11.0)
+    assert (started(same), stopped(same)) == ([], [])
+    change(core, make("m", environment="e"), now=20.0, retry=True)
+    assert stopped(core.handle(EnvironmentReady("e", "/e/2", ""), 21.0)) == ["m-1"]
+    assert [a.python for a in of(StartWorker, core.handle(ProcessExited("m-1", 0), 22.0))] == ["/e/2"]
+
+
+def test_what_was_given_up_in_a_damaged_environment_is_tried_again_in_the_next_build_of_it() -> None:
+    core = begun(make("m", environment="e"), make("n"))
+    core.handle(ProcessExited("m-1", 78), 5.0)
+    asked = change(core, make("m", environment="e"), make("n"), retry=True)
+    assert started(asked) == []  # not in the one that was seen to be damaged
+    anew = core.handle(EnvironmentReady("e", "/e/2", ""), 21.0)
+    assert [(a.name, a.python) for a in of(StartWorker, anew)] == [("m-1", "/e/2")]
+
+
 def test_a_build_that_a_change_has_overtaken_is_ended_and_done_anew() -> None:
     core = plan(make("m", environment="e"))
     core.handle(Began(), 0.0)

@@ -21,6 +21,7 @@ import pytest
 
 import loopmux
 from launcher.programs import Program, alive, launch, program, wait_for
+from loopmux import endpoints
 from loopmux_launcher import places
 from loopmux_launcher.backoff import CRASHES
 from loopmux_launcher.console import Console
@@ -76,11 +77,10 @@ def test_it_says_what_starts_and_serves(up: Program, config: Path, endpoint: str
     assert up.lines[-1].startswith("ready after")
     assert up.lines[-1].endswith(": echo")
     with loopmux.Client(endpoint) as client:
+        assert {w.name for w in client.status().workers} == {"echo-1", "echo-2"}  # both are with the broker by now
         assert client.generate("hello", model="echo").text
         wait_for(lambda: client.status().launchers, "the launcher to have joined the broker")
-        wait_for(lambda: len(client.status().workers) == 2, "both workers to have joined it")
         status = client.status()
-    assert {w.name for w in status.workers} == {"echo-1", "echo-2"}
     assert pid in {w.pid for w in status.workers}
     assert [(m.id, m.phase) for m in status.models] == [("echo", "ready")]
     assert len(status.launchers) == 1
@@ -94,6 +94,21 @@ def test_a_signal_drains_and_stops_everything(up: Program, home: Path, number: s
     gone(up, family, home)
     assert up.text.count("stopped") == 3
     assert "Traceback" not in up.text
+
+
+def test_ctrl_c_lets_what_runs_end(config: Path, endpoint: str) -> None:
+    """A stream of two seconds: longer than a worker waits upon SIGTERM."""
+    config.write_text("models: {echo: {engine: echo, echo: {rate: 100, tokens: 200}}}\n")
+    with program("up", "--config", str(config), "--endpoint", endpoint) as up, loopmux.Client(endpoint) as client:
+        up.line("ready after")
+        with client.stream("hello", model="echo", max_new_tokens=1000) as stream:
+            next(event for event in stream if isinstance(event, loopmux.TextDelta))
+            up.process.send_signal(signal.SIGINT)
+            for _ in stream:
+                pass
+        assert len(stream.result.token_ids) == 200
+        assert up.wait() == 0
+        assert "what runs has 120 s to end" in up.text
 
 
 def test_killing_up_leaves_nothing(up: Program, home: Path) -> None:
@@ -133,6 +148,16 @@ def test_a_killed_worker_is_replaced(up: Program, endpoint: str) -> None:
     assert victim.pid not in {p.pid for p in now}
     with loopmux.Client(endpoint) as client:
         wait_for(lambda: len(client.status().workers) == 2, "the broker to know both")
+
+
+def test_a_drained_worker_is_started_again_at_once(up: Program, endpoint: str) -> None:
+    before = {p.pid for p in up.children("loopmux_worker")}
+    with loopmux.Client(endpoints.admin_endpoint(endpoint)) as administrator:
+        administrator.drain("echo-1")
+    up.line("echo-1: left, as somebody told it to")
+    up.line("echo-1: ready in")
+    assert "starts again in" not in up.text  # which is said of one that crashed
+    assert len(before & {p.pid for p in up.children("loopmux_worker")}) == 1
 
 
 def test_a_killed_broker_is_replaced_and_workers_stay(up: Program, endpoint: str) -> None:
@@ -379,7 +404,9 @@ def test_a_terminal_shows_what_is_done_and_what_runs(config: Path, endpoint: str
         with loopmux.Client(endpoint) as client, client.stream("x", model="echo", max_new_tokens=10**6) as stream:
             next(iter(stream))
             wait_for(lambda: re.search(r"1 running, 0 queued, \d+ tokens/s", look()), "the stream to be seen")
-        process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
+            waits = r"waits for what runs on echo-\d \(1\); Ctrl-C stops at once"
+            wait_for(lambda: re.search(waits, look()), "what is waited for to be said")
         wait_for(lambda: look() and process.poll() is not None, "its end")
         assert process.returncode == 0
     assert "echo-2: stopped" in look()

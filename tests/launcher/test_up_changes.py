@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 import loopmux
 from e2e import stacks
+from fakemodels import write_model
 from launcher.programs import Program, program, wait_for
 from loopmux.messages import ModelStatus, Status
 from loopmux_worker.engine.echo import echo_token
@@ -165,6 +167,28 @@ def test_more_workers_come_while_requests_wait_and_leave_after_them(config: Path
             thread.join()
         assert {result.worker for result in results} == {"echo-1", "echo-2"}
         wait_for(lambda: len(up.children("loopmux_worker")) == 1, "one of them to stop")
+
+
+def test_a_model_whose_folder_has_gone_is_named_and_the_others_go_on(config: Path, endpoint: str, home: Path) -> None:
+    base = write_model(home / "base")
+    text = "models: {gone: {base_model: base, min: 0}, echo: {engine: echo}}\n"
+    with running(config, endpoint, text) as (_, client):
+        shutil.rmtree(base)
+        with pytest.raises(loopmux.EngineError) as caught:
+            client.generate("hello", model="gone")
+        assert "models.gone.base_model" in str(caught.value)
+        assert f"{base}, expected an existing directory or a hub id" in str(caught.value)
+        assert client.generate("hello", model="echo").text
+
+
+def test_an_adapter_for_a_model_on_demand_is_there_when_its_worker_is(config: Path, endpoint: str) -> None:
+    with running(config, endpoint, "models: {echo: {engine: echo, min: 0}}\n") as (up, client):
+        done = client.load_adapter("echo", "parrot", "/adapters/parrot")
+        assert (done.workers, done.remembered) == ((), True)
+        assert up.children("loopmux_worker") == []
+        assert client.generate("hello", model="parrot").text
+        [one] = client.adapters()
+        assert (one.name, one.workers, one.onto) == ("parrot", 1, "echo")
 
 
 # --- another configuration --------------------------------------------------------------------------------------------

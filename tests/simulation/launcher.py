@@ -159,7 +159,7 @@ class LauncherProcess(Endpoint):
         if self.children.get(name) is child:
             del self.children[name]
             draw = self.clock.random.random()
-            if self.plan.fleet.process(name).state is not State.STOPPING:
+            if code and self.plan.fleet.process(name).state is not State.STOPPING:
                 self.world.promise.launches.ended(name)
             self.later(0.002, lambda: self.handle(events.ProcessExited(name, code, (), draw)))
 

@@ -29,7 +29,7 @@ class Launches:
         hold(len(recent) < CRASHES, "a crash loop is given up", f"{name} crashed {len(recent)} times in 60 s")
 
     def ended(self, name: str) -> None:
-        """A launcher's child is gone that it did not stop."""
+        """A launcher's child is gone, and nobody told it to."""
         self._ends.setdefault(name, []).append(self._clock.now)
 
     def at_rest(self) -> None:

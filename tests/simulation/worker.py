@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loopmux import wire
-from loopmux.errors import LoopmuxError
+from loopmux.errors import LoopmuxError, ProtocolError
 from loopmux.messages import Register, SessionHint, WorkerSpec
 from loopmux_worker import events, session
 from loopmux_worker.driver import Driver
@@ -131,7 +131,8 @@ class WorkerProcess(Endpoint):
         self._turn_later()
 
     def _leave(self, error: LoopmuxError | None) -> None:
-        if error is not None and not self.world.promise.talk.may_be_refused(self):
+        refused = isinstance(error, ProtocolError)  # else its engine hung
+        if refused and not self.world.promise.talk.may_be_refused(self):
             broken("no worker is refused without a reason", f"{self}: {error}")
         code = 0 if error is None else 1
         end = self.clock.now if self.line is None else self.line.up.last

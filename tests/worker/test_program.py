@@ -86,6 +86,27 @@ def test_phases_serve_and_leave_on_sigterm(broker, tmp_path):
     assert "Traceback" not in err
 
 
+def test_one_whose_engine_hangs_ends_with_an_exit_code_that_says_so(broker, tmp_path):
+    with start("--spec", write_spec(tmp_path, broker.endpoint)) as process:
+        broker.welcome()
+        broker.send(Kind.DIE)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert err.splitlines()[-1].endswith("its engine does not get on, and had it end")
+
+
+def test_what_cannot_be_imported_is_told_with_where_to_look(tmp_path):
+    (tmp_path / "zmq.py").write_text("this is no Python")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = run("--spec", write_spec(tmp_path, f"ipc://{tmp_path}/nobody"), PYTHONPATH=path)
+    assert done.returncode == 1
+    failed = json.loads(done.stdout.splitlines()[-1])
+    assert failed["phase"] == "failed"
+    assert failed["detail"].startswith("SyntaxError: ")
+    for told in (failed["detail"], done.stderr):
+        assert "`loopmux env verify` says what, `loopmux env build --anew` builds it again" in told
+
+
 def test_the_specification_by_standard_input(broker, tmp_path):
     spec = write_spec(tmp_path, broker.endpoint).read_text()
     with start("--spec", "-", stdin=subprocess.PIPE) as process:

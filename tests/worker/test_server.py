@@ -30,14 +30,14 @@ def broker(endpoint):
 
 
 @contextmanager
-def serving(endpoint, engine=None, **echo):
+def serving(endpoint, engine=None, joined=lambda: None, **echo):
     """A worker in a thread; checks that it leaves in time and leaves nothing behind."""
     spec = WorkerSpec("w1", endpoint, (ModelSpec("echo"),), engine="echo", slots=8, echo=echo)
     outcome = []
 
     def run(worker):
         try:
-            worker.run()
+            worker.run(joined)
         except Exception as error:  # noqa: BLE001 - handed to the test
             outcome.append(error)
 
@@ -71,6 +71,23 @@ def test_register_run_stream_end(broker, endpoint):
         assert (end.kind, end.header.seq, end.header.attempt) == (Kind.END, 50, 1)
         ended = unpack(End, end.body)
         assert (ended.finish_reason, ended.model, ended.worker) == ("stop", "echo", "w1")
+
+
+def test_it_is_ready_when_the_broker_knows_it(broker, endpoint, monkeypatch):
+    monkeypatch.setattr("loopmux_worker.server._ALONE", 3 * PATIENCE)
+    ready = threading.Event()
+    with serving(endpoint, joined=ready.set):
+        broker.expect(Kind.REGISTER)
+        assert not ready.is_set()
+        broker.welcome()
+        assert ready.wait(PATIENCE)
+
+
+def test_it_is_ready_without_a_broker_too_after_a_while(endpoint, monkeypatch):
+    monkeypatch.setattr("loopmux_worker.server._ALONE", 0.05)
+    ready = threading.Event()
+    with serving(endpoint, joined=ready.set):
+        assert ready.wait(PATIENCE)
 
 
 def test_a_resumed_request_continues_at_its_prefix(broker, endpoint):

@@ -604,6 +604,11 @@ def test_a_signal_while_it_is_drained_shortens_its_time():
     assert Leave() in session.handle(Woke(), 1.8)
 
 
+def test_one_whose_engine_hangs_ends_with_an_error():
+    [leave] = running().handle(Received(message(Kind.DIE)), 1.0)
+    assert isinstance(leave.error, EngineError)
+
+
 def test_acknowledgements_without_an_attempt_count_for_all_of_the_request():
     session = running()
     session.handle(stepped(finished(0)), 1.0)

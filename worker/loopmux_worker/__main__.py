@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from loopmux import exitcodes
-from loopmux.errors import BadRequestError, ConfigError, LoopmuxError
+from loopmux.errors import BadRequestError, ConfigError, EngineError, LoopmuxError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +30,10 @@ _SWITCH_INTERVAL = 0.001
 """Seconds after which a computing thread hands the interpreter over: the default 5 ms would delay every message."""
 _LONGEST_DETAIL = 2_000
 """Bytes of a detail on standard output: whoever reads it takes lines of a limited length."""
+_DAMAGED = (
+    "its environment lacks something or is damaged: `loopmux env verify` says what, `loopmux env build --anew` builds "
+    "it again, and SIGHUP has a running launcher use that"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        print(f"loopmux-worker: error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        print(f"loopmux-worker: error: {_told(error)} (--debug shows where)", file=sys.stderr)
         return exitcodes.FAILURE
     finally:
         _close(out)
@@ -170,12 +174,20 @@ def _serve(options: argparse.Namespace, out: TextIO) -> int:
         spec = _read_spec(options.spec)
         code = _work(spec, progress)
     except Exception as error:
-        progress("failed", error.message if isinstance(error, LoopmuxError) else f"{type(error).__name__}: {error}")
+        progress("failed", _told(error))
         raise
     # Everything is closed or, deep in a step, not worth waiting for; unloading torch would take up to a second more
     _close(out)
     sys.stderr.flush()
     os._exit(code)
+
+
+def _told(error: Exception) -> str:
+    """An error in words; of code that cannot be imported with what to look at."""
+    if isinstance(error, LoopmuxError):
+        return error.message
+    text = f"{type(error).__name__}: {error}"
+    return f"{text}; {_DAMAGED}" if isinstance(error, ImportError | SyntaxError) else text
 
 
 def _read_spec(name: str) -> WorkerSpec:
@@ -221,9 +233,12 @@ def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
     for one in description.left_out:
         progress("left_out", one.reason, model=one.id)
     count = len(description.models)
-    progress("ready", f"{count} model{'s' if count > 1 else ''} on {description.engine}")
+    ready = f"{count} model{'s' if count > 1 else ''} on {description.engine}"
     try:
-        worker.run()
+        worker.run(joined=lambda: progress("ready", ready))
+    except EngineError as error:  # it hangs or has died: waiting for what it leaves behind might never end
+        print(f"loopmux-worker: error: {error.message}", file=sys.stderr)
+        return exitcodes.FAILURE
     finally:
         worker.close()
     return 0

@@ -124,7 +124,7 @@ class Adapt:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """End this process. With ``error`` set, the broker refused it for that reason."""
+    """End this process; ``error``: for that reason, the broker will not have it."""
 
     error: LoopmuxError | None = None
 

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 
 import structlog
@@ -45,6 +46,8 @@ _log = structlog.get_logger(__name__)
 
 _PER_TURN = 64
 """Messages read per turn of the loop, so that a flood cannot keep output from going out."""
+_ALONE = 1.0
+"""Seconds without a broker after which a worker counts as ready all the same: it serves as soon as there is one."""
 _ENGINE_STOP = 1.0
 """Seconds that the engine has to end its step; with the farewell this stays within the 2 s that a stop may take."""
 
@@ -98,18 +101,27 @@ class Worker:
     ) -> None:
         self.close()
 
-    def run(self) -> None:
+    def run(self, joined: Callable[[], None] = lambda: None) -> None:
         """Serve until asked to leave.
 
+        Args:
+            joined: called once: when the broker knows this worker, or when none has answered for a while.
+
         Raises:
-            LoopmuxError: the broker refused this worker, or the engine's thread died.
+            LoopmuxError: the broker refused this worker or ended it because its engine hangs, or the engine's thread
+                died.
         """
         self._driver.start()
         self._dealer.connect(self._endpoint)
         poller = zmq.Poller()
         poller.register(self._dealer.monitor, zmq.POLLIN)
         poller.register(self._ear, zmq.POLLIN)
+        alone = time.monotonic() + _ALONE
+        said = False
         while self._left is None:
+            if not said and (self._session.welcomed or time.monotonic() >= alone):
+                joined()
+                said = True
             left = self._session.next_timer() - time.monotonic()  # once a turn: every request is asked
             if left <= 0:
                 self._handle(Woke())

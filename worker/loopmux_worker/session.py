@@ -221,7 +221,7 @@ class Session:
             case Kind.LOAD | Kind.UNLOAD if self._welcomed:
                 return self._adapt(message)
             case Kind.DIE:
-                return [Leave()]
+                return [Leave(EngineError("the broker found that its engine does not get on, and had it end"))]
             case _:
                 pass  # PONG says that the broker is there, which was noted; other kinds are of a newer release
         return []

@@ -36,7 +36,10 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 def _load(options: argparse.Namespace) -> int:
     with loopmux.Client(options.endpoint) as client:
         done = client.load_adapter(options.model, options.name, options.folder)
-    print(f"{options.name}: loaded, content {done.content}, in {', '.join(done.workers)}")
+    if done.workers:
+        print(f"{options.name}: loaded, content {done.content}, in {', '.join(done.workers)}")
+    else:
+        print(f"{options.name}: remembered; {options.model} has no worker now, the next one loads it")
     if not done.remembered:
         print("no launcher answers for these workers: it is gone when they end")
     return 0
