@@ -61,7 +61,7 @@ def test_reasoning_that_the_template_opened(tokenizer):
 
 def test_the_form_of_calls_is_reported_and_may_be_configured(tiny_model):
     models = (ModelSpec("m"), ModelSpec("old", tool_format="envelope"), ModelSpec("text", model_type="base"))
-    engine = opened(tiny_model.base, *models)
+    engine = opened(tiny_model.base, *models, engine="plain")
     try:
         described = engine.describe()
     finally:
@@ -73,7 +73,7 @@ def test_the_form_of_calls_is_reported_and_may_be_configured(tiny_model):
 def test_a_template_that_does_not_tell_how_tools_are_called_is_noted(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model.base, tmp_path / "base")
     (folder / "chat_template.jinja").write_text("{{ tools }}{{ messages[0].content }}")
-    engine = opened(folder, ModelSpec("m"), ModelSpec("told", tool_format="envelope"))
+    engine = opened(folder, ModelSpec("m"), ModelSpec("told", tool_format="envelope"), engine="plain")
     try:
         (note,) = [note for note in engine.describe().report["notes"] if "tool_format" in note]
     finally:
