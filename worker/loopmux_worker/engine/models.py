@@ -402,7 +402,6 @@ def _family(model: ModelSpec, tokenizer: Any) -> tuple[Family, list[str]]:
     if model.model_type == "base" or not templates.has_template(tokenizer):
         return family_of(None), []
     family = family_of(str(tokenizer.chat_template), model.tool_format)
-    _log.info("tool calls", model=model.id, format=family.name)
     if family.name != "envelope" or model.tool_format != "auto" or not templates.shows_tools(tokenizer):
         return family, []
     note = (
