@@ -420,3 +420,18 @@ def test_behind_every_prefix_the_same_may_come(tokenizer):
         assert again.matcher.allowed().equal(first.matcher.allowed())
         first.push(token)
     assert first.matcher.complete
+
+
+@pytest.mark.parametrize(
+    ("parameters", "any_"), [({}, True), ({"additionalProperties": False}, False), ({"properties": {}}, False)]
+)
+def test_arguments_that_have_no_names_in_the_schema(tokenizer, parameters, any_):
+    family = BY_NAME["glm"]
+    some = tokenizer(tokens_of(family))
+    request = generate({"name": "f", "parameters": parameters})
+    assert Writing(request, family, some).say("<tool_call>f\n</tool_call>")
+    one = "<arg_key>x</arg_key>\n<arg_value>1 & 2</arg_value>\n"
+    written = Writing(request, family, some)
+    assert written.say(f"<tool_call>f\n{one}</tool_call>") is any_
+    if any_:
+        assert written.read[1][0].arguments == {"x": "1 & 2"}

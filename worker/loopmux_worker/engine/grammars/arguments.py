@@ -52,9 +52,9 @@ class Arguments:
         self._check_keys(schema, _OBJECT, "an object")
         if isinstance(schema.get("additionalProperties"), Mapping):
             raise self._refused("values whose names are not given (additionalProperties)")
-        if "properties" not in schema:
+        if "properties" not in schema and schema.get("additionalProperties", True):
             return self._anything()
-        properties, required = schema["properties"], set(schema.get("required", ()))
+        properties, required = schema.get("properties", {}), set(schema.get("required", ()))
         for key in [*properties, *required]:
             if not self._named.key(key) or key not in properties:
                 raise self._refused(f"the property {key!r}, whose name cannot be written or which has no schema")

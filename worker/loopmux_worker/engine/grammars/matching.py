@@ -29,6 +29,8 @@ _KEPT = 64
 """Compiled grammars that are kept: more than there are likely to be sets of tools in use at once."""
 _LONGEST = 2**19
 """Characters of a grammar: 200 tools with schemas of 2 kB."""
+_BITS = (torch.arange(256).unsqueeze(-1) >> torch.arange(8) & 1).to(torch.uint8).view(torch.int64).flatten()
+"""A byte's eight bits as eight bytes, to look up: faster than shifting."""
 _SHOWN = 400
 """Characters of a reason that are shown."""
 _PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?|\n +\d+ \|.*", re.DOTALL)
@@ -62,7 +64,7 @@ class Matcher:
         """
         bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         self._check()
-        allowed = (bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()[: self._vocabulary]
+        allowed = _BITS.index_select(0, bits.int()).view(torch.bool)[: self._vocabulary]
         allowed[list(self._ends)] = bool(allowed[self._eos])
         return allowed
 
