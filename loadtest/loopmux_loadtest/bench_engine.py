@@ -37,6 +37,7 @@ from typing import Any
 
 from loopmux.messages import ModelSpec, WorkerSpec
 from loopmux_loadtest.bench_sides import ROWS, Burst, Late, Ours, Peer, Prompts, Side
+from loopmux_loadtest.middles import broker
 
 ADAPTERS = 8
 _TOKENS = (10, 15_000)
@@ -164,11 +165,12 @@ class Bench:
         """Seconds from a worker's process start to its first token, and on the way there."""
         with tempfile.TemporaryDirectory(prefix="loopmux-bench-") as folder:
             models = (ModelSpec("base", model_type="base"),)
-            spec = WorkerSpec("bench", f"ipc://{folder}/nobody", models, str(self.model), engine="slots")
+            spec = WorkerSpec("bench", f"ipc://{folder}/back", models, str(self.model), engine="slots")
             file = Path(folder) / "spec.json"
             file.write_text(json.dumps(asdict(spec)))
             command = [sys.executable, "-m", "loopmux_worker", "--spec", str(file)]
-            starts = [_marks_of(command) for _ in range(self.rounds + 1)]
+            with broker(f"ipc://{folder}/front", spec.endpoint):
+                starts = [_marks_of(command) for _ in range(self.rounds + 1)]
         medians = {mark: round(statistics.median(one[mark] for one in starts[1:]), 2) for mark in _MARKS}
         return {"seconds": medians["ready"], "first_time": round(starts[0]["ready"], 2), "at": medians}
 

@@ -98,15 +98,20 @@ def _module(*arguments: str, ready: bool = False) -> contextlib.AbstractContextM
     return program(sys.executable, "-m", *arguments, ready=ready)
 
 
+def broker(front: str, back: str) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    """Our broker, for clients in front and workers at the back."""
+    return _module("loopmux_broker", "--endpoint", front, "--worker-endpoint", back, *_OURS, ready=True)
+
+
 @contextlib.contextmanager
 def loopmux(folder: str) -> Iterator[Middle]:
     """Our broker and one echo worker that joined it."""
     front, back = f"ipc://{folder}/front", f"ipc://{folder}/back"
     with (
-        _module("loopmux_broker", "--endpoint", front, "--worker-endpoint", back, *_OURS, ready=True) as broker,
+        broker(front, back) as ours,
         _module("loopmux_loadtest.bench_broker", "--worker", back, "joined", ready=True) as worker,
     ):
-        yield _answering(Middle("loopmux", front, [broker.pid, worker.pid], broker.pid))
+        yield _answering(Middle("loopmux", front, [ours.pid, worker.pid], ours.pid))
 
 
 @contextlib.contextmanager
