@@ -1,11 +1,14 @@
 # ruff: noqa: E501 - transcripts are as long as they are
 """Transcripts in the form of the makers' documents, and the chat templates that tell whose they are."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from callkit import TOOLS, parse, results
 from loopmux.messages import ModelSpec
-from loopmux_worker.engine.calls import family_of
+from loopmux_worker.engine.calls import FAMILIES, family_of
 
 TRANSCRIPTS = {
     # https://qwen.readthedocs.io/en/latest/framework/function_call.html
@@ -299,3 +302,10 @@ def test_a_model_without_a_chat_template_writes_text():
     family = family_of(None)
     assert (family.name, family.reasoning, family.parser(bytes(16), ())) == ("envelope", None, None)
     assert family.parser(bytes(16), TOOLS) is not None
+
+
+def test_the_guide_lists_the_families_in_their_order_with_what_tells_them():
+    page = (Path(__file__).parents[2] / "docs" / "tools.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*?[^\\]) \|", page[page.index("## How models write calls") :], re.MULTILINE)
+    told = [(name, tuple(re.findall(r"`(.*?)`", cell.replace("\\|", "|")))) for name, cell in rows]
+    assert told == [(family.name, family.tells) for family in FAMILIES]

@@ -5,10 +5,10 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from enginekit import opened
+from enginekit import drain, job, of, opened, text
 from loopmux.messages import Generate, ModelSpec, Run
 from loopmux_worker.engine import templates
-from loopmux_worker.engine.base import Job, Key
+from loopmux_worker.engine.base import Job, Key, Produced
 from loopmux_worker.engine.calls import family_of
 from loopmux_worker.engine.models import Served, _reading
 from loopmux_worker.engine.output import Reader
@@ -32,11 +32,11 @@ def tokenizer(tmp_path_factory):
     return made
 
 
-def read(tokenizer, generate, text):
+def read(tokenizer, generate, written):
     """What a reader makes of a text as the answer to a request: text, reasoning, calls."""
     prompt = templates.render(generate, MODEL, tokenizer)
     served = Served(MODEL, tokenizer, frozenset(), family_of(tokenizer.chat_template), ())
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(written, add_special_tokens=False)
     reader = Reader(_reading(Job(KEY, Run("m"), generate), served, prompt, len(ids)))
     pieces = [reader.push(token) for token in ids]
     calls = [(call.name, call.arguments) for piece in pieces for call in piece.calls]
@@ -61,7 +61,7 @@ def test_reasoning_that_the_template_opened(tokenizer):
 
 def test_the_form_of_calls_is_reported_and_may_be_configured(tiny_model):
     models = (ModelSpec("m"), ModelSpec("old", tool_format="envelope"), ModelSpec("text", model_type="base"))
-    engine = opened(tiny_model.base, *models)
+    engine = opened(tiny_model.base, *models, engine="plain")
     try:
         described = engine.describe()
     finally:
@@ -73,9 +73,24 @@ def test_the_form_of_calls_is_reported_and_may_be_configured(tiny_model):
 def test_a_template_that_does_not_tell_how_tools_are_called_is_noted(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model.base, tmp_path / "base")
     (folder / "chat_template.jinja").write_text("{{ tools }}{{ messages[0].content }}")
-    engine = opened(folder, ModelSpec("m"), ModelSpec("told", tool_format="envelope"))
+    engine = opened(folder, ModelSpec("m"), ModelSpec("told", tool_format="envelope"), engine="plain")
     try:
         (note,) = [note for note in engine.describe().report["notes"] if "tool_format" in note]
     finally:
         engine.close()
     assert note.startswith("m: its chat template shows tools, but how they are called is not known")
+
+
+@pytest.mark.parametrize("kind", ["slots", "plain"])
+def test_what_a_model_thinks_comes_out_of_an_engine_as_reasoning(kind, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model.base, tmp_path / "base")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}<think>{# </think> #}")
+    engine = opened(folder, engine=kind)
+    try:
+        one = job(None, prompt="hello", max_new_tokens=8, ignore_eos=True)
+        engine.submit(one)
+        outputs = of(one, drain(engine))
+    finally:
+        engine.close()
+    assert text(outputs) == ""
+    assert "".join(output.reasoning for output in outputs if isinstance(output, Produced))
