@@ -219,3 +219,37 @@ def test_all_of_it_runs_where_no_gradients_are_kept(device):
             logits_of(9, device), plain(device, temperature=1.0, top_p=0.9, frequency_penalty=0.1), range(ROWS)
         )
     assert all(0 <= pick.token < VOCABULARY for pick in picks)
+
+
+class Only:
+    """A grammar that allows some tokens, or fails."""
+
+    complete = False
+
+    def __init__(self, *tokens):
+        self.tokens = tokens
+
+    def allowed(self):
+        if not self.tokens:
+            raise EngineError("too much")
+        mask = torch.zeros(VOCABULARY, dtype=torch.bool)
+        mask[list(self.tokens)] = True
+        return mask
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_p": 0.5}, {"top_k": 1}])
+def test_a_grammar_leaves_what_it_allows_and_other_rows_alone(device, fields):
+    logits = logits_of(4, device)
+    grammars = [None, Only(5, 6), Only(), Only(7)] * (ROWS // 4)
+    held = [sampler(Sampling(**fields), device, i, logprobs=0, grammar=one) for i, one in enumerate(grammars)]
+    picks = choose_rows(logits, held, range(ROWS))
+    free = choose_rows(logits, [sampler(Sampling(**fields), device, i, logprobs=0) for i in range(ROWS)], range(ROWS))
+    own = torch.log_softmax(logits, -1)
+    for row, (grammar, pick) in enumerate(zip(grammars, picks, strict=True)):
+        if grammar is None:
+            assert_same(pick, free[row])
+        elif grammar.tokens:
+            assert pick.token in grammar.tokens
+            assert pick.logprob.logprob == pytest.approx(float(own[row, pick.token]), abs=1e-4)
+        else:
+            assert isinstance(pick, EngineError)

@@ -16,6 +16,7 @@ from loopmux.messages import AdapterOrder, ModelSpec, WorkerSpec
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine import open_engine, templates
 from loopmux_worker.engine.base import Failed, Finished
+from loopmux_worker.engine.grammars import matching
 from loopmux_worker.events import Adapt, Adapted, Cancel, Cancelled, Stepped, Submit
 
 PROMPT = list(range(40, 60))
@@ -109,6 +110,25 @@ def test_streams_go_on_while_a_prompt_is_prepared(engine, slow):
         until(lambda: (load := driven.seen()[-1].load).running + load.queued == 1, "a load of one request")
         slow.release.set()
         assert driven.end(long).total == 8
+
+
+def test_streams_go_on_while_a_grammar_is_compiled(engine, monkeypatch):
+    begun, release, compile_ = threading.Event(), threading.Event(), matching._compile
+
+    def slow(*given):
+        begun.set()
+        assert release.wait(PATIENCE)
+        return compile_(*given)
+
+    monkeypatch.setattr(matching, "_compile", slow)
+    running, held = job(max_new_tokens=100), job(response_format={"type": "boolean"}, max_new_tokens=20)
+    with driving(engine) as driven:
+        driven.submit(running, held)
+        assert begun.wait(PATIENCE)
+        assert driven.end(running).total == 100
+        assert driven.of(held) == []
+        release.set()
+        assert driven.end(held).reason == "stop"
 
 
 def test_requests_run_in_the_order_in_which_they_came(engine, slow, monkeypatch):
