@@ -43,6 +43,8 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
                 del loaded  # packing cannot be undone, and both would need twice the memory
                 loaded = load(spec, progress)
                 loaded.notes.append(f"its weights are not packed, which is slower: packed, {packed.why_not}")
+    with memory.loading(spec):
+        loaded.leave_files()
     if trial.why_not is None:
         adapters = MixedAdapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
         why = "configured" if spec.engine == "slots" else "the model and every adapter can share a forward"
