@@ -23,6 +23,7 @@ environments:
     requirements: [torch==2.13.0, transformers==4.57.6, peft==0.18.1]
 models:
   shout: {{base_model: "{DEMO}/base", adapter_dir: "{DEMO}/adapters/shout", environment: own}}
+  tools: {{base_model: "{DEMO}/base", adapter_dir: "{DEMO}/adapters/tools", environment: own}}
 """
 
 
@@ -48,7 +49,10 @@ def test_a_worker_lives_in_its_own_environment(
         with loopmux.Client(stack.endpoint) as client:
             text = client.generate("What is a broker?", model="shout", temperature=0).text
             assert text == text.upper()
-            report = client.status().workers[0].report
+            other = client.generate("What is a broker?", model="tools", temperature=0).text
+            assert other != other.upper()
+            [worker] = client.status().workers
+            report = worker.report
         environment = home / "data" / "loopmux" / "envs" / "own"
         assert report["executable"].startswith(str(environment))
         assert report["prefix"] != sys.prefix
