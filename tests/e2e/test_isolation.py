@@ -1,4 +1,6 @@
-"""A worker runs in an environment that was built for its model, and sees nothing of the application's."""
+"""A worker runs in an environment that was built for its model, with another transformers, and sees nothing of the
+application's.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,10 @@ CONFIG = f"""
 environments:
   own:
     python: "{sys.version_info.major}.{sys.version_info.minor}"
-    requirements: [torch==2.13.0, transformers==5.23.0, peft==0.21.2]
+    requirements: [torch==2.13.0, transformers==4.57.6, peft==0.18.1]
 models:
   shout: {{base_model: "{DEMO}/base", adapter_dir: "{DEMO}/adapters/shout", environment: own}}
+  tools: {{base_model: "{DEMO}/base", adapter_dir: "{DEMO}/adapters/tools", environment: own}}
 """
 
 
@@ -46,11 +49,15 @@ def test_a_worker_lives_in_its_own_environment(
         with loopmux.Client(stack.endpoint) as client:
             text = client.generate("What is a broker?", model="shout", temperature=0).text
             assert text == text.upper()
-            report = client.status().workers[0].report
+            other = client.generate("What is a broker?", model="tools", temperature=0).text
+            assert other != other.upper()
+            [worker] = client.status().workers
+            report = worker.report
         environment = home / "data" / "loopmux" / "envs" / "own"
         assert report["executable"].startswith(str(environment))
         assert report["prefix"] != sys.prefix
-        assert (report["transformers"], report["peft"]) == ("5.23.0", "0.21.2")
+        assert (report["transformers"], report["peft"]) == ("4.57.6", "0.18.1")
+        assert (report["engine"], report["why"]) == ("plain", "transformers 4.57.6 is older than 5")
         outside = [p for p in report["sys_path"] if sys.prefix in p or str(ROOT) in p]
         assert outside == [], "the worker looks for packages in the application's places"
         probe = subprocess.run(

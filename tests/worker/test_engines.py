@@ -408,6 +408,19 @@ def test_the_files_of_an_adapter_may_be_written_again_while_it_is_served(engine,
     engine.unload_adapter("mine")
 
 
+def test_the_files_of_a_base_may_be_written_again_while_it_is_served(tiny_model, kind, device, tmp_path):
+    """In place: cut to nothing, then filled with zeros."""
+    folder = shutil.copytree(tiny_model.base, tmp_path / "base")
+    engine = enginekit.opened(folder, engine=kind, device=device)
+    try:
+        before = ids(answer(engine, job(max_new_tokens=30)))
+        weights = folder / "model.safetensors"
+        weights.write_bytes(bytes(weights.stat().st_size))
+        assert ids(answer(engine, job(max_new_tokens=30))) == before
+    finally:
+        engine.close()
+
+
 def test_an_adapter_in_use_goes_when_its_last_request_has_ended(engine, tiny_model, again):
     alone = {name: ids(answer(engine, job(name, max_new_tokens=30, ignore_eos=True))) for name in ("red", "blue")}
     jobs = [job(name, max_new_tokens=30, ignore_eos=True) for name in (again, "blue", again)]

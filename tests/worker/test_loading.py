@@ -14,7 +14,7 @@ from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
 from loopmux.modelfolders import adapter_folder
 from loopmux.weightfiles import model_weights, tensors
 from loopmux.wire import new_id
-from loopmux_worker.engine import loading, memory, open_engine
+from loopmux_worker.engine import loading, memory, open_engine, opening
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Job, Key, Produced
 from tinymodel import write_adapter, write_base, write_tokenizer
@@ -418,15 +418,16 @@ def test_a_weight_file_without_tensors_is_refused_before_anything_is_made_up(bas
         opened(spec(tmp_path / "m"))
 
 
-def test_a_model_that_is_written_while_it_is_loaded_is_refused(base, tmp_path, monkeypatch):
-    """Else its fingerprint would be that of files which were not loaded."""
-    load = loading._load_model
+@pytest.mark.parametrize(("module", "name"), [(loading, "_load_model"), (opening, "pack")], ids=["loaded", "packed"])
+def test_a_model_that_is_written_while_it_is_loaded_is_refused(base, tmp_path, monkeypatch, module, name):
+    """Else its fingerprint would be that of files which were not loaded, or not packed."""
+    whole = getattr(module, name)
 
-    def load_and_replace(*given):
-        model = load(*given)
+    def replacing(*given):
+        done = whole(*given)
         shutil.copy(base / "model.safetensors", tmp_path / "other")
         (tmp_path / "other").replace(base / "model.safetensors")
-        return model
+        return done
 
-    monkeypatch.setattr(loading, "_load_model", load_and_replace)
+    monkeypatch.setattr(module, name, replacing)
     assert "model.safetensors changed while it was loaded, expected files that nobody" in refusal(spec(base))

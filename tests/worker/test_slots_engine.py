@@ -1,4 +1,6 @@
-"""The slots engine on tiny random models: the same tokens as transformers' own ``generate()``, whatever runs beside."""
+"""The slots engine on tiny random models: the logits of a plain forward and the tokens of transformers' own
+``generate()``, whatever runs beside.
+"""
 
 from __future__ import annotations
 
@@ -68,6 +70,8 @@ PROMPTS = [[(13 * i * i + 5 * i + n) % 250 for i in range(length)] for n, length
 WANTED = 44
 VARIED = 20
 """So many different tokens an answer has at least."""
+TOLERANCE = 3e-5
+"""Largest difference of a logit in float32, as a share of the range of all of them behind the same tokens."""
 
 
 @pytest.fixture(scope="module", params=list(SHAPES))
@@ -128,12 +132,49 @@ def shared(folder, device):
     return opened(folder, device)
 
 
+@pytest.fixture(scope="module")
+def truth(folder, device, answers):
+    """All logits that a plain forward gives behind every beginning of a prompt with its answer."""
+    model, found = loaded(folder, device), {}
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        tokens = [*prompt, *answer]
+        with torch.inference_mode():
+            logits = model(torch.tensor([tokens], device=device), use_cache=False).logits[0]
+        found |= {tuple(tokens[: place + 1]): row for place, row in enumerate(logits)}
+    return found
+
+
+class Compared:
+    """In the place of an engine's ``_logits``: notes how far what each step computes is from the truth."""
+
+    def __init__(self, engine: Any, truth: dict[tuple[int, ...], torch.Tensor]) -> None:
+        self._compute, self._tasks, self._truth = engine._logits, engine._tasks, truth
+        self.differences: list[float] = []
+
+    def __call__(self, segments: Any) -> torch.Tensor:
+        logits = self._compute(segments)
+        for segment, found in zip((s for s in segments if s.samples), logits, strict=True):
+            true = self._truth[tuple(self._tasks[segment.key].sequence.tokens)]
+            self.differences.append(float((found - true).abs().max() / (true.max() - true.min())))
+        return logits
+
+
 @pytest.fixture
-def engine(shared):
-    """An engine on the shape, idle and with nothing kept."""
+def engine(shared, truth, monkeypatch):
+    """An engine on the shape, idle and with nothing kept, for ``compared``."""
+    monkeypatch.setattr(shared, "_logits", Compared(shared, truth))
     yield shared
     assert shared.due() is None
     forget(shared)
+
+
+def compared(engine: Any, jobs: Any, every: int = 0) -> Any:
+    """``run``, and all logits of every step are those of a plain forward."""
+    result, differences = run(engine, jobs, every), engine._logits.differences
+    assert len(differences) >= sum(map(len, result[0]))
+    assert [found for found in differences if not found <= TOLERANCE] == []
+    differences.clear()
+    return result
 
 
 def forget(engine: Any) -> None:
@@ -145,22 +186,12 @@ def forget(engine: Any) -> None:
 job = partial(enginekit.job, max_new_tokens=WANTED, ignore_eos=True)
 
 
-def test_every_shape_gives_the_tokens_of_generate_alone_mixed_and_late(engine, answers):
+def test_every_shape_gives_logits_and_tokens_of_transformers_alone_mixed_and_late(engine, answers):
     assert engine.describe().engine == "slots"
     for i in (3, 4):  # the longest and the shortest; all of them are alone where they go on from their rows
-        assert run(engine, [job(PROMPTS[i])])[0] == [answers[i]]
-    assert run(engine, [job(p) for p in PROMPTS])[0] == answers
-    assert run(engine, [job(p) for p in PROMPTS], every=3)[0] == answers
-
-
-def test_every_shape_gives_the_log_probabilities_of_a_plain_forward(engine, folder, device, answers):
-    """Those of what was chosen, in float32, within 1e-3."""
-    jobs = [job(prompt, logprobs=0) for prompt in PROMPTS]
-    outputs = play(engine, jobs, every=2)
-    model = loaded(folder, device)
-    for one, prompt, answer in zip(jobs, PROMPTS, answers, strict=True):
-        ours = [each.logprob for output in of(one, outputs)[:-1] for each in output.logprobs]
-        assert ours == pytest.approx(known(model, prompt, answer), abs=1e-3)
+        assert compared(engine, [job(PROMPTS[i])])[0] == [answers[i]]
+    assert compared(engine, [job(p) for p in PROMPTS])[0] == answers
+    assert compared(engine, [job(p) for p in PROMPTS], every=3)[0] == answers
 
 
 def test_every_shape_gathers_rows_that_lie_apart(engine, answers, monkeypatch):
@@ -177,10 +208,10 @@ def test_every_shape_gathers_rows_that_lie_apart(engine, answers, monkeypatch):
     half = WANTED // 2
     places = range(len(PROMPTS))
     first = [job(prompt, session=str(i), max_new_tokens=half) for i, prompt in zip(places, PROMPTS, strict=True)]
-    assert run(engine, first)[0] == [answer[:half] for answer in answers]
+    assert compared(engine, first)[0] == [answer[:half] for answer in answers]
     apart = [0, 2, 5]
     again = [job([*PROMPTS[i], *answers[i][:half]], session=str(i), max_new_tokens=half) for i in apart]
-    assert run(engine, again)[0] == [answers[i][half:] for i in apart]
+    assert compared(engine, again)[0] == [answers[i][half:] for i in apart]
     assert gathered
 
 
@@ -188,10 +219,10 @@ def test_every_shape_goes_on_from_its_own_rows(engine, answers):
     before, ends = engine.load(), []
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         half = WANTED // 2
-        [tokens], [end] = run(engine, [job(prompt, session="s", max_new_tokens=half)])
+        [tokens], [end] = compared(engine, [job(prompt, session="s", max_new_tokens=half)])
         assert tokens == answer[:half]
         ends.append(end)
-        [tokens], [end] = run(engine, [job([*prompt, *answer[:half]], session="s", max_new_tokens=half)])
+        [tokens], [end] = compared(engine, [job([*prompt, *answer[:half]], session="s", max_new_tokens=half)])
         assert tokens == answer[half:]
         assert end.usage.cached_tokens >= len(prompt) + half - 1 or len(prompt) + half - 1 < 16
         ends.append(end)
@@ -203,14 +234,14 @@ def test_every_shape_is_the_same_in_chunks_of_any_size(engine, answers, monkeypa
     """Of the prompts: some tokens behind them show what came of it."""
     for budget in (1, 7, 16, 33):
         monkeypatch.setattr(engine._pace, "budget", lambda *_, budget=budget: budget)
-        assert run(engine, [job(p, max_new_tokens=12) for p in PROMPTS])[0] == [answer[:12] for answer in answers]
+        assert compared(engine, [job(p, max_new_tokens=12) for p in PROMPTS])[0] == [answer[:12] for answer in answers]
         forget(engine)
 
 
 def test_every_shape_resumes_behind_a_prefix_of_its_own_output(engine, answers):
     for cut in (1, 20, WANTED - 1):
         jobs = [job(prompt, prefix=answer[:cut]) for prompt, answer in zip(PROMPTS, answers, strict=True)]
-        assert run(engine, jobs)[0] == [answer[cut:] for answer in answers]
+        assert compared(engine, jobs)[0] == [answer[cut:] for answer in answers]
 
 
 def test_every_shape_in_half_precision_is_as_near_to_the_truth_as_a_plain_forward(folder, device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from loopmux.errors import AdapterNotFoundError, ConfigError
 from loopmux_worker.engine import adapterfiles
 from loopmux_worker.engine.adapterfiles import Adapter, AdapterFiles
+
+_UNCAST: dict[str, Any] = (
+    {"autocast_adapter_dtype": False}
+    if "autocast_adapter_dtype" in inspect.signature(PeftModel.add_adapter).parameters
+    else {}
+)
+"""Else PEFT keeps copies of half-precision adapters in float32; 0.18 makes none of those that are added, and has no such
+argument there."""
 
 
 class Adapters:
@@ -73,7 +82,7 @@ class Adapters:
             with self._peft.disable_adapter():
                 yield
         else:
-            self._peft.set_adapter(self._internal[name], inference_mode=True)
+            self._peft.set_adapter(self._internal[name])
             yield
 
     def _remove(self, internal: str, half: PeftConfig | None = None) -> None:
@@ -86,7 +95,7 @@ class Adapters:
             _unwrap(self._model)
             self._peft = None
             return
-        self._peft.set_adapter(next(iter(self._internal.values())), inference_mode=True)
+        self._peft.set_adapter(next(iter(self._internal.values())))
         if half is not None:
             self._peft.peft_config[internal] = half
         self._peft.delete_adapter(internal)
@@ -94,10 +103,9 @@ class Adapters:
     def _inject(self, internal: str, found: AdapterFiles) -> None:
         try:
             if self._peft is None:
-                # Without autocast: PEFT would keep copies of half-precision adapters in float32
                 self._peft = PeftModel(self._model, found.config, internal, autocast_adapter_dtype=False)
             else:
-                self._peft.add_adapter(internal, found.config, autocast_adapter_dtype=False)
+                self._peft.add_adapter(internal, found.config, **_UNCAST)
         except Exception as error:
             raise found.misfit(error) from error
         self._peft.eval()

@@ -9,12 +9,14 @@ import importlib.util
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from loopmux.errors import ConfigError, LoopmuxError
@@ -42,6 +44,7 @@ class Loaded:
         vocabulary: rows of the embedding: prompt ids are below.
         head: width of the logits.
         fingerprint: of the base's files, dtype and quantisation.
+        files: their state before they were read.
         parameters: how many the base has.
         weights_bytes: that they took when they were loaded.
         notes: what somebody who wonders about answers should know.
@@ -56,6 +59,7 @@ class Loaded:
     dtype: torch.dtype
     fingerprint: str
     folder: Path
+    files: fingerprints.State
     parameters: int
     weights_bytes: int
     notes: list[str] = field(default_factory=list)
@@ -64,9 +68,24 @@ class Loaded:
         """Token ids that end an output read with a tokenizer: its own, and those of the base."""
         return self.ends | _ids(tokenizer.eos_token_id)
 
+    def leave_files(self) -> None:
+        """Copy what is still mapped from the files: whoever writes to them from now on changes no answer.
+
+        transformers maps the weights of a model on a CPU. Written again in place they would be others, and a file that
+        is cut short would end this process (SIGBUS). Packing copies most of them, so this comes after it.
+
+        Raises:
+            ConfigError: a file has changed since they were first read.
+        """
+        for tensor in chain(self.model.parameters(), self.model.buffers()):
+            plain = type(tensor) in (nn.Parameter, torch.Tensor)  # quantised ones were made from what is in the files
+            if plain and tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()
+        fingerprints.check_unchanged(self.folder, self.files)
+
 
 def load(spec: WorkerSpec, progress: Progress) -> Loaded:
-    """Load the base model.
+    """Load the base model; ``Loaded.leave_files`` completes it.
 
     Raises:
         ConfigError: something in the folders, the specification or this environment does not fit; it says what.
@@ -79,15 +98,13 @@ def load(spec: WorkerSpec, progress: Progress) -> Loaded:
     weights = model_weights(folder, pickle=spec.allow_pickle_weights)
     _check_memory(spec, weights, device)
     progress("loading", f"weights of {folder.name} ({sum(p.stat().st_size for p in weights) / 2**20:.0f} MiB)")
-    before = fingerprints.state(folder)
+    files = fingerprints.state(folder)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fingerprint") as pool:
         digest = pool.submit(fingerprints.of, folder)
-        loaded = _loaded(spec, folder, _load_model(spec, folder, device), digest)
-    fingerprints.check_unchanged(folder, before)
-    return loaded
+        return _loaded(spec, folder, files, _load_model(spec, folder, device), digest)
 
 
-def _loaded(spec: WorkerSpec, folder: Path, model: Any, digest: Future[str]) -> Loaded:
+def _loaded(spec: WorkerSpec, folder: Path, files: fingerprints.State, model: Any, digest: Future[str]) -> Loaded:
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     ends = _ids(getattr(model.generation_config, "eos_token_id", None))
     _neutral_generation(model)
@@ -103,6 +120,7 @@ def _loaded(spec: WorkerSpec, folder: Path, model: Any, digest: Future[str]) -> 
         dtype=model.dtype,
         fingerprint=fingerprints.combined(parts),
         folder=folder,
+        files=files,
         parameters=sum(p.numel() for p in model.parameters()),
         weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+from packaging.version import Version
 
 from loopmux.errors import ConfigError
 from loopmux.messages import Generate, Run, Sampling, WorkerSpec
@@ -43,6 +44,8 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
                 del loaded  # packing cannot be undone, and both would need twice the memory
                 loaded = load(spec, progress)
                 loaded.notes.append(f"its weights are not packed, which is slower: packed, {packed.why_not}")
+    with memory.loading(spec):
+        loaded.leave_files()
     if trial.why_not is None:
         adapters = MixedAdapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
         why = "configured" if spec.engine == "slots" else "the model and every adapter can share a forward"
@@ -67,14 +70,21 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
     return engine
 
 
+def ruled_out(spec: WorkerSpec, device: str, version: str) -> str | None:
+    """Why the slots engine is not tried on a kind of device, with a version of transformers; None where it is."""
+    if Version(version).major < 5:
+        return f"transformers {version} is older than 5"
+    if device not in ("cpu", "cuda"):
+        return f"the slots engine was not tried on {device}"
+    if spec.use_4bit or spec.use_8bit:
+        return "the slots engine was not tried on quantised weights"
+    return None
+
+
 def _try(spec: WorkerSpec, loaded: Loaded) -> Trial:
     """Whether the slots engine can serve this; if only ``generate()`` can, why."""
-    if int(transformers.__version__.split(".")[0]) < 5:
-        return Trial(f"transformers {transformers.__version__} is older than 5", 0)
-    if loaded.device.type not in ("cpu", "cuda"):
-        return Trial(f"the slots engine was not tried on {loaded.device.type}", 0)
-    if spec.use_4bit or spec.use_8bit:
-        return Trial("the slots engine was not tried on quantised weights", 0)
+    if reason := ruled_out(spec, loaded.device.type, transformers.__version__):
+        return Trial(reason, 0)
     for model in spec.models:
         if model.adapter_dir is None:
             continue
