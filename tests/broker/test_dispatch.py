@@ -496,6 +496,45 @@ def test_when_its_time_is_over_and_nobody_is_free_it_waits_like_the_others(core:
     assert receivers(core.worker(end(TWO, 0), SECOND)) == [SECOND]
 
 
+def full_house(core: Core) -> tuple[bytes, bytes]:
+    """Two workers with a slot each and a session each, ``here`` and ``there``, both taken by others' requests since."""
+    core.register(WORKER)
+    core.register(SECOND)
+    others = bytes([8]) * 16, bytes([9]) * 16
+    for request, worker, session in ((ONE, WORKER, "here"), (TWO, SECOND, "there")):
+        assert receivers(core.submit(request, session=session)) == [worker]
+    for request, other, worker in ((ONE, others[0], WORKER), (TWO, others[1], SECOND)):
+        core.worker(end(request, 0), worker)
+        core.client(say(Kind.ENDACK, request))
+        assert receivers(core.submit(other)) == [worker]
+        core.worker(say(Kind.RUNACK, other, attempt=1), worker)
+    return others
+
+
+def test_in_a_full_house_a_slot_goes_to_one_whose_session_is_there(core: Core) -> None:
+    mine, theirs = full_house(core)
+    core.submit(THREE, session="there", continues=True)
+    core.wait(1.5)
+    core.submit(FOUR, session="here", continues=True)
+    assert runs(core.worker(end(mine, 0))) == [(WORKER, FOUR, 1)]
+    assert runs(core.worker(end(theirs, 0), SECOND)) == [(SECOND, THREE, 1)]
+
+
+def test_but_nobody_is_passed_by_one_that_came_much_later(core: Core) -> None:
+    mine, _ = full_house(core)
+    core.submit(THREE, session="there", continues=True)
+    core.wait(2.5)
+    core.submit(FOUR, session="here", continues=True)
+    assert runs(core.worker(end(mine, 0))) == [(WORKER, THREE, 1)]
+
+
+def test_nor_by_one_whose_session_is_nowhere(core: Core) -> None:
+    mine, _ = full_house(core)
+    core.submit(THREE, session="there", continues=True)
+    core.submit(FOUR, continues=True)
+    assert runs(core.worker(end(mine, 0))) == [(WORKER, THREE, 1)]
+
+
 def test_a_session_that_is_done_goes_anywhere(core: Core) -> None:
     core.register(WORKER, slots=2)
     core.submit(ONE, session="s")
