@@ -184,7 +184,8 @@ class Queues:
         """Who runs next on a worker with a free slot, over all the lanes it serves. It is left in the queue.
 
         Who waits for this worker alone goes first: free slots of others were left for it.
-        Who comes next by rank may be passed by one whose session is with this worker, if that came little later.
+        Who comes next by rank, with a session at another worker, may be passed by one whose session is with this
+        worker, if that came little later.
         """
         for request in self._awaiting.get(worker.name, {}).values():
             if worker.serves(*request.lane):

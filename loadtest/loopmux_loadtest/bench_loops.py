@@ -8,10 +8,10 @@ steps, one call a turn, with its own numbers; its tools take 0 to 500 ms. The ru
 - ``killed`` (with ``--kill``): the same, while a worker and later the broker get SIGKILL.
 
 The figures: ``differ`` are transcripts unlike those of ``alone``, ``malformed`` those with a call that has not exactly
-one result, ``rerun`` loops whose tools ran other calls than those of the transcript, each once;
-``again`` turns that lost a worker. ``reused`` is the share of the prompt tokens of second and later turns which the turn
-before had computed and whose state was found; ``rewritten`` how many tokens of answers were not read as they were
-produced. ``stretch`` is the longest loop by the median one, in time.
+one result, ``rerun`` loops whose tools ran other calls than those of the transcript, each once; ``again`` turns that
+lost a worker, ``moved`` turns on another worker than the turn before. ``reused`` is the share of the prompt tokens of
+second and later turns which the turn before had computed and whose state was found; ``rewritten`` how many tokens of
+answers were not read as they were produced. ``stretch`` is the longest loop by the median one, in time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Sum:
     @classmethod
     def make(cls, number: int, steps: int) -> Sum:
         """The loop of a number; the same for the same number."""
-        dice = random.Random(number)
+        dice = random.Random(number)  # noqa: S311 - no secret: the same loops every time
         ways = ("add the result and {}", "subtract {} from the result", "multiply the result by {}")
         words = [f"Add {dice.randint(2, 60)} and {dice.randint(2, 60)}"]
         for _ in range(steps - 1):
@@ -178,6 +178,7 @@ def figures(run: str, played: Sequence[Played], wanted: Sequence[Played], second
         "differ": sum(each.said != other.said for each, other in zip(played, wanted, strict=True)),
         "rerun": sum(each.ran != each.called for each in played if not each.error),
         "again": sum(turn.attempts > 1 for each in played for turn in each.turns),
+        "moved": sum(a.worker != b.worker for each in played for a, b in pairwise(each.turns)),
         "reused": round(reused(played), 4),
         "rewritten": sum(turn.usage.rewritten_tokens for each in played for turn in each.turns),
         "stretch": round(max(times) / statistics.median(times), 2),

@@ -34,7 +34,9 @@ def test_what_could_be_reused_is_the_turn_before_but_for_its_last_token() -> Non
 
 
 def test_more_than_that_makes_up_for_nothing() -> None:
-    assert reused([Played(turns=[turn(100, 20), turn(130, 20, 125)]), Played(turns=[turn(100, 20), turn(130, 20)])]) == 0.5
+    assert (
+        reused([Played(turns=[turn(100, 20), turn(130, 20, 125)]), Played(turns=[turn(100, 20), turn(130, 20)])]) == 0.5
+    )
 
 
 @pytest.mark.parametrize("missing", range(1, len(WHOLE)))

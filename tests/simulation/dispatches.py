@@ -64,7 +64,7 @@ class Dispatches:
     def _in_turn(self, call: Call, worker: Endpoint, tables: Tables) -> None:
         """Nobody of the same client waits who came before and has no less right.
 
-        Who waited for its session's worker goes first there: free slots of others were left for it. And one whose
+        Who waits for its session's worker goes first there for a while: slots of others were left for it. And one whose
         session is there may pass one whose is elsewhere, if it came little later.
         """
         mine = call.submit
@@ -88,7 +88,9 @@ class Dispatches:
                 continue
             one = tables.requests[call.id]
             behind = other.rank[0] - one.rank[0]
-            if one.home == worker.name and other.home not in ("", worker.name) and behind <= _PASSED:
+            waited = self._world.clock.now - one.arrived
+            elsewhere = other.home not in ("", worker.name) and behind <= _PASSED
+            if one.home == worker.name and (elsewhere or waited <= _PASSED):
                 continue
             before = other.arrived < one.arrived
             right = it.priority >= mine.priority and it.continues >= mine.continues

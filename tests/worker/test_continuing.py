@@ -24,6 +24,7 @@ from loopmux.tools import collect
 from loopmux.turns import Loop
 from loopmux_worker.engine import templates
 from loopmux_worker.engine.base import Finished, Key
+from loopmux_worker.engine.continuing import Prompt
 from loopmux_worker.engine.output import Reader, Reading
 from loopmux_worker.engine.slots.rows import Rows
 from loopmux_worker.engine.slots.schedule import Scheduler, Sequence
@@ -74,7 +75,7 @@ words = st.text(st.sampled_from('the tin{}":,<|/> \n\\äll'), max_size=12) | st.
 
 @st.composite
 def answers(draw: st.DrawFn) -> list[int]:
-    """Token ids that no tokenizer would choose: text in pieces, calls in a layout of their own, perhaps one unreadable."""
+    """Ids that no tokenizer would choose: text in pieces, calls in a layout of their own, perhaps one unreadable."""
     ids: list[int] = []
     for piece in draw(st.lists(words.filter(lambda text: "<" not in text), max_size=2)):
         ids += encode(piece)
@@ -157,7 +158,7 @@ def test_over_random_loops_every_turn_is_the_one_before_and_what_is_new_once(dat
         assert worker.computed[n + 1] == len(new) + 1, "nothing but what is new, behind the end token"
 
 
-# --- where the template or the request says otherwise -------------------------------------------------------------------
+# --- where the template or the request says otherwise ----------------------------------------------------------------
 
 KEEPS = "{{ message['content'] }}"
 STRIPS = (
@@ -167,7 +168,7 @@ STRIPS = (
 """As Qwen3's: reasoning goes once the user says something more."""
 
 
-def rendered(template: str, *messages: dict[str, Any], **more: Any) -> templates.Prompt:
+def rendered(template: str, *messages: dict[str, Any], **more: Any) -> Prompt:
     one = tokenizer()
     one.chat_template = (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n" + template + "<|im_end|>\n{% endfor %}"
@@ -249,6 +250,11 @@ def test_a_template_that_takes_no_beginning_of_it_is_no_failure() -> None:
     assert shown(prompt.ids).count("hello") == 1
 
 
+def test_an_answer_to_nothing_is_read_as_its_message_has_it() -> None:
+    prompt = rendered(KEEPS, said("hello", [*spelled("hello"), END]), user("more"))
+    assert (shown(prompt.ids).count("hello<|im_end|>"), prompt.rewritten) == (1, 6)
+
+
 def test_a_model_without_a_template_reads_texts() -> None:
     generate = Generate(messages=(user("hi"), said("hello", [1, 2, 3]), user("more")))
     prompt = templates.render(generate, ModelSpec("m", model_type="base"), tokenizer(), ENDS)
@@ -269,7 +275,7 @@ def test_ids_are_those_of_an_answer(message: dict[str, Any], found: str) -> None
         templates.render(Generate(messages=(message, user("x"))), MODEL, tokenizer(), ENDS)
 
 
-# --- in an engine ---------------------------------------------------------------------------------------------------------
+# --- in an engine ----------------------------------------------------------------------------------------------------
 
 
 def test_an_engine_computes_only_what_is_new_and_says_what_the_template_changed(tiny_model: Any) -> None:

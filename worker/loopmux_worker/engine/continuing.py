@@ -1,4 +1,4 @@
-"""A conversation continues by token ids: what the model said is read as it said it, not as the template writes it. Pure.
+"""A conversation continues by token ids: what the model said is read as it said it, not as a template writes it. Pure.
 
 A template writes a call with white space of its own, which makes other tokens, and some leave out earlier reasoning. So
 the conversation is written as a text, the places of the model's answers are looked for in it, and each that is found
@@ -60,6 +60,8 @@ def _place(
     write: Write, text: str, index: int, said: list[int], marks: Marks, ends: Collection[int]
 ) -> tuple[int, int] | None:
     """From where to where an answer stands in the text, its end token included if the model produced one."""
+    if index == 0:  # it answers nothing
+        return None
     try:
         before, behind = write(index, True), write(index + 1, False)
     except TemplateError:  # some take a beginning only as part of the whole

@@ -21,6 +21,7 @@ from loopmux_worker.causes import ran_out
 from loopmux_worker.engine import admission, fingerprints, memory, specfolders, templates
 from loopmux_worker.engine.adapterfiles import Adapter
 from loopmux_worker.engine.base import Description, Job, taken, timing_of
+from loopmux_worker.engine.continuing import Prompt
 from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, tokenizer_of
 from loopmux_worker.engine.output import Piece, Reader, Reading
 from loopmux_worker.engine.sampling import Sampler, seed_of
@@ -330,7 +331,7 @@ class Models:
         request.replay(job.prefix)
         return request
 
-    def _prompt(self, generate: Generate, model: Served) -> templates.Prompt:
+    def _prompt(self, generate: Generate, model: Served) -> Prompt:
         prompt = templates.render(generate, model.spec, model.tokenizer, model.ends)
         if not prompt.ids:
             raise BadRequestError("prompt: found no tokens, expected at least one")

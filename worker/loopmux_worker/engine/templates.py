@@ -1,7 +1,7 @@
 """Prompts: a request's text, messages or token ids become the token ids that the model reads.
 
-Text that comes from users, tools or earlier turns never becomes a control token (see ``marks``), and what the model said
-in earlier turns is read as it said it where the ids are given (see ``continuing``).
+Text that comes from users, tools or earlier turns never becomes a control token (see ``marks``), and what the model
+said in earlier turns is read as it said it where the ids are given (see ``continuing``).
 """
 
 from __future__ import annotations
@@ -274,5 +274,3 @@ def _check_keys(value: object, control: Sequence[str], path: str) -> None:
     elif isinstance(value, (list, tuple)):
         for i, entry in enumerate(value):
             _check_keys(entry, control, f"{path}[{i}]")
-
-

@@ -47,7 +47,7 @@ class Row:
         return not self.running and self.filled > 0
 
     def value(self, now: float) -> float:
-        """Tokens that have to be computed again if this row is taken, times the chance that somebody asks for them soon."""
+        """Tokens to compute again if this row is taken, times the chance that somebody asks for them soon."""
         return self.filled * self.worth * float(0.5 ** (abs(now - self.left) / _HALF_LIFE))
 
 
