@@ -558,11 +558,12 @@ def test_what_counts_is_when_it_came(core: Core) -> None:
     assert runs(core.worker(end(mine, 0))) == [(WORKER, THREE, 1)]
 
 
-def test_nor_by_one_whose_session_is_nowhere(core: Core) -> None:
+def test_of_those_that_may_pass_the_first_goes_first(core: Core) -> None:
     mine, _ = full_house(core)
     core.submit(THREE, session="there", continues=True)
-    core.submit(FOUR, continues=True)
-    assert runs(core.worker(end(mine, 0))) == [(WORKER, THREE, 1)]
+    core.submit(TWO, continues=True)
+    core.submit(FOUR, session="here", continues=True)
+    assert runs(core.worker(end(mine, 0))) == [(WORKER, TWO, 1)]
 
 
 def test_a_session_that_is_done_goes_anywhere(core: Core) -> None:

@@ -65,7 +65,7 @@ class Dispatches:
         """Nobody of the same client waits who came before and has no less right.
 
         Who waits for its session's worker goes first there for a while: slots of others were left for it. And one whose
-        session is there may pass one whose is elsewhere, if it came little later.
+        session is not elsewhere may pass one whose is, if it came little later.
         """
         mine = call.submit
         if (
@@ -82,6 +82,7 @@ class Dispatches:
                 or it.adapter != mine.adapter
                 or theirs is call
                 or other.attempt
+                or other.awaits
                 or other.id in self._awaited
                 or theirs.attached
             ):
@@ -89,8 +90,8 @@ class Dispatches:
             one = tables.requests[call.id]
             behind = other.rank[0] - one.rank[0]
             waited = self._world.clock.now - one.arrived
-            elsewhere = other.home not in ("", worker.name) and behind <= _PASSED
-            if one.home == worker.name and (elsewhere or waited <= _PASSED):
+            elsewhere = other.home not in ("", worker.name) and one.home in ("", worker.name) and behind <= _PASSED
+            if elsewhere or (one.home == worker.name and waited <= _PASSED):
                 continue
             before = other.arrived < one.arrived
             right = it.priority >= mine.priority and it.continues >= mine.continues
