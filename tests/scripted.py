@@ -62,11 +62,15 @@ class ScriptedStream:
 
 @dataclass
 class ScriptedClient:
-    """Answers with ``script`` in order; ``requests`` and ``hints`` are what it was told, ``left`` how streams ended."""
+    """Answers with ``script`` in order.
+
+    ``requests``, ``hints`` and ``expected`` are what it was told, ``left`` how streams ended.
+    """
 
     script: list[Result | BaseException]
     requests: list[dict[str, Any]] = field(default_factory=list)
     hints: list[tuple[str, str]] = field(default_factory=list)
+    expected: list[float | None] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
 
     def stream(self, **request: Any) -> ScriptedStream:
@@ -74,8 +78,8 @@ class ScriptedClient:
         return ScriptedStream(self.script.pop(0), self.left)
 
     def hint(self, session: str, state: str, expected: float | None = None) -> None:
-        assert expected is None
         self.hints.append((session, state))
+        self.expected.append(expected)
 
     def messages(self, request: int) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.requests[request]["messages"]

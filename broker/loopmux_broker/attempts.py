@@ -68,15 +68,8 @@ class Attempts:
         Where the queue is full nobody waits in it who could run.
         """
         if worker is not None:
-            patience = self._t.affinity.patience(request, worker)
-            waits = patience and not self._t.admission.full(request.client)
-            home = self._busy_home(request, worker) if waits else None
-            if home is None:
+            if self._t.admission.full(request.client) or not self._goes_home(request, worker, now):
                 self._dispatch(request, worker, now)
-            else:
-                request.awaits = home.name
-                self._t.enqueue(request)
-                self._t.timers.set((Alarm.HOME, request.id, 0), now + patience)
             return
         self._t.enqueue(request)
         if request.alone:
@@ -84,13 +77,19 @@ class Attempts:
             if emptied is not None:
                 self._hold(emptied, request)
 
-    def _busy_home(self, request: Request, free: Worker) -> Worker | None:
-        """The worker that ran the request's session last, if it is another one than the one that is free."""
-        name = self._t.affinity.last(request)
-        if request.attempt or name in (None, free.name):
-            return None
+    def _goes_home(self, request: Request, free: Worker, now: float) -> bool:
+        """Whether it waits for the worker that ran its session last, though another one is free; then it is queued."""
+        left = request.arrived + self._t.affinity.patience(request, free) - now
+        home = self._t.affinity.last(request)
+        if request.attempt or left <= 0 or home is None or home == free.name:
+            return False
         serving = self._t.pool.serving(request.submit.model)
-        return next((w for w in serving if w.name == name and w.open and w.serves(*request.lane)), None)
+        if not any(w.name == home and w.open and w.serves(*request.lane) for w in serving):
+            return False
+        request.awaits = home
+        self._t.enqueue(request)
+        self._t.timers.set((Alarm.HOME, request.id, 0), now + left)
+        return True
 
     def waited(self, request: Request, now: float) -> None:
         """The worker of its session was busy for too long, or leaves: any other will do."""
@@ -120,7 +119,8 @@ class Attempts:
             return
         while worker.free > 0 and (request := self._t.queues.next_for(worker)) is not None:
             self._t.dequeue(request)
-            self._dispatch(request, worker, now)
+            if not self._goes_home(request, worker, now):
+                self._dispatch(request, worker, now)
 
     def _hold(self, worker: Worker, request: Request) -> None:
         """Empty a worker for a request: it gets nothing new until then."""

@@ -19,7 +19,7 @@ _LONG = 2_000
 _LONGEST_WAIT = 2.0
 """Seconds; beyond that a queue in front of free workers looks like a fault, whatever it saves."""
 _RECENT = 0.2
-"""Weight of the latest prompt in a worker's pace."""
+"""Weight of the latest prompt in what a worker takes."""
 
 
 def session_of(instance: bytes, session: str) -> str:
@@ -69,19 +69,21 @@ class Affinity:
         return self._last.get((request.client.instance, session), {}).get(request.submit.model)
 
     def cold(self, request: Request, worker: Worker) -> bool:
-        """Whether a worker has to compute the whole of a long prompt, as far as is known here."""
-        long = request.submit.prompt_size >= _LONG
-        return long and self.last(request) != worker.name and worker.name not in self.shared(request)
+        """Whether a worker has to compute the whole of a prompt, as far as is known here."""
+        return self.last(request) != worker.name and worker.name not in self.shared(request)
 
     def patience(self, request: Request, worker: Worker) -> float:
         """For how long a request may wait for the worker of its session where another one is free, seconds.
 
-        Not longer than the other one takes to compute the prompt.
+        Not longer than the other one takes to compute the prompt. Of short ones only those wait that continue a loop:
+        their state is there, and tools may make them longer than they look.
         """
-        size = request.submit.prompt_size
-        if request.submit.session is None or size < _LONG:
+        submit = request.submit
+        if submit.session is None:
             return 0.0
-        return min(worker.pace * size, _LONGEST_WAIT)
+        if submit.prompt_size >= _LONG:
+            return min(worker.pace * submit.prompt_size, _LONGEST_WAIT)
+        return min(worker.short, _LONGEST_WAIT) if submit.continues else 0.0
 
     def workers(self, instance: bytes, session: str) -> set[str]:
         """The workers that ran a session last, one for each of its models."""
@@ -116,9 +118,16 @@ def choose(workers: Iterable[Worker], request: Request, affinity: Affinity) -> W
 
 def paced(lease: Lease, now: float) -> None:
     """The first output of an attempt came: where the prompt was computed, that is how long it takes there."""
-    worker, took = lease.worker, (now - lease.since) / lease.request.submit.prompt_size
-    worker.pace += (took - worker.pace) * (_RECENT if worker.pace else 1.0)
+    worker, size, took = lease.worker, lease.request.submit.prompt_size, now - lease.since
+    if size >= _LONG:
+        worker.pace = _recent(worker.pace, took / size)
+    else:
+        worker.short = _recent(worker.short, took)
     lease.cold = False
+
+
+def _recent(mean: float, value: float) -> float:
+    return mean + (value - mean) * (_RECENT if mean else 1.0)
 
 
 def choose_alone(workers: Iterable[Worker], request: Request) -> Worker | None:

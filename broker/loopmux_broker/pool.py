@@ -107,6 +107,7 @@ class Worker(Member):
         served, tokens: requests ended and tokens produced here since it registered.
         pace: seconds from RUN to the first output for each character of a prompt, of long ones that it had to compute;
             0 until there was one.
+        short: seconds from RUN to the first output of shorter ones; 0 likewise.
         progress: the engine's progress counter as of the last heartbeat.
         moved: when the engine was last seen to get on, or was given its first request.
         models: model ids served here, and the adapter that each has of itself.
@@ -123,6 +124,7 @@ class Worker(Member):
     served: int = 0
     tokens: int = 0
     pace: float = 0.0
+    short: float = 0.0
     progress: int = 0
     moved: float = 0.0
     draining: bool = False

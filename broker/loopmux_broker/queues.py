@@ -31,6 +31,13 @@ _SIZE_PER_TOKEN = 4
 _SLACK = 64
 """Turns that no longer count and may lie in a heap before it is swept."""
 
+_PASSED = 2.0
+"""Seconds: a turn whose session is with another worker lets others pass that came up to so much later. In a full house
+its own worker will have a slot in about that time, and it need not be computed anew by this one.
+"""
+_LOOK = 64
+"""How far behind the first such a one is looked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeadStart:
@@ -177,6 +184,8 @@ class Queues:
         """Who runs next on a worker with a free slot, over all the lanes it serves. It is left in the queue.
 
         Who waits for this worker alone goes first: free slots of others were left for it.
+        Who comes next by rank, with a session at another worker, may be passed by one whose is not, if that came little
+        later.
         """
         for request in self._awaiting.get(worker.name, {}).values():
             if worker.serves(*request.lane):
@@ -189,8 +198,13 @@ class Queues:
         ]
         if not turns:
             return None
-        lines = self._clients[min(turns)[-1].client.instance]
-        return max((line.entries[-1] for lane, line in lines.items() if worker.serves(*lane)), key=_rank)[2]
+        lanes = self._clients[min(turns)[-1].client.instance].items()
+        lines = [line.entries for lane, line in lanes if worker.serves(*lane)]
+        first = max((line[-1] for line in lines), key=_rank)
+        if first[2].home in ("", worker.name):
+            return first[2]
+        close = (e for line in lines for e in line[-_LOOK:] if e[0] >= first[0] - _PASSED)
+        return max((e for e in close if e[2].home in ("", worker.name)), key=_rank, default=first)[2]
 
     def awaiting(self, worker: Worker) -> list[Request]:
         """Who waits for this worker alone."""

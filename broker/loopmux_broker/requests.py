@@ -79,6 +79,7 @@ class Request:
         lease: the worker's slot that runs it now.
         avoid: name of the worker that just failed it.
         awaits: name of its session's worker, while it waits for that one alone.
+        home: name of its session's worker, while it waits for whichever comes first.
         held_by: the worker that is being emptied to run it alone.
         terminal: the frames of its one terminal, once DONE.
         told: whether the terminal was pushed on the client's present connection.
@@ -103,6 +104,7 @@ class Request:
     lease: Lease | None = None
     avoid: str = ""
     awaits: str = ""
+    home: str = ""
     held_by: Worker | None = None
     terminal: list[bytes] | None = None
     told: bool = False

@@ -120,6 +120,7 @@ class Tables:
 
     def enqueue(self, request: Request) -> None:
         """A request waits for a slot."""
+        request.home = "" if request.attempt else self.affinity.last(request) or ""
         self.queues.push(request)
         if self.queues.waiting(request.submit.model) == 1 and not self.pool.serving(request.submit.model):
             self.cold.add(request.submit.model)

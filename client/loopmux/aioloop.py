@@ -122,8 +122,8 @@ class _Shell:
     async def _perform(self, action: Action) -> list[Action]:
         """The actions that tell observers nothing; what follows from them."""
         match action:
-            case HintWaiting():
-                await self._hint("waiting_on_tool")
+            case HintWaiting(expected):
+                await self._hint("waiting_on_tool", expected)
             case AskApproval(number, call):
                 answer = await _awaited(self.before_tool(call)) if self.before_tool else True
                 return self.plan.loop.handle(Decided(number, sync.decision(answer, call)), time.monotonic())
@@ -175,9 +175,9 @@ class _Shell:
         if tasks:
             await asyncio.wait(tasks, timeout=_LAST_WORDS)
 
-    async def _hint(self, state: str) -> None:
+    async def _hint(self, state: str, expected: float | None = None) -> None:
         try:
-            await _awaited(self.client.hint(self.plan.loop.session, state))
+            await _awaited(self.client.hint(self.plan.loop.session, state, expected))
         except LoopmuxError:
             pass  # a hint saves work and changes no result: a broken connection shows in the next turn
 

@@ -243,7 +243,8 @@ class Client:
         """Tell the broker whether a session comes back, and after how many seconds if that is known; never waits.
 
         The worker that ran it may have to give its attention state up for others: for a session that waits it counts
-        double, and does not age until then (without ``expected`` from now on); for one that is ``done`` a fiftieth.
+        double when it is expected (without ``expected`` now), half as much for every minute before or after; for one
+        that is ``done`` a fiftieth.
         """
         self._channel.pump().post(Hinted(hint_of(session, state, expected)))
 

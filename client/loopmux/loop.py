@@ -215,7 +215,7 @@ class Plan:
         if ask.timeout is not None:
             options["timeout"] = ask.timeout
         return {
-            "messages": ask.messages,
+            "messages": ask.sent(),
             "tools": self.schemas,
             "session": self.loop.session,
             "continues": ask.turn > 1,
@@ -335,8 +335,8 @@ class _Shell:
             case AskModel(turn=turn):
                 yield TurnStarted(turn)
                 return TurnFinished(turn, (yield from self._ask(action)))
-            case HintWaiting():
-                self._hint("waiting_on_tool")
+            case HintWaiting(expected):
+                self._hint("waiting_on_tool", expected)
             case AskApproval(number, call):
                 return Decided(number, decision(self.before_tool(call) if self.before_tool else True, call))
             case RunTool(turn=turn, call=call):
@@ -375,8 +375,8 @@ class _Shell:
         except queue.Empty:
             return TimePassed()
 
-    def _hint(self, state: str) -> None:
+    def _hint(self, state: str, expected: float | None = None) -> None:
         try:
-            self.client.hint(self.plan.loop.session, state)
+            self.client.hint(self.plan.loop.session, state, expected)
         except LoopmuxError:
             pass  # a hint saves work and changes no result: a broken connection shows in the next turn

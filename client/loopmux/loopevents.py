@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loopmux.errors import BadRequestError, LoopmuxError
@@ -192,16 +192,32 @@ LoopEvent = (
 
 @dataclass(frozen=True, slots=True)
 class AskModel:
-    """Ask the model; answer with ``TurnFinished``. ``timeout`` is what is left of the loop's, seconds."""
+    """Ask the model; answer with ``TurnFinished``.
+
+    Attributes:
+        timeout: what is left of the loop's, seconds.
+        produced: by the index of an assistant message, the token ids that the model produced for it.
+    """
 
     turn: int
     messages: list[ChatMessage]
     timeout: float | None = None
+    produced: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def sent(self) -> list[ChatMessage]:
+        """The messages as a worker is to get them: with the ids, so that it continues the conversation by them."""
+        said = self.produced
+        return [m | {"token_ids": list(said[i])} if i in said else m for i, m in enumerate(self.messages)]
 
 
 @dataclass(frozen=True, slots=True)
 class HintWaiting:
-    """Tell the broker that the session waits on tools, so that its state is kept."""
+    """Tell the broker that the session waits on tools, so that its state is kept.
+
+    ``expected`` are the seconds that they take, as far as this loop has seen; None where it has seen none of them.
+    """
+
+    expected: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

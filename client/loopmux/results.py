@@ -36,11 +36,14 @@ class Usage:
     """Token counts of one request, or their sum over a loop.
 
     ``cached_tokens`` are those of ``prompt_tokens`` whose attention state was reused, ``computed_tokens`` the others.
+    ``rewritten_tokens`` are those of earlier answers that the prompt does not repeat as they were produced, because the
+    chat template writes them otherwise now; the prompt is computed again from the first of them.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    rewritten_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -57,6 +60,7 @@ class Usage:
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.cached_tokens + other.cached_tokens,
+            self.rewritten_tokens + other.rewritten_tokens,
         )
 
 

@@ -78,7 +78,10 @@ class Loop:
     _numbered: int = 0
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _queue: deque[int] = field(default_factory=deque)
-    _running: dict[int, float] = field(default_factory=dict)
+    _running: dict[int, float] = field(default_factory=dict)  # until when
+    _began: dict[int, float] = field(default_factory=dict)
+    _took: dict[str, float] = field(default_factory=dict)  # seconds, by tool, the last time
+    _produced: dict[int, tuple[int, ...]] = field(default_factory=dict)
     _failures: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -106,6 +109,7 @@ class Loop:
             case ToolFinished(number, outcome):
                 if number not in self._running:
                     return []  # abandoned before it came back
+                self._took[self._pending[number].call.name] = now - self._began[number]
                 return [*self._settle(number, outcome), *self._advance(now)]
             case TimePassed():
                 return [*self._abandon_late(now), *self._advance(now)]
@@ -129,7 +133,7 @@ class Loop:
             return [Fail(self._with_transcript(DeadlineExceededError(self._deadline_text())))]
         self.turn += 1
         left = None if self.deadline is None else self.deadline - now
-        return [AskModel(self.turn, list(self.messages), left)]
+        return [AskModel(self.turn, list(self.messages), left, dict(self._produced))]
 
     def _with_transcript(self, error: LoopmuxError) -> LoopmuxError:
         error.messages = list(self.messages)
@@ -143,6 +147,8 @@ class Loop:
         self.text = result.text
         self.usage += result.usage
         self.request_ids.append(result.request_id)
+        if result.token_ids:
+            self._produced[len(self.messages)] = result.token_ids
         self.messages.append(assistant_message(result.text, result.tool_calls, result.reasoning))
         actions: list[Action] = [Report(event)]
         if not result.tool_calls:
@@ -158,8 +164,14 @@ class Loop:
         self._finish_reason = ""
         admitted = [action for number, pending in self._pending.items() for action in self._admit(number, pending.call)]
         if any(pending.outcome is None for pending in self._pending.values()):
-            actions.append(HintWaiting())
+            actions.append(HintWaiting(self._expected()))
         return [*actions, *admitted, *self._advance(now)]
+
+    def _expected(self) -> float | None:
+        """How long the turn's calls take, as its tools did last; nobody knows where somebody is asked first."""
+        waited = (p.call.name for p in self._pending.values() if p.outcome is None)
+        took = [self._took[name] for name in waited if name in self._took and not self.approval]
+        return max(took, default=None)
 
     def _reason_to_run_nothing(self, result: Result) -> tuple[str, str] | None:
         if result.finish_reason == "length":
@@ -213,6 +225,7 @@ class Loop:
             call = self._pending[number].call
             tool = self.tools[call.name]
             until = now + (tool.timeout or self.limits.tool_timeout)
+            self._began[number] = now
             self._running[number] = until if self.deadline is None else min(until, self.deadline)
             actions.append(RunTool(number, self.turn, call, tool))
         if self._pending and all(pending.outcome for pending in self._pending.values()):

@@ -506,6 +506,76 @@ def test_when_its_time_is_over_and_nobody_is_free_it_waits_like_the_others(core:
     assert receivers(core.worker(end(TWO, 0), SECOND)) == [SECOND]
 
 
+def full_house(core: Core, took: float = 0.0) -> tuple[bytes, bytes]:
+    """Two workers with a slot each and a session each, ``here`` and ``there``, both taken by others' requests since.
+
+    A prompt takes them so long.
+    """
+    core.register(WORKER)
+    core.register(SECOND)
+    others = bytes([8]) * 16, bytes([9]) * 16
+    for request, worker, session in ((ONE, WORKER, "here"), (TWO, SECOND, "there")):
+        assert receivers(core.submit(request, session=session)) == [worker]
+    for request, other, worker in ((ONE, others[0], WORKER), (TWO, others[1], SECOND)):
+        core.now += took
+        core.worker(tok(request, 0), worker)
+        core.worker(end(request, 1), worker)
+        core.client(say(Kind.CREDIT, request, seq=10, arg=1))
+        core.client(say(Kind.ENDACK, request))
+        assert receivers(core.submit(other)) == [worker]
+        core.worker(say(Kind.RUNACK, other, attempt=1), worker)
+    return others
+
+
+def test_in_a_full_house_a_slot_goes_to_one_whose_session_is_there(core: Core) -> None:
+    mine, theirs = full_house(core)
+    core.submit(THREE, session="there", continues=True)
+    core.wait(1.5)
+    core.submit(FOUR, session="here", continues=True)
+    assert runs(core.worker(end(mine, 0))) == [(WORKER, FOUR, 1)]
+    assert runs(core.worker(end(theirs, 0), SECOND)) == [(SECOND, THREE, 1)]
+
+
+def test_but_nobody_is_passed_by_one_that_came_much_later(core: Core) -> None:
+    mine, _ = full_house(core)
+    core.submit(THREE, session="there", continues=True)
+    core.wait(2.5)
+    core.submit(FOUR, session="here", continues=True)
+    assert runs(core.worker(end(mine, 0))) == [(WORKER, THREE, 1)]
+
+
+def test_a_free_slot_is_left_alone_for_as_long_as_the_prompt_takes_there(core: Core) -> None:
+    mine, theirs = full_house(core, took=0.4)
+    core.submit(THREE, session="there", continues=True)
+    core.wait(0.25)
+    assert runs(core.worker(end(mine, 0))) == []
+    assert runs(core.submit(FOUR)) == [(WORKER, FOUR, 1)], "others may have it"
+    assert runs(core.worker(end(theirs, 0), SECOND)) == [(SECOND, THREE, 1)]
+
+
+def test_and_no_longer(core: Core) -> None:
+    mine, _ = full_house(core, took=0.4)
+    core.submit(THREE, session="there", continues=True)
+    core.wait(0.25)
+    core.worker(end(mine, 0))
+    assert runs(core.wait(0.25)) == [(WORKER, THREE, 1)]
+
+
+def test_what_counts_is_when_it_came(core: Core) -> None:
+    mine, _ = full_house(core, took=0.4)
+    core.submit(THREE, session="there", continues=True)
+    core.wait(0.5)
+    assert runs(core.worker(end(mine, 0))) == [(WORKER, THREE, 1)]
+
+
+def test_of_those_that_may_pass_the_first_goes_first(core: Core) -> None:
+    mine, _ = full_house(core)
+    core.submit(THREE, session="there", continues=True)
+    core.submit(TWO, continues=True)
+    core.submit(FOUR, session="here", continues=True)
+    assert runs(core.worker(end(mine, 0))) == [(WORKER, TWO, 1)]
+
+
 def test_a_session_that_is_done_goes_anywhere(core: Core) -> None:
     core.register(WORKER, slots=2)
     core.submit(ONE, session="s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import os
 import subprocess
 import sys
@@ -66,6 +67,34 @@ def test_all_turns_share_one_session_and_the_broker_is_told_when_to_wait():
     assert [r["continues"] for r in client.requests] == [False, True]
     assert client.hints == [(out.session, "waiting_on_tool"), (out.session, "done")]
     assert run(ScriptedClient([turn("x")])).session != out.session
+
+
+def test_the_broker_is_told_how_long_the_tools_take_once_that_is_known():
+    def wait(a: int) -> int:
+        """Wait."""
+        time.sleep(0.02)
+        return a
+
+    client = ScriptedClient([turn("", call("wait", a=n), call("add", a=n, b=1)) for n in range(2)] + [turn("done")])
+    run(client, tools=[wait, add])
+    first, second, end = client.expected
+    assert (first, end) == (None, None)
+    assert second is not None
+    assert 0.02 <= second < 5, "the longest of them"
+
+
+def test_where_somebody_is_asked_first_nobody_knows():
+    client = ScriptedClient([turn("", call(a=n, b=1)) for n in range(2)] + [turn("done")])
+    run(client, before_tool=lambda _: True)
+    assert client.expected == [None] * 3
+
+
+def test_a_turn_goes_back_with_the_ids_that_the_model_produced():
+    said = [dataclasses.replace(turn("", call(a=1, b=n)), token_ids=(7, 8, n)) for n in range(2)]
+    client = ScriptedClient([*said, turn("3")])
+    out = run(client)
+    assert not any("token_ids" in message for message in [*client.messages(0), *out.messages])
+    assert [m.get("token_ids") for m in client.messages(2)] == [None, [7, 8, 0], None, [7, 8, 1], None]
 
 
 def test_a_session_of_the_callers():

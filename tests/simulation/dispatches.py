@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _RECOVERY = 3.0
 """Seconds after its start in which a broker hears again, in any order, of what it had."""
+_PASSED = 2.0
+"""Seconds of waiting by which a turn may be passed by one of a session of the worker that has the slot."""
 
 
 class Dispatches:
@@ -62,7 +64,8 @@ class Dispatches:
     def _in_turn(self, call: Call, worker: Endpoint, tables: Tables) -> None:
         """Nobody of the same client waits who came before and has no less right.
 
-        Who waited for its session's worker goes first there: free slots of others were left for it.
+        Who waits for its session's worker goes first there for a while: slots of others were left for it. And one whose
+        session is not elsewhere may pass one whose is, if it came little later.
         """
         mine = call.submit
         if (
@@ -79,14 +82,21 @@ class Dispatches:
                 or it.adapter != mine.adapter
                 or theirs is call
                 or other.attempt
+                or other.awaits
                 or other.id in self._awaited
                 or theirs.attached
             ):
                 continue
-            before = other.arrived < tables.requests[call.id].arrived
+            one = tables.requests[call.id]
+            behind = other.rank[0] - one.rank[0]
+            waited = self._world.clock.now - one.arrived
+            elsewhere = other.home not in ("", worker.name) and one.home in ("", worker.name) and behind <= _PASSED
+            if elsewhere or (one.home == worker.name and waited <= _PASSED):
+                continue
+            before = other.arrived < one.arrived
             right = it.priority >= mine.priority and it.continues >= mine.continues
             more = it.priority > mine.priority or it.continues > mine.continues
-            same = other.arrived == tables.requests[call.id].arrived
+            same = other.arrived == one.arrived
             hold(
                 not (right and (before or (same and more))),
                 "nobody overtakes without a right",

@@ -207,15 +207,22 @@ def test_a_session_that_is_done_is_taken_first_and_one_that_waits_for_a_tool_las
     assert [rows.take([9] * 5, "base", None, 1.0)[0].index for _ in range(3)] == [1, 2, 0]
 
 
-def test_a_session_that_waits_is_kept_until_it_is_expected_and_then_less_and_less():
+def test_a_session_counts_most_when_it_is_expected_and_less_the_longer_until_then_or_since():
     rows = parked(2)
     rows.expect("s0", 100.0, 0.0)
-    assert rows[0].value(100.0) == rows[0].value(1.0) == 2 * rows[1].value(0.0)
-    assert rows[0].value(160.0) == rows[0].value(100.0) / 2
-    rows.expect("s1", 1e9, 0.0)
-    assert rows[1].value(1e6) < 1e-9, "nobody is waited for for ever"
-    rows.expect("s1", float("nan"), 0.0)
-    assert rows[1].left == 3600.0
+    assert rows[0].value(40.0) == rows[0].value(160.0) == rows[0].value(100.0) / 2 == rows[1].value(0.0)
+    for never in (float("inf"), 1e9):
+        rows.expect("s1", never, 0.0)
+        assert rows[1].value(1.0) == 0.0
+    rows.expect("s1", float("nan"), 5.0)
+    assert rows[1].left == 5.0
+
+
+def test_of_sessions_that_wait_the_one_that_comes_back_last_is_taken_first():
+    rows = parked(3)
+    for session, when in (("s0", 9.0), ("s1", 300.0), ("s2", 2.0)):
+        rows.expect(session, when, 1.0)
+    assert [rows.take([9] * 5, "base", None, 1.0)[0].index for _ in range(3)] == [1, 0, 2]
 
 
 def test_what_a_session_that_is_done_leaves_can_still_be_found_and_its_next_request_begins_anew():

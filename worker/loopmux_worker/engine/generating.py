@@ -34,7 +34,7 @@ class Task(Running):
 
     def usage(self, total: int) -> Usage:
         """Token counts after ``total`` tokens of output."""
-        return Usage(len(self.request.prompt), total)
+        return self.request.usage(total)
 
 
 class Choose(LogitsProcessor):  # type: ignore[misc]

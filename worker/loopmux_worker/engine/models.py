@@ -16,12 +16,13 @@ from loopmux.errors import AdapterNotFoundError, BadRequestError, ConfigError, L
 from loopmux.madefor import other_base
 from loopmux.messages import Generate, LeftOut, ModelSpec, ServedModel, WorkerSpec
 from loopmux.modelfolders import adapter_folder
-from loopmux.results import Timing
+from loopmux.results import Timing, Usage
 from loopmux_worker.causes import ran_out
 from loopmux_worker.engine import admission, fingerprints, memory, specfolders, templates
 from loopmux_worker.engine.adapterfiles import Adapter
 from loopmux_worker.engine.base import Description, Job, taken, timing_of
 from loopmux_worker.engine.calls import Family, family_of
+from loopmux_worker.engine.continuing import Prompt
 from loopmux_worker.engine.grammars import asked, matching
 from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, tokenizer_of
 from loopmux_worker.engine.output import Piece, Reader, Reading
@@ -74,6 +75,7 @@ class Prepared:
 
     Attributes:
         model, adapter: what it was prepared for; the adapter as a model id of its own, None for the base alone.
+        rewritten: tokens of earlier answers that the prompt does not have as they were produced.
         reading: how its output is to be read.
         grammar: what its output is held to.
         arrived: when the worker got it.
@@ -83,6 +85,7 @@ class Prepared:
     model: Served
     adapter: Served | None
     prompt: list[int]
+    rewritten: int
     reading: Reading
     grammar: matching.Matcher | None
     arrived: float
@@ -96,11 +99,17 @@ class Request:
     """
 
     prompt: list[int]
+    rewritten: int
     adapter: str | None
     limit: int
     reader: Reader
     sampler: Sampler
     exact: bool
+
+    def usage(self, total: int, cached: int = 0) -> Usage:
+        """Token counts after ``total`` tokens of output; of the whole sequence ``cached`` were found."""
+        prompt = len(self.prompt)
+        return Usage(prompt, total, min(cached, prompt), self.rewritten)
 
     def replay(self, prefix: Iterable[int]) -> None:
         """Take in the tokens of an earlier attempt, up to the one that ended it."""
@@ -293,7 +302,7 @@ class Models:
                 f"deterministic: the model runs in {str(loaded.dtype).removeprefix('torch.')}, where a resumed request "
                 "may differ; set dtype: float32 for it"
             )
-        prompt = self._prompt(generate, model)
+        prompt, rewritten = self._prompt(generate, model)
         known = min(loaded.vocabulary, loaded.head)
         if job.prefix and max(job.prefix) >= known:
             raise BadRequestError(
@@ -308,7 +317,7 @@ class Models:
             grammar = self._grammars.matcher(
                 wanted, model.family, model.tokenizer, eos=model.ends, ends=reading.ends, thinks=thinks
             )
-        return Prepared(job, model, served[adapter] if adapter else None, prompt, reading, grammar, arrived)
+        return Prepared(job, model, served[adapter] if adapter else None, prompt, rewritten, reading, grammar, arrived)
 
     def begin(self, prepared: Prepared) -> Request:
         """A prepared job, ready to run and past its prefix.
@@ -336,17 +345,19 @@ class Models:
         )
         adapter = prepared.adapter.spec.id if prepared.adapter else None
         reading = prepared.reading
-        request = Request(prepared.prompt, adapter, reading.limit, Reader(reading), sampler, _exact(job))
+        said = prepared.prompt, prepared.rewritten, adapter, reading.limit
+        request = Request(*said, Reader(reading), sampler, _exact(job))
         request.replay(job.prefix)
         return request
 
-    def _prompt(self, generate: Generate, model: Served) -> list[int]:
-        prompt = templates.render(generate, model.spec, model.tokenizer)
-        if not prompt:
+    def _prompt(self, generate: Generate, model: Served) -> Prompt:
+        prompt = templates.render(generate, model.spec, model.tokenizer, model.ends)
+        if not prompt.ids:
             raise BadRequestError("prompt: found no tokens, expected at least one")
-        if max(prompt) >= self.loaded.vocabulary:
+        if max(prompt.ids) >= self.loaded.vocabulary:
+            where = "token_ids of a message" if generate.prompt_token_ids is None else "prompt_token_ids"
             raise BadRequestError(
-                f"prompt_token_ids: found {max(prompt)}, this model's ids are below {self.loaded.vocabulary}"
+                f"{where}: found {max(prompt.ids)}, this model's ids are below {self.loaded.vocabulary}"
             )
         return prompt
 

@@ -1,23 +1,24 @@
 """Prompts: a request's text, messages or token ids become the token ids that the model reads.
 
-Text that comes from users, tools or earlier turns never becomes a control token: a tool result that holds
-``<|im_end|>`` is read as those eight characters. transformers 5 does that itself (``sanitize_control_tokens``); for
-older ones it is done here, by encoding each control token found in content in two halves.
+Text that comes from users, tools or earlier turns never becomes a control token (see ``marks``), and what the model
+said in earlier turns is read as it said it where the ids are given (see ``continuing``).
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
 from loopmux.errors import BadRequestError, ConfigError
 from loopmux.messages import Generate, ModelSpec
 from loopmux.wire import unpack_tokens
+from loopmux_worker.engine import continuing
+from loopmux_worker.engine.continuing import Prompt
+from loopmux_worker.engine.marks import Marks, Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
@@ -32,23 +33,6 @@ _OWN_ARGUMENTS = frozenset(
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 PLAIN_CHAT_STOP = "\nUser:"
 """Ends an answer in the plain chat format: a model that knows no turns goes on by writing the user's next line."""
-
-_MARK = ("\ue0f0", "\ue0f1")  # private use: around a control token found in content, until the text is encoded
-
-
-class Tokenizer(Protocol):
-    """What is needed of a transformers tokenizer."""
-
-    chat_template: str | None
-    added_tokens_encoder: Mapping[str, int]
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Text to ids."""
-        ...
-
-    def apply_chat_template(self, conversation: list[dict[str, Any]], **kwargs: Any) -> Any:
-        """Messages to text or ids."""
-        ...
 
 
 def has_template(tokenizer: Tokenizer) -> bool:
@@ -78,14 +62,20 @@ def check_template(tokenizer: Tokenizer, folder: object) -> None:
         return
 
 
-def render(generate: Generate, model: ModelSpec, tokenizer: Tokenizer) -> list[int]:
-    """The prompt's token ids.
+def render(generate: Generate, model: ModelSpec, tokenizer: Tokenizer, ends: Collection[int] = ()) -> Prompt:
+    """The prompt of a request.
+
+    Args:
+        generate: what is asked.
+        model: of whom.
+        tokenizer: the model's.
+        ends: token ids that end an answer; without them earlier answers are read as the template writes them.
 
     Raises:
         BadRequestError: a message, tool or template argument is not what a template can take.
     """
     if generate.prompt_token_ids is not None:
-        return unpack_tokens(generate.prompt_token_ids)
+        return Prompt(unpack_tokens(generate.prompt_token_ids))
     tools = [_shown(checked_tool(tool, f"tools[{i}]")) for i, tool in enumerate(generate.tools)]
     if generate.tool_choice == "none":
         tools = []
@@ -93,11 +83,13 @@ def render(generate: Generate, model: ModelSpec, tokenizer: Tokenizer) -> list[i
     if tools and plain:
         raise BadRequestError(_without_template(model))
     if model.model_type == "base" and generate.prompt is not None:
-        return _encode_plain(generate.prompt, model, tokenizer)
+        return Prompt(_encode_plain(generate.prompt, model, tokenizer))
     messages = conversation(generate, model)
+    answers = _answers(generate, len(messages))
     if plain:
-        return _encode_marked(plain_chat(_mark(messages, _control_pattern(tokenizer))), tokenizer, start=True)
-    return _apply(messages, tools, _template_arguments(generate), tokenizer, model)
+        marks = Marks(tokenizer)
+        return Prompt(marks.encode(plain_chat(marks.mark(messages)), start=True), sum(map(len, answers.values())))
+    return _apply(generate, messages, tools, answers, model, tokenizer, ends)
 
 
 def _without_template(model: ModelSpec) -> str:
@@ -130,6 +122,24 @@ def conversation(generate: Generate, model: ModelSpec) -> list[dict[str, Any]]:
     return messages
 
 
+def _answers(generate: Generate, count: int) -> dict[int, list[int]]:
+    """What the model produced for earlier answers, where the request says it; by the place among ``count`` messages."""
+    given = generate.messages or ()
+    ahead = count - len(given)  # the model's own system prompt
+    answers = {}
+    for i, message in enumerate(given):
+        ids = message.get("token_ids") or ()
+        right = isinstance(ids, (list, tuple)) and all(type(one) is int and one >= 0 for one in ids)
+        if not right or (ids and message["role"] != "assistant"):
+            raise BadRequestError(
+                f"messages[{i}].token_ids: found {ids!r:.80} in a message of {message['role']!r}, expected the list of "
+                "token ids that the model produced for an assistant message"
+            )
+        if ids:
+            answers[ahead + i] = list(ids)
+    return answers
+
+
 def plain_chat(messages: Sequence[Mapping[str, Any]]) -> str:
     """Messages for a model without a template: ``User: …`` and so on in lines, the system message as it is."""
     parts = []
@@ -142,14 +152,10 @@ def plain_chat(messages: Sequence[Mapping[str, Any]]) -> str:
 
 def _encode_plain(prompt: str, model: ModelSpec, tokenizer: Tokenizer) -> list[int]:
     text = f"{model.system_prompt}\n{prompt}" if model.system_prompt else prompt
-    ids = _encode(text, tokenizer, start=True)
+    ids = list(tokenizer.encode(text, add_special_tokens=True))
     if not ids:
         raise BadRequestError("prompt: found an empty text, expected at least one token")
     return ids
-
-
-def _encode(text: str, tokenizer: Tokenizer, *, start: bool) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=start))
 
 
 def _message(message: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -255,31 +261,29 @@ def _template_arguments(generate: Generate) -> dict[str, Any]:
 
 
 def _apply(
+    generate: Generate,
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]],
-    arguments: dict[str, Any],
-    tokenizer: Tokenizer,
+    answers: Mapping[int, list[int]],
     model: ModelSpec,
-) -> list[int]:
+    tokenizer: Tokenizer,
+    ends: Collection[int],
+) -> Prompt:
     if tools and not shows_tools(tokenizer):
         raise BadRequestError(f"tools: the chat template of {model.id!r} does not show tools; use a model whose does")
+    marks, arguments = Marks(tokenizer), _template_arguments(generate)
     keyed = {"messages": [m.get("tool_calls") for m in messages], "tools": tools, "template_kwargs": arguments}
-    _check_keys(keyed, control_tokens(tokenizer), "")
+    _check_keys(keyed, marks.tokens, "")
     if "message.thinking" in str(tokenizer.chat_template):
         messages = [_with_thinking(message) for message in messages]
+    messages, tools, arguments = marks.mark(messages), marks.mark(tools), marks.mark(arguments)
+
+    def write(count: int, asked: bool) -> str:
+        some, how = messages[:count], {"add_generation_prompt": asked, "tokenize": False, **arguments}
+        return str(tokenizer.apply_chat_template(some, tools=tools or None, **how))
+
     try:
-        if "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters:
-            ids = tokenizer.apply_chat_template(
-                messages,
-                tools=tools or None,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                sanitize_control_tokens=True,
-                **arguments,
-            )
-            return list(ids)
-        return _apply_escaped(messages, tools, arguments, tokenizer)
+        return continuing.prompt(write, len(messages), answers, marks, ends, stops=bool(generate.stop))
     except Exception as error:
         # Templates raise on what they do not take (roles that do not alternate, unknown roles): the caller's to change
         raise BadRequestError(
@@ -295,11 +299,6 @@ def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
     return others if reasoning is None or refused else {**others, "thinking": reasoning}
 
 
-def control_tokens(tokenizer: Tokenizer) -> list[str]:
-    """Every token that text must not turn into: the added ones but for white space, longest first."""
-    return sorted((token for token in tokenizer.added_tokens_encoder if token.strip()), key=len, reverse=True)
-
-
 def _check_keys(value: object, control: Sequence[str], path: str) -> None:
     """Keys of maps are rendered as they are, so none may hold a control token."""
     if isinstance(value, Mapping):
@@ -310,58 +309,3 @@ def _check_keys(value: object, control: Sequence[str], path: str) -> None:
     elif isinstance(value, (list, tuple)):
         for i, entry in enumerate(value):
             _check_keys(entry, control, f"{path}[{i}]")
-
-
-def _apply_escaped(
-    messages: list[dict[str, Any]], tools: list[dict[str, Any]], arguments: dict[str, Any], tokenizer: Tokenizer
-) -> list[int]:
-    """What ``sanitize_control_tokens`` does, for a transformers that does not have it."""
-    found = _control_pattern(tokenizer)
-    text = tokenizer.apply_chat_template(
-        _mark(messages, found),
-        tools=_mark(tools, found) or None,
-        add_generation_prompt=True,
-        tokenize=False,
-        **_mark(arguments, found),
-    )
-    return _encode_marked(text, tokenizer, start=False)
-
-
-def _control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or "(?!)")
-
-
-def _encode_marked(text: str, tokenizer: Tokenizer, *, start: bool) -> list[int]:
-    """Encode a text in which ``_mark`` marked the control tokens that are to stay text: each in two halves."""
-    opening, closing = _MARK
-    ids: list[int] = []
-    for i, piece in enumerate(re.split(f"{opening}(.*?){closing}", text, flags=re.DOTALL)):
-        clean = piece.replace(opening, "").replace(closing, "")
-        if i == 0:
-            ids += _encode(clean, tokenizer, start=start)
-        elif i % 2:
-            ids += _inner(clean[:1], tokenizer) + _inner(clean[1:], tokenizer)
-        else:
-            ids += _inner(clean, tokenizer)
-    return ids
-
-
-def _mark(value: Any, found: re.Pattern[str]) -> Any:
-    start, end = _MARK
-    if isinstance(value, str):
-        bare = value.replace(start, "").replace(end, "")
-        return found.sub(lambda match: f"{start}{match.group()}{end}", bare)
-    if isinstance(value, Mapping):
-        return {key: _mark(entry, found) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_mark(entry, found) for entry in value]
-    return value
-
-
-def _inner(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Encode text that stands inside other text: some tokenizers put a space in front of whatever begins."""
-    if not text:
-        return []
-    line = _encode("\n", tokenizer, start=False)
-    ids = _encode("\n" + text, tokenizer, start=False)
-    return ids[len(line) :] if line and ids[: len(line)] == line else _encode(text, tokenizer, start=False)

@@ -50,8 +50,7 @@ class Task(Running):
 
     def usage(self) -> Usage:
         """Token counts so far."""
-        prompt = len(self.request.prompt)
-        return Usage(prompt, self.request.reader.total, min(self.sequence.cached, prompt))
+        return self.request.usage(self.request.reader.total, self.sequence.cached)
 
 
 class SlotsEngine(Engine):

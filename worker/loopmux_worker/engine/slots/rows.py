@@ -13,9 +13,9 @@ from typing import NamedTuple
 SHORTEST = 16
 """Tokens; a shorter common beginning is computed faster than found and copied."""
 _HALF_LIFE = 60.0
-"""Seconds without its session after which a parked row is worth half."""
-_LONGEST = 3600.0
-"""Seconds in the future beyond which nobody is expected back: a row must not be kept for ever on one word."""
+"""Seconds from or to the time at which its session is expected that halve what a parked row is worth: who is overdue
+may not come, and for who comes late the room serves others meanwhile.
+"""
 _UNHEARD, _EXPECTED, _LEFT = 0.5, 1.0, 0.01
 """Chances that a session comes back: nobody said, it waits for a tool, it is done. Not 0: others may begin alike."""
 
@@ -47,8 +47,8 @@ class Row:
         return not self.running and self.filled > 0
 
     def value(self, now: float) -> float:
-        """Tokens that have to be computed again if this row is taken, times the chance that somebody asks for them."""
-        return self.filled * self.worth * float(0.5 ** (max(0.0, now - self.left) / _HALF_LIFE))
+        """Tokens to compute again if this row is taken, times the chance that somebody asks for them soon."""
+        return self.filled * self.worth * float(0.5 ** (abs(now - self.left) / _HALF_LIFE))
 
 
 class Rows:
@@ -130,7 +130,7 @@ class Rows:
     def expect(self, session: str, when: float, now: float) -> None:
         """A session waits for a tool and comes back about then."""
         for row in self._parked(session):
-            row.worth, row.left = _EXPECTED, max(row.left, min(when, now + _LONGEST))
+            row.worth, row.left = _EXPECTED, max(now, when)
 
     def leave(self, session: str) -> None:
         """A session is done."""
