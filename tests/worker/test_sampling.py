@@ -15,7 +15,7 @@ def sampler(sampling, seed=1, **more):
 
 
 def adjusted(chooser, device):
-    return _adjusted(LOGITS.to(device).unsqueeze(0), [chooser])[0].cpu()
+    return _adjusted(LOGITS.to(device).unsqueeze(0), [chooser], [None])[0].cpu()
 
 
 def test_top_p_is_exact_where_the_first_candidates_do_not_hold_it(device):
