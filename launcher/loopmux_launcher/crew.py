@@ -23,7 +23,6 @@ class Premises:
         state: wanted: to be built when somebody needs it; unused: no group names it any more, its build is being ended.
         python: its interpreter, once it was ready; stays while it is built again by another declaration.
         changed: processes that run were started in what an earlier declaration made.
-        stale: the present declaration could not be built.
         again: the declaration changed in the middle of a build, which therefore is worth nothing.
     """
 
@@ -33,7 +32,6 @@ class Premises:
     detail: str = ""
     since: float = 0.0
     changed: bool = False
-    stale: bool = False
     again: bool = False
 
 

@@ -196,7 +196,7 @@ class Fleet:
         self.notes.pop(f"environment {name}", None)
         for crew in self._inside(name) if premises.changed or moved else ():
             _outdate(crew)
-        premises.changed = premises.stale = False
+        premises.changed = False
         yield Announce(f"environment {name}", f"ready in {now - premises.since:.1f} s: {summary}")
 
     def environment_failed(self, name: str, reason: str) -> Iterator[Action]:
@@ -206,7 +206,7 @@ class Fleet:
             return
         subject = f"environment {name}"
         if premises.python:
-            premises.state, premises.changed, premises.stale = "ready", False, True
+            premises.state = "ready"
             self.notes[subject] = f"cannot be built as it is declared now, the former one stays in use: {reason}"
             yield Announce(subject, self.notes[subject], "error")
             return
@@ -296,7 +296,6 @@ class Fleet:
                     premises.state = "wanted"
             elif event.retry and not building:
                 premises.state = "wanted"
-                premises.changed |= premises.stale
 
 
 def _outdate(crew: Crew, *, last_of_its_kind: bool = False) -> None:

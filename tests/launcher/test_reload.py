@@ -219,6 +219,16 @@ def test_when_somebody_asks_an_environment_is_looked_at_again_and_another_build_
     assert [a.python for a in of(StartWorker, core.handle(ProcessExited("m-1", 0), 22.0))] == ["/e/2"]
 
 
+def test_who_could_not_look_at_an_environment_once_finds_it_as_it_was_the_next_time() -> None:
+    core = begun(make("m", environment="e"))
+    change(core, make("m", environment="e"), retry=True)
+    core.handle(EnvironmentFailed("e", "no space left"), 11.0)
+    assert core.note
+    change(core, make("m", environment="e"), now=20.0, retry=True)
+    same = core.handle(EnvironmentReady("e", "/e/1", ""), 21.0)
+    assert (started(same), stopped(same), core.note) == ([], [], "")
+
+
 def test_what_was_given_up_in_a_damaged_environment_is_tried_again_in_the_next_build_of_it() -> None:
     core = begun(make("m", environment="e"), make("n"))
     core.handle(ProcessExited("m-1", 78), 5.0)
