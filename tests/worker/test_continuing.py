@@ -24,6 +24,7 @@ from loopmux.tools import collect
 from loopmux.turns import Loop
 from loopmux_worker.engine import templates
 from loopmux_worker.engine.base import Finished, Key
+from loopmux_worker.engine.calls import family_of
 from loopmux_worker.engine.continuing import Prompt
 from loopmux_worker.engine.output import Reader, Reading
 from loopmux_worker.engine.slots.rows import Rows
@@ -63,7 +64,9 @@ def shown(ids: list[int]) -> str:
 def read(request: bytes, said: list[int]) -> Result:
     """What a worker and a client make of produced ids."""
     limit = len(said) if said[-1] != END else 2**31
-    reader = Reader(Reading(shown, ENDS, limit=limit, calls=request))
+    family = family_of(tokenizer().chat_template)
+    schemas = [tool.schema for tool in TOOLS.values()]
+    reader = Reader(Reading(shown, ENDS, limit=limit, parser=lambda: family.parser(request, schemas)))
     pieces = [reader.push(token) for token in said]
     assert reader.reason is not None
     text, calls = "".join(piece.text for piece in pieces), tuple(call for piece in pieces for call in piece.calls)

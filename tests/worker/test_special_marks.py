@@ -34,10 +34,11 @@ def tokenizer(tmp_path_factory):
 
 def read(tokenizer, generate, written):
     """What a reader makes of a text as the answer to a request: text, reasoning, calls."""
-    prompt = templates.render(generate, MODEL, tokenizer)
+    prompt = tokenizer.decode(templates.render(generate, MODEL, tokenizer).ids, skip_special_tokens=False)
     served = Served(MODEL, tokenizer, frozenset(), family_of(tokenizer.chat_template), ())
     ids = tokenizer.encode(written, add_special_tokens=False)
-    reader = Reader(_reading(Job(KEY, Run("m"), generate), served, prompt, len(ids)))
+    thinks = served.family.opens_reasoning(prompt)
+    reader = Reader(_reading(Job(KEY, Run("m"), generate), served, len(ids), thinks=thinks))
     pieces = [reader.push(token) for token in ids]
     calls = [(call.name, call.arguments) for piece in pieces for call in piece.calls]
     return "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces), calls

@@ -207,7 +207,8 @@ def test_reasoning_of_earlier_turns_reaches_a_template_under_its_name(tiny_model
     assert render("{{ message.thinking }}") == "one..three."
 
 
-def test_a_malformed_call_stays_in_the_message_that_the_template_gets(either):
+def test_a_malformed_call_stays_in_the_message_that_the_template_gets(tokenizer):
     message = assistant_message("So", [ToolCall("1", "", error="no", raw='<tool_call>{"a"')])
-    text = shown(either, templates.render(Generate(messages=(user("hi"), message, user("?"))), INSTRUCT, either).ids)
+    asked = Generate(messages=(user("hi"), message, user("?")))
+    text = shown(tokenizer, templates.render(asked, INSTRUCT, tokenizer).ids)
     assert '<|im_start|>assistant\nSo\n<tool_call>{"a"<|im_end|>' in text
