@@ -183,8 +183,9 @@ def test_a_model_whose_folder_has_gone_is_named_and_the_others_go_on(config: Pat
 
 def test_an_adapter_for_a_model_on_demand_is_there_when_its_worker_is(config: Path, endpoint: str) -> None:
     with running(config, endpoint, "models: {echo: {engine: echo, min: 0}}\n") as (up, client):
-        done = client.load_adapter("echo", "parrot", "/adapters/parrot")
-        assert (done.workers, done.remembered) == ((), True)
+        words = ("adapter", "load", "echo", "parrot", "/adapters/parrot", "--endpoint", endpoint)
+        done = subprocess.run([sys.executable, "-m", "loopmux", *words], capture_output=True, text=True, check=True)
+        assert done.stdout == "parrot: remembered; echo has no worker now, the next one loads it\n"
         assert up.children("loopmux_worker") == []
         assert client.generate("hello", model="parrot").text
         [one] = client.adapters()

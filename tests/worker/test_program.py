@@ -95,14 +95,21 @@ def test_one_whose_engine_hangs_ends_with_an_exit_code_that_says_so(broker, tmp_
     assert err.splitlines()[-1].endswith("its engine does not get on, and had it end")
 
 
-def test_what_cannot_be_imported_is_told_with_where_to_look(tmp_path):
-    (tmp_path / "zmq.py").write_text("this is no Python")
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("this is no Python", "SyntaxError: "),
+        ("try: import nowhere\nexcept ImportError as e: raise RuntimeError('no zmq') from e", "RuntimeError: no zmq; "),
+    ],
+)
+def test_what_cannot_be_imported_is_told_with_where_to_look(tmp_path, code, reason):
+    (tmp_path / "zmq.py").write_text(code)
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     done = run("--spec", write_spec(tmp_path, f"ipc://{tmp_path}/nobody"), PYTHONPATH=path)
     assert done.returncode == 1
     failed = json.loads(done.stdout.splitlines()[-1])
     assert failed["phase"] == "failed"
-    assert failed["detail"].startswith("SyntaxError: ")
+    assert failed["detail"].startswith(reason)
     for told in (failed["detail"], done.stderr):
         assert "`loopmux env verify` says what, `loopmux env build --anew` builds it again" in told
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from loopmux import exitcodes
 from loopmux.errors import BadRequestError, ConfigError, EngineError, LoopmuxError
+from loopmux_worker.causes import causes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,7 +188,8 @@ def _told(error: Exception) -> str:
     if isinstance(error, LoopmuxError):
         return error.message
     text = f"{type(error).__name__}: {error}"
-    return f"{text}; {_DAMAGED}" if isinstance(error, ImportError | SyntaxError) else text
+    damaged = any(isinstance(cause, ImportError | SyntaxError) for cause in causes(error))
+    return f"{text}; {_DAMAGED}" if damaged else text
 
 
 def _read_spec(name: str) -> WorkerSpec:
