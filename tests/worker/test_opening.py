@@ -1,11 +1,15 @@
 """Which engine a worker opens, and that it says so."""
 
+import gc
+import sys
+from contextlib import nullcontext
+
 import pytest
 
 import enginekit
 from loopmux.errors import ConfigError
 from loopmux.messages import ModelSpec, WorkerSpec
-from loopmux_worker.engine import open_engine, opening
+from loopmux_worker.engine import open_engine, opener, opening
 from loopmux_worker.engine.opening import ruled_out
 
 
@@ -40,3 +44,20 @@ def test_an_older_transformers_gets_the_plain_engine_and_this_is_logged_and_repo
     assert described.report["why"] == why
     with pytest.raises(ConfigError, match=f"engine: found slots, but {why}; use auto or plain"):
         enginekit.opened(tiny_model.base)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_importing_the_libraries_keeps_the_collector_from_them_alone(monkeypatch, there):
+    if not there:
+        monkeypatch.setitem(sys.modules, opening.__name__, None)
+    seen = []
+    disable = gc.disable
+    monkeypatch.setattr(gc, "disable", lambda: seen.append(disable()))
+    try:
+        with nullcontext() if there else pytest.raises(ImportError):
+            assert opener.__wrapped__() is opening.open_on_model
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    assert len(seen) == 1
+    assert gc.isenabled()

@@ -20,8 +20,8 @@ _UNCAST: dict[str, Any] = (
     if "autocast_adapter_dtype" in inspect.signature(PeftModel.add_adapter).parameters
     else {}
 )
-"""Else PEFT keeps copies of half-precision adapters in float32; 0.18 makes none of those that are added, and has no
-such argument there."""
+"""Else PEFT keeps copies of half-precision adapters in float32; 0.18 keeps none of those that are added, and takes
+no such argument."""
 
 
 class Adapters:
