@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from loopmux.errors import ConfigError
@@ -21,6 +20,8 @@ def usable(folder: Path, purpose: str, remedy: str) -> Path:
     Raises:
         ConfigError: it cannot be made or written to; it says why.
     """
+    import tempfile  # it brings a dozen modules along
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
