@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from loopmux.errors import ConfigError
@@ -22,8 +21,11 @@ def runtime_folder() -> Path:
 
     It is not created here: whoever binds creates it with mode 0700 (``private_folder``).
     """
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "loopmux" if runtime else Path(tempfile.gettempdir()) / f"loopmux-{os.getuid()}"
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime) / "loopmux"
+    import tempfile  # it brings a dozen modules along
+
+    return Path(tempfile.gettempdir()) / f"loopmux-{os.getuid()}"
 
 
 def default_endpoint() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import tempfile
 from pathlib import Path
 
 from loopmux.errors import ConfigError
@@ -24,6 +23,8 @@ def usable(folder: Path, purpose: str, remedy: str) -> Path:
     Raises:
         ConfigError: it cannot be made or written to; it says why.
     """
+    import tempfile  # it brings a dozen modules along
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

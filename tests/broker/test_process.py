@@ -243,4 +243,4 @@ def test_no_prompt_in_the_log(endpoint: str) -> None:
 def test_what_takes_long_to_import_is_not_waited_for_when_it_is_started_again() -> None:
     code = "import sys, loopmux_broker.program; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"asyncio", "logging", "structlog", "yaml"} & set(loaded)
+    assert not {"asyncio", "logging", "structlog", "tempfile", "yaml"} & set(loaded)
