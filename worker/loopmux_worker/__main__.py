@@ -239,6 +239,7 @@ def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
     try:
         worker.run(joined=lambda: progress("ready", ready))
     except EngineError as error:  # it hangs or has died: waiting for what it leaves behind might never end
+        progress("failed", error.message)
         print(f"loopmux-worker: error: {error.message}", file=sys.stderr)
         return exitcodes.FAILURE
     finally:
