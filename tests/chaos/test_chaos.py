@@ -24,5 +24,5 @@ def test_every_token_once_and_nothing_left(fault: Fault) -> None:
 
 @pytest.mark.timeout(300)  # torch is loaded four times, on whatever is left of a busy machine
 def test_the_demo_model_says_the_same_whatever_is_killed() -> None:
-    for outcome in asyncio.run(demo.demo(workers=2, streams=8, tokens=150, faults=demo.STRIKES[:2])):
+    for outcome in asyncio.run(demo.demo(workers=2, streams=8, tokens=80, faults=demo.STRIKES[:2])):
         assert outcome.good, (str(outcome), outcome.errors, outcome.broken)
