@@ -247,6 +247,8 @@ class Attempts:
         alarm = (Alarm.DRAIN, worker.peer, 0)
         if now + within / 2 < self._t.timers.when(alarm):  # it says DRAIN again and again, perhaps more urgently
             self._t.timers.set(alarm, now + within / 2)
+        for model in worker.models:
+            self._waiting.model_left(model, now)
 
     def evict(self, worker: Worker, within: float, now: float) -> None:
         """An administrator wants a worker to leave."""

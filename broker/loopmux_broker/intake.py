@@ -6,6 +6,7 @@ from loopmux.errors import (
     AdapterNotFoundError,
     BadRequestError,
     LoopmuxError,
+    ModelNotFoundError,
     OverloadedError,
     failed_to_start,
     unknown_model,
@@ -14,6 +15,7 @@ from loopmux_broker.admission import Admission
 from loopmux_broker.pool import Pool
 from loopmux_broker.requests import Request
 
+TAKEN_BACK = "its launcher left, or has it no more"
 _COLD_RETRY = 1.0
 """``retry_after`` where a model has no worker yet, seconds: nobody knows how long loading takes, asking is cheap."""
 
@@ -30,6 +32,8 @@ def objection(pool: Pool, request: Request, *, settled: bool, returning: bool = 
     except BadRequestError as error:
         return error
     if pool.serving(submit.model):
+        if pool.leaves(submit.model):
+            return gone(submit.model, TAKEN_BACK)
         return unknown_adapter(pool, request) if settled else None
     declared = pool.declared(submit.model)
     if declared is None and settled and not request.attempt:
@@ -45,6 +49,11 @@ def objection(pool: Pool, request: Request, *, settled: bool, returning: bool = 
         )
         return OverloadedError(text, retry_after=_COLD_RETRY)
     return None
+
+
+def gone(model: str, why: str) -> ModelNotFoundError:
+    """The error for a model that was there, and takes no new requests any more."""
+    return ModelNotFoundError(f"model {model!r} is gone: {why}, and no worker stays that serves it", model=model)
 
 
 def unknown_adapter(pool: Pool, request: Request) -> LoopmuxError | None:

@@ -363,6 +363,10 @@ class Pool:
         """Whether anybody serves, declares or left out the model."""
         return model in self._serving or model in self._declared or model in self._left_out
 
+    def leaves(self, model: str) -> bool:
+        """Whether all workers of a model leave, and no launcher will start another one: theirs took it back."""
+        return model in self.withdrawn and all(worker.draining for worker in self.serving(model))
+
     def launchers_of(self, model: str) -> Mapping[str, Declared]:
         """The words of all launchers about a model, by launcher."""
         return self._declared.get(model, {})

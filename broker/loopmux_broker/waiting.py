@@ -13,7 +13,7 @@ from loopmux.messages import Phase
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.ends import Ends
 from loopmux_broker.events import Send
-from loopmux_broker.intake import unknown_adapter
+from loopmux_broker.intake import TAKEN_BACK, gone, unknown_adapter
 from loopmux_broker.pool import Standing
 from loopmux_broker.requests import Request, State
 from loopmux_broker.tables import PAUSE, SLICE, Alarm, Tables
@@ -62,7 +62,9 @@ class Waiting:
             return
         pool, model = self._t.pool, request.submit.model
         declared = pool.declared(model)
-        if pool.serving(model) and not self._unlike(request):
+        if pool.serving(model) and pool.leaves(model):
+            self._ends.end(request, Kind.ERROR, gone(model, TAKEN_BACK), now)
+        elif pool.serving(model) and not self._unlike(request):
             if self._t.settled and (error := unknown_adapter(pool, request)) is not None:
                 self._ends.end(request, Kind.ERROR, error, now)
         elif declared is not None and declared.entry.phase == "failed":
@@ -92,16 +94,16 @@ class Waiting:
             self._ends.end(request, Kind.ERROR, error, now)
 
     def model_left(self, model: str, now: float) -> None:
-        """A worker left in good order: whoever waits for its model waits in vain if its launcher took it back too."""
-        if model in self._t.pool.withdrawn and not self._t.pool.knows(model):
+        """A worker leaves in good order: whoever waits for its model waits in vain if its launcher took it back too."""
+        if self._t.pool.leaves(model):
             self.model_withdrawn(model, now)
 
-    def model_withdrawn(self, model: str, now: float, why: str = "its launcher left") -> None:
+    def model_withdrawn(self, model: str, now: float, why: str = TAKEN_BACK) -> None:
         """A launcher no longer answers for a model."""
         if self._t.pool.knows(model):
             self.model_changed(model, now)
             return
-        error = ModelNotFoundError(f"model {model!r} is gone: {why}, and no worker serves it any more")
+        error = gone(model, why)
         self._each(model, lambda request, now: self._ends.end(request, Kind.ERROR, error, now), now)
 
     def _tell_phase(self, request: Request, now: float) -> None:

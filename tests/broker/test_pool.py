@@ -268,6 +268,34 @@ def test_a_launcher_that_leaves_takes_its_models_along(core: Core) -> None:
     assert core.submit(TWO, model="n")[0] == run(TWO, model="n")
 
 
+@pytest.mark.parametrize("first", ["launcher", "worker"])
+def test_who_waits_for_what_leaves_with_its_launcher_is_told_at_once(core: Core, first: str) -> None:
+    """What runs may take minutes to end; who waits behind it waits in vain."""
+    core.launcher()
+    core.declare("m", "ready")
+    core.register()
+    core.running(ONE)
+    core.submit(TWO)
+    byes = [(say(Kind.BYE), LAUNCHER), (say(Kind.DRAIN, arg=240_000), WORKER)]
+    one, other = (core.worker(*bye) for bye in (byes if first == "launcher" else byes[::-1]))
+    assert Kind.ERROR not in {kind for _, kind in kinds(one)}
+    assert [failure(a)[3].code for a in other if kinds([a]) == [(CLIENT, Kind.ERROR)]] == ["model_not_found"]
+    [refused] = core.submit(THREE)
+    assert "'m' is gone: its launcher left, or has it no more" in failure(refused)[3].message
+    assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0))]
+
+
+def test_with_a_launcher_that_stays_who_waits_goes_on_waiting_while_the_worker_leaves(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "ready")
+    core.register()
+    core.running(ONE)
+    core.submit(TWO)
+    core.worker(say(Kind.DRAIN, arg=240_000))
+    assert Kind.ERROR not in {kind for _, kind in kinds(core.submit(THREE))}
+    assert core.tables.queues.length == 2
+
+
 def test_a_removed_model(core: Core) -> None:
     core.launcher()
     core.declare("m", "idle")
