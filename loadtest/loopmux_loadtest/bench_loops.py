@@ -223,11 +223,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--loops", type=int, default=100, help="loops (%(default)s)")
     parser.add_argument("--turns", type=int, default=6, help="turns of each, if the model does as asked (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes, of one thread each (%(default)s)")
+    parser.add_argument("--slots", type=int, default=16, help="requests that a worker runs at once (%(default)s)")
     parser.add_argument("--kill", action="store_true", help="one more run, in which a worker and the broker are killed")
     parser.add_argument("--demo", type=Path, default=DEMO, help="folder of the demo model (%(default)s)")
     given = parser.parse_args(arguments)
     tools = {"base_model": str(given.demo / "base"), "adapter_dir": str(given.demo / "adapters" / "tools")}
-    how = {"environment": "own", "workers": given.workers, "dtype": "float32", "torch_threads": 1}
+    how = {"environment": "own", "workers": given.workers, "dtype": "float32", "torch_threads": 1, "slots": given.slots}
     config = {"environments": {"own": {"path": sys.prefix}}, "models": {"tools": {**tools, **how}}}
     stack = PrivateStack(config, launcher_command())
     try:
