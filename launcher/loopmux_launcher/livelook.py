@@ -22,7 +22,7 @@ def _row(model: ModelStatus) -> tuple[str, ...]:
 
 
 def leaving(status: Status) -> list[str]:
-    """What is waited for while all of it ends; empty when that is nothing."""
-    held = [worker for worker in status.workers if worker.running]
+    """What is waited for while all of it ends; empty when that is nothing. Workers of other hosts stay."""
+    held = [worker for worker in status.workers if worker.running and worker.state == "draining"]
     names = ", ".join(f"{worker.name} ({worker.running})" for worker in held)
     return [f"waits for what runs on {names}; Ctrl-C stops at once"] if held else []

@@ -35,7 +35,7 @@ import yaml
 from loopmux import Client, TextDelta
 
 CASES = ("build", "start", "loss", "rest")
-_ECHO = {"engine": "echo", "echo": {"rate": 400}}
+_ECHO = {"engine": "echo", "echo": {"rate": 200}}
 _LIMIT = 600.0
 """Seconds that a request may take."""
 _BEFORE, _TOKENS = 50, 400

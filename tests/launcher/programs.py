@@ -70,6 +70,7 @@ class Program:
             except queue.Empty:
                 raise AssertionError(f"no line with {part!r} in {limit} s:\n" + "\n".join(self.lines)) from None
             if news is None:
+                self._news.put(None)  # for ``wait``
                 raise AssertionError(f"it ended without a line with {part!r}:\n" + "\n".join(self.lines))
             self.lines.append(news)
             if part in news:

@@ -206,8 +206,12 @@ def test_a_damaged_environment_is_found_and_built_anew_beside(site: Site) -> Non
 def test_a_worker_in_a_damaged_environment_says_where_to_look_and_up_goes_over_to_the_next(
     site: Site, home: Path
 ) -> None:
+    """With a model beside it, that has ``up`` go on where the other one is given up before its environment is built."""
     site.declare()
     site.build()
+    declared = json.loads(site.file.read_text())
+    declared["models"]["b"] = {"engine": "echo"}
+    site.file.write_text(json.dumps(declared))
     shutil.rmtree(next(site.python().parent.parent.glob("lib/python*/site-packages/zmq")))
     with program("up", "--config", str(site.file), "--endpoint", f"ipc://{home}/s/client.ipc") as up:
         said = up.line("starts again in")
@@ -216,7 +220,7 @@ def test_a_worker_in_a_damaged_environment_says_where_to_look_and_up_goes_over_t
         assert "is damaged" in site.env("verify", "e", ok=False).stderr
         site.build("--anew")
         up.process.send_signal(signal.SIGHUP)
-        up.line("ready after")
+        up.line("a-1: ready in")
         up.process.terminate()
         assert up.wait() == 0
 

@@ -33,7 +33,8 @@ def test_one_worker() -> None:
 
 
 def test_while_all_of_it_ends_it_is_said_what_is_waited_for() -> None:
-    busy, idle = worker("m-1", 70.4), replace(worker("m-2", 0.0), running=0)
-    status = Status(b"e" * 8, 1.0, "loopmux", 1, 0, 0, 1, workers=(busy, idle))
+    elsewhere = worker("n-1", 70.4)
+    busy, idle = (replace(worker(f"m-{n}", 0.0), running=n % 2, state="draining") for n in (1, 2))
+    status = Status(b"e" * 8, 1.0, "loopmux", 1, 0, 0, 1, workers=(elsewhere, busy, idle))
     assert leaving(status) == ["waits for what runs on m-1 (1); Ctrl-C stops at once"]
     assert leaving(replace(status, workers=(idle,))) == []
