@@ -199,11 +199,35 @@ def test_long_outputs_take_time_in_proportion(name, piece):
     assert seconds(1000) < 100 * max(seconds(50), 0.0005)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("envelope", f"<tool_call>{'f(a=1);' * 1500}</tool_call>"),
+        ("gemma", f"```tool_code\n[{'f(a=1),' * 1500}]```"),
+        ("qwen_xml", f"<tool_call><function=f>{'<parameter=' * 15000}</parameter></function></tool_call>"),
+        ("qwen_xml", f"<tool_call>{'<function=' * 15000}</tool_call>"),
+    ],
+)
+def test_what_a_call_holds_is_read_in_proportion(name, text):
+    start = time.process_time()
+    parse(name, text)
+    assert time.process_time() - start < 2
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
+
+
+def test_each_call_of_code_has_its_own_text():
+    text = "f(a='ü')\r\n# ü\n[f(a='ß'), print(g.h(\n  b=1))]\r"
+    assert [c.raw for c in parse("envelope", f"<tool_call>{text}</tool_call>").calls] == [
+        "f(a='ü')",
+        "f(a='ß')",
+        "g.h(\n  b=1)",
+    ]
 
 
 @settings(max_examples=40)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from loopmux_worker.engine.calls.bodies import string
@@ -11,6 +13,7 @@ from loopmux_worker.engine.calls.output import Output
 from loopmux_worker.engine.calls.source import Source, Waiting, marks
 from loopmux_worker.engine.calls.values import Call, MalformedCall
 
+_LINE_END = re.compile(rb"\r\n?|\n")
 _JSON_WORDS = {"true": True, "false": False, "null": None}
 
 
@@ -33,10 +36,19 @@ def python_calls(source: Source, output: Output, closing: str) -> Waiting[None]:
 def _each(text: str) -> list[str]:
     """The text of each call; all of it where that is no code."""
     try:
-        found = [ast.get_source_segment(text, node) or text for node in _call_nodes(text)]
+        nodes = _call_nodes(text)
     except (ValueError, RecursionError):
         return [text]
-    return found or [text]
+    data = text.encode()  # columns are counted in bytes
+    lines = [0, *(found.end() for found in _LINE_END.finditer(data))]
+    spans = [(lines[one.lineno - 1] + one.col_offset, _end(one, lines)) for one in nodes]
+    return [data[start:end].decode() for start, end in spans] or [text]
+
+
+def _end(node: ast.Call, lines: Sequence[int]) -> int:
+    assert node.end_lineno is not None
+    assert node.end_col_offset is not None
+    return lines[node.end_lineno - 1] + node.end_col_offset
 
 
 def python_call(raw: str) -> Call:
