@@ -272,6 +272,17 @@ def test_references_within_a_tools_schema(tokenizer, name):
         assert Writing(generate(referring), family, tokenizer(tokens_of(family))).ramble(seed).checked()[1]
 
 
+@pytest.mark.parametrize("name", ["hermes", "glm", "qwen_xml"])
+def test_references_to_what_is_written_without_quotes(tokenizer, name):
+    family = BY_NAME[name]
+    color = {"$ref": "#/$defs/Color"}
+    definitions = {"Level": {"type": "integer", "enum": [1, 2]}, "Color": {"type": "string", "enum": ["red", "1"]}}
+    one = tool("f", level={"$ref": "#/$defs/Level"}, color=color, other={"anyOf": [color, {"type": "null"}]})
+    one["function"]["parameters"]["$defs"] = definitions
+    for seed in range(3):
+        assert Writing(generate(one), family, tokenizer(tokens_of(family))).ramble(seed).checked()[1]
+
+
 @pytest.mark.parametrize(
     ("said", "held"),
     [
