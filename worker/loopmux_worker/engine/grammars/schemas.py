@@ -79,7 +79,7 @@ def _remainders(step: float) -> int:
     """How many there are when numbers are divided by it, as llguidance counts: 25 for 0.25."""
     number = Decimal(str(step)).as_tuple()
     assert isinstance(number.exponent, int)
-    return int("".join(map(str, number.digits))) * 10 ** max(0, number.exponent)
+    return int("".join(map(str, number.digits)) + "0" * number.exponent)
 
 
 def _intersects(schema: Any) -> bool:
