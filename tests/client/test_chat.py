@@ -44,7 +44,7 @@ class ChatClient(ScriptedClient):
 
 
 class Terminal(io.StringIO):
-    """A terminal at which a person types these lines; ^C is a line of its own."""
+    """A terminal at which a person types these lines; ^C is a line of its own, and ä comes as another encoding's."""
 
     def isatty(self) -> bool:
         return True
@@ -53,7 +53,7 @@ class Terminal(io.StringIO):
         line = super().readline()
         if line == "^C\n":
             raise KeyboardInterrupt
-        return line
+        return line.encode("latin-1").decode() if "\xe4" in line else line
 
 
 def talk(
@@ -136,7 +136,9 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ("/model", "/model is no command"),
         ("/", "/ is no command"),
         ("/model ohter", "model 'ohter' is not known, expected one of m, other; did you mean 'other'?"),
-        ("/save /no/such/folder/x", "/save: [Errno 2] No such file or directory"),
+        ("/save /no/such/folder/x", "/save '/no/such/folder/x': [Errno 2] No such file or directory"),
+        ("/save ~nobody-of-that-name/x", "/save '~nobody-of-that-name/x': "),
+        ("/save a\0b", "/save 'a\\x00b': "),
     ],
 )
 def test_a_command_that_cannot_be_done(
@@ -151,6 +153,19 @@ def test_a_command_that_cannot_be_done(
 def test_without_a_terminal_the_first_error_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelNotFoundError):
         talk(monkeypatch, io.StringIO("/model nobody\nhi\n"))
+
+
+def test_what_is_typed_in_another_encoding_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = [turn("", call("delete", path="a")), turn("2")]
+    client = talk(monkeypatch, Terminal("ä\none\nä\ny\n"), *script, tools=[DELETE])
+    assert said(client, 1) == ["Be brief.", "one", "", "a is gone"]
+    shown = capsys.readouterr()
+    assert "loopmux: what was typed is not utf-8, so it is dropped: " in shown.err
+    assert shown.out.count("run delete") == 2
+    with pytest.raises(BadRequestError, match="not utf-8"):
+        talk(monkeypatch, io.TextIOWrapper(io.BytesIO(b"\xe4\n"), "utf-8"))  # type: ignore[arg-type]
 
 
 def test_control_c_stops_the_answer_and_not_the_chat(

@@ -268,6 +268,32 @@ def test_the_schema_gives_values_without_quotes_their_type(value, key, expected)
     assert results(parse("glm", text)) == [("f", {key: expected})]
 
 
+DEFINITIONS = {
+    "Level": {"type": "integer", "enum": [1, 2]},
+    "Color": {"type": "string"},
+    "Circle": {"anyOf": [{"$ref": "#/$defs/Circle"}, {"$ref": "#/$defs/Level"}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "expected"),
+    [
+        ({"$ref": "#/$defs/Level"}, "2", 2),
+        ({"allOf": [{"$ref": "#/$defs/Level"}]}, "2", 2),
+        ({"$ref": "#/$defs/Circle"}, "2", 2),
+        ({"$ref": "#/$defs/Color"}, "[2]", "[2]"),
+        ({"anyOf": [{"$ref": "#/$defs/Color"}, {"type": "null"}]}, "2", "2"),
+        ({"anyOf": [{"$ref": "#/$defs/Color"}, {"type": "null"}]}, "null", None),
+        ({"$ref": "#/$defs/Nothing"}, "2", "2"),
+        ({"const": 2}, "2", 2),
+    ],
+)
+def test_types_are_found_behind_references(schema, value, expected):
+    tools = ({"name": "f", "parameters": {"properties": {"a": schema}, "$defs": DEFINITIONS}},)
+    text = f"<tool_call>f<arg_key>a</arg_key><arg_value>{value}</arg_value></tool_call>"
+    assert results(parse("glm", text, tools=tools)) == [("f", {"a": expected})]
+
+
 TEMPLATES = {
     # what stands in the templates of: Qwen3, Qwen3-Coder, Llama 3.1 and 3.2, Mistral 7B v0.3, Mistral Small 3.1,
     # Ministral 3, FunctionGemma, Gemma 3, Gemma 4, gpt-oss, GLM-4.5, DeepSeek V3.1

@@ -196,7 +196,8 @@ def test_long_outputs_take_time_in_proportion(name, piece):
         return time.process_time() - start
 
     seconds(100)
-    assert seconds(1000) < 100 * max(seconds(50), 0.0005)
+    # the best of three: a collection of garbage is no part of it
+    assert min(seconds(1000) for _ in range(3)) < 100 * max(seconds(50), 0.0005)
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,17 @@ def test_references_within_a_tools_schema(tokenizer, name):
         assert Writing(generate(referring), family, tokenizer(tokens_of(family))).ramble(seed).checked()[1]
 
 
+@pytest.mark.parametrize("name", ["hermes", "glm", "qwen_xml"])
+def test_references_to_what_is_written_without_quotes(tokenizer, name):
+    family = BY_NAME[name]
+    color = {"$ref": "#/$defs/Color"}
+    definitions = {"Level": {"type": "integer", "enum": [1, 2]}, "Color": {"type": "string", "enum": ["red", "1"]}}
+    one = tool("f", level={"$ref": "#/$defs/Level"}, color=color, other={"anyOf": [color, {"type": "null"}]})
+    one["function"]["parameters"]["$defs"] = definitions
+    for seed in range(3):
+        assert Writing(generate(one), family, tokenizer(tokens_of(family))).ramble(seed).checked()[1]
+
+
 @pytest.mark.parametrize(
     ("said", "held"),
     [
@@ -334,6 +345,12 @@ def test_properties_that_are_named_in_several_places_may_all_be_given(tokenizer,
         (Generate(prompt="x", response_format={"type": "json_object"}), "hermes", "response_format.*json_object"),
         (Generate(prompt="x", response_format={"enum": ["x" * 2**20]}), "hermes", "characters of schemas"),
         (Generate(prompt="x", response_format={"anyOf": [{}] * 1000}), "hermes", "response_format: found 1001 objects"),
+        (generate(tool(x={"type": "integer", "multipleOf": 9999991})), "hermes", r"tools\[0\].*multipleOf 9999991"),
+        (
+            Generate(prompt="x", response_format={"multipleOf": 999.99}),
+            "hermes",
+            "response_format: found multipleOf 999",
+        ),
         (generate(tool(x={"type": "string", "pattern": "a"})), "qwen_xml", "'weather'.*qwen_xml.*'pattern' for a text"),
         (generate(tool(x={"$ref": "#/$defs/y"})), "glm", r"'weather'.*glm.*\$ref"),
         (generate({"name": "f", "parameters": {"anyOf": []}}), "qwen_xml", "'f'.*'anyOf' for an object"),

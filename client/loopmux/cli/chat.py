@@ -127,7 +127,7 @@ class Chat:
         if terminal:
             print(f"{self.model}, {len(self.tools)} tools: {', '.join(self.tools)}" if self.tools else self.model)
             print("/help lists the commands, an empty line or Ctrl-D ends the chat, Ctrl-C stops an answer")
-        while line := _read(terminal):
+        while line := self._read(terminal):
             try:
                 if line.startswith("/"):
                     self._command(line[1:].split(maxsplit=1))
@@ -142,6 +142,23 @@ class Chat:
                     raise
                 self.printer.note(f"loopmux: {error}")
         self.client.hint(self.session, "done")
+
+    def _read(self, terminal: bool) -> str:
+        """The next line; empty at the end of the chat."""
+        while True:
+            try:
+                return input("> " if terminal else "").rstrip()
+            except EOFError:
+                return ""
+            except UnicodeDecodeError as error:
+                unreadable = BadRequestError(f"what was typed is not {error.encoding}, so it is dropped: {error}")
+                if not terminal:
+                    raise unreadable from error
+                self.printer.note(f"loopmux: {unreadable}")
+            except KeyboardInterrupt:
+                if not terminal:
+                    raise
+                print()  # as shells do: what was typed is dropped
 
     def _ask(self, question: str) -> None:
         """One answer, with the calls on the way; the conversation goes on from what came of it."""
@@ -193,34 +210,24 @@ class Chat:
                 self.client.hint(self.session, "done")
                 self._begin()
             case ["save", file]:
-                self._save(Path(file).expanduser())
+                self._save(file)
             case ["help"]:
                 print(HELP)
             case _:
                 raise BadRequestError(f"/{' '.join(words)} is no command; there are\n{HELP}")
 
-    def _save(self, path: Path) -> None:
+    def _save(self, file: str) -> None:
+        text = json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n"
         try:
-            path.write_text(json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise LoopmuxError(f"/save: {error}") from error
-
-
-def _read(terminal: bool) -> str:
-    """The next line; empty at the end of the chat."""
-    while True:
-        try:
-            return input("> " if terminal else "").rstrip()
-        except EOFError:
-            return ""
-        except KeyboardInterrupt:
-            if not terminal:
-                raise
-            print()  # as shells do: what was typed is dropped
+            Path(file).expanduser().write_bytes(text.encode())
+        except (OSError, RuntimeError, ValueError) as error:  # the last two: ~nobody, and a NUL in it
+            raise LoopmuxError(f"/save {file!r}: {error}") from error
 
 
 def _answer(question: str) -> str:
     try:
         return input(question).strip().lower()
+    except UnicodeDecodeError:
+        return ""
     except EOFError:
         return "no"

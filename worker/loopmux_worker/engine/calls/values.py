@@ -9,8 +9,8 @@ from typing import Any
 
 Call = tuple[str, dict[str, Any]]
 """A tool's name and the arguments."""
-Schemas = Mapping[str, Mapping[str, Any]]
-"""The schema of each parameter, by the tool's name."""
+Schemas = Mapping[str, Mapping[str, set[str]]]
+"""The JSON types of each parameter, by the tool's name."""
 
 _DEEPEST = 64
 """Nesting of arguments; more is a model gone astray, and MessagePack refuses a few hundred."""
@@ -96,9 +96,13 @@ def _check_value(value: object, depth: int) -> None:
 
 
 def schemas(tools: Sequence[Mapping[str, Any]]) -> Schemas:
-    """The schema of each parameter of each tool."""
+    """The JSON types of each parameter of each tool."""
     functions = [_map(tool.get("function", tool)) for tool in tools]
-    return {str(one.get("name")): _map(_map(one.get("parameters")).get("properties")) for one in functions}
+    return {str(one.get("name")): _types_by_name(_map(one.get("parameters"))) for one in functions}
+
+
+def _types_by_name(parameters: Mapping[str, Any]) -> dict[str, set[str]]:
+    return {key: types_of(schema, parameters) for key, schema in _map(parameters.get("properties")).items()}
 
 
 def _map(value: object) -> Mapping[str, Any]:
@@ -106,9 +110,8 @@ def _map(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def typed(text: str, schema: object) -> Any:
-    """A value that was written without quotes, as its schema wants it; what does not fit stays the text that it is."""
-    types = types_of(schema)
+def typed(text: str, types: set[str]) -> Any:
+    """A value that was written without quotes, of one of the types; what does not fit stays the text that it is."""
     if "string" in types:
         return None if "null" in types and text in ("null", "None") else text
     try:
@@ -118,14 +121,31 @@ def typed(text: str, schema: object) -> Any:
     return value if types or isinstance(value, (dict, list)) else text
 
 
-def types_of(schema: object) -> set[str]:
-    """The JSON types that a schema names; empty where it names none."""
-    known = _map(schema)
+def types_of(schema: object, root: Mapping[str, Any], seen: set[str] | None = None) -> set[str]:
+    """The JSON types that a schema names, which is a part of ``root``; empty where it names none.
+
+    Args:
+        seen: references that were followed: each is, once, so that those in circles end.
+    """
+    known, seen = _map(schema), set() if seen is None else seen
     given = known.get("type")
     found = {kind for kind in ([given] if isinstance(given, str) else _list(given)) if isinstance(kind, str)}
-    for choice in (*_list(known.get("anyOf")), *_list(known.get("oneOf"))):
-        found |= types_of(choice)
-    return found or {_TYPES.get(type(one), "null") for one in _list(known.get("enum"))}
+    for key in ("anyOf", "oneOf", "allOf"):
+        for choice in _list(known.get(key)):
+            found |= types_of(choice, root, seen)
+    reference = known.get("$ref")
+    if isinstance(reference, str) and reference not in seen:
+        seen.add(reference)
+        found |= types_of(referred(reference, root), root, seen)
+    literals = [known["const"]] if "const" in known else _list(known.get("enum"))
+    return found or {_TYPES.get(type(one), "null") for one in literals}
+
+
+def referred(reference: str, root: Mapping[str, Any]) -> Any:
+    """What a reference to one of the definitions of ``root`` means; None where there is none."""
+    start, _, rest = reference.partition("#/")
+    kind, _, name = rest.partition("/")
+    return _map(root.get(kind)).get(name) if not start and kind in ("$defs", "definitions") else None
 
 
 def _list(value: object) -> Sequence[Any]:

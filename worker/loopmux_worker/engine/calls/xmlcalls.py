@@ -40,8 +40,8 @@ def _qwen_call(schemas: Schemas, raw: str) -> Call:
     if found is None:
         raise MalformedCall(f"found no {FUNCTION}name>")
     name = found[1].strip()
-    schema = schemas.get(name, {})
-    return name, {key: typed(value, schema.get(key)) for key, value in _PARAMETER.findall(raw)}
+    types = schemas.get(name, {})
+    return name, {key: typed(value, types.get(key, set())) for key, value in _PARAMETER.findall(raw)}
 
 
 def glm(source: Source, output: Output, _: str) -> Waiting[None]:
@@ -53,10 +53,10 @@ def glm(source: Source, output: Output, _: str) -> Waiting[None]:
 
 def _glm_call(schemas: Schemas, raw: str) -> Call:
     name = raw.partition(KEY)[0].strip()
-    schema = schemas.get(name, {})
+    types = schemas.get(name, {})
     parts = _PART.findall(raw)
     keys = [text.strip() for kind, text in parts if kind == "key"]
     if [kind for kind, _ in parts] != ["key", "value"] * len(keys):
         raise MalformedCall(f"expected pairs of {KEY}…{KEY_END} and {VALUE}…{VALUE_END}")
     values: dict[str, Any] = dict(zip(keys, (text for kind, text in parts if kind == "value"), strict=True))
-    return name, {key: typed(value, schema.get(key)) for key, value in values.items()}
+    return name, {key: typed(value, types.get(key, set())) for key, value in values.items()}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loopmux.errors import BadRequestError
-from loopmux_worker.engine.calls.values import types_of
+from loopmux_worker.engine.calls.values import referred, types_of
 from loopmux_worker.engine.grammars.asked import Tool
 from loopmux_worker.engine.grammars.rules import Rules, quoted
 from loopmux_worker.engine.grammars.schemas import LAYOUT
@@ -75,7 +75,7 @@ class Arguments:
     def _value(self, schema: Any, after: str) -> str:
         """A value and what is behind it."""
         schema = schema if isinstance(schema, Mapping) else {}
-        types = types_of(schema) or self._referred(schema)
+        types = types_of(schema, self._tool.arguments)
         if self._named.text is None:
             return f"{self._json(schema)} {self._rules.text(after)}"
         if "string" in types or not schema.keys() - _DESCRIBE or isinstance(schema.get("const"), str):
@@ -85,12 +85,6 @@ class Arguments:
         if self._named.nested and types & {"array", "object"}:
             return f"{self._nested(schema, types)} {self._rules.text(after)}"
         return f"{self._json(schema)} {self._rules.text(after)}"
-
-    def _referred(self, schema: Mapping[str, Any]) -> set[str]:
-        """The types behind a ``$ref``, if they show in the value itself: a list or an object is read as one."""
-        name = str(schema.get("$ref", "")).removeprefix("#/$defs/")
-        types = types_of(self._definitions.get("$defs", {}).get(name))
-        return types if types <= {"array", "object"} else set()
 
     def _json(self, schema: Mapping[str, Any]) -> str:
         return self._rules.json(self._name(), {**self._definitions, **schema, "x-guidance": LAYOUT})
@@ -112,10 +106,16 @@ class Arguments:
 
     def _texts(self, schema: Mapping[str, Any], after: str) -> list[str]:
         """Texts that a schema allows, and what is behind them, as alternatives."""
+        if isinstance(reference := schema.get("$ref"), str) and not schema.keys() - _DESCRIBE - {"$ref"}:
+            schema = referred(reference, self._tool.arguments)  # one behind another is refused
         self._check_keys(schema, _CHOICE | _BOUNDS | {"minLength", "maxLength"}, "a text")
         choices = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
         if choices:
-            among = [choice for choice in choices if isinstance(choice, Mapping) and "string" in types_of(choice)]
+            among = [
+                choice
+                for choice in choices
+                if isinstance(choice, Mapping) and "string" in types_of(choice, self._tool.arguments)
+            ]
             if "oneOf" in schema and len(among) > 1:
                 raise self._refused(f"several texts in oneOf, {_shown(schema)}: use anyOf")
             return [text for choice in among for text in self._texts(choice, after)]

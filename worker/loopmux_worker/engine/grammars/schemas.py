@@ -8,7 +8,8 @@ the parameters of a function, and a model left to itself would invent some.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 from loopmux.errors import BadRequestError
@@ -19,6 +20,9 @@ LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator":
 """White space where chat templates write it. Left to the model it may go on for ever."""
 _MOST = 1000
 """Objects in one schema. Alternatives that refer to each other make a step slower by the square of their number."""
+_COARSEST = 5000
+"""The digits of ``multipleOf`` as a whole number: llguidance has a state for each remainder, and compiles millions of
+them without an end."""
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "additionalItems")
@@ -41,16 +45,41 @@ def held(schema: Mapping[str, Any], path: str) -> dict[str, Any]:
     """A schema as a grammar is made from it, its layout included.
 
     Raises:
-        BadRequestError: it holds something that is no JSON, is nested too deep, or has too many parts.
+        BadRequestError: it holds something that is no JSON, is nested too deep, or has too many parts or remainders.
     """
     try:
         text = json.dumps(schema, allow_nan=False)
         narrowed = _narrowed(schema, close=not _intersects(schema))
+        coarsest = max(_steps(schema), key=_remainders, default=1)
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRequestError(f"{path}: expected a JSON schema, found something that is none: {error}") from None
     if (parts := text.count("{")) > _MOST:
         raise BadRequestError(f"{path}: found {parts} objects in it, expected at most {_MOST}: use a smaller schema")
+    if _remainders(coarsest) > _COARSEST:
+        raise BadRequestError(
+            f"{path}: found multipleOf {coarsest}, expected at most {_COARSEST}, decimals counted as digits: leave it "
+            "out and check the value"
+        )
     return {**narrowed, "x-guidance": LAYOUT}
+
+
+def _steps(schema: Any) -> Iterator[float]:
+    """Every ``multipleOf`` in it; what is no number is llguidance's to refuse."""
+    if isinstance(schema, (list, tuple)):
+        for part in schema:
+            yield from _steps(part)
+    elif isinstance(schema, Mapping):
+        if isinstance(step := schema.get("multipleOf"), int | float) and not isinstance(step, bool):
+            yield step
+        for part in schema.values():
+            yield from _steps(part)
+
+
+def _remainders(step: float) -> int:
+    """How many there are when numbers are divided by it, as llguidance counts: 25 for 0.25."""
+    number = Decimal(str(step)).as_tuple()
+    assert isinstance(number.exponent, int)
+    return int("".join(map(str, number.digits)) + "0" * number.exponent)
 
 
 def _intersects(schema: Any) -> bool:
