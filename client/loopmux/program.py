@@ -15,7 +15,7 @@ def run(name: str, module: str) -> int:
         The exit status.
     """
     try:
-        main = importlib.import_module(module).main
+        return int(importlib.import_module(module).main())
     except ModuleNotFoundError as error:
         print(
             f"{name}: needs {error.name}, which {sys.executable} does not have: "
@@ -25,4 +25,3 @@ def run(name: str, module: str) -> int:
         return exitcodes.FAILURE
     except KeyboardInterrupt:
         return exitcodes.INTERRUPTED
-    return int(main())

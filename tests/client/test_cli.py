@@ -98,12 +98,12 @@ def test_status_without_workers_has_no_empty_table() -> None:
     assert show.render_status(Status(b"e" * 8, 5, "0.1.0", 42, 1, 0, 0)).endswith("no models")
 
 
-@pytest.mark.parametrize("module", ["loopmux_broker", "loopmux_launcher"])
-def test_programs_in_an_environment_with_the_client_alone_say_what_to_install(module: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["loopmux_broker --config configs/broker.yaml", "loopmux_launcher --help"])
+def test_programs_in_an_environment_with_the_client_alone_say_what_to_install(program: str, tmp_path: Path) -> None:
     for package in ("yaml", "structlog"):  # as if it were not installed
         (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", module, "--help"]
+    command = [sys.executable, "-m", *program.split()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
