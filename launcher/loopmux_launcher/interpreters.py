@@ -21,9 +21,11 @@ _QUESTION = (
     " getattr(sys, '_base_executable', None) or sys.executable, sysconfig.get_platform()]))"
 )
 # What would let the application's modules or settings into another interpreter. The installers' own settings stay.
+# uv compiles nothing: with the last one every start of a worker would, for ten seconds.
 _FOREIGN = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE", "PYTHONSAFEPATH", "PYTHONPLATLIBDIR",
             "VIRTUAL_ENV", "__PYVENV_LAUNCHER__", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_PYTHON", "UV_PYTHON",
-            "UV_SYSTEM_PYTHON", "UV_PROJECT_ENVIRONMENT")  # fmt: skip
+            "UV_SYSTEM_PYTHON", "UV_PROJECT_ENVIRONMENT",
+            "PYTHONDONTWRITEBYTECODE")  # fmt: skip
 
 
 class EnvironmentUnusable(LoopmuxError):

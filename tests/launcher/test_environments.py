@@ -299,3 +299,12 @@ def make_venv(tmp_path: Path) -> Callable[[], Path]:
         return tmp_path / "empty" / "bin" / "python"
 
     return make
+
+
+def test_packages_are_compiled_once_whatever_the_application_wants_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "package.py").write_text("")
+    subprocess.run([sys.executable, "-c", "import package"], env=worker_variables(tmp_path, {}), check=True)
+    assert list(tmp_path.glob("__pycache__/package.*.pyc"))
