@@ -6,7 +6,7 @@ benchmark's own; otherwise the echo engine by this interpreter: what is left the
 - ``build``: seconds of ``env build`` from nothing, and of another one with what that left in the installer's cache;
 - ``start``: seconds from the command ``up`` until it says that it is ready, and until the first token of a request made
   then; the environment is built before;
-- ``loss``: seconds from ``kill -9`` of a stream's worker until its next token, with another worker there and without;
+- ``loss``: seconds that a stream is silent after ``kill -9`` of its worker, with another worker there and without;
 - ``rest``: MiB of launcher, its guard and broker when nothing runs: resident, and with shared pages divided among those
   who share them (RSS, PSS).
 """
@@ -166,9 +166,9 @@ def loss(site: Site, runs: int, workers: int) -> dict[str, Any]:
 
 
 def _pause(client: Client) -> float:
-    """Kill the worker of a stream; seconds until the stream's next token.
+    """Kill the worker of a stream; seconds of the longest silence since.
 
-    What had left the worker still comes: the next token is the one behind the longest silence since.
+    What had left the worker still comes, so the next token is not the first of another worker.
     """
     seen, killed = list[float](), 0.0
     with client.stream("Tell me a story") as stream:
@@ -180,8 +180,7 @@ def _pause(client: Client) -> float:
                 os.kill(victim, signal.SIGKILL)
     if stream.result.attempts != 2:
         raise SystemExit(f"the stream ended after {stream.result.attempts} attempts, expected 2: it was too short")
-    _, end = max((after - before, after) for before, after in pairwise(seen) if after > killed)
-    return end - killed
+    return max(after - max(before, killed) for before, after in pairwise(seen) if after > killed)
 
 
 def rest(site: Site) -> dict[str, Any]:
