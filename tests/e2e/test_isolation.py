@@ -1,5 +1,5 @@
-"""A worker runs in an environment that was built for its model, with another transformers, and sees nothing of the
-application's.
+"""Workers run in environments that were built for their models, of packages that exclude each other, under one broker;
+and see nothing of the application's.
 """
 
 from __future__ import annotations
@@ -21,10 +21,20 @@ environments:
   own:
     python: "{sys.version_info.major}.{sys.version_info.minor}"
     requirements: [torch==2.13.0, transformers==4.57.6, peft==0.18.1]
+  newer:
+    python: "{sys.version_info.major}.{sys.version_info.minor}"
+    requirements: [torch==2.13.0, transformers==5.23.0, peft==0.21.2]
 models:
   shout: {{base_model: "{DEMO}/base", adapter_dir: "{DEMO}/adapters/shout", environment: own}}
   tools: {{base_model: "{DEMO}/base", adapter_dir: "{DEMO}/adapters/tools", environment: own}}
+  louder: {{base_model: "{DEMO}/base", adapter_dir: "{DEMO}/adapters/shout", environment: newer}}
 """
+
+EXPECTED = {
+    "own": ("4.57.6", "0.18.1", "plain", "transformers 4.57.6 is older than 5"),
+    "newer": ("5.23.0", "0.21.2", "slots", "the model and every adapter can share a forward"),
+}
+"""Versions of transformers and peft, the engine that serves, and why."""
 
 
 @pytest.fixture
@@ -38,7 +48,7 @@ def planted() -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # torch and transformers are installed for real, on whatever machine this is
-def test_a_worker_lives_in_its_own_environment(
+def test_workers_live_in_environments_of_their_own(
     home: Path, tmp_path: Path, planted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_COMPILE", "0")  # bytecode of thousands of modules, of which a worker imports a few
@@ -51,22 +61,23 @@ def test_a_worker_lives_in_its_own_environment(
             assert text == text.upper()
             other = client.generate("What is a broker?", model="tools", temperature=0).text
             assert other != other.upper()
-            [worker] = client.status().workers
-            report = worker.report
-        environment = home / "data" / "loopmux" / "envs" / "own"
-        assert report["executable"].startswith(str(environment))
-        assert report["prefix"] != sys.prefix
-        assert (report["transformers"], report["peft"]) == ("4.57.6", "0.18.1")
-        assert (report["engine"], report["why"]) == ("plain", "transformers 4.57.6 is older than 5")
-        outside = [p for p in report["sys_path"] if sys.prefix in p or str(ROOT) in p]
-        assert outside == [], "the worker looks for packages in the application's places"
-        probe = subprocess.run(
-            [report["executable"], "-c", f"import {planted}"],
-            capture_output=True,
-            text=True,
-            env=stacks.environment(home),
-        )
-        assert "ModuleNotFoundError" in probe.stderr
+            assert client.generate("What is a broker?", model="louder", temperature=0).text == text
+            reports = [worker.report for worker in client.status().workers]
+        assert len(reports) == len(EXPECTED)
+        for name, expected in EXPECTED.items():
+            environment = home / "data" / "loopmux" / "envs" / name
+            [report] = [one for one in reports if one["executable"].startswith(f"{environment}/")]
+            assert report["prefix"] != sys.prefix
+            assert tuple(report[key] for key in ("transformers", "peft", "engine", "why")) == expected
+            outside = [p for p in report["sys_path"] if sys.prefix in p or str(ROOT) in p]
+            assert outside == [], "the worker looks for packages in the application's places"
+            probe = subprocess.run(
+                [report["executable"], "-c", f"import {planted}"],
+                capture_output=True,
+                text=True,
+                env=stacks.environment(home),
+            )
+            assert "ModuleNotFoundError" in probe.stderr
     finally:
         assert stack.stop() == 0
     again = stacks.start(config, home, folder=home / "own", limit=60)  # built once, used again
