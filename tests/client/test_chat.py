@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -262,3 +263,12 @@ def test_the_options_that_may_be_repeated() -> None:
         ["chat", "m", "--tools", "a.py", "--tools", "b.py", "--mcp", "uvx x", "--mcp", "http://h/mcp"]
     )
     assert (options.tools, options.mcp, options.yes) == (["a.py", "b.py"], ["uvx x", "http://h/mcp"], False)
+
+
+def test_a_file_of_tools_that_is_not_there_is_told_before_a_broker_is_waited_for(tmp_path: Path) -> None:
+    missing = tmp_path / "tools.py"
+    command = [sys.executable, "-m", "loopmux", "chat", "a", "--endpoint", f"ipc://{tmp_path}/nobody.ipc"]
+    done = subprocess.run([*command, "--tools", str(missing)], input="", capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert str(missing) in done.stderr
+    assert "broker" not in done.stderr

@@ -57,9 +57,10 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _chat(options: argparse.Namespace) -> int:
+    # What is wrong with a file is told before a broker is waited for
+    sources: list[Any] = [tool for file in options.tools for tool in toolfile.load(file)]
     with loopmux.Client(options.endpoint) as client, contextlib.ExitStack() as servers:
         _expect(client, options.model)
-        sources: list[Any] = [tool for file in options.tools for tool in toolfile.load(file)]
         if options.mcp:
             from loopmux.mcp import MCPServer
 
