@@ -73,13 +73,13 @@ class Core:
         return [a for a in actions if not isinstance(a, Log)]
 
     def client(self, message: Message, peer: bytes = CLIENT) -> list[Action]:
-        return self.handle(ClientSent(peer, wire.to_frames(message)))
+        return self.handle(ClientSent(peer, wire.to_bytes(message)))
 
     def worker(self, message: Message, peer: bytes = WORKER) -> list[Action]:
-        return self.handle(WorkerSent(peer, wire.to_frames(message)))
+        return self.handle(WorkerSent(peer, wire.to_bytes(message)))
 
     def admin(self, message: Message, peer: bytes = ADMIN) -> list[Action]:
-        return self.handle(AdminSent(peer, wire.to_frames(message)))
+        return self.handle(AdminSent(peer, wire.to_bytes(message)))
 
     def evict(self, worker: str, within: float = 10.0) -> list[Action]:
         return self.admin(Message(Header(Kind.EVICT, FOUR), codec.pack(Evict(worker, within))))
@@ -93,7 +93,7 @@ class Core:
         assert self.handle(LoopStalled(seconds)) == []
 
     def hello(self, peer: bytes = CLIENT, who: bytes | None = None, *, introduction: int = 0) -> list[Action]:
-        route = codec.pack(Hello((1,), who or instance(peer)))
+        route = codec.pack(Hello(wire.VERSIONS, who or instance(peer)))
         return self.client(Message(Header(Kind.HELLO, seq=introduction), route=route), peer)
 
     def register(
@@ -113,7 +113,7 @@ class Core:
     ) -> list[Action]:
         served = tuple(ServedModel(m, fingerprint) for m in models) if role == "worker" else ()
         without = tuple(LeftOut(model, reason) for model, reason in (left_out or {}).items())
-        common = (role, name or peer.decode(), boot or instance(peer), (1,))
+        common = (role, name or peer.decode(), boot or instance(peer), wire.VERSIONS)
         register = Register(*common, models=served, slots=slots, adapters=adapters, left_out=without, held=held)
         header = Header(Kind.REGISTER, seq=introduction)
         return self.worker(Message(header, codec.pack(register), codec.pack({})), peer)
@@ -220,12 +220,12 @@ def stop(request: bytes, reason: int, *, attempt: int = 1, peer: bytes = WORKER)
 
 
 def pushed(message: Message, peer: bytes = CLIENT) -> Push:
-    return Push(peer, wire.to_frames(message), message.header.request, message.header.seq)
+    return Push(peer, wire.to_bytes(message), message.header.request, message.header.seq)
 
 
 def failure(action: Action) -> tuple[bytes, Kind, int, Failure]:
     """(receiver, kind, seq, body) of a terminal that the broker made."""
-    message = wire.from_frames(action.frames) if isinstance(action, (Push, Send)) else None
+    message = wire.from_bytes(action.data) if isinstance(action, (Push, Send)) else None
     assert message is not None, action
     assert isinstance(action, (Push, Send))
     return action.peer, message.kind, message.header.seq, codec.unpack(Failure, message.body)
@@ -239,7 +239,7 @@ def runs(actions: list[Action]) -> list[tuple[bytes, bytes, int]]:
 
 def kinds(actions: list[Action]) -> list[tuple[bytes, Kind]]:
     """Who gets what, without the details."""
-    return [(a.peer, wire.from_frames(a.frames).kind) for a in actions if isinstance(a, (Push, Send))]
+    return [(a.peer, wire.from_bytes(a.data).kind) for a in actions if isinstance(a, (Push, Send))]
 
 
 def held(

@@ -60,14 +60,14 @@ class Peer:
         self.context.term()
 
     def send(self, message: Message) -> None:
-        self.raw(wire.to_frames(message))
+        self.raw(wire.to_bytes(message))
 
-    def raw(self, frames: list[bytes]) -> None:
+    def raw(self, *frames: bytes) -> None:
         self.socket.send_multipart(frames)
 
     def receive(self, patience: float = PATIENCE) -> Message:
         assert self.socket.poll(int(1000 * patience)), "nothing came"
-        return wire.from_frames(self.socket.recv_multipart())
+        return wire.from_bytes(self.socket.recv())
 
     def expect(self, kind: Kind, patience: float = PATIENCE) -> Message:
         """The next message of a kind; others before it are passed over."""
@@ -78,7 +78,7 @@ class Peer:
                 return message
 
     def hello(self, instance: bytes | None = None) -> Welcome:
-        route = codec.pack(Hello((1,), instance or wire.new_id()))
+        route = codec.pack(Hello(wire.VERSIONS, instance or wire.new_id()))
         self.send(Message(Header(Kind.HELLO), route=route))
         return codec.unpack(Welcome, self.expect(Kind.WELCOME).route)
 
@@ -92,7 +92,7 @@ class Peer:
         held: int = 0,
     ) -> Welcome:
         served = tuple(ServedModel(m, "f") for m in models)
-        common = ("worker", name, boot or wire.new_id(), (1,))
+        common = ("worker", name, boot or wire.new_id(), wire.VERSIONS)
         register = Register(*common, models=served, slots=slots, pid=os.getpid(), held=held)
         self.send(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})))
         return codec.unpack(Welcome, self.expect(Kind.WELCOME).route)

@@ -108,8 +108,8 @@ class FakeBroker:
         while not self._stop:
             poller.poll(20)
             while self._router.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-                peer, *frames = self._router.recv_multipart()
-                message = wire.from_frames(frames)
+                peer, data = self._router.recv_multipart()
+                message = wire.from_bytes(data)
                 self._answer(peer, message)
                 with self._news:
                     self.seen.append(Seen(peer, message))
@@ -119,13 +119,13 @@ class FakeBroker:
 
     def _send(self, peer: bytes, message: Message) -> None:
         if not self.loses(message):
-            self._router.send_multipart([peer, *wire.to_frames(message)])
+            self._router.send_multipart([peer, wire.to_bytes(message)])
 
     def _answer(self, peer: bytes, message: Message) -> None:
         id_ = message.header.request
         if message.kind is Kind.HELLO:
             self.peers.add(peer)
-            welcome = Welcome(1, self.epoch, self.heartbeat, wire.CLIENT_MESSAGE_LIMIT, self.window)
+            welcome = Welcome(wire.VERSION, self.epoch, self.heartbeat, wire.CLIENT_BODY_LIMIT, self.window)
             self._send(peer, Message(Header(Kind.WELCOME, seq=message.header.seq), codec.pack(welcome)))
         elif peer not in self.peers:
             self._send(peer, Message(Header(Kind.WHO)))

@@ -19,7 +19,7 @@ from typing import Any
 import msgpack
 import zmq
 
-HEADER = struct.Struct(">2sBBH16sIIHH")
+HEADER = struct.Struct(">2sBBH16sIIHII")
 HELLO, WELCOME, PING, PONG, BYE = 1, 2, 3, 4, 5
 SUBMIT, ATTACH, CREDIT, CANCEL = 16, 17, 18, 19
 ACCEPTED, PHASE, TOK, END, ERROR, CANCELLED, EXPIRED, ENDACK = 32, 33, 48, 49, 50, 51, 52, 53
@@ -75,9 +75,21 @@ class Client:
         self.introduction = 0
         self.greet()
 
-    def say(self, kind: int, id_: bytes = NO_ID, *parts: bytes, seq: int = 0, arg: int = 0, attempt: int = 0) -> None:
+    def say(
+        self,
+        kind: int,
+        id_: bytes = NO_ID,
+        route: bytes = b"",
+        body: bytes = b"",
+        ids: bytes = b"",
+        *,
+        seq: int = 0,
+        arg: int = 0,
+        attempt: int = 0,
+    ) -> None:
+        header = HEADER.pack(b"LM", 2, kind, 0, id_, seq, arg, attempt, len(route), len(ids) // 4)
         try:
-            self.socket.send_multipart([HEADER.pack(b"LM", 1, kind, 0, id_, seq, arg, attempt, 0), *parts])
+            self.socket.send(header + route + ids + body)
             self.sent[kind] += 1
         except zmq.Again:
             pass
@@ -89,7 +101,7 @@ class Client:
         self.hello_at = self.heard + HELLO_AGAIN
         for request in self.requests.values():
             request.again_at = math.inf  # nothing but HELLO before WELCOME
-        hello = msgpack.packb({"versions": [1], "instance": self.instance})
+        hello = msgpack.packb({"versions": [2], "instance": self.instance})
         self.say(HELLO, NO_ID, hello, seq=self.introduction)
 
     def greet_anew(self) -> None:
@@ -122,7 +134,7 @@ class Client:
             self.monitor.recv_multipart()
             self.greet_anew()  # the connection is gone, or there is a new one
         while self.socket.poll(0):
-            self.arrived(self.socket.recv_multipart())
+            self.arrived(self.socket.recv())
         now = time.monotonic()
         if not self.ready:
             if now >= self.hello_at:
@@ -195,15 +207,17 @@ class Client:
 
     # --- what the broker says
 
-    def arrived(self, frames: list[bytes]) -> None:
+    def arrived(self, message: bytes) -> None:
         self.heard = time.monotonic()
-        _, _, kind, _, id_, seq, arg, attempt, _ = HEADER.unpack(frames[0])
+        _, _, kind, _, id_, seq, arg, attempt, route_size, count = HEADER.unpack_from(message)
+        route, rest = message[HEADER.size :][:route_size], message[HEADER.size + route_size :]
+        ids, body = rest[: 4 * count], rest[4 * count :]
         request = self.requests.get(id_)
         if request is not None:
-            self.about(request, kind, seq, arg, attempt, frames)
+            self.about(request, kind, seq, arg, attempt, body, ids)
         elif kind == WELCOME:
             if seq == self.introduction:
-                self.welcomed(msgpack.unpackb(frames[1]))
+                self.welcomed(msgpack.unpackb(route))
         elif kind == WHO and id_ == NO_ID:
             self.greet_anew()
         elif kind == PONG:
@@ -212,11 +226,11 @@ class Client:
                     self.credit(each)
                 each.quiet = True
         elif kind == REPORT:
-            self.report = msgpack.unpackb(frames[1])
+            self.report = msgpack.unpackb(body)
         elif kind in TERMINALS and id_ != NO_ID:
             self.say(ENDACK, id_)
 
-    def about(self, request: Request, kind: int, seq: int, arg: int, attempt: int, frames: list[bytes]) -> None:
+    def about(self, request: Request, kind: int, seq: int, arg: int, attempt: int, body: bytes, ids: bytes) -> None:
         if kind == WHO:
             if request.state != "cancelling":
                 self.attach(request)
@@ -225,9 +239,9 @@ class Client:
         if request.state == "sent":
             request.state, request.again_at = "open", math.inf
         if kind == TOK:
-            self.tokens(request, seq, arg, frames[1], frames[2])
+            self.tokens(request, seq, arg, body, ids)
         elif kind in TERMINALS:
-            self.terminal(request, kind, seq, frames[1])
+            self.terminal(request, kind, seq, body)
 
     def tokens(self, request: Request, seq: int, arg: int, body: bytes, ids: bytes) -> None:
         if request.state == "cancelling" or seq + arg <= request.received:

@@ -8,7 +8,7 @@ import zmq
 
 from loopmux.codec import pack, unpack
 from loopmux.messages import Generate, Register, Run, Welcome
-from loopmux.wire import Header, Kind, Message, from_frames, pack_tokens, to_frames
+from loopmux.wire import VERSION, Header, Kind, Message, from_bytes, pack_tokens, to_bytes
 
 PATIENCE = 20.0
 """Seconds after which a message that does not come is a failure; generous, the machine is shared."""
@@ -53,7 +53,7 @@ class FakeBroker:
             body=raw if raw is not None else pack(body) if body is not None else b"",
             tokens=pack_tokens(tokens),
         )
-        self._router.send_multipart([self.peer, *to_frames(message)])
+        self._router.send_multipart([self.peer, to_bytes(message)])
 
     def receive(self, patience: float = PATIENCE) -> Message:
         """The next message but heartbeats (answered and noted), RUNACK (noted) and a repeated REGISTER (answered)."""
@@ -61,8 +61,8 @@ class FakeBroker:
         while True:
             left = deadline - time.monotonic()
             assert self._router.poll(max(0, left * 1000)), "no message came"
-            self.peer, *frames = self._router.recv_multipart()
-            message = from_frames(frames)
+            self.peer, data = self._router.recv_multipart()
+            message = from_bytes(data)
             if message.kind is Kind.HB:
                 self.beats.append(message)
                 self.send(Kind.PONG)
@@ -87,7 +87,7 @@ class FakeBroker:
         return self.registered
 
     def _send_welcome(self, register: Message) -> None:
-        route = Welcome(1, self.epoch, self.heartbeat, 2**20, 256)
+        route = Welcome(VERSION, self.epoch, self.heartbeat, 2**20, 256)
         self.send(Kind.WELCOME, seq=register.header.seq, route=route)
 
     def run(

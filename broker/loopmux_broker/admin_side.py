@@ -31,7 +31,7 @@ class AdminSide:
                 versions = codec.unpack(Hello, message.route).versions
                 version = agree(versions)
                 answer = (
-                    welcome(self._t, peer, version, wire.WORKER_MESSAGE_LIMIT, message.header.seq) if version else None
+                    welcome(self._t, peer, version, wire.WORKER_BODY_LIMIT, message.header.seq) if version else None
                 )
                 self._t.out.append(answer or no_common_version(peer, versions))
             case Kind.PING:

@@ -24,10 +24,12 @@ from loopmux_broker.events import (
     ClientSent,
     ConnectionLost,
     Event,
+    FramesSent,
     Log,
     LoopStalled,
     Peer,
     PushBlocked,
+    Sent,
     TimerDue,
     WorkerSent,
 )
@@ -95,7 +97,7 @@ class Broker:
 
     def _handle(self, event: Event, now: float) -> None:
         match event:
-            case WorkerSent() | ClientSent() | AdminSent():
+            case WorkerSent() | ClientSent() | AdminSent() | FramesSent():
                 self._hear(event, now)
             case PushBlocked(peer, request, seq):
                 self._blocked(peer, request, seq, now)
@@ -107,30 +109,35 @@ class Broker:
             case LoopStalled(gap):
                 self._stalled(gap, now)
 
-    def _hear(self, event: WorkerSent | ClientSent | AdminSent, now: float) -> None:
-        peer, frames = event.peer, event.frames
+    def _hear(self, event: Sent, now: float) -> None:
+        peer, data = event.peer, event.data
         if self.tables.strikes and self.tables.strikes.ignored(peer, now):
             return
         try:
-            message = wire.from_frames(frames)
+            message = wire.from_bytes(data)
             if isinstance(event, WorkerSent):
-                self._workers.hear(peer, message, frames, now)
+                self._workers.hear(peer, message, data, now)
             elif isinstance(event, ClientSent):
                 self._clients.hear(peer, message, now)
-            else:
+            elif isinstance(event, AdminSent):
                 self._admins.hear(peer, message, now)
+            else:
+                several = ProtocolError(f"{message.kind.name} came in several frames, expected one")
+                self._strike(peer, data, several, now)
         except ProtocolError as error:
-            self._strike(peer, frames, error, now)
+            self._strike(peer, data, error, now)
 
-    def _strike(self, peer: Peer, frames: list[bytes], error: ProtocolError, now: float) -> None:
+    def _strike(self, peer: Peer, data: bytes, error: ProtocolError, now: float) -> None:
         tables = self.tables
         tables.counters["strikes"] += 1
-        head = frames[0] if frames else b""
         # Told under the request's id where the header can be read, so that the sender knows which one failed.
-        request_id = head[6:22] if len(head) == wire.HEADER_SIZE else wire.NO_ID
+        request_id = data[6:22] if len(data) >= wire.HEADER_SIZE else wire.NO_ID
         tables.out.append(protocol_failure(peer, error, request_id))
         if tables.strikes.strike(peer, now):
-            tables.out.append(Log("warning", f"a peer is ignored for {WINDOW:g} s", {"peer": peer.hex()}))
+            fields: dict[str, object] = {"peer": peer.hex()}
+            if wire.foreign(data):
+                fields["reason"] = error.message  # it cannot read the answer
+            tables.out.append(Log("warning", f"a peer is ignored for {WINDOW:g} s", fields))
         tables.timers.set((Alarm.STRIKES, peer, 0), now + WINDOW)
 
     def _blocked(self, peer: Peer, request_id: bytes, seq: int, now: float) -> None:

@@ -101,7 +101,7 @@ class ClientSide:
             self._streams.moved(client)
             self._t.timers.cancel((Alarm.CLIENT_GRACE, client.instance, 0))
             self._t.timers.set((Alarm.CLIENT_SILENT, peer, 0), now + self._t.patience)
-        self._t.out.append(welcome(self._t, peer, version, wire.CLIENT_MESSAGE_LIMIT, introduction))
+        self._t.out.append(welcome(self._t, peer, version, wire.CLIENT_BODY_LIMIT, introduction))
 
     def silent(self, peer: Peer, now: float) -> None:
         """The time has come to see whether a client was silent for too long."""
@@ -202,8 +202,8 @@ def no_common_version(peer: Peer, versions: tuple[int, ...]) -> Send:
     return protocol_failure(peer, ProtocolError(text))
 
 
-def welcome(tables: Tables, peer: Peer, version: int, max_message: int, introduction: int) -> Send:
+def welcome(tables: Tables, peer: Peer, version: int, max_body: int, introduction: int) -> Send:
     """WELCOME for a client, a worker or a launcher; ``introduction`` is the number of the HELLO or REGISTER."""
     config, identity = tables.config, tables.identity
-    body = Welcome(version, identity.epoch, config.heartbeat, max_message, config.window, identity.software)
+    body = Welcome(version, identity.epoch, config.heartbeat, max_body, config.window, identity.software)
     return Send(peer, Message(Header(Kind.WELCOME, seq=introduction), route=codec.pack(body)))

@@ -11,16 +11,12 @@ import zmq
 from loopmux import endpoints
 from loopmux.claims import BusyError
 from loopmux.errors import ConfigError
-from loopmux.sockets import COMMON, readable, send
-from loopmux.wire import CLIENT_MESSAGE_LIMIT, HEADER_SIZE, WORKER_MESSAGE_LIMIT, Kind
-from loopmux_broker.events import Peer
+from loopmux.sockets import COMMON, NOW, readable, send
+from loopmux.wire import CLIENT_BODY_LIMIT, WORKER_BODY_LIMIT, Kind, message_limit
+from loopmux_broker.events import AdminSent, ClientSent, FramesSent, Peer, Sent, WorkerSent
 
-_INTRODUCTIONS = frozenset({Kind.HELLO.value, Kind.REGISTER.value})
+_INTRODUCTIONS = frozenset(bytes([kind]) for kind in (Kind.HELLO, Kind.REGISTER))
 _RECEIVE_HWM = 1000
-_MOST_FRAMES = 5
-"""Frames kept of a message, one more than any has: enough to see that it is malformed."""
-
-
 _EVENT = struct.Struct("=Hi")
 """First frame of a monitor's message: event number and descriptor."""
 
@@ -31,6 +27,13 @@ class Side(Enum):
     CLIENTS = "clients"
     WORKERS = "workers"
     ADMINS = "admins"
+
+
+_SENT: dict[Side, type[ClientSent | WorkerSent | AdminSent]] = {
+    Side.CLIENTS: ClientSent,
+    Side.WORKERS: WorkerSent,
+    Side.ADMINS: AdminSent,
+}
 
 
 class SendOutcome(Enum):
@@ -82,15 +85,16 @@ class Door:
         self.number, self.side = number, side
         self.endpoint = ""
         self._suffix = bytes([number])
+        self._sent = _SENT[side]
         self._descriptors = Descriptors()
         self.lost: list[Peer] = []
         """Introduced peers whose connections have closed, until somebody takes them out."""
         self.socket = context.socket(zmq.ROUTER)
-        limit = CLIENT_MESSAGE_LIMIT if side is Side.CLIENTS else WORKER_MESSAGE_LIMIT
+        limit = CLIENT_BODY_LIMIT if side is Side.CLIENTS else WORKER_BODY_LIMIT
         options = COMMON | {
             zmq.ROUTER_MANDATORY: 1,  # without it a full or lost peer's messages vanish while every send succeeds
             zmq.ROUTER_HANDOVER: 0,
-            zmq.MAXMSGSIZE: limit,
+            zmq.MAXMSGSIZE: message_limit(limit),
             zmq.SNDHWM: 2 * window,
             zmq.RCVHWM: _RECEIVE_HWM,
             zmq.IPV6: 1,
@@ -126,30 +130,30 @@ class Door:
         """Whether there is a message to receive."""
         return readable(self.socket)
 
-    def receive(self) -> tuple[Peer, list[bytes]] | None:
-        """The next message (its sender, its frames), None if there is none now."""
+    def receive(self) -> Sent | None:
+        """What comes in next, None if there is nothing now."""
         receive = self.socket.recv
         try:
-            peer = receive(zmq.NOBLOCK) + self._suffix
+            peer = receive(NOW) + self._suffix
         except zmq.Again:
             return None
-        # Frames rather than bytes: `more` comes with them, asking the socket for it costs more than the rest together.
-        frame = receive(zmq.NOBLOCK, False)
-        frames = [frame.bytes]
-        while frame.more:
-            frame = receive(zmq.NOBLOCK, False)
-            if len(frames) < _MOST_FRAMES:
-                frames.append(frame.bytes)
-        head = frames[0]
-        if len(head) == HEADER_SIZE and head[3] in _INTRODUCTIONS:
+        # A Frame rather than bytes: it knows its connection, and whether more frames follow. The socket would take them
+        # for the next routing id and its message, and to ask it costs more than the Frame does.
+        frame = receive(NOW, False)
+        data = frame.bytes
+        if frame.more:
+            while frame.more:
+                frame = receive(NOW, False)
+            return FramesSent(peer, data)
+        if data[3:4] in _INTRODUCTIONS:
             self.watch()  # the descriptor's last user is gone, which the monitor has said but nobody may have read yet
             self._lose(self._descriptors.introduced(int(frame.get(zmq.SRCFD)), peer))
-        return peer, frames
+        return self._sent(peer, data)
 
-    def send(self, peer: Peer, frames: list[bytes]) -> SendOutcome:
+    def send(self, peer: Peer, data: bytes) -> SendOutcome:
         """Send at once or not at all."""
         try:
-            send(self.socket, [peer[:-1], *frames])
+            send(self.socket, data, peer[:-1])
         except zmq.Again:
             return SendOutcome.FULL
         except zmq.ZMQError as error:

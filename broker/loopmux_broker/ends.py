@@ -27,10 +27,10 @@ class Ends:
     def __init__(self, tables: Tables, streams: Streams, leases: Leases) -> None:
         self._t, self._streams, self._leases = tables, streams, leases
 
-    def worker_ended(self, lease: Lease, kind: Kind, frames: list[bytes], now: float) -> None:
+    def worker_ended(self, lease: Lease, kind: Kind, data: bytes, now: float) -> None:
         """A worker's own terminal for a request that still wants it."""
         lease.request.lease, lease.request.origin = None, lease
-        self._finish(lease.request, kind, frames, now)
+        self._finish(lease.request, kind, data, now)
 
     def cancel(self, request: Request, now: float, why: str = "the client cancelled the request") -> None:
         """End a request on somebody's wish, whatever its state; one that has ended says so again."""
@@ -84,9 +84,9 @@ class Ends:
         """End a request with the broker's own word."""
         body = packed(error, model=request.submit.model, worker=worker, usage=usage)
         header = Header(kind, request.id, seq=request.output.total, attempt=request.attempt)
-        self._finish(request, kind, wire.to_frames(Message(header, body=body)), now)
+        self._finish(request, kind, wire.to_bytes(Message(header, body=body)), now)
 
-    def _finish(self, request: Request, kind: Kind, frames: list[bytes], now: float) -> None:
+    def _finish(self, request: Request, kind: Kind, data: bytes, now: float) -> None:
         t = self._t
         if request.state is State.QUEUED:
             t.dequeue(request)
@@ -97,11 +97,11 @@ class Ends:
         request.body, request.brought = b"", 0
         request.output.ids.clear()
         t.timers.cancel((Alarm.DEADLINE, request.id, 0))
-        self._bury(request, frames, now)
+        self._bury(request, data, now)
 
-    def _bury(self, request: Request, frames: list[bytes], now: float) -> None:
+    def _bury(self, request: Request, data: bytes, now: float) -> None:
         """Keep a request's terminal until the client acknowledges it."""
-        request.terminal = frames
+        request.terminal = data
         self._t.timers.set((Alarm.TOMBSTONE, request.id, 0), now + self._t.config.tombstone)
         self._streams.push(request, now)
         if not request.told:
@@ -110,10 +110,10 @@ class Ends:
     def cancel_unknown(self, client: Client, request_id: bytes, now: float) -> None:
         """A client cancels what is not here: say so, and refuse the SUBMIT if it comes after all."""
         error = CancelledError("the client cancelled the request before the broker had it")
-        frames = wire.to_frames(Message(Header(Kind.CANCELLED, request_id), body=packed(error)))
+        data = wire.to_bytes(Message(Header(Kind.CANCELLED, request_id), body=packed(error)))
         request = Request(request_id, client, Submit(""), b"", now, now, Output(0), State.DONE)
         self._t.requests[request_id] = client.requests[request_id] = request
-        self._bury(request, frames, now)
+        self._bury(request, data, now)
 
     def acknowledged(self, request: Request, now: float) -> None:
         """The client has the terminal: tell the worker whose word it was, and forget the request."""

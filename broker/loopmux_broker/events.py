@@ -20,26 +20,34 @@ Peer = bytes
 
 @dataclass(slots=True)
 class ClientSent:
-    """Frames came in on a client socket (without the routing id), unchecked."""
+    """A message came in on a client socket, unchecked."""
 
     peer: Peer
-    frames: list[bytes]
+    data: bytes
 
 
 @dataclass(slots=True)
 class WorkerSent:
-    """Frames came in on a worker socket, from a worker or a launcher (without the routing id), unchecked."""
+    """A message came in on a worker socket, from a worker or a launcher, unchecked."""
 
     peer: Peer
-    frames: list[bytes]
+    data: bytes
 
 
 @dataclass(slots=True)
 class AdminSent:
-    """Frames came in on the socket for administrators (without the routing id), unchecked."""
+    """A message came in on the socket for administrators, unchecked."""
 
     peer: Peer
-    frames: list[bytes]
+    data: bytes
+
+
+@dataclass(slots=True)
+class FramesSent:
+    """What came in has more frames than the one of a message, wherever that was; ``data`` is the first of them."""
+
+    peer: Peer
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,8 @@ class LoopStalled:
     gap: float
 
 
-Event = ClientSent | WorkerSent | AdminSent | ConnectionLost | PushBlocked | TimerDue | LoopStalled
+Sent = ClientSent | WorkerSent | AdminSent | FramesSent
+Event = Sent | ConnectionLost | PushBlocked | TimerDue | LoopStalled
 
 # --- actions ----------------------------------------------------------------------------------------------------------
 
@@ -83,17 +92,17 @@ class Send:
     message: Message
 
     @property
-    def frames(self) -> list[bytes]:
-        """The frames on the wire, without the routing id."""
-        return wire.to_frames(self.message)
+    def data(self) -> bytes:
+        """The message on the wire."""
+        return wire.to_bytes(self.message)
 
 
 @dataclass(slots=True)
 class Push:
-    """Send a piece of a stream, frames as they came; if the pipe is full, say so with ``PushBlocked``."""
+    """Send a piece of a stream, as it came; if the pipe is full, say so with ``PushBlocked``."""
 
     peer: Peer
-    frames: list[bytes]
+    data: bytes
     request: bytes
     seq: int
 

@@ -15,7 +15,7 @@ from collections import deque
 from typing import NamedTuple
 
 _OVERHEAD = 256
-"""Bytes that a chunk costs besides its frames (objects, header), so that many tiny chunks count as what they are."""
+"""Bytes that a chunk costs besides its message, so that many tiny chunks count as what they are."""
 
 
 class Chunk(NamedTuple):
@@ -23,7 +23,7 @@ class Chunk(NamedTuple):
 
     seq: int
     end: int
-    frames: list[bytes]
+    data: bytes
     size: int
 
 
@@ -44,11 +44,11 @@ class Output:
         self.paused = False  # after a reconnection, until the client says from where
         self.said: tuple[int, int] | None = None  # the last CREDIT, to recognise a repeated one
 
-    def add(self, seq: int, end: int, frames: list[bytes]) -> int:
-        """Take the next chunk (``seq`` is ``total``) and return the bytes it costs."""
-        size = len(frames[1]) + len(frames[2]) + _OVERHEAD
-        self.chunks.append(Chunk(seq, end, frames, size))
-        self.ids += frames[2]
+    def add(self, seq: int, end: int, data: bytes, tokens: bytes) -> int:
+        """Take the next chunk (``seq`` is ``total``), ``data`` with these ``tokens``, and return the bytes it costs."""
+        size = len(data) + _OVERHEAD
+        self.chunks.append(Chunk(seq, end, data, size))
+        self.ids += tokens
         self.total = end
         self.held += size
         return size

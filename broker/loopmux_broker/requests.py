@@ -81,7 +81,7 @@ class Request:
         awaits: name of its session's worker, while it waits for that one alone.
         home: name of its session's worker, while it waits for whichever comes first.
         held_by: the worker that is being emptied to run it alone.
-        terminal: the frames of its one terminal, once DONE.
+        terminal: its one terminal as it goes over the wire, once DONE.
         told: whether the terminal was pushed on the client's present connection.
         origin: the lease whose worker gave the terminal; None when the broker made it.
     """
@@ -106,7 +106,7 @@ class Request:
     awaits: str = ""
     home: str = ""
     held_by: Worker | None = None
-    terminal: list[bytes] | None = None
+    terminal: bytes | None = None
     told: bool = False
     origin: Lease | None = None
     rank: tuple[float, int] = field(default=(0.0, 0))

@@ -17,8 +17,6 @@ from loopmux_broker.broker import Broker
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Door, SendOutcome, Side
 from loopmux_broker.events import (
-    AdminSent,
-    ClientSent,
     ConnectionLost,
     Event,
     Log,
@@ -28,16 +26,10 @@ from loopmux_broker.events import (
     PushBlocked,
     Send,
     TimerDue,
-    WorkerSent,
 )
 from loopmux_broker.lifeline import PARENT_DIED, Lifeline
 from loopmux_broker.logs import Logger
 
-_SENT: dict[Side, type[ClientSent | WorkerSent | AdminSent]] = {
-    Side.CLIENTS: ClientSent,
-    Side.WORKERS: WorkerSent,
-    Side.ADMINS: AdminSent,
-}
 _DRAIN = 64
 """Messages taken from one socket in one turn: about 5 ms of work at most, so no socket waits longer for another."""
 _LONGEST_POLL = 1.0
@@ -190,14 +182,13 @@ class Server:
     def _drain(self, door: Door) -> list[Peer]:
         """Hand over what came in. Returns the connections that are gone and whose last message that was."""
         leaving = [peer for peer in self._leaving if peer[-1] == door.number] if self._leaving else []
-        sent = _SENT[door.side]
         for taken in range(_DRAIN):
             if taken == 1 and not door.readable:
                 break  # mostly it is one message that comes, and asking costs less than to be refused
             received = door.receive()
             if received is None:
                 break
-            self._handle(sent(*received), time.monotonic())
+            self._handle(received, time.monotonic())
         else:
             for peer in leaving:
                 self._leaving[peer] -= 1
@@ -210,18 +201,18 @@ class Server:
         refused = b""  # the request of the last push that was: the core takes back what follows for it with that one
         for action in self._broker.handle(event, now):
             match action:
-                case Push(peer, frames, request, seq):
-                    if request != refused and (peer in self._full or self._send(peer, frames) is SendOutcome.FULL):
+                case Push(peer, data, request, seq):
+                    if request != refused and (peer in self._full or self._send(peer, data) is SendOutcome.FULL):
                         self._full.add(peer)
                         refused = request
                         self._handle(PushBlocked(peer, request, seq), time.monotonic())
                 case Send(peer, _):
-                    self._send(peer, action.frames)
+                    self._send(peer, action.data)
                 case Log(level, what, fields):
                     self._log.say(level, what, **fields)
 
-    def _send(self, peer: Peer, frames: list[bytes]) -> SendOutcome:
-        outcome = self.doors[peer[-1]].send(peer, frames)
+    def _send(self, peer: Peer, data: bytes) -> SendOutcome:
+        outcome = self.doors[peer[-1]].send(peer, data)
         if outcome is SendOutcome.GONE:
             self._leaving.setdefault(peer, _PATIENCE)
         return outcome

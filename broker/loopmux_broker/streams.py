@@ -33,7 +33,7 @@ class Streams:
             return 0
         chunks = output.take(_BURST)
         for chunk in chunks:
-            out.append(Push(client.peer, chunk.frames, request.id, chunk.seq))
+            out.append(Push(client.peer, chunk.data, request.id, chunk.seq))
         if len(chunks) == _BURST:
             client.waiting[request.id] = request
             self._tables.timers.set((Alarm.CLIENT_BLOCKED, client.instance, 0), now + PAUSE)

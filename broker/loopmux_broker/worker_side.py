@@ -50,8 +50,8 @@ class WorkerSide:
         self._t, self._entry, self._attempts, self._leases, self._recovery = tables, entry, attempts, leases, recovery
         self._ends, self._waiting, self._streams, self._adapters = ends, waiting, streams, adapters
 
-    def hear(self, peer: Peer, message: Message, frames: list[bytes], now: float) -> None:
-        """Handle one message; ``frames`` are what it was made from, for passing on.
+    def hear(self, peer: Peer, message: Message, data: bytes, now: float) -> None:
+        """Handle one message; ``data`` is what it was made from, for passing on.
 
         Raises:
             ProtocolError: it is not one that a worker or launcher may send, or says what cannot be.
@@ -60,22 +60,22 @@ class WorkerSide:
         if worker is not None:
             worker.heard = now
             if message.kind is Kind.TOK:
-                self._tok(worker, message, frames, now)
+                self._tok(worker, message, data, now)
                 return
         if message.kind is Kind.REGISTER:
             self._register(peer, message, now)
         elif worker is not None:
-            self._from_worker(worker, message, frames, now)
+            self._from_worker(worker, message, data, now)
         elif (launcher := self._t.pool.launchers.get(peer)) is not None:
             launcher.heard = now
             self._from_launcher(launcher, message, now)
         else:
             self._t.out.append(Send(peer, say(Kind.WHO)))
 
-    def _from_worker(self, worker: Worker, message: Message, frames: list[bytes], now: float) -> None:
+    def _from_worker(self, worker: Worker, message: Message, data: bytes, now: float) -> None:
         match message.kind:
             case kind if kind in _ENDS:
-                self._terminal(worker, message, frames, now)
+                self._terminal(worker, message, data, now)
             case Kind.RUNACK:
                 lease = self._lease(worker, message)
                 if lease is not None and self._leases.started(lease) and not lease.request.output.total:
@@ -150,7 +150,7 @@ class WorkerSide:
         self._t.out.append(Send(worker.peer, say(Kind.RESET, header.request, attempt=header.attempt)))
         return None
 
-    def _tok(self, worker: Worker, message: Message, frames: list[bytes], now: float) -> None:
+    def _tok(self, worker: Worker, message: Message, data: bytes, now: float) -> None:
         header = message.header
         seq, count = header.seq, header.arg
         if count == 0 or len(message.tokens) != 4 * count:
@@ -172,7 +172,7 @@ class WorkerSide:
             return
         worker.tokens += count
         worker.moved = now
-        self._t.admission.output += output.add(seq, seq + count, frames)
+        self._t.admission.output += output.add(seq, seq + count, data, message.tokens)
         lease.produced = True
         if lease.cold:
             paced(lease, now)
@@ -188,7 +188,7 @@ class WorkerSide:
             return
         self._attempts.output_broken(lease, f"lost output (tokens {total} to {seq - 1} did not arrive)", now)
 
-    def _terminal(self, worker: Worker, message: Message, frames: list[bytes], now: float) -> None:
+    def _terminal(self, worker: Worker, message: Message, data: bytes, now: float) -> None:
         header = message.header
         request = self._t.requests.get(header.request)
         lease = self._t.pool.leases.get((header.request, header.attempt))
@@ -207,7 +207,7 @@ class WorkerSide:
         else:
             self._leases.started(lease)
             if header.seq == lease.request.output.total:
-                self._ends.worker_ended(lease, message.kind, frames, now)
+                self._ends.worker_ended(lease, message.kind, data, now)
             else:
                 self._attempts.ended_short(lease, header.seq, now)
             self._attempts.release(lease)
@@ -226,7 +226,7 @@ class WorkerSide:
             self._t.out.append(no_common_version(peer, register.versions))
         elif self._may_join(peer, register, message.header.seq, now):
             self._join(peer, register, report, message.header.seq, now)
-            self._t.out.append(welcome(self._t, peer, version, wire.WORKER_MESSAGE_LIMIT, message.header.seq))
+            self._t.out.append(welcome(self._t, peer, version, wire.WORKER_BODY_LIMIT, message.header.seq))
             self._joined(peer, now)
 
     def _may_join(self, peer: Peer, register: Register, introduction: int, now: float) -> bool:

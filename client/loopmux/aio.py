@@ -119,10 +119,10 @@ class _Driver:
         self._again = None
         self._link.flush()
         for _ in range(_DRAIN):
-            frames = self._link.receive()
-            if frames is None:
+            data = self._link.receive()
+            if data is None:
                 break
-            self._handle(Received(frames))
+            self._handle(Received(data))
         self._settle()
 
     def _watch(self) -> None:

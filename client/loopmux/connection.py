@@ -117,8 +117,8 @@ class Connection:
         """Take an event in and say what to do about it."""
         self._forgive_pause(now)
         match event:
-            case Received(frames):
-                return self._received(frames, now)
+            case Received(data):
+                return self._received(data, now)
             case Consumed(request) | CancelAsked(request):
                 return self._tell(request, event, now)
             case TimePassed():
@@ -247,15 +247,17 @@ class Connection:
 
     # --- what the broker says -----------------------------------------------------------------------------------------
 
-    def _received(self, frames: list[bytes], now: float) -> list[Action]:
+    def _received(self, data: bytes, now: float) -> list[Action]:
         try:
-            message = wire.from_frames(frames)
+            message = wire.from_bytes(data)
             self._heard = now
             if message.header.request in self._exchanges:
                 return self._tell(message.header.request, Arrived(message), now)
             return self._about_connection(message, now)
-        except ProtocolError:
+        except ProtocolError as error:
             self.malformed += 1  # whatever it was to be, its sender repeats it or the request's deadline ends the wait
+            if self.state is State.GREETING and wire.foreign(data):
+                return self._refuse(error)  # a broker of another release, to which HELLO says nothing
             return []
 
     def _about_connection(self, message: Message, now: float) -> list[Action]:
@@ -405,7 +407,7 @@ class Connection:
 
 
 def _attached(welcome: Welcome, *, fresh: bool) -> Attached:
-    return Attached(welcome.window, welcome.max_message, fresh)
+    return Attached(welcome.window, welcome.max_body, fresh)
 
 
 def _again(error: LoopmuxError) -> LoopmuxError:

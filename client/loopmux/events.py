@@ -34,7 +34,7 @@ class Attached:
     """A broker that may be sent to is there; ``fresh`` if it is a new process that knows nothing of the request."""
 
     window: int
-    max_message: int
+    max_body: int
     fresh: bool
 
 
@@ -128,9 +128,9 @@ class Connected:
 
 @dataclass(slots=True)
 class Received:
-    """A message came from the socket."""
+    """A message came from the socket, unchecked."""
 
-    frames: list[bytes]
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from loopmux.errors import ConfigError
 from loopmux.events import Connected, Disconnected
 from loopmux.outbox import Outbox
 from loopmux.sockets import Dealer
-from loopmux.wire import CLIENT_MESSAGE_LIMIT, Message, to_frames
+from loopmux.wire import CLIENT_BODY_LIMIT, Message, message_limit, to_bytes
 
 
 class Link:
@@ -25,7 +25,7 @@ class Link:
     def __init__(self, endpoint: str) -> None:
         ipc_path(endpoint)
         self._context = zmq.Context()
-        self._dealer = Dealer(self._context, CLIENT_MESSAGE_LIMIT)
+        self._dealer = Dealer(self._context, message_limit(CLIENT_BODY_LIMIT))
         self.socket, self.monitor = self._dealer.socket, self._dealer.monitor
         self._unsent = Outbox()
         try:
@@ -57,7 +57,7 @@ class Link:
 
     def send(self, message: Message) -> None:
         """Send, or keep for ``flush``."""
-        if self._unsent or not self._dealer.send(to_frames(message)):
+        if self._unsent or not self._dealer.send(to_bytes(message)):
             self._unsent.put(message)
 
     def introduce(self, message: Message) -> None:
@@ -67,11 +67,11 @@ class Link:
 
     def flush(self) -> None:
         """Send what waits, as far as the socket takes it."""
-        while self._unsent and self._dealer.send(to_frames(self._unsent.first)):
+        while self._unsent and self._dealer.send(to_bytes(self._unsent.first)):
             self._unsent.drop_first()
 
-    def receive(self) -> list[bytes] | None:
-        """The frames of the next message, or None."""
+    def receive(self) -> bytes | None:
+        """The next message, or None."""
         return self._dealer.receive()
 
     def news(self) -> Connected | Disconnected | None:

@@ -47,12 +47,13 @@ class Welcome:
 
     ``epoch`` (8 bytes) is random per broker process: another one means that the broker restarted and knows nothing.
     ``heartbeat`` is the interval in which the peer is expected to say something; after three it counts as gone.
+    ``max_body`` is the largest BODY that it may send, bytes.
     """
 
     version: int
     epoch: bytes
     heartbeat: float
-    max_message: int
+    max_body: int
     window: int
     software: str = ""
 
@@ -100,7 +101,7 @@ class Submit:
 
 @dataclass(slots=True)
 class Run:
-    """ROUTE of RUN: a submitted request on its way to a worker; the TOKENS frame holds the prefix to resume from.
+    """ROUTE of RUN: a submitted request on its way to a worker; TOKENS hold the prefix to resume from.
 
     ``session`` is the broker's name for a session of one client: other clients' sessions never have it. ``client`` is
     the instance whose request it is: only a broker that was started again asks for it (HELD).

@@ -275,9 +275,9 @@ def _pack(generate: Generate, model: str) -> bytes:
         body = codec.pack(generate)
     except ProtocolError as error:
         raise BadRequestError(error.message, model=model) from error
-    if len(body) > wire.CLIENT_MESSAGE_LIMIT:
+    if len(body) > wire.CLIENT_BODY_LIMIT:
         raise PayloadTooLargeError(
-            f"the request has {len(body)} bytes, at most {wire.CLIENT_MESSAGE_LIMIT} are accepted: shorten it",
+            f"the request has {len(body)} bytes, at most {wire.CLIENT_BODY_LIMIT} are accepted: shorten it",
             model=model,
         )
     return body

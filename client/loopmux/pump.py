@@ -168,10 +168,10 @@ class Pump:
         for taken in range(_DRAIN):
             if taken == 1 and not self._link.readable:
                 return  # mostly it is one message that comes, and asking costs less than to be refused
-            frames = self._link.receive()
-            if frames is None:
+            data = self._link.receive()
+            if data is None:
                 return
-            self._handle(Received(frames), time.monotonic())
+            self._handle(Received(data), time.monotonic())
 
     def _take_news(self) -> None:
         while (event := self._link.news()) is not None:

@@ -26,33 +26,27 @@ _EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)  # plain numbers: an enum'
 
 # The compiled method itself: what zmq.Socket wraps around it is for other types of sockets and doubles the cost.
 _send = zmq.backend.Socket.send
-_NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
-def receive(socket: zmq.Socket[bytes]) -> list[bytes] | None:
-    """The frames of the next message, None if there is none now."""
+def receive(socket: zmq.Socket[bytes]) -> bytes | None:
+    """The next frame, None if there is none now. To whoever is not a ROUTER each frame is a message."""
     try:
-        frame = socket.recv(zmq.NOBLOCK, False)
+        return socket.recv(NOW)
     except zmq.Again:
         return None
-    # Frames rather than bytes: `more` comes with them, asking the socket for it costs more than the rest together.
-    frames = [frame.bytes]
-    while frame.more:
-        frame = socket.recv(zmq.NOBLOCK, False)
-        frames.append(frame.bytes)
-    return frames
 
 
-def send(socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
-    """Send a message at once.
+def send(socket: zmq.Socket[bytes], data: bytes, to: bytes | None = None) -> None:
+    """Send a message at once; ``to`` is the routing id that a ROUTER needs.
 
     Raises:
         zmq.Again: the socket does not take it now.
-        zmq.ZMQError: or never; of a ROUTER with EHOSTUNREACH, where the first frame names nobody who is there.
+        zmq.ZMQError: or never; of a ROUTER with EHOSTUNREACH, where ``to`` names nobody who is there.
     """
-    for frame in frames[:-1]:
-        _send(socket, frame, _MORE)
-    _send(socket, frames[-1], _NOW)
+    if to is not None:
+        _send(socket, to, _MORE)
+    _send(socket, data, NOW)
 
 
 def readable(socket: zmq.Socket[bytes]) -> bool:
@@ -64,8 +58,8 @@ class Dealer:
     """A DEALER to the broker that knows whether it has a connection; belongs to one thread at a time.
 
     Without one it takes nothing. libzmq has an option for that (IMMEDIATE), but with it a connection that closes while
-    the first frames of a message have been read ends the process ("Assertion failed: !_more", fq.cpp): a broker that is
-    killed would take busy clients and workers along.
+    the first of several frames have been read ends the process ("Assertion failed: !_more", fq.cpp): a broker of an
+    older release, which sends several, would take busy clients and workers along when it is killed.
 
     Attributes:
         socket: to be polled for input, and for output while something waits and there is a connection.
@@ -98,7 +92,7 @@ class Dealer:
             expected = "expected as in tcp://127.0.0.1:7750"
             raise ConfigError(f"cannot connect to {endpoint!r}: {error}; {expected}") from error
 
-    def send(self, frames: list[bytes]) -> bool:
+    def send(self, data: bytes) -> bool:
         """Send a message; False if there is no connection or no room.
 
         What was taken just before the connection was lost may still arrive at the broker, over the next one.
@@ -106,13 +100,13 @@ class Dealer:
         if not self.connected:
             return False
         try:
-            send(self.socket, frames)
+            send(self.socket, data)
         except zmq.Again:
             return False
         return True
 
-    def receive(self) -> list[bytes] | None:
-        """The frames of the next message, or None."""
+    def receive(self) -> bytes | None:
+        """The next message, or None."""
         return receive(self.socket)
 
     @property

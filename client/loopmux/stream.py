@@ -147,9 +147,9 @@ class Exchange:
             self._resend_at = now + RESEND
             return [self._bare(Kind.CANCEL)]
         begins = self.stage is Stage.WAITING or event.fresh
-        if begins and len(self.request.body) > event.max_message:
+        if begins and len(self.request.body) > event.max_body:
             self.stage = Stage.DONE
-            size, limit = len(self.request.body), event.max_message
+            size, limit = len(self.request.body), event.max_body
             return self._fail(PayloadTooLargeError(f"the request has {size} bytes, this broker accepts {limit}"))
         if event.fresh and self.stage is not Stage.WAITING:
             return [self._reattach(now)]

@@ -1,8 +1,10 @@
-"""The wire: message kinds, the fixed header, and which frames follow it.
+"""The wire: message kinds, the fixed header, and which parts follow it.
 
-A message is ``HDR [ROUTE] [BODY] [TOKENS]``. Which frames a kind has is fixed in ``FRAMES``, so a message of the wrong
-length is malformed whatever it says. ``ROUTE`` is what the broker reads, ``BODY`` is for the endpoints alone, and
-``TOKENS`` (packed unsigned 32-bit token ids) is the one part of the output that the broker understands.
+A message is one ØMQ frame, ``HEADER [ROUTE] [TOKENS] [BODY]`` without gaps; the header says how long ROUTE and TOKENS
+are, BODY is the rest. Which parts a kind has is fixed in ``PARTS``; a message with another one is malformed whatever it
+says. ``ROUTE`` is what the broker reads, ``BODY`` is for the endpoints alone, and ``TOKENS`` (packed unsigned 32-bit
+token ids) is the one part of the output that the broker understands. One frame, not one for each part: most of a
+broker's work is passing frames from and to ØMQ, whatever they hold.
 
 This module does no I/O and decodes no MessagePack; ``codec`` does the latter. ``docs/protocol.md`` is the document of
 record.
@@ -21,23 +23,28 @@ from typing import Final
 from loopmux.errors import ProtocolError
 
 MAGIC: Final = b"LM"
-VERSIONS: Final = (1,)
+VERSIONS: Final = (2,)
 """Protocol versions this code speaks, the best first."""
 VERSION: Final = VERSIONS[0]
 
 ROUTE_LIMIT: Final = 4 * 1024
-"""Largest ROUTE frame, bytes: it is decoded by the broker for every message that has one."""
-CLIENT_MESSAGE_LIMIT: Final = 4 * 1024 * 1024
-"""Largest frame a client may send, bytes (``ZMQ_MAXMSGSIZE`` of the client side)."""
-WORKER_MESSAGE_LIMIT: Final = 1024 * 1024
-"""Largest frame a worker may send, bytes."""
+"""Largest ROUTE, bytes: it is decoded by the broker for every message that has one."""
+CLIENT_BODY_LIMIT: Final = 4 * 1024 * 1024
+"""Largest BODY, and as many bytes of TOKENS: of what a client may send, and therefore of any message."""
+WORKER_BODY_LIMIT: Final = 1024 * 1024
+"""The same of what a worker or launcher may send."""
 
-_HEADER = struct.Struct(">2sBBH16sIIHH")
+_HEADER = struct.Struct(">2sBBH16sIIHII")
 HEADER_SIZE: Final = _HEADER.size
 ID_SIZE: Final = 16
 """Bytes of a request, instance or boot id."""
 NO_ID: Final = bytes(ID_SIZE)
 """Request id of messages that are about no request."""
+
+
+def message_limit(body: int) -> int:
+    """``ZMQ_MAXMSGSIZE`` where BODY and TOKENS may have ``body`` bytes each."""
+    return HEADER_SIZE + ROUTE_LIMIT + 2 * body
 
 
 class Kind(IntEnum):
@@ -102,8 +109,8 @@ class StopReason(IntEnum):
     SUPERSEDED = 3
 
 
-class Frame(IntFlag):
-    """The frames that may follow the header, in this order."""
+class Part(IntFlag):
+    """The parts that may follow the header."""
 
     NONE = 0
     ROUTE = 1
@@ -111,46 +118,46 @@ class Frame(IntFlag):
     TOKENS = 4
 
 
-FRAMES: Final[dict[Kind, Frame]] = {
-    Kind.HELLO: Frame.ROUTE,
-    Kind.WELCOME: Frame.ROUTE,
-    Kind.PING: Frame.NONE,
-    Kind.PONG: Frame.NONE,
-    Kind.BYE: Frame.NONE,
-    Kind.SUBMIT: Frame.ROUTE | Frame.BODY,
-    Kind.ATTACH: Frame.ROUTE | Frame.BODY | Frame.TOKENS,
-    Kind.CREDIT: Frame.NONE,
-    Kind.CANCEL: Frame.NONE,
-    Kind.SESSION: Frame.ROUTE,
-    Kind.ACCEPTED: Frame.NONE,
-    Kind.PHASE: Frame.ROUTE,
-    Kind.TOK: Frame.BODY | Frame.TOKENS,
-    Kind.END: Frame.BODY,
-    Kind.ERROR: Frame.BODY,
-    Kind.CANCELLED: Frame.BODY,
-    Kind.EXPIRED: Frame.BODY,
-    Kind.ENDACK: Frame.NONE,
-    Kind.TOKACK: Frame.NONE,
-    Kind.REGISTER: Frame.ROUTE | Frame.BODY,
-    Kind.HB: Frame.ROUTE,
-    Kind.WHO: Frame.NONE,
-    Kind.RESET: Frame.NONE,
-    Kind.DRAIN: Frame.NONE,
-    Kind.DIE: Frame.NONE,
-    Kind.HELD: Frame.ROUTE,
-    Kind.RUN: Frame.ROUTE | Frame.BODY | Frame.TOKENS,
-    Kind.RUNACK: Frame.NONE,
-    Kind.STOP: Frame.NONE,
-    Kind.REPLAY: Frame.NONE,
-    Kind.LOAD: Frame.ROUTE,
-    Kind.UNLOAD: Frame.ROUTE,
-    Kind.DONE: Frame.BODY,
-    Kind.CATALOGUE: Frame.ROUTE,
-    Kind.SCALE: Frame.BODY,
-    Kind.FAILED: Frame.ROUTE,
-    Kind.STATUS: Frame.NONE,
-    Kind.REPORT: Frame.BODY,
-    Kind.EVICT: Frame.ROUTE,
+PARTS: Final[dict[Kind, Part]] = {
+    Kind.HELLO: Part.ROUTE,
+    Kind.WELCOME: Part.ROUTE,
+    Kind.PING: Part.NONE,
+    Kind.PONG: Part.NONE,
+    Kind.BYE: Part.NONE,
+    Kind.SUBMIT: Part.ROUTE | Part.BODY,
+    Kind.ATTACH: Part.ROUTE | Part.BODY | Part.TOKENS,
+    Kind.CREDIT: Part.NONE,
+    Kind.CANCEL: Part.NONE,
+    Kind.SESSION: Part.ROUTE,
+    Kind.ACCEPTED: Part.NONE,
+    Kind.PHASE: Part.ROUTE,
+    Kind.TOK: Part.BODY | Part.TOKENS,
+    Kind.END: Part.BODY,
+    Kind.ERROR: Part.BODY,
+    Kind.CANCELLED: Part.BODY,
+    Kind.EXPIRED: Part.BODY,
+    Kind.ENDACK: Part.NONE,
+    Kind.TOKACK: Part.NONE,
+    Kind.REGISTER: Part.ROUTE | Part.BODY,
+    Kind.HB: Part.ROUTE,
+    Kind.WHO: Part.NONE,
+    Kind.RESET: Part.NONE,
+    Kind.DRAIN: Part.NONE,
+    Kind.DIE: Part.NONE,
+    Kind.HELD: Part.ROUTE,
+    Kind.RUN: Part.ROUTE | Part.BODY | Part.TOKENS,
+    Kind.RUNACK: Part.NONE,
+    Kind.STOP: Part.NONE,
+    Kind.REPLAY: Part.NONE,
+    Kind.LOAD: Part.ROUTE,
+    Kind.UNLOAD: Part.ROUTE,
+    Kind.DONE: Part.BODY,
+    Kind.CATALOGUE: Part.ROUTE,
+    Kind.SCALE: Part.BODY,
+    Kind.FAILED: Part.ROUTE,
+    Kind.STATUS: Part.NONE,
+    Kind.REPORT: Part.BODY,
+    Kind.EVICT: Part.ROUTE,
 }
 
 TERMINALS: Final = frozenset({Kind.END, Kind.ERROR, Kind.CANCELLED, Kind.EXPIRED})
@@ -159,7 +166,7 @@ TERMINALS: Final = frozenset({Kind.END, Kind.ERROR, Kind.CANCELLED, Kind.EXPIRED
 
 @dataclass(slots=True)
 class Header:
-    """The 34 bytes in front of every message.
+    """The fixed part in front of every message.
 
     ``seq`` and ``arg`` mean what the kind says: in TOK the absolute index of the first token and the number of tokens,
     in a terminal the total number of tokens, in HELLO, REGISTER and the WELCOME that answers them the number of the
@@ -180,7 +187,7 @@ class Header:
 
 @dataclass(slots=True)
 class Message:
-    """One message, header decoded and the other frames as they came (empty where the kind has none)."""
+    """One message, header decoded and the other parts as they came (empty where the kind has none)."""
 
     header: Header
     route: bytes = b""
@@ -193,86 +200,69 @@ class Message:
         return self.header.kind
 
 
-def pack_header(header: Header) -> bytes:
-    """Encode a header into its 34 bytes."""
-    return _HEADER.pack(
-        MAGIC, header.version, header.kind, header.flags, header.request, header.seq, header.arg, header.attempt, 0
-    )
+_ALL = Part.ROUTE | Part.BODY | Part.TOKENS
+_KINDS: Final = {int(kind): (kind, int(_ALL & ~parts)) for kind, parts in PARTS.items()}
+"""By number: the kind, and the parts that it does not have. A plain number: asking a Flag costs as much as all else."""
+_ROUTE, _BODY, _TOKENS = int(Part.ROUTE), int(Part.BODY), int(Part.TOKENS)
+_unpack = _HEADER.unpack_from
 
 
-def unpack_header(frame: bytes) -> Header:
-    """Decode a header.
+def to_bytes(message: Message) -> bytes:
+    """A message as it goes over the wire."""
+    head, route, tokens = message.header, message.route, message.tokens
+    fields = head.kind, head.flags, head.request, head.seq, head.arg, head.attempt, len(route), len(tokens) // 4
+    return b"".join((_HEADER.pack(MAGIC, head.version, *fields), route, tokens, message.body))
+
+
+def from_bytes(data: bytes) -> Message:
+    """Check a message and take it apart.
 
     Raises:
-        ProtocolError: wrong length or magic, a version this code does not speak, or an unknown kind.
+        ProtocolError: malformed header, a part that the kind does not have or that is too large, or ROUTE and TOKENS
+            longer than the message.
     """
-    if len(frame) != HEADER_SIZE:
-        raise ProtocolError(f"header frame has {len(frame)} bytes, expected {HEADER_SIZE}")
-    magic, version, kind, flags, request, seq, arg, attempt, _ = _HEADER.unpack(frame)
-    if magic != MAGIC:
-        raise ProtocolError(f"header starts with {magic!r}, expected {MAGIC!r}: the peer does not speak Loopmux")
-    if version not in VERSIONS:
-        spoken = ", ".join(map(str, VERSIONS))
-        raise ProtocolError(
-            f"protocol version {version} is not spoken here (spoken: {spoken}): install one release everywhere"
-        )
-    known = _KINDS.get(kind)
+    size = len(data)
+    if size < HEADER_SIZE:
+        raise _no_header(data)
+    magic, version, number, flags, request, seq, arg, attempt, route, ids = _unpack(data)
+    if magic != MAGIC or version not in VERSIONS:
+        raise _no_header(data)
+    known = _KINDS.get(number)
     if known is None:
-        raise ProtocolError(f"unknown message kind {kind}")
-    return Header(known, request, seq, arg, attempt, flags, version)
+        raise ProtocolError(f"unknown message kind {number}")
+    kind, lacks = known
+    tokens_at = HEADER_SIZE + route
+    body_at = tokens_at + 4 * ids
+    if body_at > size:
+        raise ProtocolError(f"{kind.name} of {size} bytes announces {route} of ROUTE and {ids} tokens: it is cut short")
+    has = (_ROUTE if route else 0) | (_TOKENS if ids else 0) | (_BODY if body_at < size else 0)
+    if has & lacks:
+        names = " and ".join(str(part.name) for part in Part if has & lacks & part)
+        raise ProtocolError(f"{kind.name} has {names}, expected none")
+    if route > ROUTE_LIMIT or 4 * ids > CLIENT_BODY_LIMIT or size - body_at > CLIENT_BODY_LIMIT:
+        raise ProtocolError(
+            f"{kind.name} has a ROUTE of {route} bytes, TOKENS of {4 * ids} and a BODY of {size - body_at}: "
+            f"at most {ROUTE_LIMIT}, {CLIENT_BODY_LIMIT} and {CLIENT_BODY_LIMIT} are accepted"
+        )
+    header = Header(kind, request, seq, arg, attempt, flags, version)
+    return Message(header, data[HEADER_SIZE:tokens_at], data[body_at:], data[tokens_at:body_at])
 
 
-_KINDS: Final = {int(kind): kind for kind in Kind}
+def foreign(data: bytes) -> bool:
+    """Whether this is a message, or the first frame of one, in a protocol version that is not spoken here."""
+    return data[:2] == MAGIC and len(data) > 2 and data[2] not in VERSIONS
 
 
-def _places(shape: Frame) -> tuple[int, int, int, int]:
-    """How many frames a message has, and where ROUTE, BODY and TOKENS are among them (0: nowhere)."""
-    count = 1
-    places = []
-    for frame in (Frame.ROUTE, Frame.BODY, Frame.TOKENS):
-        places.append(count if shape & frame else 0)
-        count += bool(shape & frame)
-    return count, places[0], places[1], places[2]
-
-
-# Worked out once: asking a Flag anew for every message costs as much as all the rest of taking it apart.
-_PLACES: Final = {kind: _places(shape) for kind, shape in FRAMES.items()}
-
-
-def to_frames(message: Message) -> list[bytes]:
-    """The frames of a message, header first."""
-    _, route, body, tokens = _PLACES[message.header.kind]
-    frames = [pack_header(message.header)]
-    if route:
-        frames.append(message.route)
-    if body:
-        frames.append(message.body)
-    if tokens:
-        frames.append(message.tokens)
-    return frames
-
-
-def from_frames(frames: list[bytes]) -> Message:
-    """Check and take apart the frames of a message (without any routing id in front).
-
-    Raises:
-        ProtocolError: malformed header, wrong number of frames for the kind, oversized ROUTE, or TOKENS that are not
-            whole 32-bit numbers.
-    """
-    if not frames:
-        raise ProtocolError("a message without frames")
-    header = unpack_header(frames[0])
-    count, route_at, body_at, tokens_at = _PLACES[header.kind]
-    if len(frames) != count:
-        raise ProtocolError(f"{header.kind.name} has {len(frames)} frames, expected {count}")
-    route = frames[route_at] if route_at else b""
-    body = frames[body_at] if body_at else b""
-    tokens = frames[tokens_at] if tokens_at else b""
-    if len(route) > ROUTE_LIMIT:
-        raise ProtocolError(f"{header.kind.name} has a ROUTE of {len(route)} bytes, at most {ROUTE_LIMIT} are accepted")
-    if len(tokens) % 4:
-        raise ProtocolError(f"{header.kind.name} has a TOKENS frame of {len(tokens)} bytes, expected a multiple of 4")
-    return Message(header, route, body, tokens)
+def _no_header(data: bytes) -> ProtocolError:
+    """What is wrong where a header should be."""
+    if foreign(data):
+        spoken = ", ".join(map(str, VERSIONS))
+        return ProtocolError(
+            f"protocol version {data[2]} is not spoken here (spoken: {spoken}): install one release everywhere"
+        )
+    if data[:2] != MAGIC:
+        return ProtocolError(f"a message starts with {data[:2]!r}, expected {MAGIC!r}: the peer does not speak Loopmux")
+    return ProtocolError(f"a message of {len(data)} bytes, expected a header of {HEADER_SIZE} at least")
 
 
 def pack_tokens(ids: list[int] | tuple[int, ...]) -> bytes:
@@ -290,9 +280,9 @@ def pack_tokens(ids: list[int] | tuple[int, ...]) -> bytes:
     return packed.tobytes()
 
 
-def unpack_tokens(frame: bytes) -> list[int]:
+def unpack_tokens(packed: bytes) -> list[int]:
     """The inverse of ``pack_tokens``; the length must be a multiple of 4."""
-    unpacked = array.array("I", frame)
+    unpacked = array.array("I", packed)
     if sys.byteorder == "little":
         unpacked.byteswap()
     return unpacked.tolist()

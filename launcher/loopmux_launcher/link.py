@@ -75,7 +75,7 @@ class Link:
         """Take a message in.
 
         Raises:
-            ProtocolError: a frame of it is malformed.
+            ProtocolError: ROUTE or BODY is malformed.
         """
         self._heard = now
         match message.kind:

@@ -22,7 +22,7 @@ from loopmux.errors import ConfigError, LoopmuxError, ProtocolError
 from loopmux.listening import Listening
 from loopmux.messages import Register
 from loopmux.sockets import Dealer
-from loopmux.wire import VERSIONS, WORKER_MESSAGE_LIMIT, Message, from_frames, new_id, to_frames
+from loopmux.wire import VERSIONS, WORKER_BODY_LIMIT, Message, from_bytes, message_limit, new_id, to_bytes
 from loopmux_launcher import adapterstore, livelook, places, workercode
 from loopmux_launcher.adapters import Added, extended
 from loopmux_launcher.asking import Asking
@@ -132,7 +132,7 @@ class Launcher:
             ending.callback(context.term)
             self._guard = Guard()
             ending.callback(self._guard.close)
-            self._dealer = Dealer(context, WORKER_MESSAGE_LIMIT)
+            self._dealer = Dealer(context, message_limit(WORKER_BODY_LIMIT))
             ending.callback(self._dealer.close)
             ending.callback(lambda: self._send(self._link.bye()))
             ending.callback(self._abandon)
@@ -373,10 +373,10 @@ class Launcher:
         while (connected := self._dealer.news()) is not None:
             self._link.connected() if connected else self._link.lost()
         for _ in range(_PER_TURN):
-            if (frames := self._dealer.receive()) is None:
+            if (data := self._dealer.receive()) is None:
                 return
             try:
-                news = self._link.received(from_frames(frames), time.monotonic())
+                news = self._link.received(from_bytes(data), time.monotonic())
             except ProtocolError as error:
                 self._console.announce(Announce("launcher", f"the broker sent something malformed: {error}", "warning"))
                 continue
@@ -391,7 +391,7 @@ class Launcher:
 
     def _send(self, messages: list[Message]) -> None:
         for message in messages:
-            if not self._dealer.send(to_frames(message)):
+            if not self._dealer.send(to_bytes(message)):
                 self._link.lost()  # not connected; REGISTER is repeated until somebody answers
 
 

@@ -29,9 +29,9 @@ WIDTH = 8
 _WORKER = b"worker"
 _BATCH = 12
 """Streams of each client in one round: some tenths of a second."""
-_TOK = [codec.pack(Tok("some words of text, as eight tokens are ")), wire.pack_tokens(list(range(WIDTH)))]
-_END = [codec.pack(End("stop", Usage(10, CHUNKS * WIDTH), Timing(), "echo", "bench"))]
-_SUBMIT = [codec.pack(Submit("echo")), codec.pack({"prompt": "hello"})]
+_TOK = (b"", codec.pack(Tok("some words of text, as eight tokens are ")), wire.pack_tokens(list(range(WIDTH))))
+_END = (b"", codec.pack(End("stop", Usage(10, CHUNKS * WIDTH), Timing(), "echo", "bench")))
+_SUBMIT = (codec.pack(Submit("echo")), codec.pack({"prompt": "hello"}))
 
 
 class Core:
@@ -45,9 +45,9 @@ class Core:
         served = (ServedModel("echo", "f"),)
         register = Register("worker", "bench", bytes(16), wire.VERSIONS, models=served, slots=CLIENTS)
         self._clients = [number.to_bytes(2, "big") for number in range(CLIENTS)]
-        joins: list[Event] = [WorkerSent(_WORKER, _frames(Kind.REGISTER, codec.pack(register), codec.pack({})))]
+        joins: list[Event] = [WorkerSent(_WORKER, _said(Header(Kind.REGISTER), codec.pack(register), codec.pack({})))]
         for peer in self._clients:
-            joins.append(ClientSent(peer, _frames(Kind.HELLO, codec.pack(Hello(wire.VERSIONS, peer * 8)))))
+            joins.append(ClientSent(peer, _said(Header(Kind.HELLO), codec.pack(Hello(wire.VERSIONS, peer * 8)))))
         self._tell(Kind.HELLO, joins)
 
     def run(self) -> None:
@@ -55,20 +55,24 @@ class Core:
         ids = [wire.new_id() for _ in self._clients]
         each = list(zip(self._clients, ids, strict=True))
         total = CHUNKS * WIDTH
-        self._tell(Kind.SUBMIT, [ClientSent(peer, [_header(Kind.SUBMIT, id_), *_SUBMIT]) for peer, id_ in each])
+        self._tell(Kind.SUBMIT, [ClientSent(peer, _said(Header(Kind.SUBMIT, id_), *_SUBMIT)) for peer, id_ in each])
         for seq in range(0, total, WIDTH):
-            self._tell(Kind.TOK, [WorkerSent(_WORKER, [_header(Kind.TOK, id_, seq, WIDTH, 1), *_TOK]) for id_ in ids])
-        self._tell(Kind.CREDIT, [ClientSent(peer, [_header(Kind.CREDIT, id_, 2 * total, total)]) for peer, id_ in each])
-        self._tell(Kind.END, [WorkerSent(_WORKER, [_header(Kind.END, id_, total, 0, 1), *_END]) for id_ in ids])
-        self._tell(Kind.ENDACK, [ClientSent(peer, [_header(Kind.ENDACK, id_)]) for peer, id_ in each])
+            self._tell(
+                Kind.TOK, [WorkerSent(_WORKER, _said(Header(Kind.TOK, id_, seq, WIDTH, 1), *_TOK)) for id_ in ids]
+            )
+        self._tell(
+            Kind.CREDIT, [ClientSent(peer, _said(Header(Kind.CREDIT, id_, 2 * total, total))) for peer, id_ in each]
+        )
+        self._tell(Kind.END, [WorkerSent(_WORKER, _said(Header(Kind.END, id_, total, 0, 1), *_END)) for id_ in ids])
+        self._tell(Kind.ENDACK, [ClientSent(peer, _said(Header(Kind.ENDACK, id_))) for peer, id_ in each])
 
     def _tell(self, kind: Kind, events: Iterable[Event]) -> None:
-        """Hand the events over, and make the frames of all that is to be sent, as the shell does."""
+        """Hand the events over, and make the bytes of all that is to be sent, as the shell does."""
         begun, count = time.process_time_ns(), 0
         for event in events:
             self._now += 1e-5
             for action in self._broker.handle(event, self._now):
-                getattr(action, "frames", None)
+                getattr(action, "data", None)
             count += 1
         self.spent[kind] += time.process_time_ns() - begun
         self.events[kind] += count
@@ -79,12 +83,8 @@ class Core:
         return bool(counted["internal_errors"] or counted["strikes"] or counted["submitted"] != counted["finished"])
 
 
-def _header(kind: Kind, request: bytes, seq: int = 0, arg: int = 0, attempt: int = 0) -> bytes:
-    return wire.pack_header(Header(kind, request, seq, arg, attempt))
-
-
-def _frames(kind: Kind, route: bytes, body: bytes = b"") -> list[bytes]:
-    return wire.to_frames(Message(Header(kind), route, body))
+def _said(header: Header, *parts: bytes) -> bytes:
+    return wire.to_bytes(Message(header, *parts))
 
 
 def core(rounds: int) -> dict[str, Any]:

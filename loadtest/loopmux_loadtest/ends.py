@@ -41,9 +41,9 @@ _ROUTE = codec.pack(Submit("echo"))
 
 @dataclass
 class Job:
-    """What one request still wants: chunks, each of ``width`` tokens."""
+    """What one request still wants: chunks, each of ``width`` tokens, for the ``peer`` of a ROUTER."""
 
-    prefix: list[bytes]
+    peer: bytes | None
     header: Header
     chunks: int
     width: int
@@ -54,11 +54,11 @@ class Job:
 class Echo:
     """Answers RUN (of a broker) or SUBMIT (of a caller) with as many chunks as the body asks for.
 
-    ``depth`` is how many frames in front of a message say whom the answer is for.
+    With ``routed`` a frame in front of each message says whom the answer is for.
     """
 
     socket: zmq.Socket[bytes]
-    depth: int
+    routed: bool
     jobs: dict[bytes, Job] = field(default_factory=dict)
     pace: float = 0.0
 
@@ -70,21 +70,24 @@ class Echo:
                 self._take()
             if time.monotonic() > beat + 0.5:
                 beat = time.monotonic()
-                if not self.depth:  # the other end is a broker
-                    self.socket.send_multipart(wire.to_frames(Message(Header(Kind.HB), route=codec.pack({}))))
+                if not self.routed:  # the other end is a broker
+                    self._send(None, Message(Header(Kind.HB), route=codec.pack({})))
             for job in list(self.jobs.values()):
                 self._step(job)
 
     def _take(self) -> None:
-        while (frames := sockets.receive(self.socket)) is not None:
-            self._receive(frames)
+        while (data := sockets.receive(self.socket)) is not None:
+            if self.routed:
+                self._receive(data, self.socket.recv())
+            else:
+                self._receive(None, data)
 
-    def _receive(self, frames: list[bytes]) -> None:
-        message = wire.from_frames(frames[self.depth :])
+    def _receive(self, peer: bytes | None, data: bytes) -> None:
+        message = wire.from_bytes(data)
         if message.kind not in (Kind.RUN, Kind.SUBMIT):
             return
         wish = codec.decode(message.body, codec.ROUTE_LIMITS)
-        self.jobs[message.header.request] = Job(frames[: self.depth], message.header, wish["chunks"], wish["width"])
+        self.jobs[message.header.request] = Job(peer, message.header, wish["chunks"], wish["width"])
         self.pace = 1 / wish["rate"] if wish["rate"] else 0.0
 
     def _step(self, job: Job) -> None:
@@ -92,18 +95,18 @@ class Echo:
         position = job.sent * job.width
         if job.sent < job.chunks:
             header = Header(Kind.TOK, request, position, job.width, attempt)
-            self._send(job.prefix, Message(header, body=_TOK_BODY, tokens=_IDS[: 4 * job.width]))
+            self._send(job.peer, Message(header, body=_TOK_BODY, tokens=_IDS[: 4 * job.width]))
             job.sent += 1
             if self.pace:
                 _sleep_exactly(self.pace)
             if job.sent < job.chunks:
                 return
             position += job.width
-        self._send(job.prefix, Message(Header(Kind.END, request, position, attempt=attempt), body=_END_BODY))
+        self._send(job.peer, Message(Header(Kind.END, request, position, attempt=attempt), body=_END_BODY))
         del self.jobs[request]
 
-    def _send(self, prefix: list[bytes], message: Message) -> None:
-        sockets.send(self.socket, [*prefix, *wire.to_frames(message)])
+    def _send(self, peer: bytes | None, message: Message) -> None:
+        sockets.send(self.socket, wire.to_bytes(message), peer)
 
 
 def _sleep_exactly(seconds: float) -> None:
@@ -125,10 +128,10 @@ def work(endpoint: str, how: str) -> None:
     if how == "joined":
         served = (ServedModel("echo", "f"),)
         register = Register("worker", "bench", wire.new_id(), wire.VERSIONS, models=served, slots=SLOTS)
-        worker.send_multipart(wire.to_frames(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({}))))
-        worker.recv_multipart()
+        worker.send(wire.to_bytes(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({}))))
+        worker.recv()
         print("ready", file=sys.stderr, flush=True)
-    Echo(worker, 0 if how == "joined" else 1).serve()
+    Echo(worker, how != "joined").serve()
 
 
 # --- the callers' side ------------------------------------------------------------------------------------------------
@@ -193,11 +196,11 @@ class WireCallers:
     def _greet(self) -> None:
         for caller in self._sockets.values():
             hello = Message(Header(Kind.HELLO), route=codec.pack(Hello(wire.VERSIONS, wire.new_id())))
-            caller.send_multipart(wire.to_frames(hello))
+            caller.send(wire.to_bytes(hello))
         for caller in self._sockets.values():
             if not caller.poll(int(1000 * PATIENCE)):
                 raise SystemExit("no broker answers")
-            codec.unpack(Welcome, caller.recv_multipart()[1])
+            codec.unpack(Welcome, wire.from_bytes(caller.recv()).route)
         self._beat_at = time.perf_counter() + HEARTBEAT
 
     def run(self, again: Again, chunks: int, *, at_once: int, width: int = CHUNK, rate: int = 0) -> Took:
@@ -231,7 +234,7 @@ class WireCallers:
     def _submit(self, caller: zmq.Socket[bytes], body: bytes) -> None:
         request = wire.new_id()
         self._begun[request] = time.perf_counter()
-        sockets.send(caller, [wire.pack_header(Header(Kind.SUBMIT, request)), _ROUTE, body])
+        sockets.send(caller, wire.to_bytes(Message(Header(Kind.SUBMIT, request), _ROUTE, body)))
 
     def _credit(self, caller: zmq.Socket[bytes], header: Header) -> None:
         received = header.seq + header.arg
@@ -240,7 +243,7 @@ class WireCallers:
 
     def _say(self, caller: zmq.Socket[bytes], kind: Kind, request: bytes, seq: int = 0, arg: int = 0) -> None:
         if self._introduce:
-            sockets.send(caller, [wire.pack_header(Header(kind, request, seq, arg))])
+            sockets.send(caller, wire.to_bytes(Message(Header(kind, request, seq, arg))))
 
     def _wait(self) -> list[int]:
         """The connections on which something came; now and then it is said that the callers are there."""
@@ -266,8 +269,8 @@ def _round_and_round(sockets: dict[int, zmq.Socket[bytes]]) -> Iterator[zmq.Sock
 
 
 def _next(caller: zmq.Socket[bytes]) -> Header | None:
-    frames = sockets.receive(caller)
-    return None if frames is None else wire.unpack_header(frames[0])
+    data = sockets.receive(caller)
+    return None if data is None else wire.from_bytes(data).header
 
 
 @dataclass

@@ -85,8 +85,8 @@ def terminals(actions: list[Action]) -> dict[bytes, Failure]:
     """Why requests ended, by id."""
     found = {}
     for action in actions:
-        if isinstance(action, (Push, Send)) and wire.from_frames(action.frames).kind is Kind.ERROR:
-            id_ = wire.from_frames(action.frames).header.request
+        if isinstance(action, (Push, Send)) and wire.from_bytes(action.data).kind is Kind.ERROR:
+            id_ = wire.from_bytes(action.data).header.request
             found[id_] = failure(action)[3]
     return found
 

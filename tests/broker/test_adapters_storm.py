@@ -50,7 +50,9 @@ class House:
         config = BrokerConfig(settle=3.0)
         self.broker = Broker(config, epoch=self.dice.randbytes(8), now=self.now)
         self.owner: dict[bytes, Member] = {}
-        self.handle(ClientSent(CLIENT, wire.to_frames(Message(Header(Kind.HELLO), codec.pack(Hello((1,), b"c" * 16))))))
+        self.handle(
+            ClientSent(CLIENT, wire.to_bytes(Message(Header(Kind.HELLO), codec.pack(Hello(wire.VERSIONS, b"c" * 16)))))
+        )
         for member in (self.launcher, *self.workers):
             self.connect(member)
         for id_ in self.asked:  # what is not answered is asked again
@@ -69,7 +71,8 @@ class House:
         role = "launcher" if member is self.launcher else "worker"
         served = tuple(ServedModel(name, f"f-{name}", name) for name in sorted(member.has))
         register = Register(
-            role, member.name, member.boot, (1,), models=(ServedModel("m", "f"), *served) if role == "worker" else (),
+            role, member.name, member.boot, wire.VERSIONS,
+            models=(ServedModel("m", "f"), *served) if role == "worker" else (),
             adapters=tuple(sorted(member.has)) if role == "worker" else (), slots=1,
         )  # fmt: skip
         self.say(member, Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})))
@@ -98,11 +101,11 @@ class House:
                 member.inbox.append(action.message)
 
     def say(self, member: Member, message: Message) -> None:
-        self.handle(WorkerSent(member.peer, wire.to_frames(message)))
+        self.handle(WorkerSent(member.peer, wire.to_bytes(message)))
 
     def ask(self, id_: bytes) -> None:
         order = codec.pack(self.asked[id_])
-        self.handle(ClientSent(CLIENT, wire.to_frames(Message(Header(self.kinds[id_], id_), order))))
+        self.handle(ClientSent(CLIENT, wire.to_bytes(Message(Header(self.kinds[id_], id_), order))))
 
     def hear(self, member: Member) -> None:
         """The next thing that the broker said to it, done."""
@@ -148,7 +151,7 @@ class House:
         end = self.now + seconds
         while self.now < end:
             self.now += 0.5
-            self.handle(ClientSent(CLIENT, wire.to_frames(Message(Header(Kind.PING)))))
+            self.handle(ClientSent(CLIENT, wire.to_bytes(Message(Header(Kind.PING)))))
             for member in list(self.owner.values()):
                 if member.welcomed:
                     self.say(member, Message(Header(Kind.HB), codec.pack(Heartbeat())))

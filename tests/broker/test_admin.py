@@ -22,7 +22,7 @@ from brokerkit import (
     stopped,
     tok,
 )
-from loopmux import codec
+from loopmux import codec, wire
 from loopmux.messages import Heartbeat, Hello, Status, Welcome
 from loopmux.wire import Header, Kind, Message, StopReason
 from loopmux_broker.events import Action, Send, say
@@ -107,10 +107,10 @@ def test_a_time_that_is_none(core: Core, within: float) -> None:
 
 
 def test_administrators_are_answered_without_being_known(core: Core) -> None:
-    hello = Message(Header(Kind.HELLO), codec.pack(Hello((1,), b"i" * 16)))
+    hello = Message(Header(Kind.HELLO), codec.pack(Hello(wire.VERSIONS, b"i" * 16)))
     [welcome] = core.admin(hello)
     assert isinstance(welcome, Send)
-    assert codec.unpack(Welcome, welcome.message.route).version == 1
+    assert codec.unpack(Welcome, welcome.message.route).version == wire.VERSION
     assert core.admin(say(Kind.PING)) == [Send(ADMIN, say(Kind.PONG))]
     assert states(core.admin(say(Kind.STATUS, FOUR))[0]) == {"w1": "ready", "w2": "ready"}
     assert core.admin(say(Kind.BYE)) == []

@@ -30,7 +30,7 @@ from brokerkit import (
 )
 from loopmux import codec
 from loopmux.messages import Register, Run, ServedModel, SessionHint, Submit
-from loopmux.wire import Header, Kind, Message
+from loopmux.wire import VERSIONS, Header, Kind, Message
 from loopmux_broker import dispatch
 from loopmux_broker.admission import Limits
 from loopmux_broker.clients import Client
@@ -159,7 +159,7 @@ def operations_per_dispatch(queued: int, clients: int, dispatches: int = 50) -> 
         submit = Submit("m", priority=dice.randint(0, 3), max_new_tokens=dice.randint(1, 500))
         queues.push(Request(n.to_bytes(16), known[n % clients], submit, b"", Counted(dice.random()), 1.0, Output(1)))
     worker = Worker(
-        b"w", Register("worker", "w", b"b" * 16, (1,), models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0, 0
+        b"w", Register("worker", "w", b"b" * 16, VERSIONS, models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0, 0
     )
     lines = 0
 
@@ -198,7 +198,7 @@ def test_a_queue_gives_everybody_exactly_once_whatever_is_taken_out_in_between()
     queues = Queues(HeadStart())
     clients = [Client(n.to_bytes(16), None, 0.0) for n in range(7)]
     worker = Worker(
-        b"w", Register("worker", "w", b"b" * 16, (1,), models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0, 0
+        b"w", Register("worker", "w", b"b" * 16, VERSIONS, models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0, 0
     )
     waiting: dict[bytes, Request] = {}
     for n in range(4000):

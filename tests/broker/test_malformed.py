@@ -13,11 +13,30 @@ from brokerkit import BODY, CLIENT, LAUNCHER, ONE, WORKER, Core, end, failure, p
 from loopmux import codec, wire
 from loopmux.messages import Catalogue, Evict, Held, Submit
 from loopmux.wire import Header, Kind, Message
-from loopmux_broker.events import AdminSent, ClientSent, ConnectionLost, Log, Send, TimerDue, WorkerSent, say
+from loopmux_broker.events import (
+    AdminSent,
+    ClientSent,
+    ConnectionLost,
+    FramesSent,
+    Log,
+    Send,
+    TimerDue,
+    WorkerSent,
+    say,
+)
 from loopmux_broker.timers import Timers
 
 ROUTE = codec.pack(Submit("m"))
-SUBMIT = wire.pack_header(Header(Kind.SUBMIT, ONE))
+SUBMIT = wire.to_bytes(Message(Header(Kind.SUBMIT, ONE), ROUTE, BODY))
+
+
+def sized(data: bytes) -> str:
+    """A case by name: the whole of it may be megabytes."""
+    return f"{len(data)} bytes"
+
+
+def submit(route: bytes, body: bytes = BODY) -> bytes:
+    return wire.to_bytes(Message(Header(Kind.SUBMIT, ONE), route, body))
 
 
 @pytest.fixture
@@ -29,34 +48,36 @@ def core() -> Core:
 
 
 @pytest.mark.parametrize(
-    "frames",
+    "data",
     [
-        [],
-        [b""],
-        [b"hello"],
-        [b"XX" + SUBMIT[2:], ROUTE, BODY],
-        [SUBMIT[:2] + b"\x09" + SUBMIT[3:], ROUTE, BODY],
-        [SUBMIT[:3] + b"\xff" + SUBMIT[4:], ROUTE, BODY],
-        [SUBMIT, ROUTE],
-        [SUBMIT, ROUTE, BODY, b""],
-        [SUBMIT, b"\xc1", BODY],
-        [SUBMIT, b"", BODY],
-        [SUBMIT, codec.pack([1, 2]), BODY],
-        [SUBMIT, codec.pack({"model": 1}), BODY],
-        [SUBMIT, codec.pack({}), BODY],
-        [SUBMIT, codec.pack({"model": "m" * 5000}), BODY],
-        [SUBMIT, codec.pack({"model": "m", "hashes": [b""] * 65}), BODY],
-        [wire.pack_header(Header(Kind.SUBMIT)), ROUTE, BODY],
-        wire.to_frames(say(Kind.RUNACK, ONE)),
-        wire.to_frames(tok(ONE, 0)),
-        wire.to_frames(Message(Header(Kind.ATTACH, ONE, seq=1), ROUTE, BODY)),
-        wire.to_frames(Message(Header(Kind.ATTACH), ROUTE, BODY)),
-        wire.to_frames(Message(Header(Kind.HELLO), route=codec.pack({"versions": [1], "instance": b"short"}))),
-        wire.to_frames(Message(Header(Kind.SESSION), route=codec.pack({"session": "s", "state": "asleep"}))),
+        b"",
+        b"hello",
+        b"XX" + SUBMIT[2:],
+        SUBMIT[:2] + b"\x09" + SUBMIT[3:],
+        SUBMIT[:3] + b"\xff" + SUBMIT[4:],
+        SUBMIT[: -len(BODY) - 1],
+        SUBMIT[: wire.HEADER_SIZE],
+        wire.to_bytes(Message(Header(Kind.SUBMIT, ONE), ROUTE, BODY, bytes(4))),
+        submit(b"\xc1"),
+        submit(b""),
+        submit(codec.pack([1, 2])),
+        submit(codec.pack({"model": 1})),
+        submit(codec.pack({})),
+        submit(codec.pack({"model": "m" * 5000})),
+        submit(codec.pack({"model": "m", "hashes": [b""] * 65})),
+        submit(ROUTE, bytes(wire.CLIENT_BODY_LIMIT + 1)),
+        wire.to_bytes(Message(Header(Kind.SUBMIT), ROUTE, BODY)),
+        wire.to_bytes(say(Kind.RUNACK, ONE)),
+        wire.to_bytes(tok(ONE, 0)),
+        wire.to_bytes(Message(Header(Kind.ATTACH, ONE, seq=1), ROUTE, BODY)),
+        wire.to_bytes(Message(Header(Kind.ATTACH), ROUTE, BODY)),
+        wire.to_bytes(Message(Header(Kind.HELLO), route=codec.pack({"versions": wire.VERSIONS, "instance": b"short"}))),
+        wire.to_bytes(Message(Header(Kind.SESSION), route=codec.pack({"session": "s", "state": "asleep"}))),
     ],
+    ids=sized,
 )
-def test_what_a_client_may_not_send(core: Core, frames: list[bytes]) -> None:
-    [answer] = core.handle(ClientSent(CLIENT, frames))
+def test_what_a_client_may_not_send(core: Core, data: bytes) -> None:
+    [answer] = core.handle(ClientSent(CLIENT, data))
     peer, kind, _, body = failure(answer)
     assert (peer, kind, body.code) == (CLIENT, Kind.ERROR, "protocol")
     assert body.message
@@ -65,22 +86,23 @@ def test_what_a_client_may_not_send(core: Core, frames: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize(
-    "frames",
+    "data",
     [
-        wire.to_frames(Message(Header(Kind.SUBMIT, ONE), ROUTE, BODY)),
-        wire.to_frames(say(Kind.PING)),
-        wire.to_frames(Message(Header(Kind.TOK, ONE, 0, 0, 1))),
-        wire.to_frames(Message(Header(Kind.TOK, ONE, 0, 3, 1), tokens=bytes(8))),
-        [wire.pack_header(Header(Kind.TOK, ONE, 0, 1, 1)), b"", b"odd"],
-        wire.to_frames(Message(Header(Kind.EXPIRED, ONE, attempt=1))),
-        wire.to_frames(Message(Header(Kind.HB), route=b"\xc1")),
-        wire.to_frames(Message(Header(Kind.CATALOGUE), route=codec.pack(Catalogue("m", "ready")))),
-        wire.to_frames(Message(Header(Kind.REGISTER), route=b"")),
+        SUBMIT,
+        wire.to_bytes(say(Kind.PING)),
+        wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 0, 1))),
+        wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 3, 1), tokens=bytes(8))),
+        wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 1, 1), tokens=bytes(4)))[:-1],
+        wire.to_bytes(Message(Header(Kind.EXPIRED, ONE, attempt=1))),
+        wire.to_bytes(Message(Header(Kind.HB), route=b"\xc1")),
+        wire.to_bytes(Message(Header(Kind.CATALOGUE), route=codec.pack(Catalogue("m", "ready")))),
+        wire.to_bytes(Message(Header(Kind.REGISTER), route=b"")),
     ],
+    ids=sized,
 )
-def test_what_a_worker_may_not_send(core: Core, frames: list[bytes]) -> None:
+def test_what_a_worker_may_not_send(core: Core, data: bytes) -> None:
     core.running()
-    [answer] = core.handle(WorkerSent(WORKER, frames))
+    [answer] = core.handle(WorkerSent(WORKER, data))
     assert failure(answer)[0] == WORKER
     assert failure(answer)[3].code == "protocol"
     assert core.counted["strikes"] == 1
@@ -94,15 +116,34 @@ def test_a_launcher_may_not_send_output(core: Core) -> None:
 
 
 def test_the_answer_names_the_request(core: Core) -> None:
-    [answer] = core.handle(ClientSent(CLIENT, [SUBMIT, b"\xc1", BODY]))
-    assert wire.from_frames(answer.frames).header.request == ONE  # type: ignore[union-attr]
+    [answer] = core.handle(ClientSent(CLIENT, submit(b"\xc1")))
+    assert wire.from_bytes(answer.data).header.request == ONE  # type: ignore[union-attr]
+
+
+def test_a_message_has_one_frame(core: Core) -> None:
+    """The first of several is no message either, however well it reads."""
+    [answer] = core.handle(FramesSent(CLIENT, SUBMIT))
+    peer, kind, _, body = failure(answer)
+    assert (peer, kind, body.message) == (CLIENT, Kind.ERROR, "SUBMIT came in several frames, expected one")
+    assert wire.from_bytes(answer.data).header.request == ONE  # type: ignore[union-attr]
+    assert core.counted == {"strikes": 1}
+
+
+def test_a_peer_of_another_release_is_told_of_and_named_in_the_log(core: Core) -> None:
+    """What version 1 sent: a header in a frame of its own. The answer is nothing that it could read."""
+    old = b"LM\x01" + bytes([Kind.HELLO]) + bytes(30)
+    for _ in range(3):
+        [answer] = core.handle(FramesSent(b"c9", old))
+        assert "version 1 is not spoken here (spoken: 2)" in failure(answer)[3].message
+    [log] = core.logged[-1:]
+    assert "version 1 is not spoken here" in str(log.fields["reason"])
 
 
 def test_three_strikes_and_the_peer_is_ignored_for_a_minute(core: Core) -> None:
     core.hello(b"c2")
     for _ in range(3):
-        assert len(core.handle(ClientSent(b"c2", [b"junk"]))) == 1
-    assert core.handle(ClientSent(b"c2", [b"junk"])) == []
+        assert len(core.handle(ClientSent(b"c2", b"junk"))) == 1
+    assert core.handle(ClientSent(b"c2", b"junk")) == []
     assert core.client(say(Kind.PING), b"c2") == []
     assert core.client(say(Kind.PING)) == [Send(CLIENT, say(Kind.PONG))]
     core.wait(59, silent=(b"c2",))
@@ -115,13 +156,13 @@ def test_three_strikes_and_the_peer_is_ignored_for_a_minute(core: Core) -> None:
 
 def test_strikes_far_apart_do_not_add_up(core: Core) -> None:
     for _ in range(6):
-        assert len(core.handle(ClientSent(CLIENT, [b"junk"]))) == 1
+        assert len(core.handle(ClientSent(CLIENT, b"junk"))) == 1
         core.wait(31)
     assert core.client(say(Kind.PING)) == [Send(CLIENT, say(Kind.PONG))]
 
 
 def test_strikes_go_with_the_connection(core: Core) -> None:
-    core.handle(ClientSent(b"c9", [b"junk"]))
+    core.handle(ClientSent(b"c9", b"junk"))
     core.lose(b"c9")
     assert len(core.tables.strikes) == 0
 
@@ -131,7 +172,7 @@ def test_a_bug_is_logged_and_counted_and_the_loop_lives(core: Core, monkeypatch:
         raise RuntimeError("a planted bug")
 
     monkeypatch.setattr(core.tables.admission, "refusal", broken)
-    actions = core.broker.handle(ClientSent(CLIENT, [SUBMIT, ROUTE, BODY]), core.now)
+    actions = core.broker.handle(ClientSent(CLIENT, SUBMIT), core.now)
     [log] = [a for a in actions if isinstance(a, Log)]
     assert (log.level, log.event) == ("error", "internal error")
     assert "a planted bug" in str(log.fields["traceback"])
@@ -148,21 +189,22 @@ DEEP_MAP = b"\x81\xa1a" * 1300 + b"\x00"
 
 
 @pytest.mark.parametrize(
-    "frames",
+    "data",
     [
-        [b"junk" * 1000],
-        [SUBMIT, NESTED, BODY],
-        [SUBMIT, DEEP_MAP, BODY],
-        [SUBMIT, WIDE, bytes(4 * 1024 * 1024)],
-        [SUBMIT, bytes(1024 * 1024), BODY],
-        [SUBMIT, b"\xdd\xff\xff\xff\xff", BODY],
-        [wire.pack_header(Header(Kind.HELLO)), NESTED],
-        [wire.pack_header(Header(Kind.ATTACH, ONE, 1000, 0, 65535)), ROUTE, BODY, bytes(4000)],
-        [wire.pack_header(Header(Kind.CREDIT, ONE, 2**32 - 1, 2**32 - 1))],
-        [wire.pack_header(Header(Kind.CANCEL, ONE))],
+        b"junk" * 1000,
+        submit(NESTED),
+        submit(DEEP_MAP),
+        submit(WIDE, bytes(wire.CLIENT_BODY_LIMIT)),
+        submit(bytes(1024 * 1024)),
+        submit(b"\xdd\xff\xff\xff\xff"),
+        wire.to_bytes(Message(Header(Kind.HELLO), NESTED)),
+        wire.to_bytes(Message(Header(Kind.ATTACH, ONE, 1000, 0, 65535), ROUTE, BODY, bytes(4000))),
+        wire.to_bytes(say(Kind.CREDIT, ONE, seq=2**32 - 1, arg=2**32 - 1)),
+        wire.to_bytes(say(Kind.CANCEL, ONE)),
     ],
+    ids=sized,
 )
-def test_no_bad_message_takes_long(core: Core, frames: list[bytes]) -> None:
+def test_no_bad_message_takes_long(core: Core, data: bytes) -> None:
     """Counted in lines of Python: a slow machine runs a hundred thousand in the 10 ms that a turn may take."""
     lines = 0
 
@@ -174,7 +216,7 @@ def test_no_bad_message_takes_long(core: Core, frames: list[bytes]) -> None:
     before = sys.gettrace()
     sys.settrace(count)
     try:
-        core.broker.handle(ClientSent(CLIENT, frames), core.now)
+        core.broker.handle(ClientSent(CLIENT, data), core.now)
     finally:
         sys.settrace(before)
     assert 0 < lines < 2_000
@@ -185,7 +227,7 @@ def test_no_bad_message_takes_long(core: Core, frames: list[bytes]) -> None:
 
 JUNK = st.binary(max_size=80)
 HEADERS = st.builds(
-    lambda kind, request, seq, arg, attempt: wire.pack_header(Header(kind, request, seq, arg, attempt)),
+    Header,
     st.sampled_from(list(Kind)),
     st.sampled_from([wire.NO_ID, ONE, b"\2" * 16]),
     st.sampled_from([0, 1, 2, 2**32 - 1]),
@@ -215,12 +257,23 @@ ROUTES = st.one_of(
     ).map(codec.pack),
     st.sampled_from([ROUTE, codec.pack(Catalogue("m", "failed")), codec.pack(Catalogue("m", "ready"))]),
 )
-FRAMES = st.one_of(
-    st.lists(JUNK, max_size=5),
-    st.builds(lambda head, rest: [head, *rest], HEADERS, st.lists(ROUTES, max_size=3)),
+
+
+def _fitting(header: Header, route: bytes, body: bytes, tokens: bytes) -> bytes:
+    """With no part but those that the kind has."""
+    parts = wire.PARTS[header.kind]
+    kept = [part if parts & flag else b"" for flag, part in zip(wire.Part, (route, body, tokens), strict=True)]
+    return wire.to_bytes(Message(header, *kept))
+
+
+TOKENS = st.sampled_from([b"", bytes(4), bytes(8)])
+MESSAGES = st.one_of(
+    JUNK,
+    st.builds(lambda *parts: wire.to_bytes(Message(*parts)), HEADERS, ROUTES, ROUTES, TOKENS),
+    st.builds(_fitting, HEADERS, ROUTES, ROUTES, TOKENS),
     st.sampled_from(
         [
-            wire.to_frames(m)
+            wire.to_bytes(m)
             for m in (
                 Message(Header(Kind.SUBMIT, ONE), ROUTE, BODY),
                 say(Kind.RUNACK, ONE, attempt=1),
@@ -244,9 +297,10 @@ FRAMES = st.one_of(
     ),
 )
 EVENTS = st.one_of(
-    st.builds(ClientSent, st.sampled_from([CLIENT, b"c9"]), FRAMES),
-    st.builds(WorkerSent, st.sampled_from([WORKER, LAUNCHER, b"w9"]), FRAMES),
-    st.builds(AdminSent, st.sampled_from([b"a1", b"a2"]), FRAMES),
+    st.builds(ClientSent, st.sampled_from([CLIENT, b"c9"]), MESSAGES),
+    st.builds(WorkerSent, st.sampled_from([WORKER, LAUNCHER, b"w9"]), MESSAGES),
+    st.builds(AdminSent, st.sampled_from([b"a1", b"a2"]), MESSAGES),
+    st.builds(FramesSent, st.sampled_from([CLIENT, WORKER, b"a1"]), MESSAGES),
     st.builds(ConnectionLost, st.sampled_from([CLIENT, WORKER, b"c9"])),
     st.just(TimerDue()),
 )
@@ -254,7 +308,7 @@ EVENTS = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(EVENTS, st.sampled_from([0.0, 0.01, 0.6, 1.0, 5.0])), max_size=30))
-def test_no_sequence_of_frames_meets_a_bug_or_leaves_anything_behind(story: list[tuple[object, float]]) -> None:
+def test_no_sequence_of_messages_meets_a_bug_or_leaves_anything_behind(story: list[tuple[object, float]]) -> None:
     core = Core()
     core.hello()
     core.register()

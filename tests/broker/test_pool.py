@@ -59,7 +59,7 @@ def status_of(core: Core) -> Status:
 
 
 def test_a_worker_is_welcomed(core: Core) -> None:
-    route = codec.pack(Welcome(1, EPOCH, 1.0, wire.WORKER_MESSAGE_LIMIT, 1024, "loopmux"))
+    route = codec.pack(Welcome(wire.VERSION, EPOCH, 1.0, wire.WORKER_BODY_LIMIT, 1024, "loopmux"))
     assert core.register() == [Send(WORKER, Message(Header(Kind.WELCOME), route=route))]
 
 
@@ -76,10 +76,10 @@ def test_no_common_version(core: Core) -> None:
     [answer] = core.worker(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})))
     peer, kind, _, body = failure(answer)
     assert (peer, kind, body.code) == (WORKER, Kind.ERROR, "protocol")
-    assert "speaks 7, 8, the broker 1" in body.message
+    assert "speaks 7, 8, the broker 2" in body.message
     hello = Message(Header(Kind.HELLO), route=codec.pack({"versions": [9], "instance": bytes(16)}))
     [answer] = core.client(hello, b"c9")
-    assert "speaks 9, the broker 1" in failure(answer)[3].message
+    assert "speaks 9, the broker 2" in failure(answer)[3].message
     assert core.counted == {}
 
 
@@ -87,7 +87,14 @@ def test_no_common_version(core: Core) -> None:
     "wrong", [{"slots": 0}, {"models": ()}, {"boot": b"short"}, {"name": ""}, {"models": tuple(map(str, range(65)))}]
 )
 def test_a_registration_that_cannot_be(core: Core, wrong: dict[str, object]) -> None:
-    register = {"role": "worker", "name": "w", "boot": bytes(16), "versions": (1,), "slots": 1, "models": ("m",)}
+    register = {
+        "role": "worker",
+        "name": "w",
+        "boot": bytes(16),
+        "versions": wire.VERSIONS,
+        "slots": 1,
+        "models": ("m",),
+    }
     register |= wrong
     register["models"] = [{"id": m, "fingerprint": "f"} for m in register["models"]]  # type: ignore[attr-defined]
     [answer] = core.worker(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})))

@@ -232,7 +232,7 @@ def test_no_prompt_in_the_log(endpoint: str) -> None:
             worker.register()
             client.submit(b"1" * 16)
             worker.take()
-            client.raw([b"secret words", b"hello"])
+            client.raw(b"secret words, hello")
             client.expect(Kind.ERROR)
         _, written = running.stop()
     assert written

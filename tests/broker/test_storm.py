@@ -53,7 +53,7 @@ class Storm:
 
     def _deliver(self, action: Action) -> None:
         assert isinstance(action, (Push, Send))
-        message, peer = wire.from_frames(action.frames), action.peer
+        message, peer = wire.from_bytes(action.data), action.peer
         if isinstance(action, Push) and (peer in self.full or self.dice.random() < 0.03):
             self.full.add(peer)
             self.act(self.core.handle(PushBlocked(peer, action.request, action.seq)))

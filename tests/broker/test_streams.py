@@ -177,7 +177,7 @@ def test_many_streams_behind_a_full_pipe_are_tried_in_batches() -> None:
 
 
 def welcome(peer: bytes) -> Send:
-    route = codec.pack(Welcome(1, EPOCH, 1.0, wire.CLIENT_MESSAGE_LIMIT, 8, "loopmux"))
+    route = codec.pack(Welcome(wire.VERSION, EPOCH, 1.0, wire.CLIENT_BODY_LIMIT, 8, "loopmux"))
     return Send(peer, Message(Header(Kind.WELCOME), route=route))
 
 

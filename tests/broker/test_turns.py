@@ -49,14 +49,14 @@ def test_a_sleep_amid_a_turn_is_known_before_the_connections_that_closed_in_it(
 
 def test_a_full_pipe_is_told_once_of_each_request(config: BrokerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of chunks may wait for who never reads: a word of each at every try would leave others no time."""
-    pushes: list[Action] = [Push(PEER, [b""], request, seq) for request in (b"1", b"2") for seq in range(1_000)]
+    pushes: list[Action] = [Push(PEER, b"", request, seq) for request in (b"1", b"2") for seq in range(1_000)]
     events, tried = list[Event](), list[int]()
 
     def handle(event: Event, now: float) -> list[Action]:
         events.append(event)
         return pushes if event == TimerDue() else []
 
-    def send(peer: bytes, frames: list[bytes]) -> SendOutcome:
+    def send(peer: bytes, data: bytes) -> SendOutcome:
         tried.append(1)
         return SendOutcome.FULL
 

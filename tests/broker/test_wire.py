@@ -22,6 +22,7 @@ from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import say
 
 ONE, TWO = b"1" * 16, b"2" * 16
+PING = wire.to_bytes(say(Kind.PING))
 
 
 @pytest.fixture(params=["ipc", "tcp"])
@@ -45,8 +46,8 @@ def running(tmp_path: Path) -> Iterator[Process]:
 
 def test_a_whole_request(anywhere: Process) -> None:
     with Peer(anywhere.clients) as client, Peer(anywhere.workers) as worker:
-        assert client.hello().max_message == wire.CLIENT_MESSAGE_LIMIT
-        assert worker.register().max_message == wire.WORKER_MESSAGE_LIMIT
+        assert client.hello().max_body == wire.CLIENT_BODY_LIMIT
+        assert worker.register().max_body == wire.WORKER_BODY_LIMIT
         client.submit(ONE)
         run = worker.take()
         assert client.expect(Kind.ACCEPTED).header.arg == 0
@@ -272,8 +273,8 @@ def test_an_oversized_message_cuts_its_sender_off_and_nobody_else(running: Proce
         client.hello()
         worker.register()
         big.hello()
-        head = wire.pack_header(Header(Kind.SUBMIT, ONE))
-        big.raw([head, codec.pack(Submit("m")), bytes(wire.CLIENT_MESSAGE_LIMIT + 1)])
+        limit = wire.message_limit(wire.CLIENT_BODY_LIMIT)
+        big.send(Message(Header(Kind.SUBMIT, ONE), codec.pack(Submit("m")), bytes(limit)))
         until(lambda: client.status().clients == 1, "the sender of too much is gone")
         client.submit(TWO)
         assert worker.take().header.request == TWO
@@ -283,7 +284,7 @@ def test_the_largest_allowed_message_passes(running: Process) -> None:
     with Peer(running.clients) as client, Peer(running.workers) as worker:
         client.hello()
         worker.register()
-        body = os.urandom(wire.CLIENT_MESSAGE_LIMIT)
+        body = os.urandom(wire.CLIENT_BODY_LIMIT)
         client.send(Message(Header(Kind.SUBMIT, ONE), codec.pack(Submit("m")), body))
         assert worker.take().body == body
 
@@ -324,8 +325,8 @@ PIECES = st.one_of(
             zmtp_frame(b"\x05ERROR\x03bad", command=True),
             b"\x02" + (2**63 - 1).to_bytes(8),  # a frame longer than anything
             b"\x02" + (2**64 - 1).to_bytes(8),
-            zmtp_frame(wire.pack_header(Header(Kind.SUBMIT, b"1" * 16)), more=True),
-            zmtp_frame(wire.pack_header(Header(Kind.PING))),
+            zmtp_frame(PING, more=True),
+            zmtp_frame(PING),
         ]
     ),
 )
@@ -346,20 +347,20 @@ def sturdy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, 
         yield running, client, worker
 
 
-HEAD = st.builds(
-    lambda kind, request, seq, arg: wire.pack_header(Header(kind, request, seq, arg, 1)),
+HEADERS = st.builds(
+    Header,
     st.sampled_from(list(Kind)),
     st.sampled_from([wire.NO_ID, ONE]),
     st.integers(0, 2**32 - 1),
     st.integers(0, 2**32 - 1),
+    st.just(1),
 )
-JUNK = st.lists(
-    st.one_of(
-        st.binary(max_size=60), HEAD, st.builds(codec.pack, st.dictionaries(st.text(max_size=8), st.integers(0, 9)))
-    ),
-    min_size=1,
-    max_size=8,
+PARTS = st.binary(max_size=60) | st.builds(codec.pack, st.dictionaries(st.text(max_size=8), st.integers(0, 9)))
+MESSAGES = st.builds(
+    lambda *parts: wire.to_bytes(Message(*parts)), HEADERS, PARTS, PARTS, st.sampled_from([b"", bytes(8)])
 )
+FRAMES = st.binary(max_size=60) | MESSAGES
+JUNK = st.lists(FRAMES, min_size=1, max_size=1) | st.lists(FRAMES, min_size=2, max_size=8)
 
 
 def served(client: Peer, worker: Peer) -> None:
@@ -381,17 +382,28 @@ def test_garbage_is_the_business_of_its_sender_alone(
     running, client, worker = sturdy
     with Peer(running.workers if at_workers_door else running.clients) as stranger:
         for frames in messages:
-            stranger.raw(frames)
+            stranger.raw(*frames)
         served(client, worker)
     assert "internal_errors" not in client.status().counters
+
+
+def test_no_frame_of_a_message_that_has_several_is_taken_for_the_beginning_of_another(running: Process) -> None:
+    with Peer(running.clients) as client, Peer(running.clients) as other:
+        client.hello()
+        other.hello()
+        other.raw(PING, PING, PING, PING)
+        error = codec.unpack(Failure, other.expect(Kind.ERROR).body)
+        assert error.message == "PING came in several frames, expected one"
+        assert other.alive()
+        assert client.status().counters == {"strikes": 1}
 
 
 def test_three_strikes(running: Process) -> None:
     with Peer(running.clients) as client:
         for _ in range(3):
-            client.raw([b"junk"])
+            client.raw(b"junk")
             assert client.receive().kind is Kind.ERROR
-        client.raw([b"junk"])
+        client.raw(b"junk")
         client.send(Message(Header(Kind.HELLO), route=b""))
         with Peer(running.clients) as other:
             other.hello()
@@ -441,7 +453,7 @@ def test_a_plain_socket_that_speaks_zmtp_is_heard(running: Process) -> None:
     with socket.socket(socket.AF_UNIX) as raw:
         raw.connect(running.clients.removeprefix("ipc://"))
         shake_hands(raw)
-        raw.sendall(zmtp_frame(wire.pack_header(Header(Kind.PING))))
+        raw.sendall(zmtp_frame(PING))
         heard = b""
-        while wire.pack_header(Header(Kind.WHO)) not in heard:
+        while wire.to_bytes(say(Kind.WHO)) not in heard:
             heard += hear(raw)

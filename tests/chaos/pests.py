@@ -31,6 +31,7 @@ from loopmux_broker.events import say
 
 ENDLESS = 2**31 - 1
 _BODY = codec.pack({"prompt": "x", "max_new_tokens": ENDLESS, "ignore_eos": True})
+_HUGE = bytes(wire.message_limit(wire.CLIENT_BODY_LIMIT))
 
 
 def stuck(clients: str, _workers: str) -> None:
@@ -67,7 +68,7 @@ def flood(clients: str, workers: str) -> None:
         _try(peers[2].send, say(Kind.RUNACK, wire.new_id(), attempt=1))
         for peer in peers:
             while peer.socket.poll(0):
-                peer.socket.recv_multipart()
+                peer.socket.recv()
 
 
 def garbage(clients: str, workers: str) -> None:
@@ -79,28 +80,35 @@ def garbage(clients: str, workers: str) -> None:
             if endpoint == clients and dice.random() < 0.5:
                 peer.hello()
             for _ in range(4):
-                _try(peer.raw, _rubbish(dice))
+                _try(peer.raw, *_rubbish(dice))
         _raw_bytes(endpoint, dice)
         time.sleep(0.002)
 
 
 def _rubbish(dice: random.Random) -> list[bytes]:
-    header = wire.pack_header(
-        Header(dice.choice(list(Kind)), wire.new_id(), dice.getrandbits(32), dice.getrandbits(32))
-    )
+    header = Header(dice.choice(list(Kind)), wire.new_id(), dice.getrandbits(32), dice.getrandbits(32))
     deep = b"\x81\xa1a" * 1000 + b"\x01"
+    message = wire.to_bytes(
+        dice.choice(
+            [
+                Message(header),
+                Message(header, deep),
+                Message(header, deep, deep, b"1234"),
+                Message(header, msgpack.packb({"model": ["x"] * 60, "versions": "a", "role": 5})),
+                Message(header, dice.randbytes(200), dice.randbytes(200)),
+                Message(header, b"", b"", bytes(4)),
+                Message(header, b"\xc1" * 100, _HUGE),
+            ]
+        )
+    )
     return dice.choice(
         [
+            [message],
+            [message[: dice.randrange(100)]],
+            [message, message],
             [dice.randbytes(dice.randrange(64)) for _ in range(dice.randrange(1, 6))],
             [dice.randbytes(wire.HEADER_SIZE)],
-            [header],
-            [header, deep],
-            [header, deep, deep, b"123"],
-            [header, msgpack.packb({"model": ["x"] * 60, "versions": "a", "role": 5})],
-            [header, dice.randbytes(200), dice.randbytes(200)],
-            [header, b"", b"", b""],
             [b"LM" + dice.randbytes(32), b"x" * 5_000],
-            [header, b"\xc1" * 100, b"x" * (wire.CLIENT_MESSAGE_LIMIT + 1)],
             [b""] * 9,
         ]
     )
@@ -125,9 +133,9 @@ def _submit(request: bytes, model: str) -> Message:
     return Message(Header(Kind.SUBMIT, request), codec.pack({"model": model}), _BODY)
 
 
-def _try(send: Callable[[Any], None], what: Any) -> None:
+def _try(send: Callable[..., None], *what: Any) -> None:
     try:
-        send(what)
+        send(*what)
     except zmq.ZMQError:
         pass  # its pipe is full, or it is cut off: a pest goes on
 

@@ -32,12 +32,14 @@ from loopmux.events import (
 )
 from loopmux.messages import AdapterOrder, Done, End, Failure, Hello, SessionHint, Status, Submit, Tok, Welcome
 from loopmux.results import Timing, Usage
-from loopmux.wire import Header, Kind, Message, pack_tokens, to_frames
+from loopmux.wire import Header, Kind, Message, pack_tokens, to_bytes
 
 HEARTBEAT = 1.0
 QUESTION = b"q" * 16
 WAITING = bytes([99]) * 16
 """The request of a story that begins ``ready``."""
+OLD_RELEASE = b"LM\x01" + bytes([Kind.ERROR]) + bytes(30)
+"""A header of protocol version 1, which was a frame of its own."""
 
 
 class Story:
@@ -63,15 +65,15 @@ class Story:
     def kinds(self, event: ConnectionEvent) -> list[Kind]:
         return [m.kind for m in self.do(event)]
 
-    def get(self, kind: Kind, *parts: Any, request: bytes = wire.NO_ID, seq: int = 0, **frames: bytes) -> list[Kind]:
+    def get(self, kind: Kind, *parts: Any, request: bytes = wire.NO_ID, seq: int = 0, **raw: bytes) -> list[Kind]:
         if parts:
-            frames["route" if wire.FRAMES[kind] & wire.Frame.ROUTE else "body"] = codec.pack(parts[0])
-        return self.kinds(Received(to_frames(Message(Header(kind, request, seq=seq), **frames))))
+            raw["route" if wire.PARTS[kind] & wire.Part.ROUTE else "body"] = codec.pack(parts[0])
+        return self.kinds(Received(to_bytes(Message(Header(kind, request, seq=seq), **raw))))
 
     def welcome(self, epoch: bytes = b"one", *, heartbeat: float = HEARTBEAT, to: int | None = None) -> list[Kind]:
         """The answer to the last HELLO, or ``to`` the one with this number."""
         seq = self.introduction if to is None else to
-        return self.get(Kind.WELCOME, Welcome(1, epoch, heartbeat, 10**6, 16), seq=seq)
+        return self.get(Kind.WELCOME, Welcome(wire.VERSION, epoch, heartbeat, 10**6, 16), seq=seq)
 
     def submit(self, i: int = 1, timeout: float = 50.0, body: bytes = b"") -> bytes:
         id_ = bytes([i]) * 16
@@ -289,11 +291,23 @@ def test_closing_cancels_says_goodbye_and_ends_everything() -> None:
 
 def test_malformed_messages_are_counted_and_dropped() -> None:
     story = ready()
-    for frames in ([], [b"junk"], [bytes(34)], [*to_frames(Message(Header(Kind.PONG))), b"more"]):
-        assert story.do(Received(frames)) == []
+    for data in (b"", b"junk", bytes(40), to_bytes(Message(Header(Kind.PONG))) + b"more", OLD_RELEASE):
+        assert story.do(Received(data)) == []
     assert story.get(Kind.WELCOME, route=b"\xc1") == []
-    assert story.connection.malformed == 5
+    assert story.connection.malformed == 6
     assert story.connection.state is State.READY
+
+
+def test_a_broker_of_another_release_is_named_at_once() -> None:
+    """It cannot read HELLO and says so in its own way: a header of its version, in a frame of its own, and a BODY."""
+    story = Story()
+    story.submit(99)
+    assert story.do(Received(OLD_RELEASE)) == []
+    error = story.error(WAITING)
+    assert isinstance(error, errors.ProtocolError)
+    assert "version 1 is not spoken here (spoken: 2)" in error.message
+    assert story.do(Received(b"\x81\xa4code")) == []
+    assert story.connection.state is State.IDLE
 
 
 def test_timers_of_ended_requests_do_not_pile_up() -> None:

@@ -62,7 +62,9 @@ def test_output_round_trips(tok: messages.Tok) -> None:
 
 def test_every_kind_with_a_route_has_a_class_that_fits_the_limits() -> None:
     assert {c.__name__ for c in ROUTES} >= {"Hello", "Welcome", "Submit", "Run", "Register", "Heartbeat", "Catalogue"}
-    full = messages.Register("worker", "w", bytes(16), (1,), models=(messages.ServedModel("m" * 20, "f" * 16),) * 64)
+    full = messages.Register(
+        "worker", "w", bytes(16), wire.VERSIONS, models=(messages.ServedModel("m" * 20, "f" * 16),) * 64
+    )
     packed = codec.pack(full)
     assert len(packed) <= wire.ROUTE_LIMIT
     assert codec.unpack(messages.Register, packed) == full

@@ -226,7 +226,7 @@ def test_what_is_nested_without_end_is_refused() -> None:
 
 def test_a_request_larger_than_a_message_is_refused() -> None:
     with pytest.raises(PayloadTooLargeError, match="at most 4194304 are accepted"):
-        prepare({"prompt": "x" * (wire.CLIENT_MESSAGE_LIMIT + 1)})
+        prepare({"prompt": "x" * (wire.CLIENT_BODY_LIMIT + 1)})
 
 
 def test_sync_and_async_clients_have_the_same_methods() -> None:

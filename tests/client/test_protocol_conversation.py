@@ -18,7 +18,7 @@ from protocolpages import CLIENT as PAGE
 CLIENT, WORKER = b"c", b"w"
 REQUEST, INSTANCE = bytes(range(16)), bytes(range(16, 32))
 SOFTWARE = "loopmux 0.1.0"
-Line = tuple[str, list[bytes]]
+Line = tuple[str, bytes]
 
 
 class Table:
@@ -32,24 +32,24 @@ class Table:
     def new_broker(self, epoch: bytes) -> None:
         self.broker = Broker(BrokerConfig(window=4), epoch=epoch, now=self.now, software=SOFTWARE)
         served = (ServedModel("default", "f"),)
-        register = Register("worker", "w0", bytes(16), (1,), models=served, slots=1)
+        register = Register("worker", "w0", bytes(16), wire.VERSIONS, models=served, slots=1)
         self.worker(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})))
 
     def caller(self, event: events.ConnectionEvent) -> None:
         for action in self.client.handle(event, self.now):
             if isinstance(action, (events.Send, events.Introduce)):
-                frames = wire.to_frames(action.message)
-                self.said.append(("C", frames))
-                self.heard(self.broker.handle(ClientSent(CLIENT, frames), self.now))
+                data = wire.to_bytes(action.message)
+                self.said.append(("C", data))
+                self.heard(self.broker.handle(ClientSent(CLIENT, data), self.now))
 
     def worker(self, message: Message) -> None:
-        self.heard(self.broker.handle(WorkerSent(WORKER, wire.to_frames(message)), self.now))
+        self.heard(self.broker.handle(WorkerSent(WORKER, wire.to_bytes(message)), self.now))
 
     def heard(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, (Send, Push)) and action.peer == CLIENT:
-                self.said.append(("B", action.frames))
-                self.caller(events.Received(action.frames))
+                self.said.append(("B", action.data))
+                self.caller(events.Received(action.data))
 
     def produce(self, text: str, *ids: int, at: int, attempt: int) -> None:
         header = Header(Kind.TOK, REQUEST, at, len(ids), attempt)
@@ -78,27 +78,31 @@ def conversation() -> list[Line]:
 
 
 def written() -> Iterator[Line]:
-    """The conversation of the page: who, kind and a remark in one line, a frame in each of the next."""
+    """The conversation of the page: who, kind and a remark in one line, its parts in the next."""
     block = re.search(r"^```text\n(.*?)^```", PAGE.read_text().split("## A conversation")[1], flags=re.M | re.S)
     assert block
     for message in re.split(r"^(?=[CB] )", block[1], flags=re.M)[1:]:
         first, *rest = message.split("\n  ")
         who, kind, *_ = first.split()
-        frames = [bytes.fromhex(frame) for frame in rest]
-        assert wire.from_frames(frames).kind.name == kind
-        yield who, frames
+        data = bytes.fromhex("".join(rest))
+        assert wire.from_bytes(data).kind.name == kind
+        yield who, data
+
+
+def parts(data: bytes) -> list[str]:
+    """A message as the page shows it: header, ROUTE, TOKENS and BODY, each in a line if it is there."""
+    message = wire.from_bytes(data)
+    found = data[: wire.HEADER_SIZE], message.route, message.tokens, message.body
+    return [f"  {part.hex()}" for part in found if part]
 
 
 def test_the_conversation_of_the_page_is_that_of_the_cores() -> None:
     said = conversation()
-    shown = "\n".join(
-        f"{who} {wire.from_frames(frames).kind.name}\n" + "\n".join(f"  {frame.hex()}" for frame in frames)
-        for who, frames in said
-    )
+    shown = "\n".join(f"{who} {wire.from_bytes(data).kind.name}\n" + "\n".join(parts(data)) for who, data in said)
     assert list(written()) == said, f"the page should have:\n{shown}"
 
 
 def test_it_shows_what_a_client_needs() -> None:
-    kinds = [wire.from_frames(frames).kind for _, frames in conversation()]
+    kinds = [wire.from_bytes(data).kind for _, data in conversation()]
     assert {Kind.HELLO, Kind.SUBMIT, Kind.CREDIT, Kind.ATTACH, Kind.TOK, Kind.END, Kind.ENDACK, Kind.BYE} <= set(kinds)
-    assert codec.unpack(Welcome, conversation()[1][1][1]).window == 4
+    assert codec.unpack(Welcome, wire.from_bytes(conversation()[1][1]).route).window == 4

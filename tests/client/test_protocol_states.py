@@ -36,11 +36,11 @@ class Talk:
         return [message.kind for message in said if message.header.request == ID]
 
     def hears(self, message: Message) -> list[Kind]:
-        return self.happens(events.Received(wire.to_frames(message)))
+        return self.happens(events.Received(wire.to_bytes(message)))
 
     def welcome(self, epoch: bytes = OLD) -> list[Kind]:
         header = Header(Kind.WELCOME, seq=self.introduction)
-        return self.hears(Message(header, codec.pack(Welcome(1, epoch, 1.0, 2**20, 8))))
+        return self.hears(Message(header, codec.pack(Welcome(wire.VERSION, epoch, 1.0, 2**20, 8))))
 
     def after(self, seconds: float) -> list[Kind]:
         """Time passes, and the broker is there: what is sent at the end of it."""

@@ -15,7 +15,7 @@ import pytest
 from loopmux import cadence, codec, errors, messages, options, results, stream, wire
 from loopmux.errors import BadRequestError
 from loopmux.messages import Generate, Sampling, Submit
-from loopmux.wire import FRAMES, Frame, Kind
+from loopmux.wire import PARTS, Kind, Part
 from loopmux_broker import recovery
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.requests import TRANSITIONS
@@ -25,15 +25,15 @@ from protocolpages import CLIENT, WORKER, Table, table, tables
 
 
 def kinds() -> dict[int, tuple[str, str]]:
-    """Number to (kind, frames), from both pages."""
+    """Number to (kind, parts), from both pages."""
     found: dict[int, tuple[str, str]] = {}
     for page in (CLIENT, WORKER):
-        for number, kind, _, frames, *_ in table(page, "no.", "kind").rows:
+        for number, kind, _, parts, *_ in table(page, "no.", "kind").rows:
             first, *last = (int(n) for n in re.findall(r"\d+", number))
             numbers = range(first, last[0] + 1) if "–" in number else [first, *last]
             for n, name in zip(numbers, kind.split(", "), strict=True):
                 assert n not in found, f"{name} is listed twice"
-                found[n] = (name, frames)
+                found[n] = (name, parts)
     return found
 
 
@@ -41,16 +41,16 @@ def test_the_pages_list_exactly_the_kinds_of_the_code() -> None:
     assert {number: kind for number, (kind, _) in kinds().items()} == {int(k): k.name for k in Kind}
 
 
-def test_the_pages_give_each_kind_its_frames() -> None:
-    for number, (kind, frames) in kinds().items():
-        if frames:  # reserved kinds have none yet
-            named = [f for f in Frame if re.search(rf"\b{f.name}\b", frames)]
-            assert sum(named) == FRAMES[Kind(number)], f"{kind}: {frames}"
+def test_the_pages_give_each_kind_its_parts() -> None:
+    for number, (kind, parts) in kinds().items():
+        if parts:  # reserved kinds have none yet
+            named = [part for part in Part if re.search(rf"\b{part.name}\b", parts)]
+            assert sum(named) == PARTS[Kind(number)], f"{kind}: {parts}"
 
 
 def test_the_pages_name_message_classes_that_exist() -> None:
-    for _, frames in kinds().values():
-        for name in re.findall(r"`(\w+)`", frames):
+    for _, parts in kinds().values():
+        for name in re.findall(r"`(\w+)`", parts):
             assert hasattr(messages, name), name
 
 
@@ -189,8 +189,8 @@ LIMITS = {
     "ROUTE: entries of one array": codec.ROUTE_LIMITS.array,
     "ROUTE: entries of one map": codec.ROUTE_LIMITS.map,
     "ROUTE: one text or blob": codec.ROUTE_LIMITS.size,
-    "frame from a client": wire.CLIENT_MESSAGE_LIMIT,
-    "frame from a worker": wire.WORKER_MESSAGE_LIMIT,
+    "BODY, and TOKENS, from a client or to a worker": wire.CLIENT_BODY_LIMIT,
+    "BODY, and TOKENS, from a worker": wire.WORKER_BODY_LIMIT,
     "BODY: entries of one array": codec.BODY_LIMITS.array,
     "BODY: entries of one map": codec.BODY_LIMITS.map,
     "BODY: one text or blob": codec.BODY_LIMITS.size,

@@ -32,7 +32,7 @@ from loopmux.stream import GRACE, PATIENCE, Exchange, Stage
 from loopmux.wire import Header, Kind, Message, pack_tokens
 
 ID = bytes(range(16))
-ATTACHED = Attached(window=16, max_message=1000, fresh=True)
+ATTACHED = Attached(window=16, max_body=1000, fresh=True)
 USAGE = Usage(5, 3)
 
 

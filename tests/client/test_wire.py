@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loopmux import codec, messages, wire
 from loopmux.errors import ProtocolError
-from loopmux.wire import FRAMES, Frame, Header, Kind, Message, from_frames, pack_header, to_frames, unpack_header
+from loopmux.wire import PARTS, Header, Kind, Message, Part, from_bytes, to_bytes
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 
@@ -19,23 +19,24 @@ u16, u32 = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1)
 headers = st.builds(Header, st.sampled_from(Kind), st.binary(min_size=16, max_size=16), u32, u32, u16, u16)
 
 
-@given(headers)
-def test_headers_round_trip(header: Header) -> None:
-    packed = pack_header(header)
-    assert len(packed) == wire.HEADER_SIZE == 34
-    assert unpack_header(packed) == header
-
-
-@given(headers, st.binary(max_size=64), st.binary(max_size=64), st.lists(u32, max_size=20))
-def test_messages_round_trip(header: Header, route: bytes, body: bytes, tokens: list[int]) -> None:
-    shape = FRAMES[header.kind]
-    message = Message(
+@st.composite
+def messages_of(draw: st.DrawFn, most: int) -> Message:
+    """Any kind, with the parts that it has, of so many bytes and tokens at most."""
+    header = draw(headers)
+    shape, part = PARTS[header.kind], st.binary(max_size=most)
+    return Message(
         header,
-        route if shape & Frame.ROUTE else b"",
-        body if shape & Frame.BODY else b"",
-        wire.pack_tokens(tokens) if shape & Frame.TOKENS else b"",
+        draw(part) if shape & Part.ROUTE else b"",
+        draw(part) if shape & Part.BODY else b"",
+        wire.pack_tokens(draw(st.lists(u32, max_size=most))) if shape & Part.TOKENS else b"",
     )
-    assert from_frames(to_frames(message)) == message
+
+
+@given(messages_of(64))
+def test_messages_round_trip(message: Message) -> None:
+    data = to_bytes(message)
+    assert len(data) == wire.HEADER_SIZE + len(message.route) + len(message.tokens) + len(message.body)
+    assert from_bytes(data) == message
 
 
 @given(st.lists(u32, max_size=50))
@@ -51,47 +52,70 @@ def test_what_is_no_token_id(ids: Any) -> None:
         wire.pack_tokens(ids)
 
 
-@given(st.lists(st.binary(max_size=80), max_size=5))
-def test_garbage_is_a_protocol_error_and_nothing_else(frames: list[bytes]) -> None:
+@given(st.binary(max_size=200))
+def test_garbage_is_a_protocol_error_and_nothing_else(data: bytes) -> None:
     try:
-        from_frames(frames)
+        from_bytes(data)
     except ProtocolError:
         pass
 
 
-@given(headers, st.lists(st.binary(max_size=9), max_size=5), st.integers(0, 33), st.integers(0, 255))
-def test_damaged_messages_are_a_protocol_error_and_nothing_else(
-    header: Header, frames: list[bytes], at: int, value: int
-) -> None:
-    damaged = bytearray(pack_header(header))
-    damaged[at] = value
+@given(messages_of(9), st.data())
+def test_damaged_messages_are_a_protocol_error_and_nothing_else(message: Message, draw: st.DataObject) -> None:
+    damaged = bytearray(to_bytes(message))
+    damaged[draw.draw(st.integers(0, len(damaged) - 1))] = draw.draw(st.integers(0, 255))
+    data = bytes(damaged[: draw.draw(st.integers(0, len(damaged)))])
     try:
-        message = from_frames([bytes(damaged), *frames])
+        assert to_bytes(from_bytes(data)) == data
     except ProtocolError:
-        return
-    assert to_frames(message)[1:] == frames
+        pass
+
+
+PING, TOK = Header(Kind.PING), Header(Kind.TOK)
+HEAD = to_bytes(Message(PING))
+LARGE = wire.CLIENT_BODY_LIMIT
 
 
 @pytest.mark.parametrize(
-    ("frames", "says"),
+    ("data", "says"),
     [
-        ([], "without frames"),
-        ([b"short"], "header frame has 5 bytes, expected 34"),
-        ([b"XX" + pack_header(Header(Kind.PING))[2:]], "header starts with b'XX', expected b'LM'"),
-        ([b"LM\x09" + pack_header(Header(Kind.PING))[3:]], "version 9 is not spoken here"),
-        ([b"LM\x01\xff" + pack_header(Header(Kind.PING))[4:]], "unknown message kind 255"),
-        ([pack_header(Header(Kind.PING)), b"extra"], "PING has 2 frames, expected 1"),
-        ([pack_header(Header(Kind.HELLO)), bytes(4097)], "HELLO has a ROUTE of 4097 bytes, at most 4096"),
-        ([pack_header(Header(Kind.TOK)), b"", b"abc"], "TOKENS frame of 3 bytes, expected a multiple of 4"),
+        (b"", "starts with b'', expected b'LM'"),
+        (b"short", "starts with b'sh', expected b'LM': the peer does not speak Loopmux"),
+        (b"XX" + HEAD[2:], "starts with b'XX', expected b'LM'"),
+        (HEAD[:-1], "a message of 39 bytes, expected a header of 40 at least"),
+        (b"LM\x02", "a message of 3 bytes, expected a header of 40 at least"),
+        (b"LM\x09" + HEAD[3:], "version 9 is not spoken here (spoken: 2): install one release everywhere"),
+        (b"LM\x01" + bytes(31), "version 1 is not spoken here"),
+        (b"LM\x02\xff" + HEAD[4:], "unknown message kind 255"),
+        (HEAD + b"extra", "PING has BODY, expected none"),
+        (to_bytes(Message(PING, b"r", b"", bytes(4))), "PING has ROUTE and TOKENS, expected none"),
+        (to_bytes(Message(Header(Kind.HELLO), bytes(4097))), "HELLO has a ROUTE of 4097 bytes"),
+        (to_bytes(Message(TOK, body=bytes(LARGE + 1))), f"a BODY of {LARGE + 1}: at most 4096, {LARGE} and {LARGE}"),
+        (to_bytes(Message(TOK, tokens=bytes(LARGE + 4))), f"TOKENS of {LARGE + 4} and"),
+        (to_bytes(Message(TOK, tokens=bytes(12)))[:-1], "TOK of 51 bytes announces 0 of ROUTE and 3 tokens"),
+        (to_bytes(Message(Header(Kind.HELLO), b"route"))[:-1], "HELLO of 44 bytes announces 5 of ROUTE and 0 tokens"),
     ],
+    ids=lambda given: given if isinstance(given, str) else f"{len(given)} bytes",
 )
-def test_what_is_wrong_is_named(frames: list[bytes], says: str) -> None:
+def test_what_is_wrong_is_named(data: bytes, says: str) -> None:
     with pytest.raises(ProtocolError, match=re.escape(says)):
-        from_frames(frames)
+        from_bytes(data)
 
 
-def test_every_kind_has_its_frames() -> None:
-    assert set(FRAMES) == set(Kind)
+@pytest.mark.parametrize("body", [wire.CLIENT_BODY_LIMIT, wire.WORKER_BODY_LIMIT])
+def test_the_largest_message_fits_its_limit(body: int) -> None:
+    message = Message(Header(Kind.RUN), bytes(wire.ROUTE_LIMIT), bytes(body), bytes(body))
+    assert len(to_bytes(message)) == wire.message_limit(body)
+    assert from_bytes(to_bytes(message)) == message
+
+
+def test_another_version_is_told_by_three_bytes() -> None:
+    assert wire.foreign(b"LM\x01")
+    assert not any(map(wire.foreign, (b"", b"LM", b"XX\x01", HEAD)))
+
+
+def test_every_kind_has_its_parts() -> None:
+    assert set(PARTS) == set(Kind)
     assert set(Kind) >= wire.TERMINALS
 
 
@@ -100,8 +124,8 @@ def test_every_kind_has_its_frames() -> None:
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda v: v["name"])
 def test_vectors(vector: dict[str, Any]) -> None:
-    frames = [bytes.fromhex(f) for f in vector["frames"]]
-    message = from_frames(frames)
+    data = bytes.fromhex(vector["bytes"])
+    message = from_bytes(data)
     header = message.header
     assert {
         "kind": header.kind.name,
@@ -110,16 +134,15 @@ def test_vectors(vector: dict[str, Any]) -> None:
         "arg": header.arg,
         "attempt": header.attempt,
     } == vector["header"]
-    assert to_frames(message) == frames
+    assert to_bytes(message) == data
     for part, limits in (("route", codec.ROUTE_LIMITS), ("body", codec.BODY_LIMITS)):
         if part in vector:
-            data = getattr(message, part)
+            content = getattr(message, part)
             cls = getattr(messages, vector[part]["class"])
-            value = codec.unpack(cls, data, limits)
+            value = codec.unpack(cls, content, limits)
             assert jsonable(codec.plain(value)) == vector[part]["fields"]
-            assert codec.pack(value) == data
-    if "tokens" in vector:
-        assert wire.unpack_tokens(message.tokens) == vector["tokens"]
+            assert codec.pack(value) == content
+    assert wire.unpack_tokens(message.tokens) == vector.get("tokens", [])
 
 
 def test_the_vectors_cover_every_kind_that_is_in_use() -> None:

@@ -11,7 +11,7 @@ import pytest
 from loopmux.codec import pack, unpack
 from loopmux.errors import ConfigError
 from loopmux.messages import AdapterOrder, Catalogue, Demand, Done, ModelSpec, Register, Welcome, WorkerSpec
-from loopmux.wire import Header, Kind, Message
+from loopmux.wire import VERSION, VERSIONS, Header, Kind, Message
 from loopmux_launcher import adapterstore
 from loopmux_launcher.adapters import Added, extended
 from loopmux_launcher.events import (
@@ -242,8 +242,8 @@ def test_a_write_that_fails_leaves_the_former_file(tmp_path: Path, monkeypatch: 
 
 
 def test_orders_come_over_the_link_and_are_answered() -> None:
-    link = Link(Register("launcher", "launcher@host", bytes(16), (1,)))
-    link.received(Message(Header(Kind.WELCOME), pack(Welcome(1, b"e" * 8, 1.0, 1 << 20, 1024))), 0.0)
+    link = Link(Register("launcher", "launcher@host", bytes(16), VERSIONS))
+    link.received(Message(Header(Kind.WELCOME), pack(Welcome(VERSION, b"e" * 8, 1.0, 1 << 20, 1024))), 0.0)
     for kind in (Kind.LOAD, Kind.UNLOAD):
         assert link.received(Message(Header(kind, ID), pack(ORDER)), 1.0) == Ordered(ID, ORDER, kind is Kind.LOAD)
     [done] = link.answer(ID, "")

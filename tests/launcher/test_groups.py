@@ -6,7 +6,7 @@ import pytest
 
 from loopmux.codec import build, pack
 from loopmux.messages import ModelSpec, Register, ServedModel
-from loopmux.wire import ROUTE_LIMIT
+from loopmux.wire import ROUTE_LIMIT, VERSIONS
 from loopmux_launcher.config import Model
 from loopmux_launcher.groups import IDLE_TIMEOUT, MODELS_PER_WORKER, group, succeed
 from loopmux_launcher.schema import ModelEntry
@@ -101,7 +101,7 @@ def test_a_worker_can_announce_all_its_models() -> None:
     groups = group(models, ENDPOINT, 2)
     assert [len(g.model_ids) for g in groups] == [MODELS_PER_WORKER, MODELS_PER_WORKER, 60 - 2 * MODELS_PER_WORKER]
     served = tuple(ServedModel(m, "f" * 64, m) for m in groups[0].model_ids)
-    register = Register("worker", "w" * 40, bytes(16), (1,), "h" * 64, served, tuple(groups[0].model_ids))
+    register = Register("worker", "w" * 40, bytes(16), VERSIONS, "h" * 64, served, tuple(groups[0].model_ids))
     assert len(pack(register)) < ROUTE_LIMIT
 
 

@@ -5,14 +5,14 @@ import pytest
 from loopmux.codec import pack, unpack
 from loopmux.errors import ProtocolError
 from loopmux.messages import Catalogue, Failure, Register, Welcome
-from loopmux.wire import Header, Kind, Message
+from loopmux.wire import VERSION, VERSIONS, Header, Kind, Message
 from loopmux_launcher.link import Link, Refused, Welcomed
 
-REGISTER = Register("launcher", "launcher@host", bytes(16), (1,))
+REGISTER = Register("launcher", "launcher@host", bytes(16), VERSIONS)
 
 
 def welcome(epoch: bytes = b"e" * 8, heartbeat: float = 1.0, to: int = 0) -> Message:
-    return Message(Header(Kind.WELCOME, seq=to), pack(Welcome(1, epoch, heartbeat, 1 << 20, 1024)))
+    return Message(Header(Kind.WELCOME, seq=to), pack(Welcome(VERSION, epoch, heartbeat, 1 << 20, 1024)))
 
 
 def kinds(messages: list[Message]) -> list[Kind]:

@@ -22,7 +22,7 @@ from loopmux_broker.events import (
     WorkerSent,
 )
 from simulation.broken import broken
-from simulation.lines import Frames, Line, Pipe
+from simulation.lines import Line, Pipe
 from simulation.process import Endpoint, Process
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ class BrokerProcess(Process):
         latency = self.world.profile.latency
         sent = WorkerSent if endpoint.from_worker else ClientSent
         peer = self.clock.random.randbytes(5)
-        up = Pipe(self.clock, latency, self.act, lambda frames: self._hear(line, sent(peer, frames)))
-        down = Pipe(self.clock, latency, endpoint.act, lambda frames: endpoint.heard(line, frames))
+        up = Pipe(self.clock, latency, self.act, lambda data: self._hear(line, sent(peer, data)))
+        down = Pipe(self.clock, latency, endpoint.act, lambda data: endpoint.heard(line, data))
         line = Line(peer, up, down)
         self.lines[peer], self.owner[peer] = line, endpoint
         return line
@@ -91,9 +91,10 @@ class BrokerProcess(Process):
         if owner.stranger:
             self.handle(event)
             return
-        header = wire.unpack_header(event.frames[0])
-        if header.kind is Kind.SESSION and codec.unpack(SessionHint, event.frames[1]).state == "done":
-            promise.talk.dispatches.forget(owner.name, codec.unpack(SessionHint, event.frames[1]).session)
+        message = wire.from_bytes(event.data)
+        header = message.header
+        if header.kind is Kind.SESSION and codec.unpack(SessionHint, message.route).state == "done":
+            promise.talk.dispatches.forget(owner.name, codec.unpack(SessionHint, message.route).session)
         owed = promise.answers.of_broker(peer, header, from_worker=owner.from_worker)
         self._said = []
         self.handle(event)
@@ -102,8 +103,8 @@ class BrokerProcess(Process):
     def evict(self, worker: str, within: float) -> None:
         """An administrator comes, wants a worker to leave, and goes."""
         question = wire.Header(Kind.EVICT, self.clock.random.randbytes(16))
-        frames = wire.to_frames(wire.Message(question, codec.pack(Evict(worker, within))))
-        self.act(lambda: self.handle(AdminSent(b"admin", frames)))
+        data = wire.to_bytes(wire.Message(question, codec.pack(Evict(worker, within))))
+        self.act(lambda: self.handle(AdminSent(b"admin", data)))
 
     def left(self, line: Line, after: float = 0.0, flushed: float = -math.inf) -> None:
         """The near end is gone: what is under way arrives, up to a point after ``flushed``, then the news does."""
@@ -140,8 +141,8 @@ class BrokerProcess(Process):
         refused = b""
         for action in self.core.handle(event, self.clock.now):
             match action:
-                case Push(peer, frames, request, seq):
-                    if request != refused and (peer in self._full or not self._send(peer, frames)):
+                case Push(peer, data, request, seq):
+                    if request != refused and (peer in self._full or not self._send(peer, data)):
                         self._full.add(peer)
                         refused = request
                         self._handle(PushBlocked(peer, request, seq))
@@ -150,17 +151,17 @@ class BrokerProcess(Process):
                         broken("the broker's core raises nothing", str(fields["traceback"]))
                     self.world.story.tell(self, f"{level}: {text} {fields or ''}")
                 case _:
-                    self._send(action.peer, action.frames, action.message)
+                    self._send(action.peer, action.data, action.message)
 
-    def _send(self, peer: bytes, frames: Frames, message: wire.Message | None = None) -> bool:
+    def _send(self, peer: bytes, data: bytes, message: wire.Message | None = None) -> bool:
         """False if the peer's pipe is full. What is sent to one that is gone is lost."""
         line = self.lines.get(peer)
         if line is None:
             return True
-        sent = line.down.send(frames)
-        message = message or wire.from_frames(frames)
+        sent = line.down.send(data)
+        message = message or wire.from_bytes(data)
         self._said.append((peer, message))
         self.world.promise.talk.broker_said(self.owner[peer], peer, message)
         if self.world.story.loud:
-            self.world.story.message(self, self.owner[peer], frames, lost=not sent)
+            self.world.story.message(self, self.owner[peer], data, lost=not sent)
         return sent

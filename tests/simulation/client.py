@@ -12,7 +12,6 @@ from loopmux.errors import LoopmuxError
 from loopmux.outbox import Outbox
 from loopmux.results import Result, ToolCall
 from simulation.broken import broken
-from simulation.lines import Frames
 from simulation.process import Endpoint
 from simulation.profile import ECHO
 
@@ -156,7 +155,7 @@ class ClientProcess(Endpoint):
     # --- its socket
 
     def put(self, message: wire.Message, *, lasting: bool = True) -> bool:
-        if self._outbox or not self._send(wire.to_frames(message)):
+        if self._outbox or not self._send(wire.to_bytes(message)):
             self._outbox.put(message)
             self._flush_later()
         return True
@@ -165,7 +164,7 @@ class ClientProcess(Endpoint):
         self._outbox.clear()
 
     def flush(self) -> None:
-        while self._outbox and self._send(wire.to_frames(self._outbox.first)):
+        while self._outbox and self._send(wire.to_bytes(self._outbox.first)):
             self._outbox.drop_first()
         if self._outbox:
             self._flush_later()
@@ -180,11 +179,11 @@ class ClientProcess(Endpoint):
         if self.watches:
             self.handle(events.Disconnected())
 
-    def receive(self, frames: Frames) -> None:
-        promise, message = self.world.promise, wire.from_frames(frames)
+    def receive(self, data: bytes) -> None:
+        promise, message = self.world.promise, wire.from_bytes(data)
         promise.talk.client_heard(self, message)
         owed, self._said = promise.answers.of_client(self, message.header), []
-        self.handle(events.Received(frames))
+        self.handle(events.Received(data))
         promise.answers.check(self, message.header, owed, self._said)
         if self.core.malformed:
             broken("no message of ours is malformed", f"{self} could not read what the broker sent")

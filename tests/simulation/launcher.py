@@ -11,7 +11,6 @@ from loopmux_launcher.groups import Group
 from loopmux_launcher.lifecycle import State
 from loopmux_launcher.link import Demanded, Link, Refused, Welcomed
 from loopmux_launcher.plan import Plan
-from simulation.lines import Frames
 from simulation.process import Endpoint
 from simulation.worker import WorkerProcess
 
@@ -89,8 +88,8 @@ class LauncherProcess(Endpoint):
         if not self.put(message, lasting=False):
             self.link.lost()
 
-    def receive(self, frames: Frames) -> None:
-        news = self.link.received(wire.from_frames(frames), self.clock.now)
+    def receive(self, data: bytes) -> None:
+        news = self.link.received(wire.from_bytes(data), self.clock.now)
         if isinstance(news, Refused):
             self.world.story.tell(self, f"was refused: {news.reason}")
             self.die()

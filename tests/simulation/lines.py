@@ -12,7 +12,6 @@ from itertools import islice
 
 from simulation.clock import Clock
 
-Frames = list[bytes]
 Deliver = Callable[[Callable[[], None]], None]
 
 
@@ -23,9 +22,7 @@ class Pipe:
     has not taken count against ``room``, as they fill a socket's pipe.
     """
 
-    def __init__(
-        self, clock: Clock, latency: tuple[float, float], act: Deliver, hear: Callable[[Frames], None]
-    ) -> None:
+    def __init__(self, clock: Clock, latency: tuple[float, float], act: Deliver, hear: Callable[[bytes], None]) -> None:
         self._clock, self._latency, self._act, self._hear = clock, latency, act, hear
         self.room: float = 2_000
         self.held_until = 0.0
@@ -33,27 +30,27 @@ class Pipe:
         """When the latest message arrives."""
         self._sent = self._taken = 0
         self._limit: float = math.inf
-        self._under_way: deque[tuple[float, Frames]] = deque()  # when it was sent, and what
+        self._under_way: deque[tuple[float, bytes]] = deque()  # when it was sent, and what
 
     @property
     def full(self) -> bool:
         """Whether the sender is told EAGAIN."""
         return self._sent - self._taken >= self.room
 
-    def send(self, frames: Frames) -> bool:
+    def send(self, data: bytes) -> bool:
         """Put a message in; False if it does not fit."""
         if self.full:
             return False
         clock = self._clock
         self.last = max(self.last, self.held_until, clock.now + clock.random.uniform(*self._latency))
         number, self._sent = self._sent, self._sent + 1
-        self._under_way.append((clock.now, frames))
+        self._under_way.append((clock.now, data))
 
         def taken() -> None:
             self._taken += 1
             self._under_way.popleft()
             if number < self._limit:
-                self._hear(frames)
+                self._hear(data)
 
         clock.at(self.last, lambda: self._act(taken))
         return True
@@ -63,14 +60,14 @@ class Pipe:
         arrives = self._taken + sum(sent <= flushed for sent, _ in self._under_way)
         self._limit = min(self._limit, self._clock.random.randint(arrives, self._sent))
 
-    def left_behind(self) -> list[Frames]:
+    def left_behind(self) -> list[bytes]:
         """Of a broken one: the last of what never arrives, perhaps, which the sender's socket had not passed on yet.
 
         It has them still, and its next connection begins with them.
         """
         lost = self._sent - max(self._limit, self._taken)
         first = len(self._under_way) - self._clock.random.randint(0, lost)
-        return [frames for _, frames in islice(self._under_way, first, None)]
+        return [data for _, data in islice(self._under_way, first, None)]
 
 
 class Line:

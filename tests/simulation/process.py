@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from loopmux import wire
 from simulation.clock import Alarm
-from simulation.lines import Frames, Line
+from simulation.lines import Line
 
 if TYPE_CHECKING:
     from simulation.world import World
@@ -104,8 +104,8 @@ class Endpoint(Process):
         self.line: Line | None = None
         self.watches = self.clock.random.random() < 0.5
         """Whether its socket tells it of its connections, as ours do; others may learn by what is said alone."""
-        self._unsent: deque[Frames] = deque()
-        self._left_behind: list[Frames] = []  # by the last connection, in the socket
+        self._unsent: deque[bytes] = deque()
+        self._left_behind: list[bytes] = []  # by the last connection, in the socket
         self._unread: Line | None = None  # the last connection, if what had come in on it is read late
         self._tries = 0
         self._flushing = False
@@ -121,8 +121,8 @@ class Endpoint(Process):
             self.later(0.002 if self.world.profile.inherited else pause, self.connect)
             return
         self.line, self._tries = line, 0
-        for frames in self._left_behind:
-            self._send(frames)
+        for data in self._left_behind:
+            self._send(data)
         self._left_behind = []
         self.later(0.001, lambda: self._stands(line))
 
@@ -152,21 +152,21 @@ class Endpoint(Process):
             self.world.broker.left(self.line, news, flushed)
             self.line = None
 
-    def heard(self, line: Line, frames: Frames) -> None:
+    def heard(self, line: Line, data: bytes) -> None:
         """A message came in. What came by a connection that is gone is read before the next one's, or gone with it."""
         if line is self.line:
             self._unread = None
         elif line is not self._unread:
             return
-        self.receive(frames)
+        self.receive(data)
 
     def put(self, message: wire.Message, *, lasting: bool = True) -> bool:
         """Send; what does not go now waits in order if it is ``lasting``, else it is dropped and this is False."""
-        frames = wire.to_frames(message)
-        if not self._unsent and self._send(frames):
+        data = wire.to_bytes(message)
+        if not self._unsent and self._send(data):
             return True
         if lasting:
-            self._unsent.append(frames)
+            self._unsent.append(data)
             self._flush_later()
         return lasting
 
@@ -180,10 +180,10 @@ class Endpoint(Process):
         if self._unsent:
             self._flush_later()
 
-    def _send(self, frames: Frames) -> bool:
-        sent = self.line is not None and self.line.up.send(frames)
+    def _send(self, data: bytes) -> bool:
+        sent = self.line is not None and self.line.up.send(data)
         if sent and self.world.story.loud:
-            self.world.story.message(self, self.world.broker, frames)
+            self.world.story.message(self, self.world.broker, data)
         return sent
 
     def _flush_later(self) -> None:
@@ -199,5 +199,5 @@ class Endpoint(Process):
 
     def connected(self) -> None: ...
     def disconnected(self) -> None: ...
-    def receive(self, frames: Frames) -> None:
+    def receive(self, data: bytes) -> None:
         raise NotImplementedError

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from loopmux import wire
 from loopmux.errors import ProtocolError
 from loopmux.wire import Kind
-from simulation.lines import Frames
 
 _BEATS = frozenset({Kind.PING, Kind.PONG, Kind.HB})
 
@@ -24,9 +23,9 @@ class Story:
     def tell(self, who: object, what: str) -> None:
         self.lines.append((self.clock.now, str(who), what))
 
-    def message(self, sender: object, receiver: object, frames: Frames, *, lost: bool = False) -> None:
+    def message(self, sender: object, receiver: object, data: bytes, *, lost: bool = False) -> None:
         try:
-            message = wire.from_frames(frames)
+            message = wire.from_bytes(data)
         except ProtocolError as error:
             self.tell(f"{sender} → {receiver}", f"garbage: {error}")
             return

@@ -13,7 +13,6 @@ from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import ClientSent
 from simulation.broken import hold
 from simulation.client import Call
-from simulation.lines import Frames
 from simulation.process import Endpoint
 
 if TYPE_CHECKING:
@@ -38,8 +37,8 @@ class Stranger(Endpoint):
         instance = self.clock.random.randbytes(16)
         self.put(Message(Header(Kind.HELLO), route=codec.pack(messages.Hello(wire.VERSIONS, instance))))
 
-    def receive(self, frames: Frames) -> None:
-        message = wire.from_frames(frames)
+    def receive(self, data: bytes) -> None:
+        message = wire.from_bytes(data)
         if message.kind is Kind.ERROR:
             self.refusals += 1
             return
@@ -75,24 +74,25 @@ class Stranger(Endpoint):
         submit = codec.pack(messages.Submit(call.submit.model, timeout=5.0, max_new_tokens=5))
         message = Message(Header(Kind.SUBMIT, call.id), submit, call.body)
         self.world.story.tell(self, f"says SUBMIT about {call}")
-        broker.handle(ClientSent(line.peer, wire.to_frames(message)))
+        broker.handle(ClientSent(line.peer, wire.to_bytes(message)))
 
     def babble(self) -> None:
         """Say what is no message."""
         dice = self.clock.random
-        head = wire.pack_header(Header(Kind.PING))
+        ping, id_ = wire.to_bytes(Message(Header(Kind.PING))), dice.randbytes(16)
         nested = b"\x81\xa1a" * 500 + b"\xc0"
         self._send(
             dice.choice(
                 (
-                    [b"junk"],
-                    [head, b"more"],
-                    [b"XX" + head[2:]],
-                    [head[:3] + b"\xff" + head[4:]],
-                    [wire.pack_header(Header(Kind.SUBMIT, dice.randbytes(16))), nested, b""],
-                    [wire.pack_header(Header(Kind.TOK, dice.randbytes(16))), b"", b"abc"],
-                    [wire.pack_header(Header(Kind.RUN)), b"", b"", b""],
-                    [wire.pack_header(Header(Kind.SUBMIT, dice.randbytes(16))), b"\xc1", b""],
+                    b"junk",
+                    ping + b"more",
+                    ping[:-1],
+                    b"XX" + ping[2:],
+                    ping[:3] + b"\xff" + ping[4:],
+                    wire.to_bytes(Message(Header(Kind.SUBMIT, id_), nested)),
+                    wire.to_bytes(Message(Header(Kind.TOK, id_), tokens=b"abcd"))[:-1],
+                    wire.to_bytes(Message(Header(Kind.RUN), tokens=bytes(4))),
+                    wire.to_bytes(Message(Header(Kind.SUBMIT, id_), b"\xc1")),
                 )
             )
         )

@@ -438,11 +438,11 @@ def test_a_socket_begins_its_next_connection_with_what_the_last_one_left_behind(
 
     def listen(event: Event) -> None:
         if isinstance(event, ClientSent) and event.peer not in others:
-            heard.append(wire.from_frames(event.frames).kind)
+            heard.append(wire.from_bytes(event.data).kind)
         handle(event)
 
     world.broker.handle = listen
-    client.line.up.left_behind = lambda: [wire.to_frames(Message(Header(Kind.PING)))]
+    client.line.up.left_behind = lambda: [wire.to_bytes(Message(Header(Kind.PING)))]
     world.broker.snap(client.line, 0.0, 0.0)
     world.run(0.5)
     assert heard[:2] == [Kind.PING, Kind.HELLO]
@@ -451,10 +451,10 @@ def test_a_socket_begins_its_next_connection_with_what_the_last_one_left_behind(
 def test_what_is_left_behind_is_the_end_of_what_never_arrived() -> None:
     amounts = set()
     for seed in range(50):
-        clock, sent, heard = Clock(seed), [[bytes([n])] for n in range(10)], []
+        clock, sent, heard = Clock(seed), [bytes([n]) for n in range(10)], []
         pipe = Pipe(clock, (0.01, 0.05), lambda take: take(), heard.append)
-        for frames in sent:
-            assert pipe.send(frames)
+        for data in sent:
+            assert pipe.send(data)
         clock.run(0.03)
         pipe.cut()
         left = pipe.left_behind()

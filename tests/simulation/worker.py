@@ -12,7 +12,6 @@ from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Job, Key, Load, Output, Produced
 from loopmux_worker.engine.echo import EchoEngine
 from simulation.broken import broken
-from simulation.lines import Frames
 from simulation.process import Endpoint
 
 if TYPE_CHECKING:
@@ -98,8 +97,8 @@ class WorkerProcess(Endpoint):
     def disconnected(self) -> None:
         self.handle(events.Disconnected())
 
-    def receive(self, frames: Frames) -> None:
-        message = wire.from_frames(frames)
+    def receive(self, data: bytes) -> None:
+        message = wire.from_bytes(data)
         promise = self.world.promise
         promise.talk.worker_heard(self, message)
         owed, self._said = promise.answers.of_worker(self, message.header), []

@@ -10,7 +10,7 @@ import pytest
 from loopmux.codec import pack
 from loopmux.messages import Generate, Register, Run, ServedModel, Welcome
 from loopmux.results import Timing, Usage
-from loopmux.wire import Header, Kind, Message
+from loopmux.wire import VERSION, VERSIONS, Header, Kind, Message
 from loopmux_worker.engine.base import Finished, Key, Load, Produced
 from loopmux_worker.events import Cancel, Cancelled, Connected, Disconnected, Received, Send, Stepped, Woke
 from loopmux_worker.session import ACKNOWLEDGE_WITHIN, Session
@@ -21,7 +21,7 @@ KEY = Key(b"r" * 16, 1)
 
 def welcome(session: Session) -> Received:
     header = Header(Kind.WELCOME, seq=session._introduction)
-    return Received(Message(header, pack(Welcome(1, b"epoch--1", 1.0, 2**20, 1024))))
+    return Received(Message(header, pack(Welcome(VERSION, b"epoch--1", 1.0, 2**20, 1024))))
 
 
 def say(kind: Kind, seq: int = 0, arg: int = 0) -> Received:
@@ -33,7 +33,7 @@ def produced(*outputs: Produced | Finished) -> Stepped:
 
 
 def not_here() -> Session:
-    session = Session(Register("worker", "w", b"b" * 16, (1,), models=(ServedModel("m", "f"),), slots=1), {}, 0.0)
+    session = Session(Register("worker", "w", b"b" * 16, VERSIONS, models=(ServedModel("m", "f"),), slots=1), {}, 0.0)
     session.handle(Woke(), 0.0)
     session.handle(welcome(session), 0.0)
     return session

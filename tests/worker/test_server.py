@@ -178,7 +178,7 @@ def test_malformed_messages_of_a_broker_are_ignored(broker, endpoint):
     with serving(endpoint, tokens=5):
         broker.welcome()
         broker._router.send_multipart([broker.peer, b"junk"])
-        broker._router.send_multipart([broker.peer, b"LM" + bytes(32), b"x"])
+        broker._router.send_multipart([broker.peer, b"LM\2" + bytes(32), b"x"])
         broker.send(Kind.WELCOME, route={"version": "one"})
         broker.run(REQUEST, Generate(prompt="x"))
         assert broker.output(REQUEST)[1].kind is Kind.END

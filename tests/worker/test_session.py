@@ -20,7 +20,7 @@ from loopmux.messages import (
     Welcome,
 )
 from loopmux.results import Timing, ToolCall, Usage
-from loopmux.wire import Header, Kind, Message, StopReason, pack_tokens, unpack_tokens
+from loopmux.wire import VERSION, VERSIONS, Header, Kind, Message, StopReason, pack_tokens, unpack_tokens
 from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Produced
 from loopmux_worker.events import (
     Adapt,
@@ -45,7 +45,7 @@ REQUEST, OTHER = b"r" * 16, b"o" * 16
 EPOCH, NEXT_EPOCH = b"e" * 8, b"f" * 8
 KEY = Key(REQUEST, 1)
 BUSY = Load(1, 0, 7, cached=300, computed=50)
-REGISTER = Register("worker", "w1", b"b" * 16, (1,), models=(ServedModel("m", "f"),), slots=4)
+REGISTER = Register("worker", "w1", b"b" * 16, VERSIONS, models=(ServedModel("m", "f"),), slots=4)
 
 
 def message(kind, request=bytes(16), route=None, body=None, tokens=(), **header):
@@ -61,7 +61,7 @@ def message(kind, request=bytes(16), route=None, body=None, tokens=(), **header)
 def welcome(session, epoch=EPOCH, heartbeat=1.0, to=None):
     """The answer to the REGISTER of its present connection, or ``to`` the one with this number."""
     seq = session._introduction if to is None else to
-    return Received(message(Kind.WELCOME, route=Welcome(1, epoch, heartbeat, 2**20, 256), seq=seq))
+    return Received(message(Kind.WELCOME, route=Welcome(VERSION, epoch, heartbeat, 2**20, 256), seq=seq))
 
 
 def run(request=REQUEST, attempt=1, prefix=(), **route):

@@ -10,7 +10,7 @@ from loopmux.codec import pack
 from loopmux.errors import EngineError
 from loopmux.messages import Tok
 from loopmux.results import TokenLogprob, ToolCall
-from loopmux.wire import WORKER_MESSAGE_LIMIT, Header, Kind, Message, pack_tokens
+from loopmux.wire import WORKER_BODY_LIMIT, Header, Kind, Message, pack_tokens
 from loopmux_worker.engine.base import Key, Produced
 
 SOONEST = 0.02
@@ -101,11 +101,9 @@ class OutputStream:
         body = pack(Tok("".join(self._text), tuple(self._calls), tuple(self._logprobs), fingerprint, reasoning))
         ids, start = self._ids, self._sent
         self._ids, self._text, self._reasoning, self._calls, self._logprobs = [], [], [], [], []
-        if len(body) > WORKER_MESSAGE_LIMIT:
+        if len(body) > WORKER_BODY_LIMIT:
             self.end = self._sent
-            raise EngineError(
-                f"{len(ids)} tokens came with {len(body)} bytes, at most {WORKER_MESSAGE_LIMIT} can be sent"
-            )
+            raise EngineError(f"{len(ids)} tokens came with {len(body)} bytes, at most {WORKER_BODY_LIMIT} can be sent")
         header = Header(Kind.TOK, self.key.request, seq=start, arg=len(ids), attempt=self.key.attempt)
         message = Message(header, body=body, tokens=pack_tokens(ids))
         self._sent, self._sent_at = self.end, now

@@ -19,7 +19,7 @@ import loopmux
 from loopmux.errors import EngineError, LoopmuxError, ProtocolError
 from loopmux.messages import Register, WorkerSpec
 from loopmux.sockets import Dealer
-from loopmux.wire import CLIENT_MESSAGE_LIMIT, ROUTE_LIMIT, VERSIONS, Message, from_frames, new_id, to_frames
+from loopmux.wire import CLIENT_BODY_LIMIT, VERSIONS, Message, from_bytes, message_limit, new_id, to_bytes
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Description, Engine
 from loopmux_worker.events import (
@@ -86,10 +86,9 @@ class Worker:
         self._ear.setblocking(False)
         self._driver = Driver(engine, self._wake)
         self._context = zmq.Context()
-        # a prompt travels on with a few bytes of header and route
-        self._dealer = Dealer(self._context, CLIENT_MESSAGE_LIMIT + ROUTE_LIMIT)
+        self._dealer = Dealer(self._context, message_limit(CLIENT_BODY_LIMIT))  # whatever a client may ask travels on
         self._endpoint = spec.endpoint
-        self._unsent: deque[list[bytes]] = deque()
+        self._unsent: deque[bytes] = deque()
         self._asked: deque[float] = deque()
         self._left: Leave | None = None
 
@@ -193,7 +192,7 @@ class Worker:
     def _do(self, action: Action) -> None:
         match action:
             case Send(message, lasting):
-                self._send(to_frames(message), lasting=lasting)
+                self._send(to_bytes(message), lasting=lasting)
             case Unsend():
                 self._unsent.clear()
             case Submit() | Cancel() | Hint() | Adapt():
@@ -201,12 +200,12 @@ class Worker:
             case Leave():
                 self._left = action
 
-    def _send(self, frames: list[bytes], *, lasting: bool) -> None:
+    def _send(self, data: bytes, *, lasting: bool) -> None:
         """Send now, or keep what lasts in order until the connection takes it."""
-        if not self._unsent and self._dealer.send(frames):
+        if not self._unsent and self._dealer.send(data):
             return
         if lasting:
-            self._unsent.append(frames)
+            self._unsent.append(data)
 
     def _flush(self) -> None:
         while self._unsent and self._dealer.send(self._unsent[0]):
@@ -214,9 +213,9 @@ class Worker:
 
     def _receive(self) -> Message | None:
         """The next well-formed message; None when there is none at hand."""
-        while (frames := self._dealer.receive()) is not None:
+        while (data := self._dealer.receive()) is not None:
             try:
-                return from_frames(frames)
+                return from_bytes(data)
             except LoopmuxError as error:
                 _log.warning("malformed message from the broker", error=error.message)
         return None
