@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -105,6 +105,7 @@ class Bench:
     most: int
     adapters: int
     profiled: bool
+    kernels: Literal["auto", "native", "torch"]
 
     def engine(self) -> SlotsEngine:
         """Ours, warm."""
@@ -115,7 +116,7 @@ class Bench:
         context = self.prompt + 2 * self.new + 64
         spec = WorkerSpec(
             "bench", "", tuple(models), str(self.model), dtype="bfloat16", device=self.device, engine="slots",
-            slots=self.most, context=context,
+            slots=self.most, context=context, kernels=self.kernels,
         )  # fmt: skip
         engine = open_engine(spec, lambda *_: None)
         freed.give_back()
@@ -217,7 +218,9 @@ def measure(bench: Bench, batches: Sequence[int], *, beside: bool) -> Iterator[d
     started = time.perf_counter()
     engine = bench.engine()
     report = engine.describe().report
-    kept = {key: report[key] for key in ("why", "transformers", "dtype", "kv_rows", "kv_context", "parameters")}
+    kept = {
+        key: report[key] for key in ("why", "attention", "transformers", "dtype", "kv_rows", "kv_context", "parameters")
+    }
     yield {"case": "open", "seconds": round(time.perf_counter() - started, 2), **kept}
     moved = traffic(bench.model)
     lines = []
@@ -268,11 +271,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="decoding steps that are timed")
     parser.add_argument("--adapters", type=int, default=0, help="adapters to mix, for adapters_ms")
+    parser.add_argument(
+        "--kernels", choices=("auto", "native", "torch"), default="auto", help="as in the configuration"
+    )
     parser.add_argument("--profile", action="store_true", help="say where a step's time goes")
     parser.add_argument("--no-generate", action="store_true", help="ours alone")
     given = parser.parse_args(arguments)
     bench = Bench(
-        given.model.resolve(), given.device, given.prompt, given.new, max(given.batch), given.adapters, given.profile
+        given.model.resolve(),
+        given.device,
+        given.prompt,
+        given.new,
+        max(given.batch),
+        given.adapters,
+        given.profile,
+        given.kernels,
     )
     freed.keep()  # as every worker does
     for line in measure(bench, given.batch, beside=not given.no_generate):

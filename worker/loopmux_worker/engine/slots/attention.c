@@ -12,6 +12,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifndef __AVX512F__
+#error "the processor has no AVX-512, without which torch is faster"
+#endif
+
 #define LANES 16
 #define PARTS (SIZE / LANES)
 #define BLOCK 64    /* keys whose scores are kept: as long as the sums of values are not scaled again */

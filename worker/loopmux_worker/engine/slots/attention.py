@@ -36,8 +36,9 @@ _NAMES = itertools.count()
 _NEAR = 64
 """Tokens that computing in vain costs about as much as another call."""
 _FEW = 8
-"""Tokens of a segment that the kernel computes one by one. With 16 rows of 544 tokens 8 took 46 ms where torch took 54, 16 took
-87 and 78 (12 layers of 12 heads on 4, bfloat16)."""
+"""Most tokens of a segment that the kernel computes, one by one. With 16 rows of 544 tokens, segments of 8
+took 46 ms where torch took 54, segments of 16 87 and 78 (12 layers of 12 heads on 4, bfloat16).
+"""
 # What some models pass to their attention that this one does not compute; None or absent is fine.
 _FOREIGN = ("softcap", "s_aux", "head_mask", "cache_position_bias", "position_bias")
 
@@ -105,12 +106,12 @@ class KVMemory:
         rows: how many.
         context: tokens of each.
         device: where they are.
-        attention: what computes it: ``torch``, ``native`` (our kernel, or nothing), or ``auto`` (our kernel where there
-            is one).
+        kernels: what computes attention: ``torch``, ``native`` (our kernel, or nothing), or ``auto`` (our kernel where
+            there is one).
     """
 
-    def __init__(self, rows: int, context: int, device: torch.device, attention: str = "auto") -> None:
-        self.rows, self.context, self.device, self._attention = rows, context, device, attention
+    def __init__(self, rows: int, context: int, device: torch.device, kernels: str = "auto") -> None:
+        self.rows, self.context, self.device, self._wanted = rows, context, device, kernels
         self.gathers = device.type == "cuda"  # whether rows anywhere share a call; see ``_together``
         self.layout: Layout | None = None
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -232,7 +233,7 @@ class KVMemory:
         alike = query.dtype == key.dtype == value.dtype and query.shape[3] == value.shape[3]
         shape = query.dtype, query.shape[3], query.shape[1] // key.shape[1]
         if (*shape, alike) not in self._kernels:
-            if self._attention == "torch":
+            if self._wanted == "torch":
                 found: native.Kernel | str = "configured"
             elif self.device.type != "cpu":
                 found = f"the device is {self.device}"
@@ -240,8 +241,8 @@ class KVMemory:
                 found = "keys, values and queries are not alike"
             else:
                 found = native.find(*shape)
-            if self._attention == "native" and isinstance(found, str):
-                raise ConfigError(f"attention: found native, but {found}; use auto or torch")
+            if self._wanted == "native" and isinstance(found, str):
+                raise ConfigError(f"kernels: found native, but there is none for attention: {found}; use auto or torch")
             self._kernels[*shape, alike] = found
         return self._kernels[*shape, alike]
 

@@ -87,6 +87,7 @@ class SlotsEngine(Engine):
         """What is loaded."""
         memory = self._memory
         more = {"kv_rows": memory.rows, "kv_context": memory.context, "kv_bytes": memory.size}
+        more["attention"] = memory.attention
         return self._models.describe("slots", self._most, more)
 
     def prepare(self, job: Job) -> Prepared:

@@ -1,24 +1,13 @@
-"""Attention of single tokens by ``attention.c``, which the system's C compiler makes for a shape when it is first needed.
+"""Attention of single tokens on a CPU by ``attention.c``, which is compiled for the shape of a model's heads.
 
 With 16 streams behind 512 tokens (12 heads on 4 of 64 numbers, bfloat16, 2 threads) it took 7 ms for 12 layers where
 storing the keys and ``scaled_dot_product_attention`` took 19: that reads its keys slower than the memory delivers them.
-
-Its threads are torch's own: the library is linked against no OpenMP, so that it finds the one that torch has loaded. A
-second pool of threads, each waiting in a loop for work as they do, would take the cores from the first.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shlex
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import structlog
@@ -26,12 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from loopmux_worker import caches
+from loopmux_worker.engine.slots.compiling import Unavailable, library
 
 _log = structlog.get_logger(__name__)
 
-_SOURCE = Path(__file__).with_name("attention.c")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-nostdlib")
 _LANES = 16
 """Numbers of a vector in the kernel."""
 _TOGETHER = 8
@@ -40,12 +27,6 @@ _SUMS = 16
 """Vectors of sums that it keeps in registers."""
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest difference from torch's attention, of numbers around 1."""
-_PATIENCE = 60.0
-"""Seconds for the compiler, which takes less than one."""
-
-
-class Unavailable(Exception):
-    """There is no kernel; the message says why."""
 
 
 class Step(NamedTuple):
@@ -124,77 +105,17 @@ def find(dtype: torch.dtype, size: int, folded: int) -> Kernel | str:
 
 
 def _made(dtype: torch.dtype, size: int, folded: int) -> Kernel:
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise Unavailable(f"it was made for Linux on x86_64, this is {sys.platform} on {platform.machine()}")
     if dtype not in _TOLERANCE:
-        raise Unavailable(f"the type of the numbers is {dtype}, expected bfloat16 or float32")
+        raise Unavailable(f"found {dtype}, expected torch.bfloat16 or torch.float32")
     if size % _LANES:
-        raise Unavailable(f"heads have {size} numbers, expected a multiple of {_LANES}")
-    _check_threads()
-    library = _compiled(_shape(dtype, size, folded))
-    try:
-        kernel = Kernel(ctypes.CDLL(str(library)).attention)
-    except (OSError, AttributeError) as error:
-        raise Unavailable(f"{library} cannot be loaded: {error}; remove it, then it is made again") from error
-    _check(kernel, dtype, size, folded)
-    return kernel
-
-
-def _shape(dtype: torch.dtype, size: int, folded: int) -> list[str]:
+        raise Unavailable(f"found heads of {size} numbers, expected a multiple of {_LANES}")
     together = max(n for n in range(1, _TOGETHER + 1) if folded % n == 0)
     parts = size // _LANES
     width = max(n for n in range(1, parts + 1) if parts % n == 0 and n * together <= max(_SUMS, together))
-    given = {"SIZE": size, "FOLDED": folded, "TOGETHER": together, "WIDTH": width, "BF16": int(dtype == torch.bfloat16)}
-    return [f"-D{name}={number}" for name, number in given.items()]
-
-
-def _check_threads() -> None:
-    """See that OpenMP's names, as the library will find them, are those that torch uses."""
-    torchs = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        found = [_address(ctypes.CDLL(path).GOMP_parallel) for path in (None, str(torchs))]
-    except (OSError, AttributeError) as error:
-        raise Unavailable(f"torch's threads are not those of GNU OpenMP ({error})") from error
-    if found[0] != found[1]:
-        raise Unavailable("another OpenMP than torch's was loaded before it")
-
-
-def _address(function: Any) -> int | None:
-    return ctypes.cast(function, ctypes.c_void_p).value
-
-
-def _compiled(shape: list[str]) -> Path:
-    """The library, made unless it is there. Of two workers that make it at once the later one's stays."""
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    try:
-        version = _output([*compiler, "--version"])
-        kept = [_SOURCE.read_text(), *compiler, *_FLAGS, *shape, version, _processor()]
-        folder = caches.folder("kernels")
-        library = folder / f"attention-{hashlib.sha256(chr(0).join(kept).encode()).hexdigest()[:32]}.so"
-        if not library.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as beside:
-                made = Path(beside) / library.name
-                _output([*compiler, *_FLAGS, *shape, "-o", str(made), str(_SOURCE)])
-                made.replace(library)
-    except (OSError, RuntimeError) as error:  # no compiler, no home, a folder that cannot be written to
-        raise Unavailable(f"it cannot be compiled: {error}") from error
-    return library
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE).stdout
-    except subprocess.CalledProcessError as error:
-        said = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[-200:])
-        raise Unavailable(f"{command[0]} ends with {error.returncode}: {said}") from error
-    except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"{command[0]} takes more than {_PATIENCE:.0f} s") from error
-
-
-def _processor() -> str:
-    """What this processor can do: a home may be shared between unlike machines."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line for line in lines if line.startswith("flags")), "")
+    shape = {"SIZE": size, "FOLDED": folded, "TOGETHER": together, "WIDTH": width, "BF16": int(dtype == torch.bfloat16)}
+    kernel = Kernel(library("attention.c", **shape).attention)
+    _check(kernel, dtype, size, folded)
+    return kernel
 
 
 @torch.inference_mode()
