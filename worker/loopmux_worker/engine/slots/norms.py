@@ -24,9 +24,10 @@ _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 class Norm(nn.Module):
     """Stands where an RMS norm was; for inference alone."""
 
-    def __init__(self, plain: Any, function: Any) -> None:
+    def __init__(self, plain: Any) -> None:
         super().__init__()
-        self.weight, self._epsilon, self._function = plain.weight, float(plain.variance_epsilon), function
+        self.weight, self._epsilon = plain.weight, float(plain.variance_epsilon)
+        self._function = _function(plain.weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, size) to the same."""
@@ -42,18 +43,16 @@ class Norm(nn.Module):
 
 def replace(model: nn.Module) -> int:
     """Replace the norms that this computes as they do, where it can be compiled; how many they are."""
-    made: dict[nn.Module, Norm] = {}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and _is_plain(child):
-                try:
-                    ours = made.get(child) or Norm(child, _function(child.weight.dtype))
-                except Unavailable as error:
-                    _log.warning("norms are computed by torch, which is slower", reason=str(error))
-                    return 0
-                if child in made or _agree(child, ours):
+    made: dict[nn.Module | None, Norm] = {}
+    try:
+        for parent in list(model.modules()):
+            for name, child in list(parent._modules.items()):
+                if child not in made and _is_plain(child) and _agree(child, ours := Norm(child)):
                     made[child] = ours
-                    setattr(parent, name, ours)
+                if child in made:
+                    setattr(parent, name, made[child])
+    except Unavailable as error:
+        _log.warning("norms are computed by torch, which is slower", reason=str(error))
     return len(made)
 
 
@@ -80,7 +79,7 @@ def _is_plain(module: Any) -> bool:
 
 
 @torch.inference_mode()
-def _agree(plain: nn.Module, ours: Norm) -> bool:
+def _agree(plain: Any, ours: Norm) -> bool:
     """Whether both give the same for numbers of all sizes; what else looks alike may add 1 to its weight, or centre."""
     x = torch.linspace(-3, 5, 4 * len(ours.weight)).view(4, -1).to(ours.weight.dtype)
     x = x * torch.tensor([1e-3, 0.1, 1, 30], dtype=x.dtype)[:, None]
