@@ -1,5 +1,7 @@
 """RMS norms in C, against the modules that they replace."""
 
+import copy
+
 import pytest
 import torch
 from structlog.testing import capture_logs
@@ -83,6 +85,15 @@ def test_one_that_carries_a_hook_or_is_of_another_type_stays_and_one_that_two_sh
     assert model.n2.weight is shared.weight
 
 
+def test_a_model_with_it_can_be_copied():
+    """As PEFT's configuration of an adapter is tried on one."""
+    model = Parent(filled(LlamaRMSNorm(32)))
+    norms.replace(model)
+    x = torch.randn(3, 32)
+    with torch.inference_mode():
+        assert torch.equal(copy.deepcopy(model).n0(x), model.n0(x))
+
+
 def test_a_weight_that_moves_is_found():
     plain = filled(LlamaRMSNorm(32))
     model = Parent(plain)
@@ -98,6 +109,7 @@ def test_what_cannot_be_compiled_stays_and_that_is_said(monkeypatch):
         raise compiling.Unavailable("no compiler")
 
     monkeypatch.setattr(norms, "library", library)
+    norms._function.cache_clear()
     model = Parent(filled(LlamaRMSNorm(32)))
     with capture_logs() as logs:
         assert norms.replace(model) == 0

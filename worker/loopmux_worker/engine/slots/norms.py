@@ -6,6 +6,7 @@ A decoding step of the 110 M shape has 25 norms; with this they take 6 % of its 
 from __future__ import annotations
 
 import ctypes
+import functools
 import inspect
 from typing import Any
 
@@ -27,14 +28,13 @@ class Norm(nn.Module):
     def __init__(self, plain: Any) -> None:
         super().__init__()
         self.weight, self._epsilon = plain.weight, float(plain.variance_epsilon)
-        self._function = _function(plain.weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, size) to the same."""
         x = x.contiguous()
         out = torch.empty_like(x)
         size = len(self.weight)
-        self._function(
+        _function(self.weight.dtype)(
             torch.get_num_threads(), x.numel() // size, size, self._epsilon,
             x.data_ptr(), self.weight.data_ptr(), out.data_ptr(),
         )  # fmt: skip
@@ -56,6 +56,7 @@ def replace(model: nn.Module) -> int:
     return len(made)
 
 
+@functools.cache
 def _function(dtype: torch.dtype) -> Any:
     function = library("norm.c", BF16=int(dtype == torch.bfloat16)).norm
     function.restype = None
