@@ -13,8 +13,8 @@ engine took; then for each batch, with random prompts, greedy and without an end
 - ``generate_ms``: a step of transformers' own ``generate()`` on the same device, all prompts in one static batch,
   with ``generate_of_copy`` its share,
 - ``adapters_ms``: our step with ``--adapters`` of rank 16 mixed in the batch,
-- with ``--profile`` a line of its own: the operators that such a step spends most of its processor time in, with their
-  shares of it.
+- with ``--profile`` a line of its own: the operators and the kernels of our own (``attention.c``, ``norm.c``; with
+  ``--kernels torch`` there are none) that such a step spends most of its processor time in, with their shares of it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM
 
 from loopmux import weightfiles
@@ -41,6 +41,8 @@ from loopmux.wire import new_id, pack_tokens
 from loopmux_worker.engine import freed, open_engine
 from loopmux_worker.engine.base import Engine, Failed, Job, Key, Produced
 from loopmux_worker.engine.slots.engine import SlotsEngine
+from loopmux_worker.engine.slots.native import Kernel
+from loopmux_worker.engine.slots.norms import Norm
 
 _COPIED = {"cuda": 2**32, "cpu": 2**28}
 """Bytes of the tensor whose copying is timed: more than any cache holds."""
@@ -181,7 +183,8 @@ class Bench:
     def profile(self, engine: SlotsEngine, batch: int) -> dict[str, float]:
         """The operators with the largest shares of the processor time of decoding steps, the largest first."""
         recorded = profile(activities=[ProfilerActivity.CPU])
-        self.ours(engine, batch, around=recorded)
+        with _told(Kernel, "__call__", "attention.c"), _told(Norm, "forward", "norm.c"):
+            self.ours(engine, batch, around=recorded)
         found = recorded.key_averages()
         total = sum(event.self_cpu_time_total for event in found)
         largest = sorted(found, key=lambda event: event.self_cpu_time_total, reverse=True)[:_LARGEST]
@@ -200,6 +203,22 @@ class Bench:
             _wait(self.device)
             taken.append(time.perf_counter() - started)
         return (taken[1] - taken[0]) / self.new
+
+
+@contextmanager
+def _told(kind: type, method: str, name: str) -> Iterator[None]:
+    """Tell the profiler about code of our own, which is no operator of torch's."""
+    plain = getattr(kind, method)
+
+    def recorded(*given: Any) -> Any:
+        with record_function(name):
+            return plain(*given)
+
+    setattr(kind, method, recorded)
+    try:
+        yield
+    finally:
+        setattr(kind, method, plain)
 
 
 def _count(engine: Engine, made: dict[Key, int]) -> None:

@@ -100,3 +100,18 @@ def test_a_call_with_other_tokens_than_the_step_has_is_refused(kernels):
     given = [torch.randn(1, heads, 2, SIZE) for heads in (4, 2, 2)]
     with pytest.raises(Unsupported, match="called with"):
         memory.attend(Layer(0), *given, None)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(
+    "other", [(1, SIZE, torch.float32), (2, 2 * SIZE, torch.float32), (2, SIZE, torch.bfloat16)], ids=str
+)
+def test_a_layer_that_is_called_with_other_heads_than_it_holds_is_refused(other, kernels):
+    memory = KVMemory(1, 8, torch.device("cpu"), kernels)
+    memory.prepare([segment(0, 0, 1)])
+    memory.attend(Layer(0), *[torch.randn(1, heads, 1, SIZE) for heads in (4, 2, 2)], None)
+    kv_heads, size, dtype = other
+    with pytest.raises(Unsupported, match="layer 0 is called"):
+        memory.attend(
+            Layer(0), *[torch.randn(1, heads, 1, size, dtype=dtype) for heads in (4, kv_heads, kv_heads)], None
+        )

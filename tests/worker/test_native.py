@@ -192,7 +192,7 @@ def compiler_of_rubbish(folder, patch):
     patch.setenv(
         "CC", compiler(folder, 'for word; do [ "$last" = -o ] && echo rubbish > "$word"; last=$word; done; true')
     )
-    return r"attention-\w+\.so cannot be loaded: .*; remove it"
+    return r"attention-\w+\.so cannot be loaded: .*; remove it if"
 
 
 def file_for_a_folder(folder, patch):

@@ -94,6 +94,14 @@ def test_a_model_with_it_can_be_copied():
         assert torch.equal(copy.deepcopy(model).n0(x), model.n0(x))
 
 
+@pytest.mark.parametrize("other", [(16, torch.float32), (32, torch.bfloat16)], ids=str)
+def test_numbers_of_another_size_or_type_are_refused(other):
+    model = Parent(filled(LlamaRMSNorm(32)))
+    norms.replace(model)
+    with pytest.raises(TypeError, match=r"expected \(…, 32\) of torch\.float32"):
+        model.n0(torch.zeros(3, other[0], dtype=other[1]))
+
+
 def test_a_weight_that_moves_is_found():
     plain = filled(LlamaRMSNorm(32))
     model = Parent(plain)

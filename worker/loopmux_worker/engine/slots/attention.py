@@ -254,6 +254,11 @@ class KVMemory:
         if layer is None:
             made = [t.new_zeros(self.rows, t.shape[1], self.context, t.shape[3]) for t in (key, value)]
             layer = self._layers[index] = (made[0], made[1])
+        for held, new in zip(layer, (key, value), strict=True):
+            if (held.dtype, held.shape[1], held.shape[3]) != (new.dtype, new.shape[1], new.shape[3]):
+                raise Unsupported(
+                    f"its attention layer {index} is called with keys or values of different shapes or types"
+                )
         return layer
 
 

@@ -45,7 +45,7 @@ def library(source: str, **shape: int) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(made))
     except OSError as error:
-        raise Unavailable(f"{made} cannot be loaded: {error}; remove it, then it is made again") from error
+        raise Unavailable(f"{made} cannot be loaded: {error}; remove it if it is damaged") from error
 
 
 def _check_threads() -> None:

@@ -100,7 +100,7 @@ def find(dtype: torch.dtype, size: int, folded: int) -> Kernel | str:
     try:
         return _made(dtype, size, folded)
     except Unavailable as error:
-        _log.warning("attention is computed by torch, which is slower", reason=str(error))
+        _log.warning("attention is computed by torch", reason=str(error))
         return str(error)
 
 

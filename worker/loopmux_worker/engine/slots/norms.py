@@ -27,15 +27,21 @@ class Norm(nn.Module):
 
     def __init__(self, plain: Any) -> None:
         super().__init__()
-        self.weight, self._epsilon = plain.weight, float(plain.variance_epsilon)
+        self.weight, self.variance_epsilon = plain.weight, plain.variance_epsilon
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, size) to the same."""
+        """(…, size) to the same.
+
+        Raises:
+            TypeError: it is of another size or type than the weight.
+        """
+        size = len(self.weight)
+        if x.shape[-1] != size or x.dtype != self.weight.dtype:
+            raise TypeError(f"found {tuple(x.shape)} of {x.dtype}, expected (…, {size}) of {self.weight.dtype}")
         x = x.contiguous()
         out = torch.empty_like(x)
-        size = len(self.weight)
         _function(self.weight.dtype)(
-            torch.get_num_threads(), x.numel() // size, size, self._epsilon,
+            torch.get_num_threads(), x.numel() // size, size, self.variance_epsilon,
             x.data_ptr(), self.weight.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out
@@ -52,7 +58,7 @@ def replace(model: nn.Module) -> int:
                 if child in made:
                     setattr(parent, name, made[child])
     except Unavailable as error:
-        _log.warning("norms are computed by torch, which is slower", reason=str(error))
+        _log.warning("norms are computed by torch", reason=str(error))
     return len(made)
 
 
