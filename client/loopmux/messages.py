@@ -604,6 +604,8 @@ class WorkerSpec:
         slots: requests at once; None lets the engine choose.
         context: tokens of prompt and answer together; None takes the model's own.
         kv_cache_gib: GiB for attention state; None takes a share of what is free.
+        kernels: ``torch`` computes everything, ``native`` attention by our own or not at all; ``auto`` where it can be
+            compiled.
         echo: settings of the echo engine: ``rate`` (tokens per second, 0 as fast as possible), ``tokens``.
     """
 
@@ -618,6 +620,7 @@ class WorkerSpec:
     context: int | None = None
     kv_cache_gib: float | None = None
     torch_threads: int | None = None
+    kernels: Literal["auto", "native", "torch"] = "auto"
     use_4bit: bool = False
     use_8bit: bool = False
     trust_remote_code: bool = False

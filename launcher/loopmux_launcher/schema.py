@@ -114,6 +114,9 @@ class ModelEntry:
     engine: Literal["auto", "slots", "plain", "echo"] = key(
         "auto", "What generates; echo needs no weights and no torch: a deterministic stream for tests and load."
     )
+    kernels: Literal["auto", "native", "torch"] = key(
+        "auto", "What computes attention on a CPU; auto: our own kernels where they can be compiled, else torch."
+    )
     trust_remote_code: bool = key(False, "Run Python code that comes with the model.")
     allow_pickle_weights: bool = key(False, "Accept .bin weights, which can run code when they are loaded.")
     start_timeout: float = key(1800.0, "Seconds until a starting process counts as failed.", above=0)

@@ -19,7 +19,7 @@ from loopmux_launcher.lock import locked
 PACKAGES = ("loopmux", "loopmux_worker")
 REQUIREMENTS = ("pyzmq>=27,<28", "msgpack>=1.2.1,<2", "structlog>=25,<27")
 """What these packages import besides torch, transformers and peft; the ranges are those of pyproject.toml."""
-_SUFFIXES = (".py", ".typed", ".json", ".jinja")
+_SUFFIXES = (".py", ".c", ".typed", ".json", ".jinja")
 
 
 def install(folder: Path) -> Path:

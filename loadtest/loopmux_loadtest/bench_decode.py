@@ -13,8 +13,8 @@ engine took; then for each batch, with random prompts, greedy and without an end
 - ``generate_ms``: a step of transformers' own ``generate()`` on the same device, all prompts in one static batch,
   with ``generate_of_copy`` its share,
 - ``adapters_ms``: our step with ``--adapters`` of rank 16 mixed in the batch,
-- with ``--profile`` a line of its own: the operators that such a step spends most of its processor time in, with their
-  shares of it.
+- with ``--profile`` a line of its own: the operators and the kernels of our own (``attention.c``, ``norm.c``; with
+  ``--kernels torch`` there are none) that such a step spends most of its processor time in, with their shares of it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM
 
 from loopmux import weightfiles
@@ -41,6 +41,8 @@ from loopmux.wire import new_id, pack_tokens
 from loopmux_worker.engine import freed, open_engine
 from loopmux_worker.engine.base import Engine, Failed, Job, Key, Produced
 from loopmux_worker.engine.slots.engine import SlotsEngine
+from loopmux_worker.engine.slots.native import Kernel
+from loopmux_worker.engine.slots.norms import Norm
 
 _COPIED = {"cuda": 2**32, "cpu": 2**28}
 """Bytes of the tensor whose copying is timed: more than any cache holds."""
@@ -105,6 +107,7 @@ class Bench:
     most: int
     adapters: int
     profiled: bool
+    kernels: Literal["auto", "native", "torch"]
 
     def engine(self) -> SlotsEngine:
         """Ours, warm."""
@@ -115,7 +118,7 @@ class Bench:
         context = self.prompt + 2 * self.new + 64
         spec = WorkerSpec(
             "bench", "", tuple(models), str(self.model), dtype="bfloat16", device=self.device, engine="slots",
-            slots=self.most, context=context,
+            slots=self.most, context=context, kernels=self.kernels,
         )  # fmt: skip
         engine = open_engine(spec, lambda *_: None)
         freed.give_back()
@@ -180,7 +183,8 @@ class Bench:
     def profile(self, engine: SlotsEngine, batch: int) -> dict[str, float]:
         """The operators with the largest shares of the processor time of decoding steps, the largest first."""
         recorded = profile(activities=[ProfilerActivity.CPU])
-        self.ours(engine, batch, around=recorded)
+        with _told(Kernel, "__call__", "attention.c"), _told(Norm, "forward", "norm.c"):
+            self.ours(engine, batch, around=recorded)
         found = recorded.key_averages()
         total = sum(event.self_cpu_time_total for event in found)
         largest = sorted(found, key=lambda event: event.self_cpu_time_total, reverse=True)[:_LARGEST]
@@ -201,6 +205,22 @@ class Bench:
         return (taken[1] - taken[0]) / self.new
 
 
+@contextmanager
+def _told(kind: type, method: str, name: str) -> Iterator[None]:
+    """Tell the profiler about code of our own, which is no operator of torch's."""
+    plain = getattr(kind, method)
+
+    def recorded(*given: Any) -> Any:
+        with record_function(name):
+            return plain(*given)
+
+    setattr(kind, method, recorded)
+    try:
+        yield
+    finally:
+        setattr(kind, method, plain)
+
+
 def _count(engine: Engine, made: dict[Key, int]) -> None:
     for output in engine.step():
         if isinstance(output, Produced):
@@ -217,7 +237,9 @@ def measure(bench: Bench, batches: Sequence[int], *, beside: bool) -> Iterator[d
     started = time.perf_counter()
     engine = bench.engine()
     report = engine.describe().report
-    kept = {key: report[key] for key in ("why", "transformers", "dtype", "kv_rows", "kv_context", "parameters")}
+    kept = {
+        key: report[key] for key in ("why", "attention", "transformers", "dtype", "kv_rows", "kv_context", "parameters")
+    }
     yield {"case": "open", "seconds": round(time.perf_counter() - started, 2), **kept}
     moved = traffic(bench.model)
     lines = []
@@ -268,11 +290,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="decoding steps that are timed")
     parser.add_argument("--adapters", type=int, default=0, help="adapters to mix, for adapters_ms")
+    parser.add_argument(
+        "--kernels", choices=("auto", "native", "torch"), default="auto", help="as in the configuration"
+    )
     parser.add_argument("--profile", action="store_true", help="say where a step's time goes")
     parser.add_argument("--no-generate", action="store_true", help="ours alone")
     given = parser.parse_args(arguments)
     bench = Bench(
-        given.model.resolve(), given.device, given.prompt, given.new, max(given.batch), given.adapters, given.profile
+        given.model.resolve(),
+        given.device,
+        given.prompt,
+        given.new,
+        max(given.batch),
+        given.adapters,
+        given.profile,
+        given.kernels,
     )
     freed.keep()  # as every worker does
     for line in measure(bench, given.batch, beside=not given.no_generate):

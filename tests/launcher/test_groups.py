@@ -59,6 +59,7 @@ def test_models_on_one_base_share_processes_and_each_brings_its_adapter() -> Non
         {"context": 128},
         {"kv_cache_gib": 2.0},
         {"torch_threads": 2},
+        {"kernels": "torch"},
         {"engine": "plain"},
         {"trust_remote_code": True},
         {"allow_pickle_weights": True},
@@ -72,6 +73,9 @@ def test_what_a_process_can_have_only_once_keeps_models_apart(other: dict[str, A
 def test_auto_is_the_same_as_nothing() -> None:
     (found,) = group([model("a"), model("b", slots="auto", kv_cache_gib="auto", torch_threads="auto")], ENDPOINT, 1)
     assert (found.spec.slots, found.spec.kv_cache_gib, found.spec.torch_threads) == (None, None, 1)
+    assert found.spec.kernels == "auto"
+    (forced,) = group([model("a", kernels="native")], ENDPOINT, 1)
+    assert forced.spec.kernels == "native"
 
 
 def test_the_cores_are_shared_between_the_processes_that_compute() -> None:

@@ -17,6 +17,9 @@ def test_the_folder_holds_the_two_packages_and_nothing_else(tmp_path: Path) -> N
     assert sorted(p.name for p in folder.iterdir()) == ["loopmux", "loopmux_worker"]
     assert (folder / "loopmux" / "wire.py").read_bytes() == (ROOT / "client" / "loopmux" / "wire.py").read_bytes()
     assert not list(folder.rglob("__pycache__"))
+    slots = Path("loopmux_worker/engine/slots")  # the worker compiles what it finds there
+    in_c = sorted(path.name for path in (ROOT / "worker" / slots).glob("*.c"))
+    assert sorted(path.name for path in (folder / slots).glob("*.c")) == in_c == ["attention.c", "norm.c"]
     assert workercode.install(tmp_path / "code") == folder
     assert sorted(p.name for p in (tmp_path / "code").iterdir()) == [".lock", folder.name]
 

@@ -5,10 +5,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from loopmux_worker.engine.base import Key
+from loopmux_worker.engine.slots import native
 from loopmux_worker.engine.slots.attention import KVMemory, Unsupported
 from loopmux_worker.engine.slots.schedule import Segment
 
-SIZE = 8
+SIZE = 16
+FOUND = native.find(torch.float32, SIZE, 2)
+KERNELS = ["torch", pytest.param("native", marks=pytest.mark.skipif(isinstance(FOUND, str), reason=str(FOUND)))]
 
 
 class Layer(torch.nn.Module):
@@ -18,7 +21,7 @@ class Layer(torch.nn.Module):
 
 
 def segment(row, start, count):
-    return Segment(Key(bytes([row]) * 16, 1), row, start, count, True, None)
+    return Segment(Key(bytes([abs(row)]) * 16, 1), row, start, count, True, None)
 
 
 def plain(query, key, value, start, window):
@@ -31,12 +34,13 @@ def plain(query, key, value, start, window):
     return scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True).transpose(0, 1)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("window", [None, 5])
-def test_layers_of_one_window_that_differ_otherwise_get_masks_of_their_own(window):
+def test_layers_of_one_window_that_differ_otherwise_get_masks_of_their_own(window, kernels):
     """Heads for each key head and the type of the numbers are a layer's own, in some models (NAS, mixed precision)."""
     torch.manual_seed(0)
     kinds = [(4, 2, torch.float32), (4, 1, torch.float32), (4, 4, torch.float32), (4, 2, torch.bfloat16)]
-    memory = KVMemory(3, 32, torch.device("cpu"))
+    memory = KVMemory(3, 32, torch.device("cpu"), kernels)
     lengths = {0: 12, 1: 10, 2: 9}
     made = {}
     for index, (heads, kv_heads, dtype) in enumerate(kinds):
@@ -61,11 +65,12 @@ def test_layers_of_one_window_that_differ_otherwise_get_masks_of_their_own(windo
             torch.testing.assert_close(found[0], torch.cat(expected), rtol=tolerance, atol=tolerance)
 
 
-def test_what_comes_out_can_be_viewed_whatever_the_step_is_made_of():
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_what_comes_out_can_be_viewed_whatever_the_step_is_made_of(kernels):
     """Some models (AFMoE) call ``view`` on it."""
-    memory = KVMemory(2, 32, torch.device("cpu"))
-    one, both = [segment(0, 0, 7)], [segment(0, 7, 1), segment(1, 0, 5)]
-    for step in (one, both, [segment(0, 8, 3)], [segment(0, 11, 1), segment(1, 5, 1)]):
+    memory = KVMemory(2, 32, torch.device("cpu"), kernels)
+    one, both = [segment(0, 0, 9)], [segment(0, 9, 1), segment(1, 0, 10)]
+    for step in (one, both, [segment(0, 10, 3)], [segment(0, 13, 1), segment(1, 10, 1)]):
         memory.prepare(step)
         given = [torch.randn(1, heads, sum(s.count for s in step), SIZE) for heads in (4, 2, 2)]
         found, _ = memory.attend(Layer(0), *given, None)
@@ -79,3 +84,34 @@ def test_a_mask_that_a_model_makes_is_not_passed_over():
     given = torch.randn(1, 1, 3, SIZE)
     with pytest.raises(Unsupported, match=r"a mask of its own, \(1, 1, 3, 3\)"):
         memory.attend(Layer(0), given, given, given, torch.zeros(1, 1, 3, 3))
+
+
+@pytest.mark.parametrize("outside", [(1, 0, 1), (-1, 0, 1), (0, 7, 2), (0, -1, 1)], ids=str)
+def test_a_segment_outside_the_rows_is_refused_before_anything_is_written(outside):
+    memory = KVMemory(1, 8, torch.device("cpu"))
+    with pytest.raises(IndexError, match="outside 1 rows of 8 tokens"):
+        memory.prepare([segment(*outside)])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_call_with_other_tokens_than_the_step_has_is_refused(kernels):
+    memory = KVMemory(1, 8, torch.device("cpu"), kernels)
+    memory.prepare([segment(0, 0, 3)])
+    given = [torch.randn(1, heads, 2, SIZE) for heads in (4, 2, 2)]
+    with pytest.raises(Unsupported, match="called with"):
+        memory.attend(Layer(0), *given, None)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(
+    "other", [(1, SIZE, torch.float32), (2, 2 * SIZE, torch.float32), (2, SIZE, torch.bfloat16)], ids=str
+)
+def test_a_layer_that_is_called_with_other_heads_than_it_holds_is_refused(other, kernels):
+    memory = KVMemory(1, 8, torch.device("cpu"), kernels)
+    memory.prepare([segment(0, 0, 1)])
+    memory.attend(Layer(0), *[torch.randn(1, heads, 1, SIZE) for heads in (4, 2, 2)], None)
+    kv_heads, size, dtype = other
+    with pytest.raises(Unsupported, match="layer 0 is called"):
+        memory.attend(
+            Layer(0), *[torch.randn(1, heads, 1, size, dtype=dtype) for heads in (4, kv_heads, kv_heads)], None
+        )

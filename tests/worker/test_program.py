@@ -134,7 +134,13 @@ def test_a_model_is_loaded_announced_and_served_and_a_broken_adapter_told(broker
     adapters = {"bad": bad, "red": tiny_model.adapters["red"]}
     models = (ModelSpec("base"), *(ModelSpec(name, adapter_dir=str(folder)) for name, folder in adapters.items()))
     spec = write_spec(
-        tmp_path, broker.endpoint, models=models, engine="auto", base_model=str(tiny_model.base), torch_threads=1
+        tmp_path,
+        broker.endpoint,
+        models=models,
+        engine="auto",
+        base_model=str(tiny_model.base),
+        torch_threads=1,
+        kernels="torch",
     )
     with start("--spec", spec) as process:
         register = broker.welcome(LOADING)

@@ -44,9 +44,11 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 DYNAMIC = LINEAR | {"rope_type": "dynamic"}
 SHAPES: dict[str, Any] = {
-    "llama, grouped queries": lambda: LlamaConfig(**SIZE, **HEADS),
+    "llama, grouped queries": lambda: LlamaConfig(**SIZE, **HEADS, head_dim=16),
     "llama, every head its own": lambda: LlamaConfig(**SIZE, num_attention_heads=4, num_key_value_heads=4),
-    "llama, one key head": lambda: LlamaConfig(**SIZE, num_attention_heads=4, num_key_value_heads=1),
+    "llama, one key head": lambda: LlamaConfig(
+        **SIZE, num_attention_heads=4, num_key_value_heads=1, head_dim=16
+    ),
     "llama, rope of llama 3": lambda: LlamaConfig(**SIZE, **HEADS, rope_parameters=LLAMA3),
     "llama, rope of yarn": lambda: LlamaConfig(**SIZE, **HEADS, rope_parameters=YARN),
     "llama, linear rope": lambda: LlamaConfig(**SIZE, **HEADS, rope_parameters=LINEAR),
@@ -58,7 +60,7 @@ SHAPES: dict[str, Any] = {
         **SIZE, **HEADS, head_dim=16, sliding_window=12, query_pre_attn_scalar=16, tie_word_embeddings=False,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
-    "mistral, sliding window": lambda: MistralConfig(**SIZE, **HEADS, sliding_window=12),
+    "mistral, sliding window": lambda: MistralConfig(**SIZE, **HEADS, head_dim=16, sliding_window=12),
     "phi": lambda: PhiConfig(**SIZE, num_attention_heads=4),
     "phi 3": lambda: Phi3Config(**SIZE, **HEADS),
     "gpt 2": lambda: GPT2Config(

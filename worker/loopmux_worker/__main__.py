@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from loopmux import exitcodes
 from loopmux.errors import BadRequestError, ConfigError, EngineError, LoopmuxError
+from loopmux_worker import caches
 from loopmux_worker.causes import causes
 
 if TYPE_CHECKING:
@@ -260,11 +261,9 @@ def _prepare_libraries() -> None:
 
 def _cache_folder() -> Path | None:
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loopmux" / "torch"
-        folder.mkdir(parents=True, exist_ok=True)
+        return caches.folder("torch")
     except (OSError, RuntimeError):
         return None  # a user without a home: torch's own choice has to do
-    return folder
 
 
 if __name__ == "__main__":

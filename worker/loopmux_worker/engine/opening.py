@@ -20,6 +20,7 @@ from loopmux_worker.engine.slots.engine import SlotsEngine
 from loopmux_worker.engine.slots.forward import Forward, Trial, positions_by_length, try_rows
 from loopmux_worker.engine.slots.linears import alike, pack
 from loopmux_worker.engine.slots.lora import MixedAdapters
+from loopmux_worker.engine.slots.norms import replace
 from loopmux_worker.engine.slots.pairs import CannotMix, pairs_of
 from loopmux_worker.engine.slots.sizing import Size, size
 
@@ -39,7 +40,7 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
         )
     if trial.why_not is None and loaded.device.type == "cpu":
         with memory.loading(spec):
-            packed = _try_rows(loaded, trial) if _pack(loaded) else trial
+            packed = _try_rows(spec, loaded, trial) if _pack(spec, loaded) else trial
             if packed.why_not is not None:
                 del loaded  # packing cannot be undone, and both would need twice the memory
                 loaded = load(spec, progress)
@@ -54,7 +55,7 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
         state = f"{taken:.0f} MiB of attention state ({room.rows} rows of {room.context} tokens)"
         progress("loading", f"{state} for {room.most} requests at once")
         models = Models(spec, loaded, adapters, progress, why)
-        forward = Forward(loaded.model, KVMemory(room.rows, room.context, loaded.device), adapters)
+        forward = Forward(loaded.model, KVMemory(room.rows, room.context, loaded.device, spec.kernels), adapters)
         engine: Engine = SlotsEngine(models, forward, room.most, torch.get_num_threads())
         expected = f"{state} and one step"
     else:
@@ -100,17 +101,20 @@ def _try(spec: WorkerSpec, loaded: Loaded) -> Trial:
             continue  # it is left out with this reason, by whichever engine
     if reason := positions_by_length(loaded.model, loaded.context):
         return Trial(reason, 0)
-    return _try_rows(loaded)
+    return _try_rows(spec, loaded)
 
 
-def _try_rows(loaded: Loaded, before: Trial | None = None) -> Trial:
+def _try_rows(spec: WorkerSpec, loaded: Loaded, before: Trial | None = None) -> Trial:
     """Try the model; if it was tried ``before`` it was changed, its logits have to be what they were then."""
     plain = before.plain if before else ()
-    return try_rows(loaded.model, MixedAdapters(loaded.model), loaded.device, loaded.vocabulary, plain)
+    adapters = MixedAdapters(loaded.model)
+    return try_rows(loaded.model, adapters, loaded.device, loaded.vocabulary, plain, spec.kernels)
 
 
-def _pack(loaded: Loaded) -> bool:
-    return bool(pack(loaded.model, alike(loaded.model, torch.tensor([[0, 1]], device=loaded.device))))
+def _pack(spec: WorkerSpec, loaded: Loaded) -> bool:
+    """Replace what this machine computes faster in other modules; whether that is anything."""
+    packed = pack(loaded.model, alike(loaded.model, torch.tensor([[0, 1]], device=loaded.device)))
+    return packed + (replace(loaded.model) if spec.kernels != "torch" else 0) > 0
 
 
 def _sized(spec: WorkerSpec, loaded: Loaded, token_bytes: int) -> Size:

@@ -10,6 +10,9 @@ with bf16 that took 1.7 ms where ``enable_gqa`` took 8.6 (16 rows of 576 tokens,
 chunk is not folded: it needs no mask, and took 2.4 ms where a folded and masked one took 3.4 (512 tokens).
 
 Masks are numbers to add, in the type of the queries, made once a step: every layer would make them of a mask of bool.
+
+On a CPU segments of a few tokens, as all are that decode, are computed by a kernel of our own where there is one (see
+``native``), which stores the keys of the others, too.
 """
 
 from __future__ import annotations
@@ -24,12 +27,18 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from loopmux.errors import ConfigError
+from loopmux_worker.engine.slots import native
 from loopmux_worker.engine.slots.rows import Copy
 from loopmux_worker.engine.slots.schedule import Segment
 
 _NAMES = itertools.count()
 _NEAR = 64
 """Tokens that computing in vain costs about as much as another call."""
+_FEW = 8
+"""Most tokens of a segment that the kernel computes, one by one. With 16 rows of 544 tokens, segments of 8
+took 46 ms where torch took 54, segments of 16 87 and 78 (12 layers of 12 heads on 4, bfloat16).
+"""
 # What some models pass to their attention that this one does not compute; None or absent is fine.
 _FOREIGN = ("softcap", "s_aux", "head_mask", "cache_position_bias", "position_bias")
 
@@ -82,9 +91,9 @@ class Group:
 class Layout:
     """One step for the attention of every layer: where its keys go, and which calls compute it."""
 
-    rows: Tensor  # (tokens,)
-    positions: Tensor  # (tokens,)
-    groups: tuple[Group, ...]
+    step: native.Step
+    groups: tuple[Group, ...]  # of all tokens
+    long: tuple[Group, ...]  # those that the kernel leaves
 
 
 class KVMemory:
@@ -92,13 +101,21 @@ class KVMemory:
 
     So the keys of one head, which are read together, lie together. A layer's tensors are made when its first keys come,
     for only then their shape is certain.
+
+    Args:
+        rows: how many.
+        context: tokens of each.
+        device: where they are.
+        kernels: what computes attention: ``torch``, ``native`` (our kernel, or nothing), or ``auto`` (our kernel where
+            there is one).
     """
 
-    def __init__(self, rows: int, context: int, device: torch.device) -> None:
-        self.rows, self.context, self.device = rows, context, device
+    def __init__(self, rows: int, context: int, device: torch.device, kernels: str = "auto") -> None:
+        self.rows, self.context, self.device, self._wanted = rows, context, device, kernels
         self.gathers = device.type == "cuda"  # whether rows anywhere share a call; see ``_together``
         self.layout: Layout | None = None
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kernels: dict[tuple[torch.dtype, int, int, bool], native.Kernel | str] = {}
         self._reached = [0] * rows  # tokens behind which a row holds nothing but zeros
         self.name = f"loopmux_rows_{next(_NAMES)}"
         AttentionInterface.register(self.name, self.attend)
@@ -107,6 +124,12 @@ class KVMemory:
     def size(self) -> int:
         """Bytes."""
         return sum(t.numel() * t.element_size() for layer in self._layers.values() for t in layer)
+
+    @property
+    def attention(self) -> str:
+        """What computes it, for people; where it is torch, why."""
+        found = {kernel if isinstance(kernel, str) else "" for kernel in self._kernels.values()}
+        return ", ".join(f"torch: {reason}" if reason else "native" for reason in sorted(found))
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Make copies, in order."""
@@ -128,13 +151,19 @@ class KVMemory:
         self._reached[row] = tokens
 
     def prepare(self, segments: Sequence[Segment]) -> None:
-        """Say what the next forward computes; the order of its tokens is that of the segments."""
+        """Say what the next forward computes; the order of its tokens is that of the segments.
+
+        Raises:
+            IndexError: a segment lies outside the rows.
+        """
         rows: list[int] = []
         positions: list[int] = []
         groups: list[Group] = []
         for members in _together(segments, anywhere=self.gathers):
             start, count = len(rows), members[0].count
             for segment in members:
+                if not (0 <= segment.row < self.rows and 0 <= segment.start <= self.context - count):
+                    raise IndexError(f"{segment} is outside {self.rows} rows of {self.context} tokens")
                 self._clear_behind(segment.row, segment.start + count)
                 rows += [segment.row] * count
                 positions += range(segment.start, segment.start + count)
@@ -145,7 +174,9 @@ class KVMemory:
             picked = slice(first, last + 1) if viewed else torch.tensor([s.row for s in members], device=self.device)
             groups.append(Group(picked, count, max(starts) + count, tokens, starts, self.device))
         where = torch.tensor((rows, positions), device=self.device)
-        self.layout = Layout(where[0], where[1], tuple(groups))
+        few = [place for group in groups if group.count <= _FEW for place in range(len(rows))[group.tokens]]
+        step = native.Step(where[0], where[1], torch.tensor(few, dtype=torch.long), torch.get_num_threads())
+        self.layout = Layout(step, tuple(groups), tuple(group for group in groups if group.count > _FEW))
 
     def attend(
         self,
@@ -174,26 +205,46 @@ class KVMemory:
                 raise Unsupported(f"its attention uses {name}")
         if attention_mask is not None:  # transformers makes none: it says what this function does not know
             raise Unsupported(f"it makes a mask of its own, {tuple(attention_mask.shape)}")
-        if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
+        if query.shape[0] != 1 or not key.shape[2] == query.shape[2] == len(layout.step.rows):
             raise Unsupported(f"its attention is called with queries {tuple(query.shape)}, keys {tuple(key.shape)}")
-        keys, values = self._layer(module, key, value)
-        keys[layout.rows, :, layout.positions] = key[0].transpose(0, 1)
-        values[layout.rows, :, layout.positions] = value[0].transpose(0, 1)
         heads, kv_heads = query.shape[1], key.shape[1]
         if heads % kv_heads:
             raise Unsupported(f"it has {heads} heads on {kv_heads} key heads")
-        parts = []
-        for group in layout.groups:
-            seen = keys[group.rows, :, : group.length], values[group.rows, :, : group.length]
-            asked = query[:, :, group.tokens]
-            if group.causal(sliding_window):
-                got = scaled_dot_product_attention(asked, *seen, is_causal=True, scale=scaling, enable_gqa=True)
-                parts.append(got[0].transpose(0, 1))
-            else:
-                mask = group.mask(sliding_window, heads // kv_heads, query.dtype)
-                parts.append(_folded(asked[0], *seen, mask, scaling))
+        keys, values = self._layer(module, key, value)
+        kernel = self._kernel(query, key, value)
+        if isinstance(kernel, native.Kernel):
+            out = kernel(layout.step, query, key, value, keys, values, sliding_window, scaling)
+            for group in layout.long:
+                out[group.tokens] = _group(group, query, keys, values, sliding_window, scaling)
+            return out.unsqueeze(0), None
+        rows, positions = layout.step.rows, layout.step.positions
+        keys[rows, :, positions] = key[0].transpose(0, 1)
+        values[rows, :, positions] = value[0].transpose(0, 1)
+        parts = [_group(group, query, keys, values, sliding_window, scaling) for group in layout.groups]
         # Contiguous, as transformers' own: some models view it.
         return (parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
+
+    def _kernel(self, query: Tensor, key: Tensor, value: Tensor) -> native.Kernel | str:
+        """Our kernel for a layer, or why torch computes it.
+
+        Raises:
+            ConfigError: there has to be one, and there is none.
+        """
+        alike = query.dtype == key.dtype == value.dtype and query.shape[3] == value.shape[3]
+        shape = query.dtype, query.shape[3], query.shape[1] // key.shape[1]
+        if (*shape, alike) not in self._kernels:
+            if self._wanted == "torch":
+                found: native.Kernel | str = "configured"
+            elif self.device.type != "cpu":
+                found = f"the device is {self.device}"
+            elif not alike:
+                found = "keys, values and queries are not alike"
+            else:
+                found = native.find(*shape)
+            if self._wanted == "native" and isinstance(found, str):
+                raise ConfigError(f"kernels: found native, but there is none for attention: {found}; use auto or torch")
+            self._kernels[*shape, alike] = found
+        return self._kernels[*shape, alike]
 
     def _layer(self, module: torch.nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         index = getattr(module, "layer_idx", None)
@@ -203,7 +254,25 @@ class KVMemory:
         if layer is None:
             made = [t.new_zeros(self.rows, t.shape[1], self.context, t.shape[3]) for t in (key, value)]
             layer = self._layers[index] = (made[0], made[1])
+        for held, new in zip(layer, (key, value), strict=True):
+            if (held.dtype, held.shape[1], held.shape[3]) != (new.dtype, new.shape[1], new.shape[3]):
+                raise Unsupported(
+                    f"its attention layer {index} is called with keys or values of different shapes or types"
+                )
         return layer
+
+
+def _group(
+    group: Group, query: Tensor, keys: Tensor, values: Tensor, window: int | None, scaling: float | None
+) -> Tensor:
+    """Attention of one group by torch: (tokens, heads, size)."""
+    seen = keys[group.rows, :, : group.length], values[group.rows, :, : group.length]
+    asked = query[:, :, group.tokens]
+    if group.causal(window):
+        got = scaled_dot_product_attention(asked, *seen, is_causal=True, scale=scaling, enable_gqa=True)
+        return got[0].transpose(0, 1)
+    mask = group.mask(window, query.shape[1] // keys.shape[1], query.dtype)
+    return _folded(asked[0], *seen, mask, scaling)
 
 
 def _folded(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:

@@ -86,7 +86,8 @@ class SlotsEngine(Engine):
     def describe(self) -> Description:
         """What is loaded."""
         memory = self._memory
-        more = {"kv_rows": memory.rows, "kv_context": memory.context, "kv_bytes": memory.size}
+        state = {"kv_rows": memory.rows, "kv_context": memory.context, "kv_bytes": memory.size}
+        more = {**state, "attention": memory.attention}
         return self._models.describe("slots", self._most, more)
 
     def prepare(self, job: Job) -> Prepared:

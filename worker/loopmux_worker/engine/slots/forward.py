@@ -76,7 +76,12 @@ class Forward:
 
 @torch.inference_mode()
 def try_rows(
-    model: Any, adapters: Packed, device: torch.device, vocabulary: int, plain: tuple[Tensor, ...] = ()
+    model: Any,
+    adapters: Packed,
+    device: torch.device,
+    vocabulary: int,
+    plain: tuple[Tensor, ...] = (),
+    kernels: str = "auto",
 ) -> Trial:
     """Whether a model can be run over rows.
 
@@ -85,13 +90,14 @@ def try_rows(
 
     Args:
         plain: the logits of an earlier trial, where the model was changed since in a way that must not show.
+        kernels: see ``KVMemory``.
     """
     own = model.config._attn_implementation
     if not type(model)._can_set_attn_implementation():
         return Trial(f"{type(model).__name__} has an attention of its own, which cannot be replaced", 0)
     one = [(7 * i + 3) % vocabulary for i in range(_TRIED)]
     other = [(11 * i + 5) % vocabulary for i in range(_TRIED)]
-    memory = _Watched(2, _TRIED, device)
+    memory = _Watched(2, _TRIED, device, kernels)
     try:
         if not plain:
             inputs = [torch.tensor([ids], device=device) for ids in (one, other)]
@@ -135,8 +141,8 @@ def positions_by_length(model: Any, context: int) -> str | None:
 class _Watched(KVMemory):
     """Rows that note which windows the layers ask for."""
 
-    def __init__(self, rows: int, context: int, device: torch.device) -> None:
-        super().__init__(rows, context, device)
+    def __init__(self, rows: int, context: int, device: torch.device, kernels: str) -> None:
+        super().__init__(rows, context, device, kernels)
         self.windows: set[int | None] = set()
 
     def attend(self, *given: Any, **named: Any) -> tuple[Tensor, None]:
