@@ -14,7 +14,7 @@ from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
 from loopmux.modelfolders import adapter_folder
 from loopmux.weightfiles import model_weights, tensors
 from loopmux.wire import new_id
-from loopmux_worker.engine import loading, memory, open_engine, opening
+from loopmux_worker.engine import fingerprints, loading, memory, open_engine, opening
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Job, Key, Produced
 from tinymodel import write_adapter, write_base, write_tokenizer
@@ -177,6 +177,15 @@ def test_fingerprints_name_the_content(tiny_model, base, red):
     assert fingerprint(spec(base, model)) != first
 
 
+def test_what_ends_an_answer_and_what_computes_it_are_content_too(base):
+    found = [fingerprints.of(base)]
+    change(base / "generation_config.json", eos_token_id=5)
+    found.append(fingerprints.of(base))
+    (base / "modeling_own.py").write_text("")
+    found.append(fingerprints.of(base))
+    assert len(set(found)) == 3
+
+
 def test_dtype_auto_is_the_checkpoints(tmp_path):
     write_base(tmp_path / "half", dtype=torch.bfloat16)
     engine = opened(spec(tmp_path / "half"))
@@ -270,6 +279,20 @@ def test_weights_of_another_configuration(base):
     assert "missing" in refusal(spec(base))
 
 
+def test_weights_that_the_model_has_no_place_for_are_noted(base):
+    path = base / "model.safetensors"
+    more = {f"model.layers.{i}.self_attn.q_proj.bias": torch.ones(32) for i in range(2)}
+    save_file(load_file(path) | more, path, metadata={"format": "pt"})
+    engine = opened(spec(base))
+    try:
+        [note] = engine.describe().report["notes"]
+    finally:
+        engine.close()
+    assert note.startswith(
+        "2 weights of its files have no place in this model and are not used, the first is model.layers.0"
+    )
+
+
 def test_weights_of_another_size(base):
     hidden = json.loads((base / "config.json").read_text())["intermediate_size"]
     change(base / "config.json", intermediate_size=2 * hidden)
@@ -287,6 +310,14 @@ def test_not_a_number_in_weights(base, red, tiny_model):
         save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
     assert "holds NaN" in refusal(spec(base))
     assert "holds NaN" in refusal(spec(tiny_model.base, ModelSpec("m", adapter_dir=str(red))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_numbers_of_any_width_are_looked_at(dtype):
+    numbers = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    assert loading.is_finite(numbers.to(dtype))
+    numbers[1, 0] = float("nan")
+    assert not loading.is_finite(numbers.to(dtype))
 
 
 def test_half_written_adapters(tiny_model, red):

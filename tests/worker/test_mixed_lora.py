@@ -303,12 +303,8 @@ CANNOT = {
     "saved modules": ({"modules_to_save": ["norm"]}, "modules_to_save"),
     "trainable tokens": ({"trainable_token_indices": [1, 2]}, "trainable tokens"),
     "biases": ({"lora_bias": True}, "lora_bias"),
-    "the base's biases": ({"bias": "lora_only"}, "bias: lora_only"),
     "embeddings": ({"target_modules": ["embed_tokens"]}, "targets a Embedding"),
     "parameters": ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, "no plain linear"),
-    "activated": ({"alora_invocation_tokens": [1]}, "ALoraLinearVariant"),
-    "a changed base": ({"init_lora_weights": "pissa"}, "has changed the base's weights"),
-    "repeated layers": ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
 }
 
 

@@ -37,6 +37,11 @@ def test_the_limit_releases_what_was_held_back():
     assert pieces[0].text == ""
 
 
+def test_a_stop_string_may_be_complete_only_with_what_the_end_releases():
+    reader, pieces = read(list("hé".encode())[:2], limit=2, stops=("\ufffd",))
+    assert (text(pieces), reader.reason) == ("h", "stop")
+
+
 def test_a_stop_string_cuts_the_text_but_not_the_tokens():
     reader, pieces = read(list(b"one STOP two"), stops=("STOP",))
     assert (text(pieces), reader.reason, reader.total) == ("one ", "stop", 8)

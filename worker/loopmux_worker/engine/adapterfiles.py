@@ -21,6 +21,9 @@ from loopmux_worker.engine.loading import is_finite
 
 _LARGEST_ALPHA = 2.0**16
 """Those in use are 1 to some hundred: with one that is this much larger the base's part is lost in the adapter's."""
+_KEEPS_BASE: tuple[Any, ...] = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of ``init_lora_weights`` that leave the base as it is. For the others PEFT changes it when the adapter is put
+on, for whoever uses it, and does not change it back."""
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of numbers that are used as they are. Others (int8, float8) mean something together with scales, which PEFT does not
 save."""
@@ -115,6 +118,7 @@ def _read_config(folder: Path) -> PeftConfig:
     if kind != PeftType.LORA.value:
         raise ConfigError(f"{folder}: found an adapter of type {kind!r}, served are LORA ones (DoRA and rsLoRA too)")
     _check_settings(folder / ADAPTER_CONFIG, described)
+    _check_reach(folder / ADAPTER_CONFIG, described)
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
@@ -147,6 +151,26 @@ def _check_settings(file: Path, described: Mapping[str, Any]) -> None:
         check(several, pattern, "names of layers with a number for each", good=isinstance(pattern, dict))
         for layer, value in pattern.items():
             one(f"{several}[{layer!r}]", value)
+
+
+def _check_reach(file: Path, described: Mapping[str, Any]) -> None:
+    """Refuse what changes the base for all who use it, or acts through more than the layers that PEFT puts on it."""
+    changes = {
+        "init_lora_weights": described.get("init_lora_weights", True) not in _KEEPS_BASE,
+        "bias": described.get("bias", "none") != "none",
+        **{name: bool(described.get(name)) for name in ("layer_replication", "kasa_config")},
+    }
+    if changing := next((name for name, changes_it in changes.items() if changes_it), None):
+        raise ConfigError(
+            f"{file}: {changing}: found {described[changing]!r}, with which PEFT changes the base itself, expected an "
+            "adapter that leaves it to others as it is: merge it into its base (merge_and_unload) and serve the "
+            "merged model"
+        )
+    if acting := next((name for name in ("alora_invocation_tokens", "arrow_config") if described.get(name)), None):
+        raise ConfigError(
+            f"{file}: {acting}: found {described[acting]!r}, by which a prompt or other adapters say where it acts, "
+            "expected an adapter that acts on all tokens of its requests: train it without"
+        )
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

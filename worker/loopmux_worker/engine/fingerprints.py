@@ -15,6 +15,8 @@ _BLOCK = 1024 * 1024
 _CONTENT = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", MODEL_CONFIG, ADAPTER_CONFIG, "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "*.model",
+    "generation_config.json",  # for its end tokens
+    "*.py",  # code of a model's own
 )  # fmt: skip
 """Files that decide what a model answers."""
 

@@ -101,10 +101,13 @@ def load(spec: WorkerSpec, progress: Progress) -> Loaded:
     files = fingerprints.state(folder)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fingerprint") as pool:
         digest = pool.submit(fingerprints.of, folder)
-        return _loaded(spec, folder, files, _load_model(spec, folder, device), digest)
+        model, notes = _load_model(spec, folder, device)
+        return _loaded(spec, folder, files, model, notes, digest)
 
 
-def _loaded(spec: WorkerSpec, folder: Path, files: fingerprints.State, model: Any, digest: Future[str]) -> Loaded:
+def _loaded(
+    spec: WorkerSpec, folder: Path, files: fingerprints.State, model: Any, notes: list[str], digest: Future[str]
+) -> Loaded:
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     ends = _ids(getattr(model.generation_config, "eos_token_id", None))
     _neutral_generation(model)
@@ -123,6 +126,7 @@ def _loaded(spec: WorkerSpec, folder: Path, files: fingerprints.State, model: An
         files=files,
         parameters=sum(p.numel() for p in model.parameters()),
         weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        notes=notes,
     )
 
 
@@ -208,7 +212,8 @@ def _check_memory(spec: WorkerSpec, weights: list[Path], device: torch.device) -
         )
 
 
-def _load_model(spec: WorkerSpec, folder: Path, device: torch.device) -> Any:
+def _load_model(spec: WorkerSpec, folder: Path, device: torch.device) -> tuple[Any, list[str]]:
+    """The model, and what is worth a note about it."""
     options: dict[str, Any] = {
         "dtype": "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype),
         "trust_remote_code": spec.trust_remote_code,
@@ -234,7 +239,7 @@ def _load_model(spec: WorkerSpec, folder: Path, device: torch.device) -> Any:
     _check_loading(folder, info)
     _check_numbers(folder, model)
     model.eval()
-    return model
+    return model, _unused(info)
 
 
 def _check_loading(folder: Path, info: Any) -> None:
@@ -248,6 +253,17 @@ def _check_loading(folder: Path, info: Any) -> None:
             )
 
 
+def _unused(info: Any) -> list[str]:
+    """A note about weights that the model has no place for: without one that belongs to it, it answers otherwise."""
+    found = sorted(map(str, info.get("unexpected_keys") or ()))
+    if not found:
+        return []
+    return [
+        f"{len(found)} weights of its files have no place in this model and are not used, the first is {found[0]}: "
+        "unless only training needs them, config.json is of another model"
+    ]
+
+
 def _check_numbers(folder: Path, model: Any) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.numel() and not is_finite(parameter):
@@ -255,8 +271,9 @@ def _check_numbers(folder: Path, model: Any) -> None:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers of a tensor are finite; takes no memory of the tensor's size."""
-    low, high = torch.aminmax(tensor.detach())
+    """Whether all numbers of a tensor are finite; takes no memory of the tensor's size, but for numbers of 8 bits."""
+    wide = tensor if tensor.element_size() > 1 else tensor.bfloat16()  # which ``aminmax`` does not take
+    low, high = torch.aminmax(wide.detach())
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 

@@ -88,6 +88,7 @@ class Reader:
         if not cut:
             rest, stopped = self._stops.push(self._detokenizer.flush())
             text += rest + ("" if stopped else self._stops.flush())
+            reason = "stop" if stopped else reason
         parsed = self._parse(text)
         last = self._parser.flush() if self._parser else Parsed()
         calls = parsed.calls + last.calls

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -20,9 +20,6 @@ from torch import nn
 from loopmux.errors import ConfigError
 from loopmux_worker.engine.adapterfiles import AdapterFiles
 from loopmux_worker.engine.slots.linears import Replacement
-
-_KEEPS_BASE: tuple[Any, ...] = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of ``init_lora_weights`` that leave the base as it is. Others have changed it, for all adapters at once."""
 
 
 class CannotMix(ConfigError):
@@ -50,7 +47,6 @@ def pairs_of(model: Any, found: AdapterFiles) -> dict[str, Pair]:
         ConfigError: it was made for another base.
     """
     config = copy.deepcopy(found.config)
-    _check_config(config, found)
     config.init_lora_weights = False  # nothing to initialise: the numbers are in the files
     bare = _bare(model)
     try:
@@ -77,15 +73,6 @@ def pairs_of(model: Any, found: AdapterFiles) -> dict[str, Pair]:
         found.check_numbers(up, pair.up)
         pairs[name] = pair
     return pairs
-
-
-def _check_config(config: LoraConfig, found: AdapterFiles) -> None:
-    if config.bias != "none":
-        raise _cannot(found, f"it has biases of the base's layers (bias: {config.bias})")
-    if config.layer_replication:
-        raise _cannot(found, "it repeats layers of the base (layer_replication)")
-    if config.init_lora_weights not in _KEEPS_BASE:
-        raise _cannot(found, f"it has changed the base's weights (init_lora_weights: {config.init_lora_weights})")
 
 
 def _unlike(name: str, layer: Any) -> str | None:
