@@ -45,6 +45,7 @@ from loopmux.results import Result, StreamEvent, TextDelta
 if TYPE_CHECKING:
     from typing import Self
 
+    from loopmux.aioloop import Events
     from loopmux.loopevents import ToolLoopResult
 
 _DRAIN = 64
@@ -374,14 +375,14 @@ class AsyncClient:
         tools: Iterable[Any],
         max_turns: int = 10,
         **options: Any,
-    ) -> AsyncIterator[Any]:
-        """Like ``run_tools``, yielding what happens as it happens; see ``loopmux.loop.aiterate``."""
+    ) -> Events:
+        """Like ``run_tools``, yielding what happens as it happens; see ``loopmux.loop.aiterate``.
+
+        ``messages`` of what comes back is the transcript so far, at any time: also when its task was cancelled.
+        """
         from loopmux import loop
 
-        events: AsyncIterator[Any] = loop.aiterate(
-            self, prompt_or_messages, tools=tools, max_turns=max_turns, **options
-        )
-        return events
+        return loop.aiterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
 
     async def hint(
         self, session: str, state: Literal["waiting_on_tool", "done"], expected: float | None = None

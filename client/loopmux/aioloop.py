@@ -9,7 +9,7 @@ import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ from loopmux.loopevents import (
 from loopmux.outcome import Outcome, described, failed, succeeded
 from loopmux.results import ToolCall
 from loopmux.tools import Tool
+from loopmux.turns import Loop
 
 _LAST_WORDS = 1.0
 """Seconds that cancelled coroutine tools get to clean up when a loop ends before them."""
@@ -50,7 +51,7 @@ async def run(
     client: Any, prompt_or_messages: str | Iterable[ChatMessage], on_event: sync.OnEvent | None, **settings: Any
 ) -> ToolLoopResult:
     """``loop.arun``."""
-    async with contextlib.aclosing(iterate(client, prompt_or_messages, **settings)) as events:
+    async with contextlib.aclosing(Events(client, prompt_or_messages, **settings)) as events:
         async for event in events:
             if on_event is not None:
                 await _awaited(on_event(event))
@@ -59,21 +60,49 @@ async def run(
     raise ToolLoopError("the tool loop ended without a result")  # unreachable: a loop ends in a result or an error
 
 
-async def iterate(
-    client: Any,
-    prompt_or_messages: str | Iterable[ChatMessage],
-    *,
-    tools: Iterable[Any] | None,
-    before_tool: sync.BeforeTool | None = None,
-    session: str | None = None,
-    **settings: Any,
-) -> AsyncGenerator[LoopEvent]:
-    """``loop.aiterate``."""
-    # in a thread: a tool source may ask its server what it has
-    plan = await asyncio.to_thread(sync.prepare, prompt_or_messages, tools, session, before_tool is not None, settings)
-    async with contextlib.aclosing(_Shell(client, plan, before_tool).events()) as events:
-        async for event in events:
-            yield event
+class Events(AsyncIterator[LoopEvent]):
+    """``loop.Events`` for asyncio; ``aclose`` ends the loop where it stands."""
+
+    def __init__(
+        self,
+        client: Any,
+        prompt_or_messages: str | Iterable[ChatMessage],
+        *,
+        tools: Iterable[Any] | None,
+        before_tool: sync.BeforeTool | None = None,
+        session: str | None = None,
+        **settings: Any,
+    ) -> None:
+        self._given = sync.messages_of(prompt_or_messages)
+        self._loop: Loop | None = None
+        self._events = self._run(client, before_tool, tools, session, settings)
+
+    async def __anext__(self) -> LoopEvent:
+        return await anext(self._events)
+
+    async def aclose(self) -> None:
+        """Leave the loop: a turn under way and coroutine tools are cancelled, threads are left to themselves."""
+        await self._events.aclose()
+
+    @property
+    def messages(self) -> list[ChatMessage]:
+        """The transcript so far, at any time fit for resuming: calls without a result yet are answered with that."""
+        return self._loop.transcript() if self._loop else list(self._given)
+
+    async def _run(
+        self,
+        client: Any,
+        before_tool: sync.BeforeTool | None,
+        tools: Iterable[Any] | None,
+        session: str | None,
+        settings: dict[str, Any],
+    ) -> AsyncGenerator[LoopEvent]:
+        # in a thread: a tool source may ask its server what it has
+        plan = await asyncio.to_thread(sync.prepare, self._given, tools, session, before_tool is not None, settings)
+        self._loop = plan.loop
+        async with contextlib.aclosing(_Shell(client, plan, before_tool).events()) as events:
+            async for event in events:
+                yield event
 
 
 @dataclass(slots=True)
@@ -103,6 +132,7 @@ class _Shell:
                             actions += loop.handle(TurnFinished(ask.turn, result), time.monotonic())
                         case RunTool() as job:
                             yield ToolStarted(job.turn, job.call)
+                            loop.began(job.number, time.monotonic())
                             self._start(job)
                         case Report(event):
                             yield event
@@ -113,7 +143,7 @@ class _Shell:
                             actions += await self._perform(action)
                 actions += loop.handle(await self._next(), time.monotonic())
         except LoopmuxError as error:
-            error.messages = error.messages or list(loop.messages)
+            error.messages = error.messages or loop.transcript()
             raise
         finally:
             await self._cancel_tools()
@@ -186,12 +216,12 @@ async def _perform(tool: Tool, call: ToolCall) -> Outcome:
     """``toolrun.perform`` for a coroutine function; raises nothing but the cancellation of its task, and Ctrl-C."""
     try:
         return succeeded(await tool.function(**tool.bind(call.arguments)))
-    except asyncio.CancelledError as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        return failed(described(error))  # the tool's own doing
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a tool may do anything: it is the model's to correct
+        if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
+            raise  # from without; else it is the tool's own doing
         return failed(described(error))
 
 

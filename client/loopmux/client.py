@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import queue
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -36,6 +36,7 @@ from loopmux.wire import Kind
 if TYPE_CHECKING:
     from typing import Self
 
+    from loopmux.loop import Events
     from loopmux.loopevents import ToolLoopResult
 
 _ADAPTER_PATIENCE = 300.0
@@ -233,8 +234,11 @@ class Client:
         tools: Iterable[Any],
         max_turns: int = 10,
         **options: Any,
-    ) -> Generator[Any]:
-        """Like ``run_tools``, yielding what happens as it happens; see ``loopmux.loop.iterate``."""
+    ) -> Events:
+        """Like ``run_tools``, yielding what happens as it happens; see ``loopmux.loop.iterate``.
+
+        ``messages`` of what comes back is the transcript at any time: after Ctrl-C, too, or what a callback raises.
+        """
         from loopmux import loop
 
         return loop.iterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)

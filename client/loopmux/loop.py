@@ -6,7 +6,8 @@ All take a client, a prompt or a list of messages, and ``tools=``. Further keywo
   ``timeout`` (of the whole loop), ``stop_when_denied``: see ``loopevents.Limits``;
 - ``before_tool(call)``: asked before each call, in call order; answers ``Run()``, ``Deny(reason)``,
   ``Substitute(result)``, or for short True, False, or a text that stands in for the result;
-- ``on_event(event)`` (``run`` and ``arun``): sees every ``LoopEvent``, in the caller's thread;
+- ``on_event(event)`` (``run`` and ``arun``): sees every ``LoopEvent``, in the caller's thread. What it
+  or ``before_tool`` raises ends the loop and comes out as it is; who wants the transcript then uses ``iterate``;
 - ``session``: the session id of all turns, a fresh one if not given;
 - everything else is an option of ``client.stream`` and holds for every turn, but for a ``tool_choice`` that forces a
   call: it holds for the first turn only, since the loop could not end otherwise.
@@ -21,15 +22,16 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import inspect
 import queue
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loopmux import toolrun, tools
 from loopmux.errors import BadRequestError, LoopmuxError, ToolLoopError, ToolNotFoundError
@@ -65,10 +67,14 @@ from loopmux.outcome import plain
 from loopmux.results import Result, StreamEvent, ToolCall
 from loopmux.turns import Loop
 
+if TYPE_CHECKING:
+    from loopmux import aioloop
+
 __all__ = [
     "BeforeTool",
     "Decision",
     "Deny",
+    "Events",
     "Limits",
     "LoopEvent",
     "LoopFinished",
@@ -133,10 +139,11 @@ def run(
     """Run a whole tool loop; the keywords are told above.
 
     Raises:
-        BadRequestError: wrong messages, tools or limits; before anything is sent.
+        BadRequestError: wrong messages, tools, limits or callbacks; before anything is sent.
         MaxTurnsError: turns or calls are used up and the model still asks for tools.
         LoopmuxError: a turn failed. Errors that end a loop carry ``messages``, the transcript to resume from.
     """
+    _refuse_coroutine("on_event", on_event)
     events = iterate(
         client,
         prompt_or_messages,
@@ -164,10 +171,11 @@ def iterate(
     before_tool: BeforeTool | None = None,
     session: str | None = None,
     **settings: Any,
-) -> Generator[LoopEvent]:
-    """As ``run``, event by event; the last one is ``LoopFinished``. Leaving the iteration early ends the loop."""
+) -> Events:
+    """As ``run``, event by event; the last one is ``LoopFinished``."""
+    _refuse_coroutine("before_tool", before_tool)
     plan = prepare(prompt_or_messages, tools, session, before_tool is not None, {"max_turns": max_turns, **settings})
-    return _Shell(client, plan, before_tool).events()
+    return Events(_Shell(client, plan, before_tool))
 
 
 async def arun(
@@ -192,11 +200,11 @@ def aiterate(
     tools: Iterable[Any] | None,
     max_turns: int = 10,
     **settings: Any,
-) -> AsyncIterator[LoopEvent]:
+) -> aioloop.Events:
     """``iterate`` for an ``AsyncClient``: ``async for event in aiterate(…)``."""
     from loopmux import aioloop
 
-    return aioloop.iterate(client, prompt_or_messages, tools=tools, max_turns=max_turns, **settings)
+    return aioloop.Events(client, prompt_or_messages, tools=tools, max_turns=max_turns, **settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +245,7 @@ def prepare(
         ToolNotFoundError: ``tool_choice`` names a tool that is not among them.
         LoopmuxError: a source of tools cannot say what it has.
     """
-    messages = _messages(prompt_or_messages)
+    messages = messages_of(prompt_or_messages)
     try:
         return _plan(messages, given, session, approval, settings)
     except LoopmuxError as error:
@@ -264,12 +272,24 @@ def _plan(
     return Plan(loop, [tool.schema for tool in by_name.values()], options)
 
 
-def _messages(given: str | Iterable[ChatMessage]) -> list[ChatMessage]:
+def messages_of(given: str | Iterable[ChatMessage]) -> list[ChatMessage]:
+    """The messages that a loop begins with.
+
+    Raises:
+        BadRequestError: what was given is no prompt and no list.
+    """
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if isinstance(given, (dict, bytes)) or not isinstance(given, Iterable):
         raise BadRequestError(f"messages: found {type(given).__name__}, expected a prompt or a list of messages")
     return list(given)
+
+
+def _refuse_coroutine(name: str, callback: Callable[..., Any] | None) -> None:
+    if inspect.iscoroutinefunction(callback):
+        raise BadRequestError(
+            f"{name}: found a coroutine function, which AsyncClient awaits: use it, or a plain function"
+        )
 
 
 def decision(answer: Any, call: ToolCall) -> Decision:
@@ -284,7 +304,7 @@ def decision(answer: Any, call: ToolCall) -> Decision:
         case Substitute(result):
             try:
                 return Substitute(plain(result))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise ToolLoopError(
                     f"before_tool substitutes a result for {call.name!r} that has no JSON form: {error}"
                 ) from error
@@ -324,7 +344,7 @@ class _Shell:
                         actions += loop.handle(event, time.monotonic())
                 actions += loop.handle(self._next(), time.monotonic())
         except LoopmuxError as error:
-            error.messages = error.messages or list(loop.messages)
+            error.messages = error.messages or loop.transcript()
             raise
         finally:
             self._hint("done")
@@ -341,6 +361,7 @@ class _Shell:
                 return Decided(number, decision(self.before_tool(call) if self.before_tool else True, call))
             case RunTool(turn=turn, call=call):
                 yield ToolStarted(turn, call)
+                self.plan.loop.began(action.number, time.monotonic())
                 self._start(action)
             case AbandonTool():
                 pass  # a thread cannot be stopped; the core ignores what it may still return
@@ -380,3 +401,23 @@ class _Shell:
             self.client.hint(self.plan.loop.session, state, expected)
         except LoopmuxError:
             pass  # a hint saves work and changes no result: a broken connection shows in the next turn
+
+
+class Events(Iterator[LoopEvent]):
+    """What happens in a loop, to iterate over once; ``close`` ends it where it stands."""
+
+    def __init__(self, shell: _Shell) -> None:
+        self._loop = shell.plan.loop
+        self._events = shell.events()
+
+    def __next__(self) -> LoopEvent:
+        return next(self._events)
+
+    def close(self) -> None:
+        """Leave the loop: a turn under way is cancelled, and tools that still run are left to themselves."""
+        self._events.close()
+
+    @property
+    def messages(self) -> list[ChatMessage]:
+        """The transcript so far, at any time fit for resuming: calls without a result yet are answered with that."""
+        return self._loop.transcript()

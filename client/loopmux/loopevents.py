@@ -40,10 +40,14 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("max_turns", "max_tool_calls", "tool_timeout", "max_result_size", "max_failures", "concurrency"):
-            if not getattr(self, name) > 0:
+            if not _positive(getattr(self, name)):
                 raise BadRequestError(f"{name}: found {getattr(self, name)!r}, expected a number above 0")
-        if self.timeout is not None and not self.timeout > 0:
+        if self.timeout is not None and not _positive(self.timeout):
             raise BadRequestError(f"timeout: found {self.timeout!r}, expected seconds above 0, or None")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +234,7 @@ class AskApproval:
 
 @dataclass(frozen=True, slots=True)
 class RunTool:
-    """Run a call; answer with ``ToolFinished``."""
+    """Run a call; say ``Loop.began``, and answer with ``ToolFinished``."""
 
     number: int
     turn: int

@@ -11,45 +11,29 @@ The official SDK speaks the protocol (extra ``mcp``); it is imported when a serv
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import math
-import os
 import re
 import shlex
-import sys
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
-from loopmux.errors import BadRequestError, ConnectionLostError, DeadlineExceededError, LoopmuxError, ProtocolError
+from loopmux.errors import BadRequestError, ConnectionLostError
+from loopmux.mcpsession import Session
 from loopmux.nearest import did_you_mean
-from loopmux.outcome import described
-from loopmux.tools import Danger, Tool, ToolError
+from loopmux.tools import LATER, Danger, Tool, ToolError
 
 if TYPE_CHECKING:
-    import anyio
     import mcp
-    from anyio.abc import TaskStatus
-    from anyio.from_thread import BlockingPortal
     from mcp import types
-
-_GOODBYE = 2.0
-"""Seconds for taking leave of a server behind a URL; for a process the SDK has a patience of its own, then kills it."""
-_LATER = 1.0
-"""Seconds that a loop waits longer for a call than we do: our error names the server."""
-_LAST_WORDS = 300
-"""Bytes at the end of a process's standard error, of which errors show the last line."""
-
-T = TypeVar("T")
 
 
 class MCPServer:
     """The tools of one MCP server: open it (``with`` or ``async with``) and hand it to loops as ``tools=[server]``.
 
-    One connection, in a thread of its own, serves any number of loops, threads and event loops. Its tools read and
-    write text: images and sounds are named in the result and left out. What a process writes to its standard error goes
-    to a temporary file; errors show the last line.
+    One connection serves any number of loops, threads and event loops. Where it is lost, the calls under way fail, and
+    the next one opens the server again; where that is not for long, further ones fail for 10 s. Tools read and write
+    text: images and sounds are named in the result and left out. What a process writes to its standard error goes to a
+    temporary file; errors show the last line.
 
     Args:
         target: a command (a text as for a shell, or its words), or a URL for streamable HTTP.
@@ -78,23 +62,16 @@ class MCPServer:
         env: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        self._url = target if isinstance(target, str) and re.match("https?://", target) else None
-        self._words = [] if self._url else _words(target)
-        if (env and self._url) or (headers and not self._url):
+        url = target if isinstance(target, str) and re.match("https?://", target) else None
+        words = [] if url else _words(target)
+        if (env and url) or (headers and not url):
             raise BadRequestError(f"MCP server {target!r}: env= is for a command, headers= for a URL")
-        shown = self._url.partition("?")[0] if self._url else shlex.join(self._words)
+        shown = url.partition("?")[0] if url else shlex.join(words)
         self._label = f"the MCP server {name!r} ({shown})" if name else f"the MCP server {shown!r}"
+        self._session = Session(url or words, self._label, timeout, env or {}, headers or {})
         self._prefix = name
         self._include, self._exclude = include, exclude
-        self._timeout = timeout
         self._danger = danger if callable(danger) else lambda _: danger
-        self._env, self._headers = dict(env or {}), dict(headers or {})
-        self._end = contextlib.ExitStack()
-        self._portal: BlockingPortal | None = None
-        self._client: mcp.Client | None = None
-        self._lost = ""
-        self._closing: anyio.Event
-        self._log: TextIO
 
     def __enter__(self) -> Self:
         """Connect.
@@ -103,16 +80,7 @@ class MCPServer:
             ConnectionLostError, DeadlineExceededError: it cannot be started or reached, or does not answer.
             LoopmuxError: the SDK is not installed.
         """
-        start_portal = _sdk()
-        if self._portal is not None:
-            raise BadRequestError(f"{self._label} is open already: make a second object for a second connection")
-        with contextlib.ExitStack() as stack:
-            self._log = stack.enter_context(tempfile.TemporaryFile("w"))
-            portal = stack.enter_context(start_portal(name="loopmux-mcp"))
-            ended, _ = portal.start_task(self._connection)
-            stack.callback(ended.result)
-            stack.callback(portal.call, self._closing.set)
-            self._portal, self._end = portal, stack.pop_all()
+        self._session.open()
         return self
 
     def __exit__(
@@ -136,8 +104,7 @@ class MCPServer:
 
     def close(self) -> None:
         """End the connection; a server that is a process has ended when this returns."""
-        self._end.close()
-        self._portal = None
+        self._session.close()
 
     def tools(self) -> list[Tool]:
         """Its tools, as it lists them now.
@@ -147,7 +114,7 @@ class MCPServer:
                 model can write.
             ConnectionLostError, DeadlineExceededError, ProtocolError: it is gone, does not answer, or answers nonsense.
         """
-        listed = self._connected().call(self._ask, "what tools it has", _listed)
+        listed = self._session.portal.call(self._list)
         names = [tool.name for tool in listed]
         if missing := next((name for name in (*self._include, *self._exclude) if name not in names), None):
             hint = did_you_mean(missing, names) or f"it has {', '.join(names)}"
@@ -162,125 +129,37 @@ class MCPServer:
             ToolError: the tool failed; its text is the server's.
             ConnectionLostError, DeadlineExceededError, ProtocolError: as ``tools``.
         """
-        return await asyncio.wrap_future(self._connected().start_task_soon(self._call, name, dict(arguments)))
+        return await asyncio.wrap_future(self._session.portal.start_task_soon(self._call, name, dict(arguments)))
+
+    async def _list(self) -> list[types.Tool]:
+        what = "what tools it has"
+        try:
+            return await self._session.ask(what, _listed)
+        except ConnectionLostError:
+            return await self._session.ask(what, _listed)  # nothing happens twice by it, and it may be opened again
 
     async def _call(self, name: str, arguments: dict[str, Any]) -> Any:
-        return _value(await self._ask(f"a call of {name!r}", lambda client: client.call_tool(name, arguments)))
+        return _value(await self._session.ask(f"a call of {name!r}", lambda client: client.call_tool(name, arguments)))
 
     def _tool(self, listed: types.Tool) -> Tool:
         async def function(**arguments: Any) -> Any:
             return await self.call(listed.name, arguments)
 
+        prefix = re.sub(r"[^A-Za-z0-9_-]+", "_", self._session.called) if self._prefix is None else self._prefix
         own = listed.name.replace(".", "_")  # dots are good there, and no model's template takes them
         try:
             return Tool(
-                f"{self._prefix}_{own}" if self._prefix else own,
+                f"{prefix}_{own}" if prefix else own,
                 listed.description or listed.title or "",
                 {"type": "object", "properties": {}} | listed.input_schema,
                 function,
                 self._danger(listed.name),
-                self._timeout + _LATER,
+                self._session.timeout + LATER,
             )
         except BadRequestError as error:
             raise BadRequestError(
                 f"{self._label}: {error.message}; or leave it out with exclude=[{listed.name!r}]"
             ) from error
-
-    def _connected(self) -> BlockingPortal:
-        if self._portal is None:
-            raise BadRequestError(f"{self._label} is not open: use it inside of its `with` block")
-        return self._portal
-
-    async def _ask(self, what: str, ask: Callable[[mcp.Client], Awaitable[T]]) -> T:
-        """Ask within the time limit, in the connection's event loop; the SDK's errors become ours."""
-        import anyio
-        from mcp import MCPError
-        from mcp.types import CONNECTION_CLOSED
-
-        client = self._client
-        if client is None:
-            raise self._gone(self._lost)
-        try:
-            with anyio.fail_after(self._timeout):
-                return await ask(client)
-        except TimeoutError as error:
-            raise DeadlineExceededError(
-                f"{self._label}, asked for {what}, did not answer within {self._timeout:g} s: "
-                "see whether it hangs, or give it more time with timeout="
-            ) from error
-        except MCPError as error:
-            if error.code == CONNECTION_CLOSED:
-                raise self._gone("its connection was closed") from error
-            raise ProtocolError(f"{self._label}, asked for {what}, answered with an error: {error}") from error
-        except Exception as error:
-            raise ProtocolError(f"{self._label}, asked for {what}, gave no answer: {described(error)}") from error
-
-    def _gone(self, why: str) -> ConnectionLostError:
-        return ConnectionLostError(
-            f"{self._label} is gone ({why}{self._last_words()}): find out why it ended, and open it again"
-        )
-
-    async def _connection(self, *, task_status: TaskStatus[None]) -> None:
-        """Connect, stay connected until ``close``, and take leave; one task, as the SDK's contexts want it."""
-        import anyio
-        import mcp
-
-        self._closing = anyio.Event()
-        opened = False
-        try:
-            with anyio.CancelScope(deadline=anyio.current_time() + self._timeout) as scope:
-                async with mcp.Client(self._streams()) as client:
-                    if self._prefix is None:
-                        called = client.server_info.name if client.server_info else "mcp"
-                        self._prefix = re.sub(r"[^A-Za-z0-9_-]+", "_", called)
-                    self._client, opened, scope.deadline = client, True, math.inf
-                    task_status.started()
-                    await self._closing.wait()
-                    scope.deadline = anyio.current_time() + _GOODBYE
-        except Exception as error:
-            self._lost = described(_first(error))  # the calls that follow tell it
-            if not opened:
-                raise ConnectionLostError(
-                    f"{self._label} cannot be opened ({self._lost}{self._last_words()}): {self._remedy()}"
-                ) from error
-        finally:
-            self._client = None
-        if not opened:
-            raise DeadlineExceededError(
-                f"{self._label} did not answer within {self._timeout:g} s{self._last_words()}: {self._remedy()}"
-            )
-
-    def _remedy(self) -> str:
-        if self._url:
-            return "see that a server for streamable HTTP runs there"
-        return "see that the command starts a server which speaks MCP over standard input and output"
-
-    @contextlib.asynccontextmanager
-    async def _streams(self) -> AsyncIterator[Any]:
-        """The SDK's transport."""
-        import mcp
-
-        if self._url is None:
-            server = mcp.StdioServerParameters(command=self._words[0], args=self._words[1:], env=self._env)
-            async with mcp.stdio_client(server, errlog=self._log) as streams:
-                yield streams
-            return
-        import httpx2
-        from mcp.client.streamable_http import streamable_http_client
-
-        patience = httpx2.Timeout(self._timeout, read=None)  # a stream may be silent for long; each call has its limit
-        async with (
-            httpx2.AsyncClient(headers=self._headers, timeout=patience) as http,
-            streamable_http_client(self._url, http_client=http) as streams,
-        ):
-            yield streams
-
-    def _last_words(self) -> str:
-        """The last line of the process's standard error, for an error."""
-        # by position: the process writes through the same file, whose own position is not ours to move
-        size = os.fstat(self._log.fileno()).st_size
-        end = os.pread(self._log.fileno(), _LAST_WORDS, max(0, size - _LAST_WORDS)).decode("utf-8", "replace")
-        return f"; its last words: {end.split(chr(10))[-1]}" if (end := end.strip()) else ""
 
 
 def _words(target: str | Sequence[str]) -> list[str]:
@@ -291,30 +170,6 @@ def _words(target: str | Sequence[str]) -> list[str]:
     if not words:
         raise BadRequestError("MCP server: found no words, expected a command such as 'uvx mcp-server-time', or a URL")
     return words
-
-
-def _sdk() -> Any:
-    """What starts an event loop in a thread, when everything that is needed is there.
-
-    Raises:
-        LoopmuxError: the SDK is not installed, or is too old.
-    """
-    try:
-        from anyio.from_thread import start_blocking_portal
-        from mcp import Client as Client  # 1.x has none
-    except ImportError as error:
-        raise LoopmuxError(
-            f"MCP servers need the package mcp, 2.0 or newer ({error} in {sys.executable}): "
-            "install Loopmux with its extra [mcp], in its source folder  pip install '.[mcp]'"
-        ) from error
-    return start_blocking_portal
-
-
-def _first(error: BaseException) -> BaseException:
-    """What went wrong first, inside of groups of errors."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 async def _listed(client: mcp.Client) -> list[types.Tool]:

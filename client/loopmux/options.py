@@ -17,8 +17,9 @@ from loopmux.errors import BadRequestError, PayloadTooLargeError, ProtocolError
 from loopmux.messages import DEFAULT_TIMEOUT, Generate, Sampling, Submit
 from loopmux.nearest import did_you_mean
 
-_DEEPEST = 64
-"""Nesting of messages and schemas; real ones stay under ten, and decoders recurse."""
+_DEEPEST = 72
+"""Nesting of messages and schemas; real ones stay under ten, and decoders recurse. Workers read calls with arguments of
+64 levels, which lie five deeper in a message."""
 _HASHED = 32
 """Messages at the beginning, and at the end, of a conversation that the broker is told the hashes of."""
 _SHOWN_BEFORE = 12

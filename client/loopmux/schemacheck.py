@@ -115,9 +115,11 @@ class _Check:
         yield from _size(schema, "Items", len(value), "entries", path)
         if schema.get("uniqueItems") and len({json.dumps(v, sort_keys=True) for v in value}) < len(value):
             yield f"{path or 'value'}: found repeated entries, expected each once"
-        prefix = schema.get("prefixItems", ())
+        prefix, rest = schema.get("prefixItems", ()), schema.get("items", True)
+        if isinstance(rest, list):  # how drafts before 2020-12 write it
+            prefix, rest = rest, schema.get("additionalItems", True)
         for at, entry in enumerate(value):
-            part = prefix[at] if at < len(prefix) else schema.get("items", True)
+            part = prefix[at] if at < len(prefix) else rest
             yield from self.walk(part, entry, f"{path}[{at}]", depth + 1)
 
     def _object(self, schema: Mapping[str, Any], value: Mapping[str, Any], path: str, depth: int) -> Iterator[str]:
@@ -208,8 +210,10 @@ def _number(schema: Mapping[str, Any], value: float, path: str) -> Iterator[str]
         ("multipleOf", "a multiple of", _is_multiple),
     )
     for keyword, words, fits in rules:
-        if keyword in schema and not fits(value, schema[keyword]):
-            yield f"{path or 'value'}: found {show(value)}, expected {words} {schema[keyword]}"
+        bound = schema.get(keyword)
+        # draft 4 has true and false for the exclusive ones: then the bound itself is left to the tool to refuse
+        if bound is not None and not isinstance(bound, bool) and not fits(value, bound):
+            yield f"{path or 'value'}: found {show(value)}, expected {words} {bound}"
 
 
 def _is_multiple(value: float, of: float) -> bool:

@@ -29,6 +29,8 @@ DANGERS: tuple[Danger, ...] = ("safe", "warning", "dangerous")
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """What chat templates and other servers agree on for a function's name."""
+LATER = 1.0
+"""Seconds that a loop waits longer for a call than the server's own limit: that one's error names the server."""
 _MOST_PROBLEMS = 5
 """Problems of one call that are told at once: more would not fit a small model's attention."""
 
@@ -114,7 +116,10 @@ class Tool:
 
     def problems(self, arguments: dict[str, Any]) -> str | None:
         """What is wrong with a model's arguments, in one line for the model; None if they fit."""
-        found = schemacheck.problems(self.parameters, arguments, closed=self.convert is not None)
+        try:
+            found = schemacheck.problems(self.parameters, arguments, closed=self.convert is not None)
+        except Exception as error:  # noqa: BLE001 - servers bring schemas, and one that is none must not end a loop
+            return f"none can be right, since the tool's JSON schema is malformed ({type(error).__name__}: {error})"
         return "; ".join(found[:_MOST_PROBLEMS]) or None
 
     def bind(self, arguments: dict[str, Any]) -> dict[str, Any]:

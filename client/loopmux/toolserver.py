@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from loopmux.errors import AuthError, BadRequestError, ConnectionLostError, DeadlineExceededError, ProtocolError
-from loopmux.tools import DANGERS, Danger, Tool, ToolError
+from loopmux.tools import DANGERS, LATER, Danger, Tool, ToolError
 
 _LARGEST_ANSWER = 16 * 1024 * 1024
 """Bytes; a model reads a few thousand characters, so more is a mistake and would only fill the memory."""
@@ -31,7 +31,7 @@ class ToolServer:
     Args:
         url: such as ``http://127.0.0.1:8763``.
         token: sent as ``X-Auth-Token``; empty for none.
-        timeout: seconds for each answer; the loop's ``tool_timeout`` holds as well.
+        timeout: seconds for each answer, in place of a loop's ``tool_timeout``.
         schemas: the tools' schemas, for a server that does not list them.
         danger: level of a tool that the server gives none for; the default asks before it runs.
 
@@ -39,7 +39,7 @@ class ToolServer:
     not used: tokens stay between the two machines.
 
     Raises:
-        BadRequestError: the URL is not one.
+        BadRequestError: the URL is not one, or the token cannot stand in a header.
     """
 
     def __init__(
@@ -51,16 +51,22 @@ class ToolServer:
         schemas: Iterable[Mapping[str, Any]] | None = None,
         danger: Danger | Callable[[str], Danger] = "warning",
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
+        try:
+            parts = urllib.parse.urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise BadRequestError(f"tool server: found the URL {url!r}: {error}") from error
         if parts.scheme not in _PORTS or not parts.hostname:
             raise BadRequestError(f"tool server: found the URL {url!r}, expected one such as http://127.0.0.1:8763")
+        if not (token.isascii() and token.isprintable()):
+            raise BadRequestError("tool server: found a token with other characters than a header may have")
         self.url = url.rstrip("/")
         self._token = token
         self._timeout = timeout
         self._schemas = None if schemas is None else list(schemas)
         self._danger = danger if callable(danger) else lambda _: danger
         self._secure = parts.scheme == "https"
-        self._host, self._port = parts.hostname, parts.port or _PORTS[parts.scheme]
+        self._host, self._port = parts.hostname, port or _PORTS[parts.scheme]
         self._path = parts.path.rstrip("/")
 
     def tools(self) -> list[Tool]:
@@ -107,14 +113,19 @@ class ToolServer:
         if not isinstance(name, str):
             raise ProtocolError(f"the tool server at {self.url} lists {entry!r:.200}, expected a schema with a name")
         danger = entry.get("danger", inner.get("danger"))
-        parameters = {"type": "object", "properties": {}} | dict(inner.get("parameters") or {})
+        parameters = inner.get("parameters") or {}
+        if not isinstance(parameters, Mapping):
+            raise ProtocolError(
+                f"the tool server at {self.url} lists {name!r} with the parameters {parameters!r:.80}, "
+                "expected a JSON schema"
+            )
         return Tool(
             name,
             str(inner.get("description") or ""),
-            parameters,
+            {"type": "object", "properties": {}} | dict(parameters),
             lambda **arguments: self.call(name, arguments),
             danger if danger in DANGERS else self._danger(name),
-            self._timeout,
+            self._timeout + LATER,
         )
 
     def _request(self, method: str, path: str, body: Any) -> tuple[int, bytes]:

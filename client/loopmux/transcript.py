@@ -81,9 +81,11 @@ def check_answered(messages: list[ChatMessage]) -> None:
     last = max((at for at, m in enumerate(messages) if m.get("tool_calls")), default=None)
     if last is None:
         return
+    calls = messages[last]["tool_calls"]
+    if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
+        raise BadRequestError(f"messages[{last}].tool_calls: found {calls!r:.80}, expected a list of dicts")
     answered = {m.get("tool_call_id") for m in messages[last + 1 :] if m["role"] == "tool"}
-    asked = [call.get("id") for call in messages[last]["tool_calls"] if isinstance(call, dict)]
-    for identity in asked:
+    for identity in (call.get("id") for call in calls):
         if identity not in answered:
             raise BadRequestError(
                 f"messages[{last}]: its tool call {identity!r} has no answer: append "

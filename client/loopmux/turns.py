@@ -1,13 +1,15 @@
 """The tool loop's core: a model's turn or a tool's outcome in, what to do next out. No I/O, no clock, no threads.
 
-``Loop.start`` and ``Loop.handle`` return actions; a shell (``loop``, ``aioloop``) carries them out in their order and
-feeds back what happened. ``now`` is a monotonic time in seconds. The transcript that the core keeps is whole whenever
-the loop ends: every call of an assistant message has exactly one tool message, in call order.
+``Loop.start`` and ``Loop.handle`` return actions; a shell (``loop``, ``aioloop``) carries them out in their order, says
+``Loop.began`` of each call that it runs, and feeds back what happened. ``now`` is a monotonic time in seconds. The
+transcript that the core keeps is whole whenever the loop ends: every call of an assistant message has exactly one tool
+message, in call order.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -78,7 +80,7 @@ class Loop:
     _numbered: int = 0
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _queue: deque[int] = field(default_factory=deque)
-    _running: dict[int, float] = field(default_factory=dict)  # until when
+    _running: dict[int, float] = field(default_factory=dict)  # until when; infinite before it began
     _began: dict[int, float] = field(default_factory=dict)
     _took: dict[str, float] = field(default_factory=dict)  # seconds, by tool, the last time
     _produced: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -113,6 +115,21 @@ class Loop:
                 return [*self._settle(number, outcome), *self._advance(now)]
             case TimePassed():
                 return [*self._abandon_late(now), *self._advance(now)]
+
+    def began(self, number: int, now: float) -> None:
+        """A call is being run from now on: before that, observers and whoever is asked may have taken their time."""
+        self._began[number] = now
+        self._running[number] = min(now + self._limit(number), self.deadline or math.inf)
+
+    def transcript(self) -> list[ChatMessage]:
+        """The conversation as it stands, fit for resuming: a call that has no outcome yet is answered with that."""
+        answers = [tool_message(p.call, (p.outcome or self._stopped(n)).content) for n, p in self._pending.items()]
+        return [*self.messages, *answers]
+
+    def _stopped(self, number: int) -> Outcome:
+        if self._running.get(number, math.inf) < math.inf:
+            return failed("the loop was stopped while this ran; whether it did its work is not known")
+        return skipped("the loop was stopped")
 
     def result(self, finish_reason: str) -> ToolLoopResult:
         """The loop so far."""
@@ -222,22 +239,23 @@ class Loop:
             if self.deadline is not None and now >= self.deadline:
                 actions += self._settle(number, failed("not run: the loop's deadline passed"))
                 continue
-            call = self._pending[number].call
-            tool = self.tools[call.name]
-            until = now + (tool.timeout or self.limits.tool_timeout)
-            self._began[number] = now
-            self._running[number] = until if self.deadline is None else min(until, self.deadline)
-            actions.append(RunTool(number, self.turn, call, tool))
+            self._running[number] = math.inf
+            actions.append(RunTool(number, self.turn, self._pending[number].call, self._tool(number)))
         if self._pending and all(pending.outcome for pending in self._pending.values()):
             actions += self._close_turn(now)
         return actions
 
+    def _tool(self, number: int) -> Tool:
+        return self.tools[self._pending[number].call.name]
+
+    def _limit(self, number: int) -> float:
+        return self._tool(number).timeout or self.limits.tool_timeout
+
     def _abandon_late(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for number in [n for n, until in self._running.items() if until <= now]:
-            tool = self.tools[self._pending[number].call.name]
             late = self.deadline is not None and now >= self.deadline
-            limit = "the loop's deadline" if late else f"{tool.timeout or self.limits.tool_timeout:g} s"
+            limit = "the loop's deadline" if late else f"{self._limit(number):g} s"
             actions += [AbandonTool(number), *self._settle(number, failed(f"no result within {limit}"))]
         return actions
 

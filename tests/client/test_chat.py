@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Generator
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class ChatClient(ScriptedClient):
     def status(self) -> Status:
         return Status(b"e" * 8, 5, "0.1.0", 42, 1, 0, 0, (ModelStatus("m", "ready"), ModelStatus("other", "ready")))
 
-    def iter_tools(self, messages: Any, **settings: Any) -> Generator[Any]:
+    def iter_tools(self, messages: Any, **settings: Any) -> loop.Events:
         return loop.iterate(self, messages, **settings)
 
 
@@ -181,7 +182,32 @@ def test_control_c_stops_the_answer_and_not_the_chat(
 def test_control_c_at_the_question_whether_to_run_a_tool(monkeypatch: pytest.MonkeyPatch) -> None:
     script = [turn("", call("delete", path="a")), turn("2")]
     client = talk(monkeypatch, Terminal("one\n^C\ntwo\n"), *script, tools=[DELETE])
-    assert said(client, 1) == ["Be brief.", "two"]
+    assert said(client, 1) == ["Be brief.", "one", "", "Not run: the loop was stopped.", "two"]
+
+
+def test_control_c_after_tools_ran_keeps_what_they_did(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = [turn("", call(a=1, b=2)), KeyboardInterrupt(), turn("3")]
+    client = talk(monkeypatch, Terminal("one\ntwo\n"), *script, tools=[add])
+    assert said(client, 2) == ["Be brief.", "one", "", "3", "two"]
+    assert "[stopped; what came of it so far is kept]" in capsys.readouterr().err
+
+
+def test_control_c_while_a_tool_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in a shell's background
+
+    def hang() -> None:
+        """As long as it takes."""
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        released.wait(20)
+
+    client = talk(monkeypatch, Terminal("one\ntwo\n"), turn("", call("hang")), turn("2"), tools=[hang])
+    released.set()
+    signal.signal(signal.SIGINT, before)
+    stopped = "Error: the loop was stopped while this ran; whether it did its work is not known"
+    assert said(client, 1) == ["Be brief.", "one", "", stopped, "two"]
 
 
 def test_an_error_after_tools_ran_keeps_what_they_did(

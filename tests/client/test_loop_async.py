@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
 import pytest
@@ -13,7 +13,7 @@ import pytest
 from loopmux import loop
 from loopmux.errors import BadRequestError, DeadlineExceededError, MaxTurnsError, ToolLoopError, WorkerLostError
 from loopmux.loopevents import Deny, LoopFinished, ToolResult, TurnStarted
-from loopmux.results import TextDelta, ToolCall
+from loopmux.results import Result, TextDelta, ToolCall
 from loopmux.tools import Tool
 from scripted import AsyncScriptedClient, ScriptedClient, call, turn
 
@@ -135,10 +135,17 @@ def test_hostile_coroutines():
     async def nothing_json() -> object:
         return object()
 
-    calls = [call(name, name) for name in ("exits", "nothing_json")]
-    out = run(AsyncScriptedClient([turn("", *calls), turn("ok")]), tools=[exits, nothing_json])
+    class Odd(BaseException):
+        pass
+
+    async def odd() -> None:
+        raise Odd
+
+    calls = [call(name, name) for name in ("exits", "odd", "nothing_json")]
+    out = run(AsyncScriptedClient([turn("", *calls), turn("ok")]), tools=[exits, odd, nothing_json])
     assert [entry["error"] for entry in out.tool_log] == [
         "SystemExit: 3",
+        "Odd",
         "TypeError: the result is a object, expected text, numbers, lists, dicts or a dataclass",
     ]
     out = run(AsyncScriptedClient([turn("", call("cancels")), turn("ok")]), tools=[cancels])
@@ -167,6 +174,79 @@ def test_cancelling_the_task_cancels_the_turns_tools():
 
     wait(main())
     assert client.hints[-1][1] == "done"
+
+
+class Block:
+    """Blocks whatever takes part in a loop, and says when it has come to that."""
+
+    def __init__(self) -> None:
+        self.reached, self.released = threading.Event(), threading.Event()
+
+    async def coroutine(self, *_: Any) -> None:
+        self.reached.set()
+        await asyncio.Event().wait()
+
+    def thread(self) -> None:
+        self.reached.set()
+        self.released.wait(20)
+
+    async def until_reached(self) -> None:
+        while not self.reached.is_set():
+            await asyncio.sleep(0.001)
+
+
+class OneTurn(AsyncScriptedClient):
+    """The second turn never comes."""
+
+    def __init__(self, first: Result, block: Block) -> None:
+        super().__init__([first])
+        self.block = block
+
+    def stream(self, **request: Any) -> Any:
+        return super().stream(**request) if self.script else contextlib.nullcontext(self.nothing())
+
+    async def nothing(self) -> AsyncIterator[Any]:
+        await self.block.coroutine()
+        yield
+
+
+STOPPED = "Error: the loop was stopped while this ran; whether it did its work is not known"
+
+
+@pytest.mark.parametrize(
+    ("state", "content"),
+    [
+        ("coroutine", STOPPED),
+        ("thread", STOPPED),
+        ("approval", "Not run: the loop was stopped."),
+        ("model", "null"),
+    ],
+)
+def test_a_loop_that_is_cancelled_in_any_state_leaves_a_transcript_to_go_on_from(state: str, content: str):
+    block = Block()
+    act = {"coroutine": block.coroutine, "thread": block.thread}.get(state, lambda: None)
+    tool = Tool("act", "", {"type": "object"}, act)
+    client = OneTurn(turn("", call("act")), block)
+    approve = block.coroutine if state == "approval" else None
+    events = loop.aiterate(client, "go", tools=[tool], before_tool=approve)
+    assert events.messages == [{"role": "user", "content": "go"}]
+
+    async def main() -> None:
+        async def read() -> None:
+            async for _ in events:
+                pass
+
+        task = asyncio.create_task(read())
+        await block.until_reached()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    wait(main())
+    block.released.set()
+    assert [m["content"] for m in events.messages if m["role"] == "tool"] == [content]
+    assert client.hints[-1][1] == "done"
+    assert loop.run(ScriptedClient([turn("ok")]), events.messages, tools=[tool]).text == "ok"
 
 
 def test_leaving_the_iteration_cancels_the_turn():

@@ -15,6 +15,7 @@ from loopmux.loopevents import (
     AskModel,
     Decided,
     Deny,
+    Event,
     Fail,
     Finish,
     HintWaiting,
@@ -56,8 +57,17 @@ def new(*, approval: bool = False, tools: dict[str, Tool] = TOOLS, **limits: Any
     return loop
 
 
+def told(loop: Loop, event: Event, now: float = 0.0) -> list[Action]:
+    """What follows from an event, where the shell runs at once what it is to run."""
+    actions = loop.handle(event, now)
+    for action in actions:
+        if isinstance(action, RunTool):
+            loop.began(action.number, now)
+    return actions
+
+
 def asked(loop: Loop, result: Result, now: float = 0.0) -> list[Action]:
-    return loop.handle(TurnFinished(loop.turn, result), now)
+    return told(loop, TurnFinished(loop.turn, result), now)
 
 
 def listed(made: ToolCall) -> dict[str, Any]:
@@ -273,7 +283,7 @@ def test_a_tool_that_takes_too_long_is_abandoned_and_its_late_result_ignored():
 def test_the_time_of_a_queued_call_begins_when_it_starts():
     loop = new(tool_timeout=5, concurrency=1)
     asked(loop, turn("", call("echo", text="a"), call("echo", "c1", text="b")), 0.0)
-    loop.handle(ToolFinished(0, succeeded("a")), 4.0)
+    told(loop, ToolFinished(0, succeeded("a")), 4.0)
     assert loop.wake == 9.0
 
 
@@ -322,7 +332,7 @@ def test_the_caller_is_asked_in_call_order_before_anything_runs():
     calls = [call("echo", f"c{i}", text=str(i)) for i in range(3)]
     actions = asked(loop, turn("", *calls))
     assert actions[1:] == [HintWaiting(), *(AskApproval(i, c) for i, c in enumerate(calls))]
-    assert loop.handle(Decided(0, Run()), 0) == [RunTool(0, 1, calls[0], ECHO)]
+    assert told(loop, Decided(0, Run())) == [RunTool(0, 1, calls[0], ECHO)]
     assert loop.handle(Decided(1, Deny("not today")), 0) == [
         Report(ToolResult(1, calls[1], "denied", "Denied: not today", None, "not today"))
     ]
@@ -332,6 +342,38 @@ def test_the_caller_is_asked_in_call_order_before_anything_runs():
     assert isinstance(loop.handle(ToolFinished(0, succeeded("0")), 0)[-1], AskModel)
     assert contents(loop) == ["0", "Denied: not today", '{"a": 1}']
     assert [entry["status"] for entry in loop.tool_log] == ["success", "denied", "substituted"]
+
+
+def test_the_time_of_a_tool_begins_when_it_runs_not_when_it_is_allowed_to():
+    loop = new(approval=True, tool_timeout=5)
+    asked(loop, turn("", call("echo", text="a"), call("echo", "c1", text="b")), 0.0)
+    loop.handle(Decided(0, Run()), 1.0)
+    loop.handle(Decided(1, Run()), 60.0)
+    loop.began(0, 61.0)
+    loop.began(1, 62.0)
+    assert loop.wake == 66.0
+
+
+def test_a_transcript_in_the_middle_of_a_turn_is_whole():
+    loop = new(concurrency=2)
+    calls = [call("echo", f"c{i}", text=str(i)) for i in range(3)]
+    asked(loop, turn("", call("sub", "c9"), *calls))
+    assert loop.handle(ToolFinished(2, succeeded("1")), 0)[1:] == [RunTool(3, 1, calls[2], ECHO)]
+    before = loop.transcript()
+    assert before[2:] == [
+        answer(call("sub", "c9"), "Error: unknown tool 'sub', expected one of: add, echo"),
+        answer(calls[0], "Error: the loop was stopped while this ran; whether it did its work is not known"),
+        answer(calls[1], "1"),
+        answer(calls[2], "Not run: the loop was stopped."),
+    ]
+    loop.began(3, 0.0)
+    loop.handle(ToolFinished(1, succeeded("0")), 0)
+    loop.handle(ToolFinished(3, succeeded("2")), 0)
+    assert contents(loop)[1:] == ["0", "1", "2"]
+    assert loop.transcript() == loop.messages
+    loop = new(approval=True)
+    asked(loop, turn("", calls[0]))
+    assert loop.transcript()[2:] == [answer(calls[0], "Not run: the loop was stopped.")]
 
 
 def test_only_calls_that_could_be_run_are_asked_about():
@@ -421,6 +463,8 @@ ASSISTANT = {"role": "assistant", "content": "", "tool_calls": [listed(call(a=1,
         ([{"content": "hi"}], "messages[0]"),
         ([USER, ASSISTANT], "messages[1]: its tool call 'c0' has no answer"),
         ([USER, ASSISTANT, USER], "messages[1]"),
+        ([USER, ASSISTANT | {"tool_calls": 5}], "messages[1].tool_calls: found 5, expected a list of dicts"),
+        ([USER, ASSISTANT | {"tool_calls": ["c0"]}], "messages[1].tool_calls: found ['c0']"),
     ],
 )
 def test_a_transcript_that_cannot_be_continued(messages: list[Any], said: str):
@@ -437,7 +481,17 @@ def test_a_transcript_with_all_answers_is_resumed():
 
 
 @pytest.mark.parametrize(
-    "limits", [{"max_turns": 0}, {"concurrency": 0}, {"tool_timeout": -1}, {"timeout": 0}, {"max_result_size": 0}]
+    "limits",
+    [
+        {"max_turns": 0},
+        {"max_turns": "10"},
+        {"max_tool_calls": None},
+        {"concurrency": 0},
+        {"tool_timeout": -1},
+        {"timeout": 0},
+        {"timeout": True},
+        {"max_result_size": 0},
+    ],
 )
 def test_limits_out_of_range(limits: dict[str, Any]):
     with pytest.raises(BadRequestError) as caught:

@@ -78,9 +78,17 @@ class Storm:
         while self.end is None:
             while queue:
                 queue += self.perform(queue.pop(0))
+                self.could_be_resumed()
             if self.end is None:
                 queue = self.something_happens()
         assert not queue
+
+    def could_be_resumed(self) -> None:
+        """Whenever it is stopped: each call has its one answer."""
+        _, *said = self.loop.transcript()
+        told = [(m["tool_call_id"], m["name"]) for m in said if m["role"] == "tool"]
+        assert told == [(c.id, c.name) for made in self.turns for c in made]
+        Loop([{"role": "user", "content": "go"}, *said], TOOLS)
 
     def perform(self, action: Action) -> list[Action]:
         match action:
@@ -96,6 +104,7 @@ class Storm:
                 return self.loop.handle(Decided(number, decision), self.now)
             case RunTool():
                 self.running[action.number] = action
+                self.loop.began(action.number, self.now)
                 assert len(self.running) <= self.loop.limits.concurrency
             case AbandonTool(number):
                 self.running.pop(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -175,6 +176,15 @@ def test_a_tool_that_never_returns_is_left_behind():
     forever.set()
 
 
+def test_the_time_of_observers_is_none_of_a_tools():
+    def slow(event: Any) -> None:
+        if isinstance(event, ToolStarted):
+            time.sleep(0.4)
+
+    client = ScriptedClient([turn("", call(a=1, b=2), call(a=3, b=4)), turn("ok")])
+    assert [entry["result"] for entry in run(client, on_event=slow, tool_timeout=0.3).tool_log] == [3, 7]
+
+
 def test_a_tool_that_never_returns_does_not_hang_the_program():
     program = """
 import threading
@@ -247,7 +257,53 @@ def test_an_answer_that_is_none_of_them_is_refused_and_nothing_runs():
     with pytest.raises(ToolLoopError, match="before_tool answered None for 't'") as caught:
         run(ScriptedClient([turn("", call("t")), turn("ok")]), tools=[tool], before_tool=forgetful)
     assert ran == []
-    assert caught.value.messages[0] == {"role": "user", "content": "go"}
+    assert caught.value.messages[-1]["content"] == "Not run: the loop was stopped."
+    assert loop.run(ScriptedClient([turn("ok")]), caught.value.messages, tools=[tool]).text == "ok"
+
+
+class Enough(Exception):
+    pass
+
+
+def test_what_before_tool_raises_comes_out_and_the_transcript_is_kept():
+    def approve(made: ToolCall) -> bool:
+        if made.arguments["a"] == 2:
+            raise Enough
+        return True
+
+    script = [turn("", call(a=1, b=2)), turn("", call(a=2, b=2))]
+    with pytest.raises(Enough):
+        run(ScriptedClient(list(script)), before_tool=approve)
+    events = loop.iterate(ScriptedClient(list(script)), "go", tools=[add], before_tool=approve)
+    with pytest.raises(Enough):
+        list(events)
+    assert [m["content"] for m in events.messages if m["role"] == "tool"] == ["3", "Not run: the loop was stopped."]
+    assert loop.run(ScriptedClient([turn("ok")]), events.messages, tools=[add]).text == "ok"
+
+
+def test_coroutine_functions_are_not_called_where_nobody_awaits_them():
+    async def note(_: Any) -> bool:
+        return True
+
+    client = ScriptedClient([])
+    with pytest.raises(BadRequestError, match="before_tool: found a coroutine function, which AsyncClient awaits"):
+        run(client, before_tool=note)
+    with pytest.raises(BadRequestError, match="on_event: found a coroutine function"):
+        run(client, on_event=note)
+
+
+def test_a_transcript_that_was_cut_anywhere_goes_on_or_says_what_is_missing():
+    calls = [call("add", f"c{n}", a=n, b=1) for n in range(2)]
+    whole = json.loads(json.dumps(run(ScriptedClient([turn("Hm", *calls), turn("done")])).messages))
+    for size in range(1, len(whole) + 1):
+        client = ScriptedClient([turn("ok")])
+        missing = [c for c in calls if size > 1 and not any(m.get("tool_call_id") == c.id for m in whole[:size])]
+        if missing:
+            with pytest.raises(BadRequestError, match=f"its tool call '{missing[0].id}' has no answer: append"):
+                loop.run(client, whole[:size], tools=[add])
+        answers = [{"role": "tool", "tool_call_id": c.id, "name": c.name, "content": "lost"} for c in missing]
+        assert loop.run(client, [*whole[:size], *answers], tools=[add]).text == "ok"
+        assert client.messages(0) == [*whole[:size], *answers]
 
 
 def test_max_turns_carries_everything():
@@ -341,9 +397,6 @@ def test_wrong_calls_are_refused_before_anything_is_sent(messages: Any, tools: A
 
 
 def test_an_observer_that_raises_ends_the_loop_and_cancels_the_turn():
-    class Enough(Exception):
-        pass
-
     def observer(event: Any) -> None:
         if isinstance(event, TextDelta):
             raise Enough
@@ -361,6 +414,7 @@ def test_leaving_the_iteration_cancels_the_turn():
     assert [next(events), next(events)] == [TurnStarted(1), TextDelta("text")]
     events.close()
     assert client.left == ["cancelled"]
+    assert events.messages == [{"role": "user", "content": "go"}]
 
 
 def test_a_loop_without_tools():

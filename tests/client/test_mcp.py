@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mcp
+import mcp.types
 import psutil
 import pytest
 
-from loopmux import loop
+from loopmux import loop, mcpsession
 from loopmux.errors import (
     BadRequestError,
     ConnectionLostError,
@@ -32,9 +38,9 @@ DEAF = ["sh", "-c", "cat >/dev/null"]
 
 
 @contextmanager
-def over_http() -> Iterator[str]:
+def over_http(port: int = 0) -> Iterator[str]:
     """The shop's URL."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("127.0.0.1", port)) as listening:
         port, number = listening.getsockname()[1], listening.fileno()
         process = subprocess.Popen([*SHOP, str(number)], pass_fds=[number])
     try:
@@ -108,6 +114,12 @@ def test_an_async_loop(shop: MCPServer) -> None:
     assert [entry["result"] for entry in out.tool_log] == [0, 2, 4, 6]
 
 
+def test_loops_in_threads_share_it(shop: MCPServer) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(results, shop, *[call("shop_add", a=n, b=0)] * 3) for n in range(4)]
+    assert [job.result() for job in jobs] == [[str(n)] * 3 for n in range(4)]
+
+
 def test_results_of_all_kinds(shop: MCPServer) -> None:
     assert results(
         shop,
@@ -163,24 +175,87 @@ def test_two_servers_with_tools_of_one_name_keep_the_transcript(shop: MCPServer)
     assert caught.value.messages == [{"role": "user", "content": "go"}]
 
 
-def test_a_server_that_dies() -> None:
-    with MCPServer(SHOP, name="shop") as server:
+GONE = "Error: ConnectionLostError: the MCP server 'shop' ("
+
+
+def pid(server: MCPServer) -> int:
+    number: int = asyncio.run(server.call("pid", {}))
+    return number
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+def only(expected: set[int]) -> bool:
+    """Whether these are all of our children, as soon as those that have ended are collected."""
+    give_up = time.monotonic() + 10
+    while children() != expected and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return children() == expected
+
+
+def test_a_server_that_ends_is_opened_again_by_the_next_call_but_not_by_every_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mcpsession, "_AGAIN", 600.0)  # however slow the machine is
+    before = children()
+    with MCPServer(SHOP, name="shop") as server, ThreadPoolExecutor(4) as pool:
+        psutil.Process(pid(server)).kill()
+        while server._session._client is not None:  # nobody asks for anything meanwhile
+            time.sleep(0.001)
+        (again,) = set(pool.map(pid, [server] * 4))  # who comes at the same time finds it opened once
+        assert only(before | {again})
+        waiting = [pool.submit(asyncio.run, server.call("hang", {})) for _ in range(3)]
         died, later = results(server, call("shop_die"), call("shop_add", a=1, b=2))
-        for content in (died, later):
-            assert content.startswith(f"Error: ConnectionLostError: the MCP server 'shop' ({SHOP[0]}")
-            assert content.endswith("its last words: out of paper): find out why it ended, and open it again")
-        with pytest.raises(ConnectionLostError, match="is gone"):
+        assert died.startswith(GONE + SHOP[0])
+        assert died.endswith("its last words: out of paper): find out why it ended; a later call opens it again")
+        assert later.startswith(GONE)
+        assert [type(job.exception(10)) for job in waiting] == [ConnectionLostError] * 3
+        assert only(before)
+        with pytest.raises(ConnectionLostError, match="is gone") as caught:
             loop.run(ScriptedClient([]), "go", tools=[server])
+        assert caught.value.messages == [{"role": "user", "content": "go"}]
 
 
-def test_a_server_behind_a_url_that_dies() -> None:
+def test_a_server_that_cannot_be_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mcpsession, "_AGAIN", 600.0)
+    program = Path(shutil.copy(SHOP[1], tmp_path))
+    with MCPServer([SHOP[0], str(program)], name="shop") as server:
+        program.unlink()
+        makes = [call("shop_die"), call("shop_add", a=1, b=2), call("shop_add", a=1, b=2)]
+        died, tried, later = results(server, *makes, max_failures=9)
+    assert died.startswith(GONE)
+    assert "cannot be opened (" in tried
+    assert "No such file or directory): see that the command starts a server" in tried
+    assert "is gone (" in later
+
+
+def test_a_server_behind_a_url_that_dies_and_comes_back() -> None:
     with over_http() as url, MCPServer(url, name="shop") as server:
-        for content in results(server, call("shop_die"), call("shop_add", a=1, b=2)):
-            assert f"the MCP server 'shop' ({url}) is gone" in content
+        (died,) = results(server, call("shop_die"))
+        assert f"the MCP server 'shop' ({url}) is gone" in died
+        with over_http(int(re.findall(r":(\d+)/", url)[0])):
+            assert results(server, call("shop_add", a=1, b=2)) == ["3"]
+
+
+def test_a_server_behind_a_url_that_has_forgotten_the_session(url: str) -> None:
+    """It was started anew while nobody asked."""
+
+    async def forgotten(_: mcp.Client) -> None:
+        raise mcp.MCPError(code=mcp.types.INVALID_REQUEST, message="Session terminated")
+
+    with MCPServer(url, name="shop") as server:
+        session = server._session
+        first = session._client
+        with pytest.raises(ConnectionLostError, match=r"is gone \(Session terminated\): find out why"):
+            session.portal.call(session.ask, "anything", forgotten)
+        assert results(server, call("shop_add", a=1, b=2)) == ["3"]
+        assert session._client is not first
 
 
 def test_a_call_that_is_never_answered(shop: MCPServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shop, "_timeout", 0.1)
+    monkeypatch.setattr(shop._session, "timeout", 0.1)
     (content,) = results(shop, call("shop_hang"))
     assert "asked for a call of 'hang', did not answer within 0.1 s: see whether it hangs, or give it more" in content
     monkeypatch.undo()
@@ -202,10 +277,10 @@ def test_what_cannot_be_opened(target: Any, said: str) -> None:
 
 
 def test_a_process_that_never_answers() -> None:
-    before = {child.pid for child in psutil.Process().children()}
+    before = children()
     with pytest.raises(DeadlineExceededError, match=r"did not answer within 0\.2 s: see that the command starts"):
         MCPServer(DEAF, timeout=0.2).__enter__()
-    assert {child.pid for child in psutil.Process().children()} == before
+    assert children() == before
 
 
 def test_a_url_that_never_answers() -> None:

@@ -11,6 +11,7 @@ from loopmux.errors import BadRequestError, PayloadTooLargeError
 from loopmux.messages import Generate, Sampling, Submit
 from loopmux.options import KNOWN, PromptOptions, merge, prepare
 from loopmux.wire import pack_tokens
+from loopmux_worker.engine.calls import values
 
 PUBLIC = [
     "model", "adapter", "session", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
@@ -222,6 +223,18 @@ def test_what_is_nested_without_end_is_refused() -> None:
     endless.append(endless)
     with pytest.raises(BadRequestError, match="nested more than"):
         prepare({"messages": [{"role": "user", "content": endless}]})
+
+
+def test_the_deepest_call_that_workers_read_can_go_back_in_a_message() -> None:
+    arguments: dict[str, Any] = {"a": 1}
+    for _ in range(62):
+        arguments = {"a": arguments}
+    values.check("t", arguments)
+    function = {"name": "t", "arguments": arguments}
+    calls = [{"id": "c", "type": "function", "function": function}]
+    prepare({"messages": [{"role": "assistant", "content": "", "tool_calls": calls}]})
+    with pytest.raises(values.MalformedCall):
+        values.check("t", {"a": arguments})
 
 
 def test_a_request_larger_than_a_message_is_refused() -> None:

@@ -224,6 +224,12 @@ def test_a_hand_written_schema_says_itself_whether_it_is_closed():
     assert closed.problems({"b": 1}) == "b: unknown, expected a"
 
 
+@pytest.mark.parametrize("broken", [{"required": True}, {"properties": ["a"]}, {"properties": {"a": {"enum": 1}}}])
+def test_a_schema_of_a_server_that_is_none_makes_its_calls_errors(broken: dict[str, Any]):
+    made = Tool("t", "", {"type": "object"} | broken, add)
+    assert "the tool's JSON schema is malformed (" in str(made.problems({"a": 1}))
+
+
 def test_only_the_first_problems_are_told():
     def wide(a: int, b: int, c: int, d: int, e: int, f: int, g: int) -> None: ...
 

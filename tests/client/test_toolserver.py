@@ -170,10 +170,36 @@ def test_a_server_that_hangs_up():
         thread.join()
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:8763", "ftp://host", "http://", "http:///path"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "127.0.0.1:8763", "ftp://host", "http://", "http:///path", "http://h:99999", "http://h:port", "http://[h"],
+)
 def test_what_is_no_url(url: str):
     with pytest.raises(BadRequestError, match="tool server: found the URL"):
         ToolServer(url)
+
+
+@pytest.mark.parametrize("token", ["two\r\nlines", "geheïm"])
+def test_what_is_no_token(token: str):
+    with pytest.raises(BadRequestError, match="a token with other characters than a header may have"):
+        ToolServer("http://127.0.0.1:8763", token)
+
+
+@pytest.mark.parametrize("parameters", ["path", ["path"]])
+def test_a_listed_tool_whose_parameters_are_no_schema(parameters: Any):
+    with (
+        serving({"/tools": (200, [{"name": "read_file", "parameters": parameters}])}) as server,
+        pytest.raises(ProtocolError, match=r"lists 'read_file' with the parameters .*path.*, expected a JSON schema"),
+    ):
+        ToolServer(server.url).tools()
+
+
+def test_a_loop_waits_a_little_longer_than_the_server_may_take():
+    schema = {"name": "hang", "parameters": {"type": "object"}}
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = ToolServer(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.05, schemas=[schema])
+        out = loop.run(ScriptedClient([turn("", call("hang")), turn("ok")]), "go", tools=[server])
+    assert "did not answer within 0.05 s" in out.tool_log[0]["error"]
 
 
 def test_a_proxy_of_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch):

@@ -139,6 +139,7 @@ def test_over_random_loops_every_turn_is_the_one_before_and_what_is_new_once(dat
         result = worker.asked(ask, said)
         actions = loop.handle(TurnFinished(ask.turn, result), 0.0)
         for job in [action for action in actions if isinstance(action, RunTool)]:
+            loop.began(job.number, 0.0)
             actions = loop.handle(ToolFinished(job.number, succeeded(data.draw(words))), 0.0)
         ask = actions[-1]
         assert isinstance(ask, AskModel)

@@ -129,6 +129,7 @@ class Chat:
             print(f"{self.model}, {len(self.tools)} tools: {', '.join(self.tools)}" if self.tools else self.model)
             print("/help lists the commands, an empty line or Ctrl-D ends the chat, Ctrl-C stops an answer")
         while line := self._read(terminal):
+            before = self.messages
             try:
                 if line.startswith("/"):
                     self._command(line[1:].split(maxsplit=1))
@@ -137,7 +138,10 @@ class Chat:
             except KeyboardInterrupt:
                 if not terminal:
                     raise
-                self.printer.note("[stopped; this question is forgotten]")
+                kept = self.messages is not before
+                self.printer.note(
+                    f"[stopped; {'what came of it so far is kept' if kept else 'this question is forgotten'}]"
+                )
             except LoopmuxError as error:
                 if not terminal:
                     raise
@@ -175,9 +179,9 @@ class Chat:
         try:
             with contextlib.closing(events):
                 result = self.printer.show(events).result
-        except LoopmuxError as error:
-            if len(error.messages) > len(asked):
-                self.messages = error.messages  # tools have run: the model should know
+        except (LoopmuxError, KeyboardInterrupt):
+            if len(events.messages) > len(asked):
+                self.messages = events.messages  # the model should know what its calls did, and not make them again
             raise
         self.messages = result.messages
         if result.finish_reason != "stop":
