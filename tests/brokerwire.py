@@ -122,10 +122,21 @@ class Peer:
 
 @dataclass
 class Process:
-    """A running broker."""
+    """A running broker; ``process`` is the parent of the one that serves."""
 
     process: subprocess.Popen[str]
     ready: dict[str, Any]
+
+    @property
+    def serving(self) -> int:
+        """The process that said it is ready."""
+        return int(self.ready["pid"])
+
+    def line(self) -> dict[str, Any]:
+        """The next line of its log."""
+        assert self.process.stderr is not None
+        found: dict[str, Any] = json.loads(self.process.stderr.readline())
+        return found
 
     @property
     def clients(self) -> str:

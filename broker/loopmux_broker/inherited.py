@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from loopmux.errors import ConfigError
+from loopmux.claims import Claim
+from loopmux.endpoints import ipc_path
+from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.listening import endpoint_of
 from loopmux_broker.doors import Side
 
@@ -66,3 +68,15 @@ def _take(name: str, descriptor: int, where: str) -> Inherited:
         raise ConfigError(
             f"{where}: descriptor {descriptor} is no socket ({error.strerror}), expected one that listens"
         ) from error
+
+
+def remove_files(given: Iterable[Inherited]) -> None:
+    """Who made these sockets was killed and cannot remove their files. No process of ours may have them any more."""
+    claims = []
+    for path in filter(None, (ipc_path(one.endpoint) for one in given)):
+        try:
+            claims.append(Claim(path))
+        except LoopmuxError:
+            pass  # somebody else is there already, or the files are gone: nothing to clean up
+    for claim in reversed(claims):  # the first one made the folder
+        claim.release()

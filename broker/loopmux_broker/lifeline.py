@@ -1,8 +1,9 @@
-"""Why the broker should end: a signal, somebody's word from another thread, or the death of its parent."""
+"""Why the broker should end: a signal, somebody's word from another thread, or the death of a parent."""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 from collections.abc import Collection
@@ -14,20 +15,34 @@ PARENT_DIED = "parent died"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Lifeline:
-    """Descriptors that become readable when it is time to go, for a poller.
+class Parent:
+    """A process whose death is the end of this one.
 
-    The parent is watched through a descriptor of the process rather than PR_SET_PDEATHSIG: that one fires when the
-    *thread* that started us ends, and only for a direct parent.
+    It is watched through a descriptor of the process rather than PR_SET_PDEATHSIG: that one fires when the *thread*
+    that started us ends, and only for a direct parent. ``descriptor`` is readable once the process has ended, and None
+    where the system has no such thing.
+
+    Raises:
+        LoopmuxError: there is no such process.
     """
 
-    def __init__(self, parent: int | None = None) -> None:
-        """Raises LoopmuxError if there is no process ``parent``."""
+    def __init__(self, process: int) -> None:
+        self._process, self.descriptor = process, _process_descriptor(process)
+
+    def dead(self) -> bool:
+        """Whether it has ended."""
+        if self.descriptor is None:
+            return not _alive(self._process)
+        return bool(select.select([self.descriptor], [], [], 0)[0])
+
+
+class Lifeline:
+    """Descriptors that become readable when it is time to go, for a poller."""
+
+    def __init__(self, *parents: Parent) -> None:
         self.reason: str | None = None
-        self._parent = parent
-        self._process: int | None = None
-        if parent is not None:
-            self._process = _process_descriptor(parent)
+        self._watched = frozenset(parent.descriptor for parent in parents if parent.descriptor is not None)
+        self._asked = tuple(parent for parent in parents if parent.descriptor is None)
         self._ear, self._mouth = socket.socketpair()
         self._ear.setblocking(False)
         self._mouth.setblocking(False)
@@ -56,16 +71,16 @@ class Lifeline:
 
     def descriptors(self) -> list[int]:
         """What to poll for reading."""
-        return [self._ear.fileno()] + ([self._process] if self._process is not None else [])
+        return [self._ear.fileno(), *self._watched]
 
     @property
     def must_ask(self) -> bool:
-        """Whether the parent's death shows only by asking ``check`` now and then."""
-        return self._parent is not None and self._process is None
+        """Whether a parent's death shows only by asking ``check`` now and then."""
+        return bool(self._asked)
 
     def check(self, readable: Collection[object]) -> str | None:
         """The reason to end, if there is one; ``readable`` is all that the poller found readable."""
-        if self._process in readable or (self.must_ask and not _alive(self._parent or 0)):
+        if not self._watched.isdisjoint(readable) or any(parent.dead() for parent in self._asked):
             self.reason = self.reason or PARENT_DIED
         return self.reason
 
@@ -77,8 +92,6 @@ class Lifeline:
                 signal.signal(number, signal.SIG_DFL)
         self._ear.close()
         self._mouth.close()
-        if self._process is not None:
-            os.close(self._process)
 
 
 def _process_descriptor(process: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from loopmux import exitcodes
 from loopmux.errors import LoopmuxError
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Side
-from loopmux_broker.inherited import Inherited, inherited
-from loopmux_broker.lifeline import Lifeline
+from loopmux_broker.inherited import Inherited, inherited, remove_files
+from loopmux_broker.keeper import keep
+from loopmux_broker.lifeline import Lifeline, Parent
 from loopmux_broker.logs import LEVELS, Logger
 from loopmux_broker.server import Server
 
@@ -25,8 +27,23 @@ _GARBAGE = 20_000
 def main(arguments: list[str] | None = None) -> int:
     """Run the broker until SIGTERM, SIGINT or the death of ``--parent-pid``; returns the exit code."""
     options = _parser().parse_args(arguments)
+    log = Logger(options.log_format, options.log_level)
     try:
-        return _serve(options)
+        given = inherited(options.listen_fd, os.environ)
+        if options.config is not None:
+            importlib.import_module("loopmux_broker.configfile")  # its parser takes its time
+        parents = [] if options.parent_pid is None else [Parent(options.parent_pid)]
+        keeper = Parent(os.getpid())
+        code = keep(log)
+        if code is None:
+            parents.append(keeper)
+            code = _serve(options, given, parents, log)
+        else:
+            for one in given:
+                os.close(one.descriptor)
+        if parents and parents[-1].dead():
+            remove_files(given)
+        return code
     except LoopmuxError as error:
         if options.debug:
             raise
@@ -39,16 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
         return exitcodes.FAILURE
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _serve(options: argparse.Namespace, given: list[Inherited], parents: list[Parent], log: Logger) -> int:
     config = _settings(options.config)
-    given = inherited(options.listen_fd, os.environ)
     config = config.with_endpoints(
         _listened_on(options.endpoint, given, Side.CLIENTS), _listened_on(options.worker_endpoint, given, Side.WORKERS)
     )
     descriptors = {one.endpoint: one.descriptor for one in given}
-    with Lifeline(options.parent_pid) as lifeline:
+    with Lifeline(*parents) as lifeline:
         lifeline.catch_signals()
-        server = Server(config, Logger(options.log_format, options.log_level), lifeline, descriptors)
+        server = Server(config, log, lifeline, descriptors)
         # What is there now stays: the collector need not look at it again, and most garbage needs no collector.
         gc.freeze()
         gc.set_threshold(_GARBAGE)

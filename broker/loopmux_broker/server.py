@@ -12,7 +12,6 @@ import zmq
 import loopmux
 from loopmux import endpoints
 from loopmux.claims import Claim
-from loopmux.errors import LoopmuxError
 from loopmux_broker.broker import Broker
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Door, SendOutcome, Side
@@ -27,7 +26,7 @@ from loopmux_broker.events import (
     Send,
     TimerDue,
 )
-from loopmux_broker.lifeline import PARENT_DIED, Lifeline
+from loopmux_broker.lifeline import Lifeline
 from loopmux_broker.logs import Logger
 
 _DRAIN = 64
@@ -55,7 +54,6 @@ class Server:
         """
         self._config, self._log, self._lifeline = config, log, lifeline
         self._inherited = inherited or {}
-        self._orphaned = False
         self._claims: list[Claim] = []
         self.doors: list[Door] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -103,7 +101,6 @@ class Server:
             readable = self._wait()
             reason = self._lifeline.check(readable)
             if reason is not None:
-                self._orphaned = reason == PARENT_DIED
                 self._log.say("info", "stopping", reason=reason)
                 return reason
             self._turn(readable)
@@ -113,21 +110,9 @@ class Server:
         for door in self.doors:
             door.close()
         self._context.term()
-        if self._orphaned:
-            self._claim_inherited()
         for claim in reversed(self._claims):  # the first one made the folder
             claim.release()
         self.doors, self._claims = [], []
-
-    def _claim_inherited(self) -> None:
-        """Who made these sockets was killed and cannot remove their files."""
-        theirs = []
-        for path in filter(None, map(endpoints.ipc_path, self._inherited)):
-            try:
-                theirs.append(Claim(path))
-            except LoopmuxError:
-                pass  # somebody else is there already, or the files are gone: nothing to clean up
-        self._claims = theirs + self._claims
 
     # --- one turn
 

@@ -44,10 +44,10 @@ class EnvironmentFailed:
 
 @dataclass(frozen=True, slots=True)
 class ProcessReported:
-    """A process of ours (broker or worker) told its phase."""
+    """A process of ours (broker or worker) told its phase; ``replaced``: a broker died, and its parent has another."""
 
     name: str
-    phase: Literal["loading", "warming", "ready", "failed"]
+    phase: Literal["loading", "warming", "ready", "failed", "replaced"]
     detail: str = ""
 
 

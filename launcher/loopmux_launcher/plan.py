@@ -192,6 +192,8 @@ class Plan:
         yield StartBroker()
 
     def _process_reported(self, process: Process, phase: str, detail: str, now: float) -> Iterator[Action]:
+        if phase == "replaced":
+            yield Announce(process.name, detail, "warning")
         if process.state is not State.STARTING:
             return
         if phase == "ready":

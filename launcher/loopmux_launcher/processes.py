@@ -212,9 +212,14 @@ def phase_line(line: bytes) -> Said | None:
 
 
 def broker_line(line: bytes) -> Said | None:
-    """The line of the broker's log that says that it listens."""
-    value = _json(line)
-    return Said("ready", "", only=False) if value and value.get("event") == "ready" else None
+    """The lines of the broker's log that say that it listens, and that one has died and is followed by another."""
+    value = _json(line) or {}
+    match value.get("event"):
+        case "ready":
+            return Said("ready", only=False)
+        case "broker died" if value.get("again"):
+            return Said("replaced", f"ended by {value.get('by')}; another one serves at once", only=False)
+    return None
 
 
 def _json(line: bytes) -> dict[str, Any] | None:

@@ -77,7 +77,7 @@ _COULD_NOT_START = 127
 """The shell's exit code for a program that cannot be run."""
 _BUILDER = "environment "
 """What the names of processes that build begin with."""
-_PHASES = ("loading", "warming", "ready", "failed")
+_PHASES = ("loading", "warming", "ready", "failed", "replaced")
 
 
 class Launcher:

@@ -7,8 +7,8 @@ benchmark's own; otherwise the echo engine by this interpreter: what is left the
 - ``start``: seconds from the command ``up`` until it says that it is ready, and until the first token of a request made
   then; the environment is built before;
 - ``loss``: seconds that a stream is silent after ``kill -9`` of its worker, with another worker there and without;
-- ``rest``: MiB of launcher, its guard and broker when nothing runs: resident, and with shared pages divided among those
-  who share them (RSS, PSS).
+- ``rest``: MiB of launcher, its guard, broker and the broker's parent (keeper) when nothing runs: resident, and with
+  shared pages divided among those who share them (RSS, PSS).
 """
 
 from __future__ import annotations
@@ -189,15 +189,19 @@ def rest(site: Site) -> dict[str, Any]:
         client.generate("Hello", max_new_tokens=8)
         broker, workers = client.status().pid, {worker.pid for worker in client.status().workers}
         time.sleep(_SETTLED)
-        pid = up.process.pid
-        guards = set(_children(pid)) - workers - {broker}
-        named = {"launcher": pid, "broker": broker, **dict.fromkeys(("guard",), *guards)}
+        pid, keeper = up.process.pid, _parent(broker)
+        guards = set(_children(pid)) - workers - {keeper}
+        named = {"launcher": pid, "broker": broker, "keeper": keeper, **dict.fromkeys(("guard",), *guards)}
         return {name: _memory(process) for name, process in named.items()}
 
 
 def _children(process: int) -> Iterator[int]:
     for task in Path(f"/proc/{process}/task").iterdir():
         yield from map(int, (task / "children").read_text().split())
+
+
+def _parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _memory(process: int) -> dict[str, float]:

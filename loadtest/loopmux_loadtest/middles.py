@@ -111,7 +111,8 @@ def loopmux(folder: str) -> Iterator[Middle]:
         broker(front, back) as ours,
         _module("loopmux_loadtest.bench_broker", "--worker", back, "joined", ready=True) as worker,
     ):
-        yield _answering(Middle("loopmux", front, [ours.pid, worker.pid], ours.pid))
+        _, serving = _with_children([ours.pid])
+        yield _answering(Middle("loopmux", front, [ours.pid, worker.pid], serving))
 
 
 @contextlib.contextmanager

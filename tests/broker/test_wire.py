@@ -223,11 +223,11 @@ def test_the_brokers_own_sleep_costs_nobody_their_place(tmp_path: Path) -> None:
     ):
         client.hello()
         worker.register()
-        os.kill(running.process.pid, signal.SIGSTOP)
-        until_stopped(running.process.pid)
+        os.kill(running.serving, signal.SIGSTOP)
+        until_stopped(running.serving)
         deadline = time.monotonic() + 1.2
         until(lambda: time.monotonic() > deadline, "four heartbeats")
-        os.kill(running.process.pid, signal.SIGCONT)
+        os.kill(running.serving, signal.SIGCONT)
         client.send(say(Kind.PING))
         assert client.receive() == say(Kind.PONG)
         worker.beat()
@@ -250,10 +250,10 @@ def test_who_took_the_sleeping_broker_for_dead_goes_on_where_it_was(tmp_path: Pa
         worker.take()
         worker.send(tok(ONE, 0))
         client.expect(Kind.TOK)
-        os.kill(running.process.pid, signal.SIGSTOP)
-        until_stopped(running.process.pid)
+        os.kill(running.serving, signal.SIGSTOP)
+        until_stopped(running.serving)
         time.sleep(1.5)
-        os.kill(running.process.pid, signal.SIGCONT)
+        os.kill(running.serving, signal.SIGCONT)
         worker.register(boot=boot, held=1)
         worker.send(Message(Header(Kind.HELD, ONE, 0, 1, 1), codec.pack(Held(instance, "m"))))
         assert worker.expect(Kind.REPLAY).header.seq == 1

@@ -1,4 +1,7 @@
-"""A broker and its workers as real processes, each started again at once when it ends, as a service manager does."""
+"""A broker and its workers as real processes, each started again at once when it ends, as a service manager does.
+
+The broker that serves is a child of the program that is started, which forks another one when it dies, as everywhere.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ _VARIABLES = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
 
 @dataclass
 class Part:
-    """One process that is always there: whoever kills it gets another one."""
+    """One process that is always there: whoever kills it gets another one.
+
+    ``kept``: what serves is a child of the process that is started.
+    """
 
     name: str
     command: list[str]
@@ -48,6 +54,7 @@ class Part:
     ends: int = 0
     killed: int = 0
     inherits: tuple[int, ...] = ()
+    kept: bool = False
     _task: asyncio.Task[None] | None = field(default=None, repr=False)
 
     def start(self) -> None:
@@ -68,9 +75,19 @@ class Part:
 
     @property
     def pid(self) -> int:
-        """The present process."""
+        """The process that serves at present."""
         assert self.process is not None, f"{self.name} was never started"
-        return self.process.pid
+        if not self.kept:
+            return self.process.pid
+        children = psutil.Process(self.process.pid).children()
+        if not children:
+            raise psutil.NoSuchProcess(self.process.pid, msg=f"{self.name} has no child at present")
+        return int(children[0].pid)
+
+    @property
+    def deaths(self) -> int:
+        """How often it has ended."""
+        return self.ends + (self.log.read_text().count("again=True") if self.kept else 0)
 
     def signal(self, number: int) -> None:
         """Send it a signal; SIGKILL is remembered as ours."""
@@ -79,7 +96,7 @@ class Part:
 
     def thaw(self) -> None:
         """Let it go on if it was stopped."""
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
             os.kill(self.pid, signal.SIGCONT)
 
     def memory(self) -> float:
@@ -94,8 +111,8 @@ class Part:
         assert self._task is not None
         self._task.cancel()
         if self.process is not None and self.process.returncode is None:
-            for number in (signal.SIGCONT, signal.SIGTERM):
-                self.process.send_signal(number)
+            self.thaw()
+            self.process.send_signal(signal.SIGTERM)
             try:
                 await asyncio.wait_for(self.process.wait(), 10)
             except TimeoutError:
@@ -117,6 +134,7 @@ class House:
         self._listening = {"clients": Listening(self.endpoint), "workers": Listening(f"{self.endpoint}.work")}
         handed = [word for who, one in self._listening.items() for word in ("--listen-fd", f"{who}={one.fileno()}")]
         self.broker = self._part("broker", "loopmux_broker", *handed, *self._config(settings))
+        self.broker.kept = True
         self.broker.inherits = tuple(one.fileno() for one in self._listening.values())
         self.workers = [self._worker(f"w{n}", spec) for n, spec in enumerate(specs)]
 
@@ -196,7 +214,7 @@ class House:
 
     def unasked_deaths(self) -> int:
         """How often a process ended that nobody had killed."""
-        return sum(part.ends - part.killed for part in self.parts)
+        return sum(part.deaths - part.killed for part in self.parts)
 
     def troubles(self) -> list[str]:
         """Lines of the logs that should not be there."""

@@ -82,7 +82,7 @@ def test_a_stream_goes_on_when_a_part_of_the_stack_dies(struck: stacks.Stack, pa
 def test_nothing_is_left_however_up_ends(echo_config: Path, home: Path, number: int) -> None:
     stack = stacks.start(echo_config, home, folder=home / f"end{number}")
     family = stack.family()
-    assert len(family) == 6  # up, broker, guard, three workers
+    assert len(family) == 7  # up, broker and its parent, guard, three workers
     code = stack.stop(number)
     assert code == (-number if number == signal.SIGKILL else 0)
     stacks.wait_for(lambda: not any(map(running, family)), "all to end")

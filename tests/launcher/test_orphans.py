@@ -48,7 +48,8 @@ def ours(home: Path) -> dict[int, str]:
     return found
 
 
-WHOLE = Counter({"launcher": 1, "broker": 1, "worker": 2, "child": 2, "guard": 1})
+WHOLE = Counter({"launcher": 1, "broker": 2, "worker": 2, "child": 2, "guard": 1})
+"""The broker that serves has a parent of its kind."""
 
 
 def kill(pid: int) -> None:
@@ -69,13 +70,26 @@ def test_a_killed_launcher_and_workers_leave_nothing(up: tuple[Program, loopmux.
 
 def test_a_killed_broker_is_replaced_and_nothing_else(up: tuple[Program, loopmux.Client], home: Path) -> None:
     launcher, client = up
+    wait_for(lambda: client.status().uptime > 1.0, "a broker that has served")
     before = ours(home)
     kill(client.status().pid)
-    launcher.line("broker: ready in")
+    launcher.line("broker: ended by SIGKILL; another one serves at once")
     wait_for(lambda: len(client.status().workers) == 2, "the workers to be back")
     after = ours(home)
     assert Counter(after.values()) == WHOLE
     assert [part for pid, part in before.items() if pid not in after] == ["broker"]
+    stop(launcher, home)
+
+
+def test_a_killed_parent_of_the_broker_is_replaced_with_it(up: tuple[Program, loopmux.Client], home: Path) -> None:
+    launcher, client = up
+    before = ours(home)
+    kill(psutil.Process(client.status().pid).ppid())
+    launcher.line("broker: ready in")
+    wait_for(lambda: len(client.status().workers) == 2, "the workers to be back")
+    after = ours(home)
+    assert Counter(after.values()) == WHOLE
+    assert [part for pid, part in before.items() if pid not in after] == ["broker", "broker"]
     stop(launcher, home)
 
 

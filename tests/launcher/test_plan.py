@@ -10,6 +10,7 @@ from loopmux.wire import ROUTE_LIMIT
 from loopmux_launcher.backoff import CRASHES
 from loopmux_launcher.events import (
     Action,
+    Announce,
     Began,
     BrokerWelcomed,
     BuildEnvironment,
@@ -279,6 +280,15 @@ def test_a_broker_that_dies_later_is_restarted_and_workers_are_left_alone() -> N
     due = core.next_timer()
     assert due is not None
     assert of(StartBroker, core.handle(TimerFired(), due)) == [StartBroker()]
+
+
+def test_a_broker_that_its_own_parent_has_replaced_is_spoken_of_and_left_alone() -> None:
+    core = plan(make("m"), with_broker=True)
+    core.handle(Began(), 0.0)
+    ready(core, "broker", "m-1")
+    told_so = core.handle(ProcessReported("broker", "replaced", "ended by SIGSEGV"), 10.0)
+    assert told_so == [Announce("broker", "ended by SIGSEGV", "warning")]
+    assert ready(core, "broker", now=10.1) == []
 
 
 def test_a_long_reason_fits_into_a_message() -> None:

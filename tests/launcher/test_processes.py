@@ -156,6 +156,10 @@ print(json.dumps({"phase": "ready", "helper": helper.pid}), flush=True)
 def test_the_broker_is_ready_when_its_log_says_so() -> None:
     assert broker_line(b'{"event": "ready", "endpoints": ["ipc:///x"]}') == Said("ready", only=False)
     assert broker_line(b'{"event": "worker joined"}') is None
+    died = b'{"event": "broker died", "by": "SIGSEGV", "again": %s}'
+    said = Said("replaced", "ended by SIGSEGV; another one serves at once", only=False)
+    assert broker_line(died % b"true") == said
+    assert broker_line(died % b"false") is None
     assert broker_line(b"loopmux-broker: the path is taken") is None
 
 

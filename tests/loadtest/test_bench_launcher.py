@@ -14,7 +14,7 @@ def test_it_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_launcher.main(["rest"]) == 0
     [rest] = map(json.loads, capsys.readouterr().out.splitlines())
     assert (rest["case"], rest["model"]) == ("rest", "echo")
-    assert all(rest[name]["rss_mib"] > rest[name]["pss_mib"] > 0 for name in ("launcher", "broker", "guard"))
+    assert all(rest[name]["rss_mib"] > rest[name]["pss_mib"] > 0 for name in ("launcher", "broker", "keeper", "guard"))
 
 
 def test_a_stream_is_measured_from_the_end_of_its_worker_to_its_next_token(tmp_path: Path) -> None:

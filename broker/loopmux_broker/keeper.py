@@ -1,0 +1,63 @@
+"""The parent of the broker: the same program, ready to serve, that forks the broker and forks it again when it dies.
+
+What takes long about a broker's start are its interpreter and its imports. Here they are there once and for all; a fork
+takes milliseconds, shares their memory, and reads its settings anew.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+
+from loopmux_broker.logs import Logger
+
+_SERVED = 1.0
+"""Seconds. What ends a broker sooner would end the next one, too: then its parent ends likewise, and whoever started
+that judges how long to wait, and how often to try."""
+_NEWS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT})
+
+
+def keep(log: Logger) -> int | None:
+    """Have a broker, and another one at once when one dies that has served. Main thread only, and no other thread yet.
+
+    SIGTERM and SIGINT go on to the broker. When it ends by these or by itself, that is the end.
+
+    Returns:
+        In every broker, each a child of the process that called: None. In that process, once there is to be no broker
+        any more: the exit code of the last one, 128 and the number of the signal that it died of.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it passes that on, and would never hear of its children
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NEWS)  # taken in one by one: no moment is the wrong one
+    gc.freeze()  # else the collectors of the brokers would write to, and so copy, what is shared with them
+    while True:
+        began = time.monotonic()
+        broker = os.fork()
+        if not broker:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            return None
+        code, asked = _await_end(broker)
+        if code == 0 or (asked and -code in _NEWS):
+            return 0
+        lived = time.monotonic() - began
+        again = lived >= _SERVED and not asked
+        if again or code < 0:  # else it has said itself what the matter is
+            by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            log.say("warning" if again else "error", "broker died", by=by, after=round(lived, 2), again=again)
+        if not again:
+            return code if code > 0 else 128 - code
+
+
+def _await_end(broker: int) -> tuple[int, bool]:
+    """The exit code of a broker, negative for a signal, and whether it was asked to end."""
+    asked = False
+    while True:
+        news = signal.sigwait(_NEWS)
+        if news != signal.SIGCHLD:
+            asked = True
+            os.kill(broker, news)
+            continue
+        ended, status = os.waitpid(broker, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status), asked

@@ -1,0 +1,101 @@
+"""A broker that dies is followed by another one, of the same parent; when that is enough, both end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from brokerwire import Peer, broker, settings, until
+from processes import running as runs
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/sockets/b.ipc"
+
+
+def test_another_one_serves_at_once_with_the_settings_as_they_are_now(tmp_path: Path, endpoint: str) -> None:
+    path = settings(tmp_path, window=7)
+    with broker("--config", str(path), "--endpoint", endpoint) as first, Peer(first.clients) as client:
+        assert client.hello().window == 7
+        settings(tmp_path, window=9)
+        until(lambda: client.status().uptime > 1.0, "it has served")
+        os.kill(first.serving, signal.SIGKILL)
+        died, ready = first.line(), first.line()
+        assert (died["event"], died["by"], died["again"]) == ("broker died", "SIGKILL", True)
+        assert died["after"] > 1.0
+        assert (ready["event"], ready["endpoints"]) == ("ready", [endpoint])
+        assert psutil.Process(ready["pid"]).ppid() == first.process.pid
+        assert client.hello().window == 9
+        assert client.status().pid == ready["pid"]
+
+
+def test_what_a_broker_dies_of_at_once_is_for_others_to_judge(endpoint: str) -> None:
+    with broker("--endpoint", endpoint) as only:
+        os.kill(only.serving, signal.SIGKILL)
+        died = only.line()
+        assert (died["event"], died["by"], died["again"]) == ("broker died", "SIGKILL", False)
+        assert only.process.wait(10) == 128 + signal.SIGKILL
+
+
+SCRIPT = """
+import os, signal, sys, time
+from loopmux_broker import keeper
+from loopmux_broker.logs import Logger
+
+keeper._SERVED = 0.3
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as some do, and pass on
+began, last = open(sys.argv[1], "a+b", buffering=0), int(sys.argv[2])
+code = keeper.keep(Logger("console", "info"))
+if code is None:
+    began.write(b".")
+    match os.stat(began.fileno()).st_size:
+        case 1:
+            time.sleep(0.4)
+            raise RuntimeError("a bug")
+        case 2:
+            time.sleep(0.4)
+            os.abort()
+    os._exit(last)
+print("parent ends with", code)
+"""
+
+
+@pytest.mark.parametrize("last", [0, 3])
+def test_it_goes_on_until_one_ends_by_itself(tmp_path: Path, last: int) -> None:
+    words = ["-c", SCRIPT, str(tmp_path / "began"), str(last)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == f"parent ends with {last}\n"
+    assert "RuntimeError: a bug" in done.stderr
+    told = [line.partition("broker died  ")[2].split("  ") for line in done.stderr.splitlines() if "died" in line]
+    assert [(by, again) for by, _after, again in told] == [
+        ("by=exit code 1", "again=True"),
+        ("by=SIGABRT", "again=True"),
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("both", [False, True], ids=["the one that serves", "both, as Ctrl-C does"])
+def test_a_broker_that_is_asked_to_end_has_no_successor(
+    tmp_path: Path, endpoint: str, number: signal.Signals, both: bool
+) -> None:
+    with broker("--endpoint", endpoint) as asked:
+        if both:
+            os.kill(asked.process.pid, number)
+        os.kill(asked.serving, number)
+        assert asked.process.wait(10) == 0
+        assert "broker died" not in asked.process.communicate()[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_parent_takes_its_broker_along(tmp_path: Path, endpoint: str) -> None:
+    with broker("--endpoint", endpoint) as killed:
+        killed.process.kill()
+        until(lambda: not runs(killed.serving), "the broker ended")
+    assert list(tmp_path.iterdir()) == []
