@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -146,3 +148,38 @@ def test_the_late_word_of_a_closed_connection(door: Door, request: pytest.Fixtur
         disconnect(new, door)
         door.watch()
         assert door.lost == [second]
+
+
+KILLED = """
+import sys
+import time
+
+import zmq
+
+from loopmux.sockets import COMMON
+from loopmux_broker.doors import Door, Side
+
+COMMON[zmq.HEARTBEAT_IVL] = 100
+door = Door(zmq.Context(), 0, Side.CLIENTS, 16)
+door.bind(sys.argv[1])
+with zmq.Context() as context, context.socket(zmq.DEALER) as flood:
+    flood.setsockopt(zmq.LINGER, 0)
+    flood.setsockopt(zmq.SNDTIMEO, 200)
+    flood.connect(sys.argv[1])
+    try:
+        while True:
+            flood.send(bytes(1000))
+    except zmq.Again:
+        pass  # nothing more is read from it
+time.sleep(0.4)
+while door.receive() is not None:
+    pass
+print("unharmed")
+"""
+
+
+def test_a_flood_that_is_killed_takes_no_broker_along(tmp_path: Path) -> None:
+    """libzmq may end the process, so it is one of its own here."""
+    command = [sys.executable, "-c", KILLED, f"ipc://{tmp_path}/door.ipc"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.returncode) == ("unharmed\n", 0), done.stderr
