@@ -1,5 +1,7 @@
 """The attention kernel against a reference in double precision, and what becomes of it where it cannot be had."""
 
+import ctypes
+import mmap
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +98,23 @@ def test_a_token_gets_the_same_to_the_last_bit_whatever_is_beside_it_and_however
         alone = Step(step.rows[one], step.positions[one], torch.tensor([0]), 1)
         found = kernel(alone, query[:, :, one], key[:, :, one], value[:, :, one], keys, values, None, None)
         assert torch.equal(found[0], together[place])
+
+
+@there
+def test_nothing_is_read_behind_the_last_row():
+    """Where it ends a page begins that must not be touched: a kernel that does ends this process."""
+    kernel, length, size = native.find(*KIND), 33, 64
+    state = 2 * length * size  # bytes
+    held = mmap.mmap(-1, 3 * mmap.PAGESIZE)
+    last = 2 * mmap.PAGESIZE
+    address = ctypes.addressof(ctypes.c_char.from_buffer(held))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + last), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    keys = torch.frombuffer(held, dtype=torch.bfloat16, count=length * size, offset=last - state)
+    keys = keys.view(1, 1, length, size)
+    step = Step(torch.tensor([0]), torch.tensor([length - 1]), torch.tensor([0]), 1)
+    given = [torch.ones(1, heads, 1, size, dtype=torch.bfloat16) for heads in (3, 1, 1)]
+    assert kernel(step, *given, keys, keys, None, None).isfinite().all()
 
 
 @there
