@@ -16,6 +16,7 @@ from loopmux_worker.engine import adapterfiles, open_engine
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Description, Job, Key, Produced
 from loopmux_worker.server import registration
+from tinymodel import write_adapter
 
 
 def change(path, **entries):
@@ -207,6 +208,29 @@ def test_an_adapter_that_saves_modules_can_go_and_another_come(tiny_model):
     alone.load("blue", str(tiny_model.adapters["blue"]))
     with adapters.using("blue"), alone.using("blue"):
         assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, fresh(torch.tensor([[5, 6, 7]])).logits)
+
+
+def logits(adapters, model, name=None):
+    with adapters.using(name), torch.inference_mode():
+        return model(torch.tensor([[5, 6, 7]])).logits
+
+
+def test_what_peft_cannot_hold_beside_others_is_refused_and_nothing_of_either_stays(tiny_model, tmp_path):
+    """It keeps a module of its own around layers that the other one has changed."""
+    folder = write_adapter(
+        tiny_model.base, tmp_path / "mlp", seed=1, modules_to_save=["mlp"], target_modules=["q_proj"]
+    )
+    model = tiny_model.model()
+    adapters = Adapters(model)
+    bare = logits(adapters, model)
+    adapters.load("red", str(tiny_model.adapters["red"]))
+    red = logits(adapters, model, "red")
+    with pytest.raises(ConfigError, match=r"does not take it beside red .KeyError.*serve it by a worker of its own"):
+        adapters.load("mlp", str(folder))
+    assert torch.equal(logits(adapters, model, "red"), red)
+    adapters.unload("red")
+    assert torch.equal(logits(adapters, model), bare)
+    assert [type(module) for module in model.modules()] == [type(module) for module in tiny_model.model().modules()]
 
 
 def test_a_worker_with_nothing_but_broken_adapters_fails_with_every_reason(tiny_model, tmp_path):

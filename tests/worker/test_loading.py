@@ -17,6 +17,7 @@ from loopmux.wire import new_id
 from loopmux_worker.engine import fingerprints, loading, memory, open_engine, opening
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import Job, Key, Produced
+from loopmux_worker.engine.slots.lora import MixedAdapters
 from tinymodel import write_adapter, write_base, write_tokenizer
 
 
@@ -200,6 +201,32 @@ def test_half_precision_adapters_stay_half(tiny_model):
     Adapters(model).load("red", str(tiny_model.adapters["red"]))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("store", [Adapters, MixedAdapters])
+def test_an_adapter_on_the_output_head_may_bring_a_copy_of_the_base(tiny_model, tmp_path, store):
+    """PEFT saves one, and puts it in the base's place when it loads it."""
+    folder = write_adapter(tiny_model.base, tmp_path / "head", seed=1, target_modules=["lm_head", "q_proj"])
+    ids = torch.tensor([[5, 6, 7]])
+    expected = PeftModel.from_pretrained(tiny_model.model(), folder)(ids).logits
+    weights = load_file(folder / "adapter_model.safetensors")
+    [copy] = [name for name in weights if ".base_layer." in name]
+    save_file(weights | {copy: 2 * weights[copy]}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    model = tiny_model.model()
+    bare, adapters = model(ids).logits, store(model)
+    adapters.load("head", str(folder))
+    torch.testing.assert_close(computed(adapters, model, "head", ids), expected)
+    assert torch.equal(computed(adapters, model, None, ids), bare)
+
+
+def computed(adapters, model, name, ids):
+    """Logits with an adapter of either store."""
+    if isinstance(adapters, MixedAdapters):
+        adapters.use([(name, ids.shape[1])])
+        return model(ids).logits
+    with adapters.using(name):
+        return model(ids).logits
 
 
 def test_pickled_weights_load_where_they_are_allowed(tiny_model, base, red):

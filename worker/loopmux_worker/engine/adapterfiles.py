@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class AdapterFiles:
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """See that the tensors are exactly those that a base needs for this configuration: names and shapes.
 
+        Beside an adapter on the embeddings or the output head PEFT saves the base's own weight, which was not trained.
+
         Raises:
             ConfigError: one is missing, of another shape, or has no place.
         """
@@ -72,7 +74,7 @@ class AdapterFiles:
                     "adapter_config.json do not belong together, or it was made for another base model; save it "
                     "again, or put it on its own base"
                 )
-        extra = [name for name in self.weights if name not in expected]
+        extra = [name for name in self.weights if name not in expected and not _is_copy(name, expected)]
         if extra:
             raise ConfigError(
                 f"{self.folder}: the tensor {extra[0]} of shape {tuple(self.weights[extra[0]].shape)} has no place in "
@@ -99,6 +101,12 @@ class AdapterFiles:
             f"{self.folder} does not fit the base model: {error}; correct its adapter_config.json, or put it on its "
             "own base"
         )
+
+
+def _is_copy(name: str, expected: Collection[str]) -> bool:
+    """Whether a tensor is that of the base below one of the adapter's parts."""
+    layer, is_base, _ = name.rpartition(".base_layer.")
+    return bool(is_base) and any(part.startswith(f"{layer}.lora_") for part in expected)
 
 
 def read(directory: str, *, allow_pickle: bool) -> AdapterFiles:

@@ -11,7 +11,8 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from loopmux.errors import AdapterNotFoundError, ConfigError
+from loopmux.errors import AdapterNotFoundError, ConfigError, LoopmuxError
+from loopmux_worker.causes import in_words
 from loopmux_worker.engine import adapterfiles
 from loopmux_worker.engine.adapterfiles import Adapter, AdapterFiles
 
@@ -56,9 +57,14 @@ class Adapters:
         try:
             self._inject(internal, found)
             self._fill(internal, found)
-        except Exception:
+        except Exception as error:
             self._remove(internal, found.config)
-            raise
+            if isinstance(error, LoopmuxError) or not self._loaded:
+                raise
+            raise ConfigError(
+                f"{found.folder}: PEFT does not take it beside {', '.join(self._loaded)} ({in_words(error)}), expected "
+                "adapters that can be on the base together: serve it by a worker of its own"
+            ) from error
         self._loaded[name], self._internal[name] = adapter, internal
         return adapter
 
@@ -93,6 +99,8 @@ class Adapters:
         """
         if not self._loaded:
             _unwrap(self._model)
+            if hasattr(self._model, "peft_config"):
+                del self._model.peft_config
             self._peft = None
             return
         self._peft.set_adapter(next(iter(self._internal.values())))
@@ -113,7 +121,8 @@ class Adapters:
     def _fill(self, internal: str, found: AdapterFiles) -> None:
         expected = get_peft_model_state_dict(self._peft, adapter_name=internal, save_embedding_layers=False)
         found.check({name: tuple(tensor.shape) for name, tensor in expected.items()})
-        result = set_peft_model_state_dict(self._peft, found.weights, adapter_name=internal)
+        own = {name: found.weights[name] for name in expected}
+        result = set_peft_model_state_dict(self._peft, own, adapter_name=internal)
         if result.unexpected_keys:
             raise ConfigError(f"{found.folder}: PEFT has no place for {result.unexpected_keys[0]}")
         filled = get_peft_model_state_dict(self._peft, adapter_name=internal, save_embedding_layers=False)
@@ -123,15 +132,12 @@ class Adapters:
             parameter.requires_grad_(False)
 
 
-def _unwrap(model: Any) -> None:
-    """Take away all that PEFT has put around a model's layers."""
-    wrapped = [n for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    for name in wrapped:
-        if any(name.startswith(f"{outer}.") for outer in wrapped):
-            continue  # what is around it goes, and it with that
-        parent, _, child = name.rpartition(".")
-        layer = model.get_submodule(name)
-        inner = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
-        setattr(model.get_submodule(parent), child, inner)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+def _unwrap(module: Any) -> None:
+    """Take away all that PEFT has put around the layers of a module, also what it has put inside of each other."""
+    for name, child in list(module.named_children()):
+        inner = child
+        while isinstance(inner, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inner = inner.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner.original_module
+        if inner is not child:
+            setattr(module, name, inner)
+        _unwrap(inner)
