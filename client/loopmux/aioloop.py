@@ -219,6 +219,7 @@ async def _perform(tool: Tool, call: ToolCall) -> Outcome:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
+        # a tool may do anything: it is the model's to correct
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
             raise  # from without; else it is the tool's own doing

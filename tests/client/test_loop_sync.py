@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from loopmux import loop
+from loopmux import codec, loop, options
 from loopmux.errors import (
     BadRequestError,
     ConnectionLostError,
@@ -34,6 +34,7 @@ from loopmux.loopevents import (
     TurnFinished,
     TurnStarted,
 )
+from loopmux.messages import Generate
 from loopmux.results import TextDelta, ToolCall, Usage
 from loopmux.tools import Tool, schemas
 from scripted import ScriptedClient, call, turn
@@ -96,6 +97,13 @@ def test_a_turn_goes_back_with_the_ids_that_the_model_produced():
     out = run(client)
     assert not any("token_ids" in message for message in [*client.messages(0), *out.messages])
     assert [m.get("token_ids") for m in client.messages(2)] == [None, [7, 8, 0], None, [7, 8, 1], None]
+
+
+def test_more_ids_than_a_message_may_have_are_not_sent():
+    said = dataclasses.replace(turn("", call(a=1, b=2)), token_ids=tuple(range(codec.BODY_LIMITS.array + 1)))
+    client = ScriptedClient([said, turn("3")])
+    run(client)
+    codec.unpack(Generate, options.prepare(client.requests[1]).body, codec.BODY_LIMITS)
 
 
 def test_a_session_of_the_callers():
