@@ -72,7 +72,7 @@ class Dealer:
         self.connected = False
         self.socket = context.socket(zmq.DEALER)
         options = COMMON | {
-            zmq.RECONNECT_IVL: 50,  # a broker that was started again is found at once
+            zmq.RECONNECT_IVL: 10,  # a broker that died is followed by another one in no more time
             zmq.RECONNECT_IVL_MAX: 2000,  # one that stays away costs hundreds of peers little, and is found soon
             zmq.MAXMSGSIZE: largest,
         }

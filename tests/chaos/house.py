@@ -1,6 +1,7 @@
-"""A broker and its workers as real processes, each started again at once when it ends, as a service manager does.
+"""A broker and its workers as real processes, each followed by another one when it ends, as users have it.
 
-The broker that serves is a child of the program that is started, which forks another one when it dies, as everywhere.
+The broker that serves is a child of the program that is started, which forks the next one by itself. A worker is
+started again as soon as a launcher may do so.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import psutil
 import loopmux
 from loopmux.listening import Listening
 from loopmux.messages import Status
+from loopmux_launcher.backoff import FIRST_DELAY
 
 MODEL = "echo"
 FAST = "fast"
@@ -34,8 +36,8 @@ READY_LIMIT = 120.0
 _EMPTY_LIMIT = 40.0
 """Seconds after the last client's goodbye in which the tables must have emptied. What a worker brings a broker that was
 started again, and whose client has left meanwhile, is kept for 30."""
-_AGAIN = 0.2
-"""Seconds between two attempts of a process that does not even start."""
+_AGAIN = FIRST_DELAY / 2
+"""Seconds before a process is started again, the fewest that a launcher waits."""
 _VARIABLES = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
 """Programs that are installed have been compiled; those of a checkout are with the first start, not with each."""
 
@@ -64,14 +66,12 @@ class Part:
     async def _keep(self) -> None:
         while True:
             with self.log.open("ab") as log:
-                began = time.monotonic()
                 self.process = await asyncio.create_subprocess_exec(
                     *self.command, stdout=log, stderr=log, env=_VARIABLES, pass_fds=self.inherits
                 )
             await self.process.wait()
             self.ends += 1
-            if time.monotonic() < began + _AGAIN:
-                await asyncio.sleep(_AGAIN)
+            await asyncio.sleep(_AGAIN)
 
     @property
     def pid(self) -> int:

@@ -14,7 +14,7 @@ from simulation.lines import Line
 if TYPE_CHECKING:
     from simulation.world import World
 
-_RECONNECT = (0.05, 2.0)
+_RECONNECT = (0.01, 2.0)
 """First and longest pause between two tries to connect, seconds: RECONNECT_IVL and its maximum."""
 _HAND_OVER = 0.001
 """Seconds until the system has what a socket took."""
