@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 
 from loopmux_worker.engine.slots.rows import Copy
 from loopmux_worker.engine.slots.schedule import Segment
+from loopmux_worker.engine.slots.zeroed import zeros
 
 _NAMES = itertools.count()
 _NEAR = 64
@@ -201,7 +202,7 @@ class KVMemory:
             raise Unsupported(f"its attention layers ({type(module).__name__}) are not numbered")
         layer = self._layers.get(index)
         if layer is None:
-            made = [t.new_zeros(self.rows, t.shape[1], self.context, t.shape[3]) for t in (key, value)]
+            made = [zeros((self.rows, t.shape[1], self.context, t.shape[3]), like=t) for t in (key, value)]
             layer = self._layers[index] = (made[0], made[1])
         return layer
 
