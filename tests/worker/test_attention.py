@@ -1,5 +1,9 @@
 """Attention over rows, layer by layer."""
 
+import resource
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -115,3 +119,23 @@ def test_a_layer_that_is_called_with_other_heads_than_it_holds_is_refused(other,
         memory.attend(
             Layer(0), *[torch.randn(1, heads, 1, size, dtype=dtype) for heads in (4, kv_heads, kv_heads)], None
         )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process takes is read from /proc")
+def test_rows_take_memory_as_they_are_written():
+    memory = KVMemory(64, 2**16, torch.device("cpu"))
+    before = resident()
+    memory.prepare([segment(5, 0, 3)])
+    given = torch.randn(1, 2, 3, SIZE)
+    memory.attend(Layer(0), given, given, given, None)
+    assert memory.size == 2**29
+    assert resident() - before < 2**26
+    keys, values = memory._layers[0]
+    assert keys[5, :, :3].equal(given[0])
+    assert not values[5, :, 3:].any()
+    assert not values[63].any()
+
+
+def resident():
+    """Bytes of memory that this process takes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

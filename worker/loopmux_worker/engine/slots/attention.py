@@ -31,6 +31,7 @@ from loopmux.errors import ConfigError
 from loopmux_worker.engine.slots import native
 from loopmux_worker.engine.slots.rows import Copy
 from loopmux_worker.engine.slots.schedule import Segment
+from loopmux_worker.engine.slots.zeroed import zeros
 
 _NAMES = itertools.count()
 _NEAR = 64
@@ -252,7 +253,7 @@ class KVMemory:
             raise Unsupported(f"its attention layers ({type(module).__name__}) are not numbered")
         layer = self._layers.get(index)
         if layer is None:
-            made = [t.new_zeros(self.rows, t.shape[1], self.context, t.shape[3]) for t in (key, value)]
+            made = [zeros((self.rows, t.shape[1], self.context, t.shape[3]), like=t) for t in (key, value)]
             layer = self._layers[index] = (made[0], made[1])
         for held, new in zip(layer, (key, value), strict=True):
             if (held.dtype, held.shape[1], held.shape[3]) != (new.dtype, new.shape[1], new.shape[3]):
