@@ -245,13 +245,20 @@ def test_a_server_behind_a_url_that_has_forgotten_the_session(url: str) -> None:
     async def forgotten(_: mcp.Client) -> None:
         raise mcp.MCPError(code=mcp.types.INVALID_REQUEST, message="Session terminated")
 
+    async def unknown(_: mcp.Client) -> None:
+        raise mcp.MCPError(code=mcp.types.INVALID_PARAMS, message="Unknown tool: session_list")
+
     with MCPServer(url, name="shop") as server:
         session = server._session
         first = session._client
         with pytest.raises(ConnectionLostError, match=r"is gone \(Session terminated\): find out why"):
             session.portal.call(session.ask, "anything", forgotten)
         assert results(server, call("shop_add", a=1, b=2)) == ["3"]
-        assert session._client is not first
+        second = session._client
+        assert second is not first
+        with pytest.raises(ProtocolError, match="Unknown tool"):
+            session.portal.call(session.ask, "anything", unknown)
+        assert session._client is second
 
 
 def test_a_call_that_is_never_answered(shop: MCPServer, monkeypatch: pytest.MonkeyPatch) -> None:
