@@ -154,7 +154,8 @@ class Session:
                 if anyio.current_time() < self._not_before:
                     raise self._gone(self._lost)
                 self._not_before = anyio.current_time() + _AGAIN
-            client: mcp.Client = await self._connections.start(self._connection)
+            with anyio.CancelScope(shield=True):  # who asked first may be cancelled, the others are not
+                client: mcp.Client = await self._connections.start(self._connection)
             return client
 
     def _gone(self, why: str) -> ConnectionLostError:
@@ -185,7 +186,7 @@ class Session:
         def leave() -> None:
             self._client = None
             over.set()
-            scope.deadline = anyio.current_time() + _GOODBYE
+            scope.deadline = anyio.current_time() + (_GOODBYE if client else 0.0)
 
         def ended() -> None:
             if client is not None:  # else it is the opening that fails
@@ -210,6 +211,8 @@ class Session:
             if self._client is client:
                 self._client = None
         if client is None:
+            if over.is_set():
+                raise self._gone("it is being closed")
             raise DeadlineExceededError(
                 f"{self._label} did not answer within {self.timeout:g} s{self._last_words()}: {self._remedy()}"
             )
