@@ -63,6 +63,7 @@ from loopmux.loopevents import (
     TurnFinished,
     TurnStarted,
 )
+from loopmux.options import check_plain
 from loopmux.outcome import plain
 from loopmux.results import Result, StreamEvent, ToolCall
 from loopmux.turns import Loop
@@ -260,6 +261,7 @@ def _plan(
     approval: bool,
     settings: dict[str, Any],
 ) -> Plan:
+    check_plain(messages, "messages", 0)
     known = {f.name for f in dataclasses.fields(Limits)}
     limits = Limits(**{name: value for name, value in settings.items() if name in known})
     options = {name: value for name, value in settings.items() if name not in known}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -28,6 +29,9 @@ _GOODBYE = 2.0
 """Seconds for taking leave of a server behind a URL; for a process the SDK has a patience of its own, then kills it."""
 _LAST_WORDS = 300
 """Bytes at the end of a process's standard error, of which errors show the last line."""
+
+_FORGOTTEN = re.compile(r"session (not found|terminated|expired)", re.IGNORECASE)
+"""What is said of a session that a server behind a URL no longer has, as when it was started anew; codes differ."""
 
 T = TypeVar("T")
 
@@ -128,7 +132,7 @@ class Session:
         except MCPError as error:
             if error.code == CONNECTION_CLOSED:
                 raise self._gone("its connection was closed") from error
-            if "session" in error.message.lower():  # a server behind a URL was started anew; there is no code for it
+            if isinstance(self._target, str) and _FORGOTTEN.search(error.message):
                 if self._client is client:
                     self._lost = error.message
                     self._leave()
@@ -150,7 +154,8 @@ class Session:
                 if anyio.current_time() < self._not_before:
                     raise self._gone(self._lost)
                 self._not_before = anyio.current_time() + _AGAIN
-            client: mcp.Client = await self._connections.start(self._connection)
+            with anyio.CancelScope(shield=True):  # who asked first may be cancelled, the others are not
+                client: mcp.Client = await self._connections.start(self._connection)
             return client
 
     def _gone(self, why: str) -> ConnectionLostError:
@@ -181,7 +186,7 @@ class Session:
         def leave() -> None:
             self._client = None
             over.set()
-            scope.deadline = anyio.current_time() + _GOODBYE
+            scope.deadline = anyio.current_time() + (_GOODBYE if client else 0.0)
 
         def ended() -> None:
             if client is not None:  # else it is the opening that fails
@@ -206,6 +211,8 @@ class Session:
             if self._client is client:
                 self._client = None
         if client is None:
+            if over.is_set():
+                raise self._gone("it is being closed")
             raise DeadlineExceededError(
                 f"{self._label} did not answer within {self.timeout:g} s{self._last_words()}: {self._remedy()}"
             )

@@ -158,7 +158,7 @@ def _normalise(given: dict[str, Any]) -> None:
         given["logit_bias"] = {str(token): bias for token, bias in given["logit_bias"].items()}
     for name in ("messages", "tools", "response_format", "template_kwargs", "stop", "model", "adapter", "session"):
         if name in given:
-            _check_plain(given[name], name, 0)
+            check_plain(given[name], name, 0)
 
 
 def _check_prompt(prompt: object) -> None:
@@ -191,8 +191,12 @@ def _check_text(text: str, path: str) -> None:
         ) from error
 
 
-def _check_plain(value: object, path: str, depth: int) -> None:
-    """Refuse what MessagePack or the peer's decoder would refuse, and say where it is."""
+def check_plain(value: object, path: str, depth: int) -> None:
+    """Refuse what MessagePack or the peer's decoder would refuse, and say where it is.
+
+    Raises:
+        BadRequestError: naming the path, what was found and what was expected.
+    """
     if depth > _DEEPEST:
         raise BadRequestError(f"{path}: nested more than {_DEEPEST} levels deep")
     if isinstance(value, str):
@@ -202,10 +206,10 @@ def _check_plain(value: object, path: str, depth: int) -> None:
             if not isinstance(key, str):
                 raise BadRequestError(f"{path}: found the key {codec.show(key)}, expected keys that are texts")
             _check_text(key, f"a key of {path}")
-            _check_plain(entry, f"{path}.{key}", depth + 1)
+            check_plain(entry, f"{path}.{key}", depth + 1)
     elif isinstance(value, (list, tuple)):
         for i, entry in enumerate(value):
-            _check_plain(entry, f"{path}[{i}]", depth + 1)
+            check_plain(entry, f"{path}[{i}]", depth + 1)
     elif value is not None and type(value) not in (bool, int, float):
         raise BadRequestError(
             f"{path}: found {codec.show(value)}, expected text, number, true, false, nothing, list or mapping"

@@ -391,6 +391,7 @@ def test_a_tool_choice_that_is_not_there():
         ([], [add], {}),
         (3, [add], {}),
         ({"role": "user"}, [add], {}),
+        ([{"role": "user", "content": threading.Lock()}], [add], {}),
         ("go", add, {}),
         ("go", [add, add], {}),
         ("go", [add], {"max_turns": 0}),

@@ -195,6 +195,13 @@ def only(expected: set[int]) -> bool:
     return children() == expected
 
 
+async def begin_a_call_and_give_it_up(server: MCPServer) -> None:
+    opening = asyncio.create_task(server.call("pid", {}))
+    while not server._session._opening.locked():
+        await asyncio.sleep(0.001)
+    opening.cancel()
+
+
 def test_a_server_that_ends_is_opened_again_by_the_next_call_but_not_by_every_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -204,6 +211,7 @@ def test_a_server_that_ends_is_opened_again_by_the_next_call_but_not_by_every_on
         psutil.Process(pid(server)).kill()
         while server._session._client is not None:  # nobody asks for anything meanwhile
             time.sleep(0.001)
+        asyncio.run(begin_a_call_and_give_it_up(server))
         (again,) = set(pool.map(pid, [server] * 4))  # who comes at the same time finds it opened once
         assert only(before | {again})
         waiting = [pool.submit(asyncio.run, server.call("hang", {})) for _ in range(3)]
@@ -245,13 +253,20 @@ def test_a_server_behind_a_url_that_has_forgotten_the_session(url: str) -> None:
     async def forgotten(_: mcp.Client) -> None:
         raise mcp.MCPError(code=mcp.types.INVALID_REQUEST, message="Session terminated")
 
+    async def unknown(_: mcp.Client) -> None:
+        raise mcp.MCPError(code=mcp.types.INVALID_PARAMS, message="Unknown tool: session_list")
+
     with MCPServer(url, name="shop") as server:
         session = server._session
         first = session._client
         with pytest.raises(ConnectionLostError, match=r"is gone \(Session terminated\): find out why"):
             session.portal.call(session.ask, "anything", forgotten)
         assert results(server, call("shop_add", a=1, b=2)) == ["3"]
-        assert session._client is not first
+        second = session._client
+        assert second is not first
+        with pytest.raises(ProtocolError, match="Unknown tool"):
+            session.portal.call(session.ask, "anything", unknown)
+        assert session._client is second
 
 
 def test_a_call_that_is_never_answered(shop: MCPServer, monkeypatch: pytest.MonkeyPatch) -> None:
