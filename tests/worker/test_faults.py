@@ -196,7 +196,7 @@ def test_weights_that_are_no_numbers_fail_their_requests_with_the_reason_and_the
 ):
     adapters = engine._models._adapters
     engine.load_adapter("red", str(tiny_model.adapters["red"]))
-    pair = next(iter(adapters._layers.values())).pairs["red"]
+    pair = next(iter(adapters._mixed.values())).pairs["red"]
     pair.down.fill_(float("nan"))
     jobs = [job(PROMPTS[0]), job(PROMPTS[1], "red"), job(PROMPTS[2])]
     tokens, ends = run(engine, jobs)
@@ -211,7 +211,7 @@ def test_no_numbers_that_are_left_in_a_row_reach_who_gets_it_next(tiny_model, an
     """Rows of one call are read as far as the longest: the shorter ones hold what was there before."""
     engine = opened(tiny_model)
     engine.load_adapter("red", str(tiny_model.adapters["red"]))
-    next(iter(engine._models._adapters._layers.values())).pairs["red"].down.fill_(float("nan"))
+    next(iter(engine._models._adapters._mixed.values())).pairs["red"].down.fill_(float("nan"))
     cancelled = [job(PROMPTS[3] * 4, "red") for _ in PROMPTS]
     for one in cancelled:
         engine.submit(one)

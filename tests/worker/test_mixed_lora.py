@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from loopmux.errors import AdapterNotFoundError, BadRequestError, ConfigError, EngineError
 from loopmux_worker.engine.slots import lora
-from loopmux_worker.engine.slots.linears import pack
-from loopmux_worker.engine.slots.lora import LONG, MixedAdapters, Piece, pieces
+from loopmux_worker.engine.slots.linears import Joined, alike, pack
+from loopmux_worker.engine.slots.lora import LONG, MixedAdapters, MixedLinear, Piece, pieces
 from loopmux_worker.engine.slots.pairs import CannotMix, _unlike
 from tinymodel import write_base
 
@@ -161,22 +161,34 @@ def test_the_base_among_adapters_is_the_base(base, all_kinds, device):
     assert torch.equal(found, packed(plain, MixedAdapters(plain), [], [ids])[0])
 
 
-def test_packed_layers_carry_adapters_too(base, kinds):
+@pytest.mark.parametrize("joining", [False, True])
+def test_packed_layers_carry_adapters_too(base, kinds, joining):
+    """Also where layers of one input are one product, of which an adapter may target some."""
     model, adapters = mixed(base, kinds)
-    runs, sequences = [("one", 3), ("patterns", 2), (None, 1)], [tokens(n, n) for n in (3, 2, 1)]
+    names = [*kinds, None, "four"]
+    runs = [(name, LONG if name == "patterns" else 3) for name in names]
+    sequences = [tokens(count, seed) for seed, (_, count) in enumerate(runs)]
     before = packed(model, adapters, runs, sequences)
     model = opened(base)
-    pack(model)
+    pack(model, alike(model, tokens(2, 0)[None]) if joining else ())
+    bare = packed(model, MixedAdapters(model), [], sequences)
     adapters = MixedAdapters(model)
     for name, folder in kinds.items():
         adapters.load(name, folder)
+    joined = [place for place in adapters._mixed if isinstance(place, Joined)]
+    assert len(joined) == (4 if joining else 0)
     for found, expected in zip(packed(model, adapters, runs, sequences), before, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for name in kinds:
+        adapters.unload(name)
+    assert not any(isinstance(module, MixedLinear) for module in model.modules())
+    for found, expected in zip(packed(model, adapters, [], sequences), bare, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_half_precision_stays_half_and_close(base, kinds, device):
     model, adapters = mixed(base, kinds, device, torch.bfloat16)
-    assert {p.down.dtype for layer in adapters._layers.values() for p in layer.pairs.values()} == {torch.bfloat16}
+    assert {p.down.dtype for mixed in adapters._mixed.values() for p in mixed.pairs.values()} == {torch.bfloat16}
     runs, sequences = [("sixteen", 4), ("one", 3)], [tokens(4, 1), tokens(3, 2)]
     for (name, _), ids, found in zip(runs, sequences, packed(model, adapters, runs, sequences), strict=True):
         exact = reference(base, kinds[name], ids, device)
@@ -231,7 +243,7 @@ def test_a_neighbour_that_overflows_harms_nobody_else(base, kinds, packing, devi
     x = torch.randn(1, 6, 32, device=device)
     adapters.use([("four", 3), (None, 3)])
     before = layer(x)
-    layer.pairs["one"].down.fill_(float("inf"))
+    layer.mixed.pairs["one"].down.fill_(float("inf"))
     adapters.use([("four", 3), ("one", 2), (None, 1)])
     found = layer(x)
     assert not found[:, 3:5].isfinite().any()

@@ -442,9 +442,9 @@ def test_without_running_streams_a_step_is_as_large_as_it_may_be():
     assert Pace().budget(0, 1) == LARGEST
 
 
-def seconds(decoding: int, prompt: int, speed: float = 1.0) -> float:
-    """What a step costs on a pretend machine: something fixed, per stream, per prompt token."""
-    return (0.018 + 0.0012 * decoding + 0.0005 * prompt) / speed
+def seconds(decoding: int, prompt: int, speed: float = 1.0, keys: float = 0.0) -> float:
+    """What a step costs on a pretend machine: something fixed, per stream, per prompt token, per 1 000 keys of one."""
+    return (0.018 + 0.0012 * decoding + (0.0005 + 0.0001 * keys) * prompt) / speed
 
 
 def paced(pace: Pace, speed: float = 1.0, rounds: int = 6, stalls: int = 0) -> Pace:
@@ -455,7 +455,7 @@ def paced(pace: Pace, speed: float = 1.0, rounds: int = 6, stalls: int = 0) -> P
             prompt = pace.budget(decoding, 16 - decoding) if decoding < 16 and steps % 96 < 16 else 0
             steps += 1
             took = seconds(decoding, prompt, speed)
-            pace.note(decoding, prompt, 100 * took if stalls and steps % stalls == 0 else took)
+            pace.note(decoding, prompt, prompt**2 // 2, 100 * took if stalls and steps % stalls == 0 else took)
     return pace
 
 
@@ -466,26 +466,38 @@ def test_a_chunk_takes_about_as_long_as_the_streams_beside_it(stalls):
         paced(pace, speed, stalls=stalls)
         for decoding in (13, 14, 15):
             chunk = pace.budget(decoding, 1)
-            assert 1.5 <= seconds(decoding, chunk) / seconds(decoding, 0) <= 2.4, (speed, decoding, chunk)
+            assert 1.4 <= seconds(decoding, chunk) / seconds(decoding, 0) <= 2.0, (speed, decoding, chunk)
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0, 5.0])
+def test_a_long_prompt_makes_no_stream_wait_for_more_than_another_step(slope):
+    """Its tokens cost more and more, and the short ones before it have not told by how much."""
+    pace, reached, longest = paced(Pace()), 0, 0.0
+    while reached < 3000:
+        chunk = pace.budget(15, 1, reached)
+        took = seconds(15, chunk, keys=slope * (reached + chunk / 2) / 1000)
+        pace.note(15, chunk, chunk * reached + chunk**2 // 2, took)
+        longest, reached = max(longest, took), reached + chunk
+    assert longest <= 2.0 * seconds(15, 0)
 
 
 def test_prompts_go_on_however_long_steps_take():
     pace = paced(Pace())
     for _ in range(200):
-        pace.note(8, 16, 5.0)
-        pace.note(8, 0, 0.01)
+        pace.note(8, 16, 128, 5.0)
+        pace.note(8, 0, 0, 0.01)
     assert pace.budget(8, 1) == 16
 
 
-@pytest.mark.parametrize("bad", [(0, 1, 3.0), (0, 512, 20.0), (0, 512, 0.001)], ids=str)
+@pytest.mark.parametrize("bad", [(0, 1, 1, 3.0), (0, 512, 2**17, 20.0), (0, 512, 2**17, 0.001)], ids=str)
 def test_a_bad_start_is_made_good_while_prompts_come_without_end(bad):
     pace, chunks = Pace(), []
     pace.note(*bad)
     for _ in range(120):
         chunk = pace.budget(15, 1)
         chunks.append(chunk)
-        pace.note(15, chunk, seconds(15, chunk))
-    ideal = seconds(15, 0) / 0.0005
+        pace.note(15, chunk, chunk**2 // 2, seconds(15, chunk))
+    ideal = 0.8 * seconds(15, 0) / 0.0005
     assert chunks[0] == 0, "what a step without prompts costs is seen first"
     assert all(0.75 * ideal <= chunk <= 1.25 * ideal for chunk in chunks[60:] if chunk)
     assert sum(chunk == 0 for chunk in chunks) <= 3
@@ -496,4 +508,4 @@ def test_many_that_wait_for_a_first_token_outweigh_the_pause_of_a_few():
     alone = pace.budget(15, 1)
     assert pace.budget(12, 1) <= alone
     assert pace.budget(12, 2) == pytest.approx(2 * pace.budget(12, 1), abs=3)
-    assert pace.budget(8, 8) == LARGEST
+    assert pace.budget(4, 12) == LARGEST

@@ -176,15 +176,14 @@ class SlotsEngine(Engine):
             self._owner = threading.get_ident()
             torch.set_num_threads(self._threads)  # which holds for the thread that says it
         began = time.monotonic()
-        decoding = self._scheduler.decoding
-        budget = self._pace.budget(decoding, self._scheduler.beginning)
-        copies = self._scheduler.admit(budget, began)
+        decoding, beginning = self._scheduler.decoding, self._scheduler.beginning
+        copies = self._scheduler.admit(self._pace.budget(decoding, beginning), began)
         try:
             self._memory.copy(copies)
         except Exception as error:  # noqa: BLE001 - what cannot be copied can be computed
             self._not_copied(copies, error)
             return []
-        plan = self._scheduler.plan(budget)
+        plan = self._scheduler.plan(self._pace.budget(decoding, beginning, self._scheduler.reached))
         assert plan.segments, "somebody runs: a step for nobody would fail, or come to nothing, for ever"
         try:
             picks = self._compute(plan)
@@ -193,7 +192,7 @@ class SlotsEngine(Engine):
         self._failures.succeeded()
         now = time.monotonic()
         if self._progress:  # the very first step warms everything, and says nothing of those to come
-            self._pace.note(decoding, plan.tokens - decoding, now - began)
+            self._pace.note(decoding, plan.tokens - decoding, plan.keys, now - began)
         self._scheduler.done(plan)
         for segment in plan.segments:
             self._note(self._tasks[segment.key], segment, began)

@@ -19,7 +19,7 @@ bring the threads together, and larger matrices, which are read faster (see the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -57,22 +57,37 @@ class PackedLinear(Replacement):
 
 
 class JoinedLinear(Replacement):
-    """One of several linear layers that get the same input; all are computed when the first of them is called."""
+    """One of several linear layers that get the same input; all are computed when the first of them is called.
 
-    def __init__(self, plain: nn.Linear, product_of_all: _Joined, place: int) -> None:
+    Attributes:
+        joined: their product.
+        place: which of its parts is this layer's.
+    """
+
+    def __init__(self, plain: nn.Linear, joined: Joined, place: int) -> None:
         super().__init__(plain)
-        self._all, self._place = product_of_all, place
+        self.joined, self.place = joined, place
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, in) to (…, out), a view into what was computed for all of them."""
-        return self._all.part(self._place, x)
+        return self.joined.part(self.place, x)
 
 
-class _Joined:
-    """The product of several layers, kept until each of them was asked for its part."""
+class Joined:
+    """The product of several layers, kept until each of them was asked for its part.
+
+    Attributes:
+        sizes: widths of the parts.
+        dtype: of the weights.
+        device: where they are.
+        added: makes what is handed out of the input and the product; see ``lora``.
+    """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self._sizes = [layer.out_features for layer in layers]
+        first = layers[0].weight
+        self.in_features, self.dtype, self.device = layers[0].in_features, first.dtype, first.device
+        self.sizes = [layer.out_features for layer in layers]
+        self.added: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self._weight = packed(torch.cat([layer.weight.detach() for layer in layers]))
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self._bias = torch.cat([bias.detach() for bias in biases]) if biases else None
@@ -80,10 +95,13 @@ class _Joined:
         self._parts: dict[int, torch.Tensor] = {}
 
     def part(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        """(…, in) to (…, width of the part)."""
         # The very same tensor, not an equal one; it is kept alive, so no other can take its place in memory.
         if x is not self._input or place not in self._parts:
-            self._input = x
-            self._parts = dict(enumerate(torch.split(product(x, self._weight, self._bias), self._sizes, -1)))
+            y = product(x, self._weight, self._bias)
+            if self.added is not None:
+                y = self.added(x, y)
+            self._input, self._parts = x, dict(enumerate(torch.split(y, self.sizes, -1)))
         found = self._parts.pop(place)
         if not self._parts:
             self._input = None
@@ -148,7 +166,7 @@ def pack(model: nn.Module, together: Iterable[tuple[nn.Linear, ...]] = ()) -> in
     def replacement(layer: nn.Linear) -> Replacement:
         if layer in joined and layer not in made:
             group = joined[layer]
-            whole = _Joined(group)
+            whole = Joined(group)
             made.update({each: JoinedLinear(each, whole, place) for place, each in enumerate(group)})
             forget(group)
         elif layer not in made:

@@ -6,12 +6,14 @@ A linear layer that adapters target computes, for a token x with adapter i,
 
 (LoRA, https://arxiv.org/abs/2106.09685, eq. 3; s = α/r, or α/√r for rsLoRA, https://arxiv.org/abs/2312.03732). For
 short spans of several adapters the A_i and B_i are stacked, so that two products serve all of them, and a mask between
-the two leaves each token the columns of its own.
+the two leaves each token the columns of its own. Layers that are one product (``linears.Joined``) are one for their
+adapters, too: of B_i with zeros where a column of A_i is not the layer's. What counts is the number of calls, each of
+which goes over the tokens once more, and less what they multiply.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch.nn import functional
 from loopmux.errors import AdapterNotFoundError, BadRequestError, EngineError
 from loopmux_worker.engine import adapterfiles
 from loopmux_worker.engine.adapterfiles import Adapter
-from loopmux_worker.engine.slots.linears import Replacement, can_pack, packed, product
+from loopmux_worker.engine.slots.linears import Joined, JoinedLinear, Replacement, can_pack, packed, product
 from loopmux_worker.engine.slots.pairs import Pair, pairs_of
 
 Span = tuple[str | None, int]
@@ -129,19 +131,17 @@ def _steps(found: Iterable[Piece], tokens: int, stack: Sequence[str], layout: _L
     return steps
 
 
-class MixedLinear(Replacement):
-    """A linear layer with adapters on it.
+class Mixed:
+    """The adapters on one product: that of a linear layer, or of several layers that get the same input.
 
     Attributes:
-        base: the layer as it was.
         pairs: each adapter's part, by name.
     """
 
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__(base)
-        self.base = base
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.in_features, self.out_features, self.device = in_features, out_features, device
         self.pairs: dict[str, Pair] = {}
-        self._packs = self.device.type == "cpu" and can_pack(self.dtype)
+        self._packs = device.type == "cpu" and can_pack(dtype)
         self._stacked: tuple[tuple[str, ...], Pair] | None = None
         self._tokens = 0
         self._work: list[tuple[_Step, Pair]] = []
@@ -171,12 +171,16 @@ class MixedLinear(Replacement):
         del self.pairs[name]
         self._stacked, self._work = None, []
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, in) to (…, out), the tokens in the order of the spans."""
-        y: torch.Tensor = self.base(x)
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What the product y (…, out) of x (…, in) is with the adapters, the tokens in the order of the spans.
+
+        ``y`` may be changed.
+
+        Raises:
+            EngineError: they are not as many as was said.
+        """
         if not self._work:
             return y
-        y = y.contiguous()  # it may be a view into what was computed for several layers
         if x.numel() != self._tokens * self.in_features:
             raise EngineError(f"a layer got {tuple(x.shape)}, the spans given before have {self._tokens} tokens")
         flat_x, flat_y = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
@@ -199,6 +203,39 @@ class MixedLinear(Replacement):
         return y.addmm_(functional.linear(x, pair.down).masked_fill_(step.others, 0), pair.up)
 
 
+class MixedLinear(Replacement):
+    """A linear layer with adapters on it.
+
+    Attributes:
+        base: the layer as it was.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.base, self.mixed = base, Mixed(self.in_features, self.out_features, self.dtype, self.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, in) to (…, out)."""
+        return self.mixed(x, self.base(x))
+
+
+_Place = str | Joined
+"""Whose product adapters are added to: that of a linear layer, by its name in the model, or of several."""
+
+
+def _together(widths: Sequence[int], parts: Mapping[int, Pair]) -> Pair:
+    """One pair for layers of these widths, from those of some of them by place; 0 where a column of A is not theirs."""
+    chosen = [parts[place] for place in sorted(parts)]
+    down = torch.cat([pair.down for pair in chosen])
+    up = down.new_zeros(len(down), sum(widths))
+    row = 0
+    for place, pair in zip(sorted(parts), chosen, strict=True):
+        column = sum(widths[:place])
+        up[row : row + len(pair.up), column : column + widths[place]] = pair.up
+        row += len(pair.up)
+    return Pair(down, up)
+
+
 class MixedAdapters:
     """The adapters of one model for packed forwards. Layers that no loaded adapter targets are as they were.
 
@@ -209,7 +246,7 @@ class MixedAdapters:
         self._model = model
         self._allow_pickle = allow_pickle
         self._loaded: dict[str, Adapter] = {}
-        self._layers: dict[str, MixedLinear] = {}  # by the name of the linear layer whose place they take
+        self._mixed: dict[_Place, Mixed] = {}
         self._stack: tuple[str, ...] = ()
         self._spans: tuple[tuple[Span, ...], tuple[Span, ...]] | None = (), ()
 
@@ -232,8 +269,8 @@ class MixedAdapters:
         adapter = found.adapter()
         pairs = pairs_of(self._model, found)
         self.use(())
-        for layer, pair in pairs.items():
-            self._layer(layer).pairs[name] = pair
+        for place, pair in self._by_product(pairs).items():
+            self._at(place).pairs[name] = pair
         self._loaded[name] = adapter
         return adapter
 
@@ -247,11 +284,11 @@ class MixedAdapters:
         self.use(())
         del self._loaded[name]
         self._stack = tuple(n for n in self._stack if n != name)
-        for path, layer in list(self._layers.items()):
-            if name in layer.pairs:
-                layer.forget(name)
-            if not layer.pairs:
-                self._set(path, self._layers.pop(path).base)
+        for place, mixed in list(self._mixed.items()):
+            if name in mixed.pairs:
+                mixed.forget(name)
+            if not mixed.pairs:
+                self._take_away(place)
 
     def use(self, spans: Sequence[Span], head: Sequence[Span] | None = None) -> None:
         """Say what the tokens of the next forwards are, in their order; holds until said otherwise.
@@ -272,14 +309,14 @@ class MixedAdapters:
         cut = {False: (pieces(body), _total(body)), True: (pieces(top), _total(top))}
         self._stack = self._shared([*cut[False][0], *cut[True][0]])
         self._spans = None  # whatever happens on the way, the next call starts anew
-        output = self._model.get_output_embeddings()
+        output = getattr(self._model.get_output_embeddings(), "mixed", None)
         steps: dict[Any, list[_Step]] = {}
-        for layer in self._layers.values():
-            found, tokens = cut[layer is output]
-            kind = layer is output, layer.layout, layer.device
+        for mixed in self._mixed.values():
+            found, tokens = cut[mixed is output]
+            kind = mixed is output, mixed.layout, mixed.device
             if kind not in steps:
-                steps[kind] = _steps(found, tokens, self._stack, layer.layout, layer.device)
-            layer.prepare(tokens, steps[kind])
+                steps[kind] = _steps(found, tokens, self._stack, mixed.layout, mixed.device)
+            mixed.prepare(tokens, steps[kind])
         self._spans = body, top
 
     def _shared(self, found: Iterable[Piece]) -> tuple[str, ...]:
@@ -292,11 +329,36 @@ class MixedAdapters:
         wanted = both if len(both) <= 2 * len(needed) else needed or both
         return self._stack if wanted == set(self._stack) else tuple(name for name in self._loaded if name in wanted)
 
-    def _layer(self, path: str) -> MixedLinear:
-        if path not in self._layers:
-            self._layers[path] = MixedLinear(self._model.get_submodule(path))
-            self._set(path, self._layers[path])
-        return self._layers[path]
+    def _by_product(self, pairs: Mapping[str, Pair]) -> dict[_Place, Pair]:
+        """An adapter's parts, by layer, as those of the products that the model computes."""
+        found: dict[_Place, Pair] = {}
+        joined: dict[Joined, dict[int, Pair]] = {}
+        for path, pair in pairs.items():
+            layer = self._model.get_submodule(path)
+            if isinstance(layer, JoinedLinear):
+                joined.setdefault(layer.joined, {})[layer.place] = pair
+            else:
+                found[path] = pair
+        return found | {place: _together(place.sizes, parts) for place, parts in joined.items()}
+
+    def _at(self, place: _Place) -> Mixed:
+        """The adapters of a product, which is made ready for some."""
+        if place not in self._mixed:
+            if isinstance(place, Joined):
+                self._mixed[place] = place.added = Mixed(place.in_features, sum(place.sizes), place.dtype, place.device)
+            else:
+                layer = MixedLinear(self._model.get_submodule(place))
+                self._mixed[place] = layer.mixed
+                self._set(place, layer)
+        return self._mixed[place]
+
+    def _take_away(self, place: _Place) -> None:
+        """Leave a product as it was before any adapters."""
+        del self._mixed[place]
+        if isinstance(place, Joined):
+            place.added = None
+        else:
+            self._set(place, self._model.get_submodule(place).base)
 
     def _set(self, path: str, module: nn.Module) -> None:
         parent, _, child = path.rpartition(".")

@@ -96,6 +96,11 @@ class Plan:
         """Tokens in the step."""
         return sum(segment.count for segment in self.segments)
 
+    @property
+    def keys(self) -> int:
+        """Keys that the tokens of its chunks attend to: each to those before it, and its own."""
+        return sum(s.count * (2 * s.start + s.count + 1) // 2 for s in self.segments if s.count > 1)
+
 
 class Scheduler:
     """The sequences of one engine and their order.
@@ -135,6 +140,11 @@ class Scheduler:
         """Sequences whose prompts the next steps can compute: those that have a row, and those that can get one."""
         open_places = max(0, self._allowed - len(self._running))
         return sum(s.lacks > 1 for s in self._running.values()) + min(len(self._waiting), open_places)
+
+    @property
+    def reached(self) -> int:
+        """Tokens that are computed of the sequence whose prompt comes first in the next step."""
+        return next((sequence.computed for sequence in self._members() if sequence.lacks > 1), 0)
 
     def add(self, sequence: Sequence) -> None:
         """Take a sequence in, behind those that wait."""
