@@ -32,7 +32,8 @@ class BrokerConfig:
         run_timeout: after which an unanswered RUN is given up.
         tombstone: how long an end waits for its acknowledgement.
         retry: when to try again after a full pipe.
-        request_output: output that one request may hold unacknowledged before it is cancelled (slow client).
+        request_output: output that one request may hold unacknowledged before it is cancelled (slow client): the
+            largest message of a worker, and as much again around it.
         limits: what may wait or be held.
         head_start: order in the queues.
         stall: how long an engine may stand still.
@@ -52,7 +53,7 @@ class BrokerConfig:
     run_timeout: float = 2.0
     tombstone: float = KEPT
     retry: float = 0.01
-    request_output: int = MIB
+    request_output: int = 2 * MIB
     limits: Limits = field(default_factory=Limits)
     head_start: HeadStart = field(default_factory=HeadStart)
     stall: Stall = field(default_factory=Stall)

@@ -153,12 +153,14 @@ def _normalise(given: dict[str, Any]) -> None:
 
         given["tools"] = schemas(given["tools"])
     if "prompt_token_ids" in given:
-        given["prompt_token_ids"] = _pack_ids(given["prompt_token_ids"])
+        given["prompt_token_ids"] = _pack_ids(given["prompt_token_ids"], "prompt_token_ids")
     if isinstance(given.get("logit_bias"), Mapping):
         given["logit_bias"] = {str(token): bias for token, bias in given["logit_bias"].items()}
     for name in ("messages", "tools", "response_format", "template_kwargs", "stop", "model", "adapter", "session"):
         if name in given:
             check_plain(given[name], name, 0)
+    if isinstance(given.get("messages"), (list, tuple)):
+        given["messages"] = [_with_packed_ids(message, f"messages[{i}]") for i, message in enumerate(given["messages"])]
 
 
 def _check_prompt(prompt: object) -> None:
@@ -171,13 +173,20 @@ def _check_prompt(prompt: object) -> None:
     _check_text(prompt, "prompt")
 
 
-def _pack_ids(ids: object) -> bytes:
+def _with_packed_ids(message: object, path: str) -> object:
+    """A long answer has more ids than the peer's decoder takes in a list."""
+    if not isinstance(message, Mapping) or not message.get("token_ids"):
+        return message
+    return {**message, "token_ids": _pack_ids(message["token_ids"], f"{path}.token_ids")}
+
+
+def _pack_ids(ids: object, path: str) -> bytes:
     if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
-        raise BadRequestError(f"prompt_token_ids: found {codec.show(ids)}, expected a list of token ids")
+        raise BadRequestError(f"{path}: found {codec.show(ids)}, expected a list of token ids")
     try:
         return wire.pack_tokens(list(ids))
     except ProtocolError as error:
-        raise BadRequestError(f"prompt_token_ids: {error.message}") from error
+        raise BadRequestError(f"{path}: {error.message}") from error
 
 
 def _check_text(text: str, path: str) -> None:

@@ -21,7 +21,7 @@ class ToolCall:
         name: the tool's name as the model wrote it.
         arguments: parsed arguments; empty when ``error`` is set.
         error: why the call could not be parsed, or None. Such a call is answered with the error, never run.
-        raw: the text the model produced for it.
+        raw: the text the model produced for it, where ``error`` is set.
     """
 
     id: str

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loopmux.codec import BODY_LIMITS
 from loopmux.errors import DeadlineExceededError, LoopmuxError, MaxTurnsError
 from loopmux.loopevents import (
     AbandonTool,
@@ -165,7 +164,7 @@ class Loop:
         self.text = result.text
         self.usage += result.usage
         self.request_ids.append(result.request_id)
-        if 0 < len(result.token_ids) <= BODY_LIMITS.array:  # more cannot be sent, the template writes them
+        if result.token_ids:
             self._produced[len(self.messages)] = result.token_ids
         self.messages.append(assistant_message(result.text, result.tool_calls, result.reasoning))
         actions: list[Action] = [Report(event)]

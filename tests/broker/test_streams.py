@@ -377,6 +377,17 @@ def test_a_client_that_returns_meanwhile_keeps_what_is_left(core: Core) -> None:
 # --- a client that does not read
 
 
+def test_the_largest_message_and_a_window_around_it_are_no_slow_client() -> None:
+    core = Core()
+    core.hello()
+    core.register(slots=1)
+    core.running(ONE)
+    sizes = {512: (wire.WORKER_MESSAGE_LIMIT - 100) // 8}
+    for seq in range(0, 1024, 8):
+        (push,) = core.worker(tok(ONE, seq, 8, text="x" * sizes.get(seq, 8)))
+        assert isinstance(push, Push)
+
+
 def test_a_slow_client_loses_its_request_and_no_other() -> None:
     core = Core(window=8, request_output=4000)
     core.hello()

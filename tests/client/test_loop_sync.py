@@ -99,7 +99,7 @@ def test_a_turn_goes_back_with_the_ids_that_the_model_produced():
     assert [m.get("token_ids") for m in client.messages(2)] == [None, [7, 8, 0], None, [7, 8, 1], None]
 
 
-def test_more_ids_than_a_message_may_have_are_not_sent():
+def test_more_ids_than_a_list_may_have_can_be_sent():
     said = dataclasses.replace(turn("", call(a=1, b=2)), token_ids=tuple(range(codec.BODY_LIMITS.array + 1)))
     client = ScriptedClient([said, turn("3")])
     run(client)

@@ -115,6 +115,14 @@ def test_token_ids_and_messages_stand_in_for_the_prompt() -> None:
     assert prepare({"messages": conversation}).submit.prompt_size == 4
 
 
+def test_the_ids_of_an_earlier_answer_go_packed_however_many_they_are() -> None:
+    ids = list(range(70_000))
+    question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "token_ids": ids}
+    sent = body_of(messages=[question, answer, question]).messages
+    assert sent == (question, {**answer, "token_ids": pack_tokens(ids)}, question)
+    assert answer["token_ids"] is ids, "the caller's own"
+
+
 def hashes(**options: Any) -> tuple[bytes, ...]:
     return prepare(options).submit.hashes
 
@@ -169,6 +177,14 @@ def test_later_layers_win_and_none_is_not_said() -> None:
         ({"messages": "Hi"}, "messages: found 'Hi' (str), expected a list"),
         ({"messages": ["Hi"]}, "messages[0]: found 'Hi' (str), expected a mapping"),
         ({"messages": []}, "messages: found an empty list"),
+        (
+            {"messages": [{"role": "assistant", "token_ids": [-1]}]},
+            "messages[0].token_ids: token ids must be whole numbers",
+        ),
+        (
+            {"messages": [{"role": "assistant", "token_ids": "12"}]},
+            "messages[0].token_ids: found '12' (str), expected a list",
+        ),
         ({}, "found none of them, expected exactly one of prompt, messages, prompt_token_ids"),
         ({"prompt": "a", "messages": [{}]}, "found prompt and messages, expected exactly one"),
         ({"prompt_token_ids": []}, "prompt_token_ids: expected at least one token id"),

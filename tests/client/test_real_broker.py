@@ -114,6 +114,19 @@ def test_cancel_deadline_and_refusals(client: loopmux.Client) -> None:
         client.generate("x", model="nope")
 
 
+def test_an_argument_of_a_megabyte_reaches_its_tool_and_the_loop_goes_on(client: loopmux.Client) -> None:
+    big, got = "é" * 500_000, []
+
+    def keep(text: str) -> str:
+        got.append(text)
+        return "kept"
+
+    script = f"!call keep {json.dumps({'text': big}, ensure_ascii=False)}\n!say done"
+    out = client.run_tools(script, tools=[keep], max_new_tokens=ENDLESS)
+    assert got == [big]
+    assert out.text == "done"
+
+
 def test_one_turn_with_a_tool_and_a_whole_loop(client: loopmux.Client) -> None:
     def add(a: int, b: int) -> int:
         """Add two numbers."""

@@ -47,6 +47,20 @@ TRANSCRIPTS = {
         "Well.",
         [("f", {"days": "2"}), ("g", {})],
     ),
+    # the same page (built-in tools)
+    "Llama 3.1, its own tools": (
+        "llama_json",
+        '<|python_tag|>f.call(city="Paris (x)")<|python_tag|>g.call()',
+        "",
+        [("f", {"city": "Paris (x)"}), ("g", {})],
+    ),
+    # https://github.com/meta-llama/llama-models/blob/main/models/llama3_3/prompt_format.md (zero shot function calling)
+    "Llama 3.2 and 3.3, a list": (
+        "llama_json",
+        "[f(city='it\\'s ]', days=2),\n g()]",
+        "",
+        [("f", {"city": "it's ]", "days": 2}), ("g", {})],
+    ),
     # https://docs.mistral.ai/guides/tokenization/ (v3)
     "Mistral v3": (
         "mistral_list",
@@ -88,6 +102,13 @@ TRANSCRIPTS = {
         "So:\n```tool_code\nf(city='```', days=-2, points=[1, 2.5])\nprint(g())\n```\nWait.",
         "So:\nWait.",
         [("f", {"city": "```", "days": -2, "points": [1, 2.5]}), ("g", {})],
+    ),
+    # https://ai.google.dev/gemma/docs/capabilities/function-calling
+    "Gemma 3, a list": (
+        "gemma",
+        '[f(city="[Paris](x) \\ud83d\\ude00", points=[1, [2]]), g()]',
+        "",
+        [("f", {"city": "[Paris](x) 😀", "points": [1, [2]]}), ("g", {})],
     ),
     # https://cookbook.openai.com/articles/openai-harmony
     "gpt-oss": (
@@ -176,6 +197,9 @@ def test_channels_of_reasoning():
     [
         ("llama_json", 'Look: {"name": "f", "parameters": {}}'),
         ("llama_json", '{"name": "Ann", "age": 3}'),
+        ("llama_json", "See [f(city=1)]"),
+        ("llama_json", "[h(x=1)]"),
+        ("gemma", "[1] and [f](g(1))"),
         ("llama_json", '{"answer": {"name": "f", "parameters": {}}}'),
         ("envelope", '{"answer": 4, "tool": "f"} {} { } {"args": 1}'),
         ("envelope", 'Code:\n```python\nd = {"a": 1}\n```\nand ```x``` is text\n'),
@@ -200,7 +224,9 @@ def test_text_that_is_no_call_stays_as_it_is(name, text):
         ("glm", "<tool_call></tool_call>", '"name" is missing'),
         ("glm", "<tool_call>f<arg_key>a</arg_key><arg_value>1", "cut off"),
         ("llama_json", '{"name": "f", "parameters": {"city": "Par', "cut off"),
-        ("llama_json", '<|python_tag|>f.call(query="x")', "malformed"),
+        ("llama_json", "<|python_tag|>import math", "found no call"),
+        ("llama_json", "[f(city='Par", "cut off"),
+        ("gemma", "[f(city='x)]\n", "found no call"),
         ("llama_json", '{"name": "f", "parameters": 3}', '"parameters" is int'),
         ("mistral_list", '[TOOL_CALLS] [{"name": "f", "argum', "cut off"),
         ("mistral_list", "[TOOL_CALLS] [f, g]", "malformed"),
@@ -219,6 +245,7 @@ def test_text_that_is_no_call_stays_as_it_is(name, text):
         ("envelope", '{"tool": 3}', '"name" is missing'),
         ("envelope", '```json\n{"tool": "f", "args": {', "cut off"),
         ("envelope", "<tool_call>f(**x)</tool_call>", "needs its name"),
+        ("envelope", "<tool_call>f(x='\\ud83d')</tool_call>", "surrogate"),
         ("envelope", "<tool_call>f(x=1j)</tool_call>", "expected a value"),
         ("envelope", f"<tool_call>{'a.' * 5000}b(x=1)</tool_call>", "malformed"),
         ("envelope", f"<tool_call>f(x={'[' * 300}{']' * 300})</tool_call>", "malformed"),

@@ -34,7 +34,7 @@ def test_calls_and_the_text_around_them():
         ("000102000", "add", {"a": 1}, None),
         ("000102001", "mul", {"b": [2]}, None),
     ]
-    assert calls[0].raw == '{"name": "add", "arguments": {"a": 1}}'
+    assert calls[0].raw == "", "it would be sent twice"
 
 
 def test_text_behind_a_call_does_not_overwrite_the_text_before_it():
@@ -166,7 +166,7 @@ def test_the_result_does_not_depend_on_the_pieces(name, text, cuts):
     whole = parse(name, text, template=THINKS)
     for sizes in ([1], [3], [7], cuts):
         assert parse(name, text, *sizes, template=THINKS) == whole
-    assert all(made.raw or made.error for made in whole.calls)
+    assert not any(made.raw for made in whole.calls if made.error is None)
 
 
 WHOLE = [text for text in SNIPPETS if text not in ("<tool", "_call>", "</", "<")]
@@ -223,11 +223,11 @@ JSON = st.recursive(
 
 
 def test_each_call_of_code_has_its_own_text():
-    text = "f(a='ü')\r\n# ü\n[f(a='ß'), print(g.h(\n  b=1))]\r"
+    text = "f('ü')\r\n# ü\n[f('ß'), print(g.h(\n  1))]\r"
     assert [c.raw for c in parse("envelope", f"<tool_call>{text}</tool_call>").calls] == [
-        "f(a='ü')",
-        "f(a='ß')",
-        "g.h(\n  b=1)",
+        "f('ü')",
+        "f('ß')",
+        "g.h(\n  1)",
     ]
 
 
@@ -263,7 +263,7 @@ def test_schemas_that_are_none_are_no_trouble(name):
 
 def test_no_mark_is_part_of_another():
     for family in FAMILIES:
-        known = {*family.begins, *family.tokens(calls=True)}
+        known = {*family.begins, *family.tokens(calls=True), *family.lists(["f", "ff"])}
         assert not [(a, b) for a in known for b in known if a != b and a in b], family.name
     assert Marks("ab", "c").held("xa", 0) == 1
 

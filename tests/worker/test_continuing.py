@@ -22,6 +22,7 @@ from loopmux.outcome import succeeded
 from loopmux.results import Result, Timing, Usage
 from loopmux.tools import collect
 from loopmux.turns import Loop
+from loopmux.wire import pack_tokens
 from loopmux_worker.engine import templates
 from loopmux_worker.engine.base import Finished, Key
 from loopmux_worker.engine.calls import family_of
@@ -272,11 +273,19 @@ def test_a_model_without_a_template_reads_texts() -> None:
         (said("x", ["a"]), r"found \['a'\]"),  # type: ignore[list-item]
         (said("x", [-1]), r"found \[-1\]"),
         (said("x", 7), "found 7"),  # type: ignore[arg-type]
+        (said("x", b"abc"), "found b'abc'"),  # type: ignore[arg-type]
     ],
 )
 def test_ids_are_those_of_an_answer(message: dict[str, Any], found: str) -> None:
     with pytest.raises(BadRequestError, match=found):
         templates.render(Generate(messages=(message, user("x"))), MODEL, tokenizer(), ENDS)
+
+
+def test_ids_may_come_packed() -> None:
+    ids = [*spelled("hello"), END]
+    listed = said("hello", ids)
+    packed: dict[str, Any] = {**listed, "token_ids": pack_tokens(ids)}
+    assert rendered(KEEPS, user("hi"), packed, user("more")) == rendered(KEEPS, user("hi"), listed, user("more"))
 
 
 # --- in an engine ----------------------------------------------------------------------------------------------------

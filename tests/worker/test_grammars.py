@@ -184,6 +184,7 @@ def test_strict_tools_are_held_to_among_text(tokenizer, form, special):
     assert writing("Nothing to { do <here>.").ramble(0, end=0.05).checked()[1] == []
     assert not writing("Let me see: ").say(f"{opening}\n[]", spelled=special), "no call may begin without being held to"
     assert not writing("Let me see: ", START[form]).say("later"), "no such tool"
+    assert writing("[1] [weather: ").say("[weather(") is (family.name != "gemma"), "a list of calls is code"
     for seed in range(3):
         text, calls = writing("Let me see: ", START[form]).ramble(seed, end=0.05).checked()
         assert text.startswith("Let me see:")
@@ -294,13 +295,61 @@ def test_references_to_what_is_written_without_quotes(tokenizer, name):
     ],
 )
 def test_arguments_are_closed_laid_out_and_within_64_bits(tokenizer, said, held):
-    """And none of it where the tool says that it is not strict."""
+    """And but for the size of numbers none of it where the tool says that it is not strict."""
     family, some = BY_NAME["hermes"], tokenizer(tokens_of(BY_NAME["hermes"]))
     one = tool("f", x={"type": "integer"})
     call = f'<tool_call>\n{{"name": "f", "arguments": {said}}}\n</tool_call>'
     assert Writing(generate(one), family, some).say(call) is held
     if ":1" not in said:
-        assert Writing(generate(strict(one, False)), family, some).say(call)
+        assert Writing(generate(strict(one, False)), family, some).say(call) is (len(said) < 25)
+
+
+FREE = [
+    {},
+    {"additionalProperties": True},
+    {"properties": {"x": {}}},
+    {"properties": {"x": True}},
+    {"properties": {"x": {"description": "anything"}}},
+    {"properties": {"x": {"type": ["number", "array", "object"]}}},
+    {"properties": {"x": {"anyOf": [{"type": "number"}, {"type": "array"}, {"type": "object"}]}}},
+]
+
+
+@pytest.mark.parametrize("parameters", FREE)
+def test_numbers_in_what_a_schema_leaves_open_are_such_as_can_be_read(tokenizer, parameters):
+    """1e999 is JSON, and infinite where it is read."""
+    family, some, grammars = BY_NAME["hermes"], tokenizer(tokens_of(BY_NAME["hermes"])), Grammars(HEAD)
+    for value in ("%s", "[%s]", '{"y": [%s]}'):
+        for number, readable in [("-1.5", True), ("1e9", False), ("1" * 20, False)]:
+            written = Writing(generate({"name": "f", "parameters": parameters}), family, some, grammars=grammars)
+            call = f'<tool_call>\n{{"name": "f", "arguments": {{"x": {value % number}}}}}\n</tool_call>'
+            assert written.say(call) is readable, call
+
+
+def test_an_answer_of_any_kind_is_one_that_can_be_read(tokenizer):
+    family, some = BY_NAME["hermes"], tokenizer(tokens_of(BY_NAME["hermes"]))
+    for answer, held in [("[1.5, null]", True), ('{"x": "1e9"}', True), ("1e9", False), ("[1e", False)]:
+        assert Writing(Generate(prompt="x", response_format={}), family, some).say(answer) is held, answer
+
+
+def test_bounds_of_a_schema_that_are_farther_than_numbers_may_be(tokenizer):
+    family, some = BY_NAME["hermes"], tokenizer(tokens_of(BY_NAME["hermes"]))
+    far = {"type": "integer", "minimum": -1e30, "maximum": 1e30}
+    assert not Writing(Generate(prompt="x", response_format=far), family, some).say("1" * 20)
+    assert Writing(Generate(prompt="x", response_format=far), family, some).say("-" + "1" * 18)
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen_xml"])
+def test_hundreds_of_optional_properties(tokenizer, name):
+    family = BY_NAME[name]
+    many = tool("f", **{f"p{i}_": {"type": "boolean"} for i in range(900)})
+    said = {
+        "hermes": '{"name": "f", "arguments": {"p3": true, "p899": false}}',
+        "qwen_xml": "<function=f>\n<parameter=p3>\ntrue\n</parameter>\n<parameter=p899>\nfalse\n</parameter>\n"
+        "</function>",
+    }
+    written = Writing(generate(many), family, tokenizer(tokens_of(family)))
+    assert written.say(f"<tool_call>\n{said[name]}\n</tool_call>")
 
 
 BASE = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
@@ -343,7 +392,7 @@ def test_properties_that_are_named_in_several_places_may_all_be_given(tokenizer,
         (generate({"name": "f", "parameters": {"type": "object", "x": float("nan")}}), "hermes", r"tools\[0\].*JSON"),
         (generate({"name": "f", "strict": "yes"}), "hermes", r"tools\[0\].function.strict: found 'yes'"),
         (Generate(prompt="x", response_format={"type": "json_object"}), "hermes", "response_format.*json_object"),
-        (Generate(prompt="x", response_format={"enum": ["x" * 2**20]}), "hermes", "characters of schemas"),
+        (Generate(prompt="x", response_format={"enum": ["x" * 8000] * 70}), "hermes", "characters of schemas"),
         (Generate(prompt="x", response_format={"anyOf": [{}] * 1000}), "hermes", "response_format: found 1001 objects"),
         (generate(tool(x={"type": "integer", "multipleOf": 9999991})), "hermes", r"tools\[0\].*multipleOf 9999991"),
         (
@@ -361,6 +410,105 @@ def test_properties_that_are_named_in_several_places_may_all_be_given(tokenizer,
 def test_what_cannot_be_guaranteed_is_refused_with_the_reason(tokenizer, request_, name, reason):
     with pytest.raises(BadRequestError, match=reason):
         Writing(request_, BY_NAME[name], tokenizer(tokens_of(BY_NAME[name]), "tool_code"))
+
+
+def objects(count):
+    return [{"type": "object", "properties": {f"a{i}": {}}, "required": [f"a{i}"]} for i in range(count)]
+
+
+TOO_MUCH = {
+    "a text that is long": ({"const": "x" * 10_000}, "spells out 10000 characters"),
+    "a pattern that is long": ({"type": "string", "pattern": "^(a{1000}){1000}$"}, "spells out 1000000 characters"),
+    "names of properties": ({"type": "object", "properties": {"x" * 10_000: {}}}, "spells out 10000 characters"),
+    "optional letters": ({"type": "string", "pattern": "^(a?){500}a{500}$"}, "a step takes too long"),
+    "products": ({"allOf": [{"anyOf": objects(10)}] * 5}, "schema too large"),
+    "patterns at once": ({"allOf": [{"type": "string", "pattern": f".*{c}.*"} for c in "abcd"]}, "regex"),
+    "remainders at once": ({"allOf": [{"type": "integer", "multipleOf": n} for n in (67, 71)]}, "multipleOf 67 and 71"),
+    "required names": ({"type": "object", "required": [f"p{i}" for i in range(5000)]}, "5000 required properties"),
+}
+
+
+@pytest.mark.parametrize("title", TOO_MUCH)
+def test_what_would_take_too_long_is_refused_soon(tokenizer, title):
+    schema, reason = TOO_MUCH[title]
+    began = time.thread_time()
+    with pytest.raises(BadRequestError, match=f"response_format: .*{reason}"):
+        Writing(Generate(prompt="x", response_format=schema), BY_NAME["hermes"], tokenizer(()))
+    assert time.thread_time() - began < 5, "seconds for what is to take two at most"
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "schema"),
+    [
+        ("step_lexer_fuel", 1000, {"type": "string", "pattern": ".*a.{300}b"}),
+        (
+            "step_lexer_fuel",
+            1000,
+            tool(x=TEXT, y={"type": "string", "pattern": ".*a.{300}b"})["function"]["parameters"],
+        ),
+        ("step_lexer_fuel", 5000, {"anyOf": [{"type": "string", "maxLength": n} for n in range(900)]}),
+        ("step_max_items", 500, {"anyOf": [{"type": "array", "items": {"maxLength": n}} for n in range(100)]}),
+    ],
+)
+def test_what_takes_too_long_a_step_is_refused(tokenizer, monkeypatch, limit, most, schema):
+    """The limit is lowered in proportion to this small vocabulary; what is costly need not come first."""
+    monkeypatch.setitem(matching._LIMITS, limit, most)
+    with pytest.raises(BadRequestError, match="response_format: it cannot be guaranteed: a step takes too long"):
+        Writing(Generate(prompt="x", response_format=schema), BY_NAME["hermes"], tokenizer(()))
+
+
+def test_what_takes_long_in_sum_is_refused_when_its_time_is_over(tokenizer, monkeypatch):
+    monkeypatch.setattr(matching, "_SECONDS", 0.02)
+    texts = {f"p{n}": {"type": "string", "format": "email", "maxLength": n + 9} for n in range(200)}
+    began = time.thread_time()
+    with pytest.raises(
+        BadRequestError, match=r"arguments of 'weather' .* takes more than 0.02 s to compile.*strict: false"
+    ):
+        Writing(generate(tool(**texts)), BY_NAME["hermes"], tokenizer(()))
+    assert time.thread_time() - began < 1, "seconds: what comes behind is not tried"
+
+
+LARGE = {
+    "optional properties": {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(900)}},
+    "alternatives": {"anyOf": objects(240)},
+    "a pattern": {"type": "string", "pattern": "^(.*[ab]c){50}$"},
+    "alternatives in a pattern": {"type": "string", "pattern": f"^({'|'.join(f'{n:x}' * 2 for n in range(9**4))})$"},
+    "a long text": {"type": "string", "maxLength": 10**6},
+    "choices": {"enum": [f"{n:x}" * 3 for n in range(9**4)]},
+    "lists of lists": {"type": "array", "minItems": 100, "items": {"type": "array", "minItems": 100, "maxItems": 200}},
+    "references": {
+        "$defs": {
+            f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{(n + k) % 60}"} for k in (1, 7, 9)] + objects(2)}
+            for n in range(60)
+        },
+        "$ref": "#/$defs/d0",
+    },
+}
+
+
+@pytest.mark.parametrize("title", LARGE)
+def test_what_is_let_in_takes_little_in_each_step(tokenizer, title):
+    made = Writing(Generate(prompt="x", response_format=LARGE[title]), BY_NAME["hermes"], tokenizer(()))
+    chance, worst = random.Random(0), 0.0
+    for _ in range(60):
+        if made.matcher.complete:
+            break
+        began = time.thread_time()
+        allowed = made.matcher.allowed()
+        worst = max(worst, time.thread_time() - began)
+        made.push(chance.choice(allowed.nonzero().flatten().tolist()))
+    assert worst < 0.1, "seconds for what is to take half of it"
+
+
+def test_a_grammar_that_failed_for_one_is_compiled_again_for_the_next(tokenizer, monkeypatch):
+    """Requests share the states that a grammar has come to, and their end."""
+    monkeypatch.setitem(matching._LIMITS, "max_lexer_states", 2000)
+    family, some, grammars = BY_NAME["hermes"], tokenizer(()), Grammars(HEAD)
+    request = Generate(prompt="x", response_format={"type": "string", "pattern": "^[ab]*a[ab]{18}b$"})
+
+    with pytest.raises(EngineError, match="too many states"):
+        Writing(request, family, some, grammars=grammars).say('"' + "".join(random.Random(0).choices("ab", k=5000)))
+    assert Writing(request, family, some, grammars=grammars).say('"aab')
 
 
 def test_without_llguidance_the_remedy_is_named(tokenizer, monkeypatch):

@@ -108,7 +108,7 @@ def test_the_adapters_tokenizer_goes_first_and_borrows_a_template(tiny_model, re
     write_tokenizer(red, template=None)
     engine = opened(spec(tiny_model.base, ModelSpec("m", adapter_dir=str(red))))
     try:
-        assert engine._models._served["m"].tokenizer.name_or_path == str(red)
+        assert engine._models.served["m"].tokenizer.name_or_path == str(red)
         assert "the base's is used" in engine.describe().report["notes"][0]
         assert greedy(engine)
         engine.load_adapter("again", str(red))

@@ -10,8 +10,8 @@ from loopmux.messages import Generate, ModelSpec, Run
 from loopmux_worker.engine import templates
 from loopmux_worker.engine.base import Job, Key, Produced
 from loopmux_worker.engine.calls import family_of
-from loopmux_worker.engine.models import Served, _reading
 from loopmux_worker.engine.output import Reader
+from loopmux_worker.engine.served import Served
 from tinymodel import TEMPLATE, write_tokenizer
 
 KEY = Key(bytes(16), 1)
@@ -38,7 +38,7 @@ def read(tokenizer, generate, written):
     served = Served(MODEL, tokenizer, frozenset(), family_of(tokenizer.chat_template), ())
     ids = tokenizer.encode(written, add_special_tokens=False)
     thinks = served.family.opens_reasoning(prompt)
-    reader = Reader(_reading(Job(KEY, Run("m"), generate), served, len(ids), thinks=thinks))
+    reader = Reader(served.reading(Job(KEY, Run("m"), generate), len(ids), thinks=thinks))
     pieces = [reader.push(token) for token in ids]
     calls = [(call.name, call.arguments) for piece in pieces for call in piece.calls]
     return "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces), calls

@@ -142,6 +142,7 @@ def test_template_arguments_reach_the_template(tiny_model):
         ),
         (Generate(messages=({"role": "tool", "content": "x", "name": 3},)), "name: found int"),
         (Generate(prompt="x", tools=({"function": {"name": "a b"}},)), "tools.*found 'a b'"),
+        (Generate(prompt="x", tools=({"name": "f"}, {"function": {"name": "f"}})), r"tools\[1\].*'f'.*once"),
         (
             Generate(
                 prompt="x", tools=({"function": {"name": "f", "parameters": {"properties": {"<|im_end|>": {}}}}},)

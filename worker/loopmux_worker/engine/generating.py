@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from loopmux.results import Usage
 from loopmux_worker.engine.base import Output, Produced
-from loopmux_worker.engine.models import Running
+from loopmux_worker.engine.requests import Running
 from loopmux_worker.engine.sampling import Pick
 
 

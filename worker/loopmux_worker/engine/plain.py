@@ -35,7 +35,8 @@ from loopmux_worker.engine.base import (
 )
 from loopmux_worker.engine.failures import Failures
 from loopmux_worker.engine.generating import Choose, Read, Task
-from loopmux_worker.engine.models import Models, Prepared
+from loopmux_worker.engine.models import Models
+from loopmux_worker.engine.requests import Prepared, Requests
 
 _log = structlog.get_logger(__name__)
 
@@ -64,6 +65,7 @@ class PlainEngine(Engine):
 
     def __init__(self, models: Models, adapters: Adapters, threads: int | None) -> None:
         self._models, self._adapters, self._threads = models, adapters, threads
+        self._requests = Requests(models)
         self._model_lock = threading.Lock()
         self._may_begin = threading.Event()  # else the next request waits for an adapter to be loaded first
         self._may_begin.set()
@@ -85,11 +87,11 @@ class PlainEngine(Engine):
 
     def prepare(self, job: Job) -> Prepared:
         """Check a request and read its prompt."""
-        return self._models.prepare(job)
+        return self._requests.prepare(job)
 
     def add(self, prepared: Prepared) -> None:
         """Take a request in; one at a time runs, others wait."""
-        job, request = prepared.job, self._models.begin(prepared)
+        job, request = prepared.job, self._requests.begin(prepared)
         task = self._tasks[job.key] = Task(job, request, prepared.arrived, reported=request.reader.total)
         if request.reader.reason is None:
             self._todo.put(task)

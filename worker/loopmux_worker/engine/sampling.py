@@ -85,6 +85,7 @@ class Sampler:
         seed: see ``seed_of``.
         vocabulary: width of the model's head.
         prompt: the prompt's token ids, for the repetition penalty.
+        written: the output's token ids so far, which the grammar has taken.
         logprobs: alternatives to report per token; None for no log probabilities.
         device: where the logits will be.
         grammar: what the output is held to.
@@ -100,6 +101,7 @@ class Sampler:
         seed: int,
         vocabulary: int,
         prompt: Sequence[int] = (),
+        written: Sequence[int] = (),
         logprobs: int | None = None,
         device: torch.device | str = "cpu",
         grammar: Grammar | None = None,
@@ -112,13 +114,15 @@ class Sampler:
         if sampling.repetition_penalty != 1:
             self._seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
             # An embedding may have more rows than the head has outputs: of those there is nothing to penalise
-            made = [token for token in prompt if token < vocabulary]
+            made = [token for token in (*prompt, *written) if token < vocabulary]
             self._seen[torch.tensor(made, dtype=torch.long, device=device)] = True
         if sampling.presence_penalty or sampling.frequency_penalty:
-            self._counts = torch.zeros(vocabulary, device=device)
+            self._counts = (
+                torch.bincount(torch.tensor(written, dtype=torch.long), minlength=vocabulary).float().to(device)
+            )
 
     def note(self, token: int) -> None:
-        """Count a token of the output: a chosen one, or one of a replayed prefix.
+        """Count a token of the output.
 
         Raises:
             EngineError: the grammar does not allow it.

@@ -18,6 +18,8 @@ from loopmux_worker.engine.calls.jsoncalls import CLOSE, OPEN
 
 _PIECE = 4
 """Characters of one token of a script: so that tags and JSON are cut in awkward places, as models do."""
+_MOST = 4096
+"""Tokens of a script; in a longer one each has more characters, so that a call of a megabyte takes no minute."""
 
 
 def script_of(generate: Generate) -> str | None:
@@ -36,7 +38,8 @@ def script_of(generate: Generate) -> str | None:
 
 def pieces_of(text: str) -> list[str]:
     """The text of each token; at least one token."""
-    return [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)] or [""]
+    size = max(_PIECE, -(-len(text) // _MOST))
+    return [text[i : i + size] for i in range(0, len(text), size)] or [""]
 
 
 def _turns(content: str) -> list[str]:

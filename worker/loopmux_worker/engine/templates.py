@@ -76,7 +76,7 @@ def render(generate: Generate, model: ModelSpec, tokenizer: Tokenizer, ends: Col
     """
     if generate.prompt_token_ids is not None:
         return Prompt(unpack_tokens(generate.prompt_token_ids))
-    tools = [_shown(checked_tool(tool, f"tools[{i}]")) for i, tool in enumerate(generate.tools)]
+    tools = _tools(generate)
     if generate.tool_choice == "none":
         tools = []
     plain = model.model_type == "base" or not has_template(tokenizer)
@@ -90,6 +90,20 @@ def render(generate: Generate, model: ModelSpec, tokenizer: Tokenizer, ends: Col
         marks = Marks(tokenizer)
         return Prompt(marks.encode(plain_chat(marks.mark(messages)), start=True), sum(map(len, answers.values())))
     return _apply(generate, messages, tools, answers, model, tokenizer, ends)
+
+
+def _tools(generate: Generate) -> list[dict[str, Any]]:
+    """The tools as the model sees them, to whom ``strict`` means nothing."""
+    shown: dict[str, dict[str, Any]] = {}
+    for i, tool in enumerate(generate.tools):
+        checked = checked_tool(tool, f"tools[{i}]")
+        function = {key: value for key, value in checked["function"].items() if key != "strict"}
+        if function["name"] in shown:
+            raise BadRequestError(
+                f"tools[{i}]: found the name {function['name']!r} again, expected each once: rename one"
+            )
+        shown[function["name"]] = {**checked, "function": function}
+    return list(shown.values())
 
 
 def _without_template(model: ModelSpec) -> str:
@@ -129,6 +143,8 @@ def _answers(generate: Generate, count: int) -> dict[int, list[int]]:
     answers = {}
     for i, message in enumerate(given):
         ids = message.get("token_ids") or ()
+        if isinstance(ids, bytes) and len(ids) % 4 == 0:
+            ids = unpack_tokens(ids)
         right = isinstance(ids, (list, tuple)) and all(type(one) is int and one >= 0 for one in ids)
         if not right or (ids and message["role"] != "assistant"):
             raise BadRequestError(
@@ -233,11 +249,6 @@ def checked_tool(tool: Mapping[str, Any], path: str) -> dict[str, Any]:
     if not isinstance(strict := function.get("strict"), bool | None):
         raise BadRequestError(f"{path}.function.strict: found {strict!r}, expected true or false")
     return {"type": "function", "function": {"description": "", **function, "parameters": parameters}}
-
-
-def _shown(tool: dict[str, Any]) -> dict[str, Any]:
-    """A checked tool as the model sees it, to whom ``strict`` means nothing."""
-    return tool | {"function": {key: value for key, value in tool["function"].items() if key != "strict"}}
 
 
 def _check_properties(schema: object, path: str) -> None:

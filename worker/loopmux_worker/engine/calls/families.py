@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from loopmux_worker.engine.calls import gemma, harmony, jsoncalls, xmlcalls
 from loopmux_worker.engine.calls.envelope import FENCE, envelope, fence
 from loopmux_worker.engine.calls.output import Output
 from loopmux_worker.engine.calls.parser import Parser, Reasoning, Syntax, prose
+from loopmux_worker.engine.calls.pythoncalls import python_list
 from loopmux_worker.engine.calls.source import Source
 from loopmux_worker.engine.calls.values import schemas
 
@@ -24,6 +25,7 @@ class Family:
         begins: what begins a call, and who reads on behind it.
         inner: other marks of its calls.
         reasoning: what stands around reasoning, as the chat template has it.
+        listed: calls may also be a list of code in front of all text, ``[name(key=value)]``.
         channels: everything is a message in a channel: calls, reasoning, and text as well.
     """
 
@@ -32,6 +34,7 @@ class Family:
     begins: Mapping[str, Syntax] = field(default_factory=dict)
     inner: tuple[str, ...] = ()
     reasoning: Reasoning | None = None
+    listed: bool = False
     channels: bool = False
 
     def tokens(self, *, calls: bool) -> tuple[str, ...]:
@@ -40,6 +43,13 @@ class Family:
         inner = (*self.begins, *self.inner) if calls else ()
         marks = (*around, *inner, *(harmony.TOKENS if self.channels else ()))
         return tuple(mark for mark in marks if mark[-1] in ">]")
+
+    def lists(self, names: Iterable[str]) -> dict[str, Syntax]:
+        """What begins a list of calls of these tools, and who reads on behind it.
+
+        Any bracket would be too little: text may begin with one.
+        """
+        return {f"[{name}(": python_list for name in names} if self.listed else {}
 
     def opens_reasoning(self, prompt: str) -> bool:
         """Whether an answer to this prompt begins in the middle of reasoning that the chat template opened."""
@@ -60,7 +70,7 @@ class Family:
             return Parser(source, output, harmony.harmony(source, output, calls=calls))
         if not calls and self.reasoning is None:
             return None
-        begins = self.begins if calls else {}
+        begins = {**self.begins, **self.lists(output.schemas)} if calls else {}
         return Parser(source, output, prose(source, output, begins, tokens, self.reasoning, reasoning=reasoning))
 
 
@@ -96,11 +106,13 @@ FAMILIES = (
         (*gemma.FORMS, "tool_code", "<start_of_turn>"),
         {**dict.fromkeys(gemma.FORMS, gemma.gemma), gemma.FENCE: gemma.tool_code},
         tuple(mark for form in gemma.FORMS.values() for mark in form),
+        listed=True,
     ),
     Family(
         "llama_json",
         (jsoncalls.PYTHON_TAG, '{"name": function name, "parameters"'),
         {"{": jsoncalls.llama, jsoncalls.PYTHON_TAG: jsoncalls.llama},
+        listed=True,
     ),
     Family("hermes", (jsoncalls.OPEN,), {jsoncalls.OPEN: jsoncalls.hermes}, (jsoncalls.CLOSE,)),
     Family("envelope", (), {"{": envelope, jsoncalls.OPEN: envelope, FENCE: fence}, (jsoncalls.CLOSE,)),

@@ -1,4 +1,4 @@
-"""Calls in JSON: Hermes and Qwen, Llama, Mistral, DeepSeek."""
+"""Calls in JSON: Hermes and Qwen, Llama (whose built-in tools are called in code), Mistral, DeepSeek."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 
 from loopmux_worker.engine.calls.bodies import bare_object, enclosed
 from loopmux_worker.engine.calls.output import Output
+from loopmux_worker.engine.calls.pythoncalls import python_call
 from loopmux_worker.engine.calls.source import Source, Waiting, marks
 from loopmux_worker.engine.calls.values import Call, MalformedCall, arguments, named
 
@@ -33,7 +34,11 @@ def llama(source: Source, output: Output, mark: str) -> Waiting[None]:
     """
     whole: bool | None
     if mark == PYTHON_TAG:
-        raw, whole = yield from _behind_tag(source)
+        yield from source.space()
+        if not (yield from source.starts("{")):
+            yield from _built_in(source, output)
+            return
+        raw, whole = yield from enclosed(source, ())
     elif output.text.begun:
         raw, whole = mark, None
     else:
@@ -46,13 +51,20 @@ def llama(source: Source, output: Output, mark: str) -> Waiting[None]:
     yield from source.accept(";")
 
 
-def _behind_tag(source: Source) -> Waiting[tuple[str, bool]]:
-    raw: list[str] = []
-    yield from source.space()
-    if (yield from source.starts("{")):
-        return (yield from enclosed(source, ()))
-    yield from source.until(marks(PYTHON_TAG), raw.append)
-    return "".join(raw).strip(), True
+def _built_in(source: Source, output: Output) -> Waiting[None]:
+    """Calls of the tools that Llama was trained with, ``name.call(key="value")``, each behind a tag."""
+    mark = PYTHON_TAG
+    while mark:
+        raw: list[str] = []
+        mark = yield from source.until(marks(PYTHON_TAG), raw.append)
+        output.call("".join(raw).strip(), _llama_call)
+
+
+def _llama_call(raw: str) -> Call:
+    if raw.startswith("{"):
+        return named(raw)
+    name, given = python_call(raw)
+    return name.removesuffix(".call"), given
 
 
 def mistral(source: Source, output: Output, _: str) -> Waiting[None]:

@@ -82,7 +82,7 @@ class Output:
         self.text.add(self._tokens.sub("", text))
 
     def call(self, raw: str, read: Callable[[str], Call], *, whole: bool = True) -> None:
-        """A call, by its text; one that is malformed, or not ``whole``, has ``error`` set."""
+        """A call, by its text; one that is malformed, or not ``whole``, has ``error`` set, and its text."""
         self.text.interrupt()
         # nine letters and digits: the templates of Mistral's models take no other ids
         call_id = f"{self._request}{self.count:03}"
@@ -113,4 +113,4 @@ def _read(raw: str, call_id: str, read: Callable[[str], Call]) -> ToolCall:
         check(name, arguments)
     except (ValueError, RecursionError) as error:
         return ToolCall(call_id, "", error=f"malformed tool call: {error}", raw=raw)
-    return ToolCall(call_id, name, arguments, raw=raw)
+    return ToolCall(call_id, name, arguments)  # with its text, too, it would be sent twice

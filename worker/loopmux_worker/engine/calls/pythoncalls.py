@@ -15,6 +15,8 @@ from loopmux_worker.engine.calls.values import Call, MalformedCall
 
 _LINE_END = re.compile(rb"\r\n?|\n")
 _JSON_WORDS = {"true": True, "false": False, "null": None}
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+"""A character in the two halves of a JSON escape, which models write in code, too; Python leaves them apart."""
 
 
 def python_calls(source: Source, output: Output, closing: str) -> Waiting[None]:
@@ -28,9 +30,32 @@ def python_calls(source: Source, output: Output, closing: str) -> Waiting[None]:
         if (yield from string(source, raw.append, mark, "\n")) == "\n":
             mark = yield from source.until(marks(closing), raw.append)
             break
-    text = "".join(raw).strip()
-    for one in _each(text) if mark else [text]:
-        output.call(one, python_call, whole=bool(mark))
+    _tell(output, "".join(raw).strip(), whole=bool(mark))
+
+
+def python_list(source: Source, output: Output, mark: str) -> Waiting[None]:
+    """Read on behind the bracket, the name and the parenthesis that a list of calls begins with, up to its end.
+
+    Behind other text it is text.
+    """
+    if output.text.begun:
+        output.say(mark)
+        return
+    raw, depth = [mark], 1
+    while depth and mark:
+        mark = yield from source.until(marks('"', "'", "[", "]"), raw.append)
+        raw.append(mark)
+        if mark in ('"', "'"):
+            if (yield from string(source, raw.append, mark, "\n")) == "\n":
+                break
+        else:
+            depth += {"[": 1, "]": -1}.get(mark, 0)
+    _tell(output, "".join(raw).strip(), whole=bool(mark))
+
+
+def _tell(output: Output, text: str, *, whole: bool) -> None:
+    for one in _each(text) if whole else [text]:
+        output.call(one, python_call, whole=whole)
 
 
 def _each(text: str) -> list[str]:
@@ -106,7 +131,9 @@ def _name(node: ast.expr) -> str:
 
 def _value(node: ast.expr) -> Any:
     match node:
-        case ast.Constant(value=bool() | int() | float() | str() | None):
+        case ast.Constant(value=str() as text):
+            return _PAIR.sub(lambda pair: pair.group().encode("utf-16-le", "surrogatepass").decode("utf-16-le"), text)
+        case ast.Constant(value=bool() | int() | float() | None):
             return node.value
         case ast.Name(id=word) if word in _JSON_WORDS:
             return _JSON_WORDS[word]

@@ -12,16 +12,13 @@ from loopmux.errors import BadRequestError
 from loopmux_worker.engine.calls.values import referred, types_of
 from loopmux_worker.engine.grammars.asked import Tool
 from loopmux_worker.engine.grammars.rules import Rules, quoted
-from loopmux_worker.engine.grammars.schemas import LAYOUT
+from loopmux_worker.engine.grammars.schemas import DESCRIBE, LAYOUT
 from loopmux_worker.engine.grammars.syntaxes import KEY, TEXT, VALUE, Named
 
-_DESCRIBE = frozenset(
-    {"title", "description", "default", "examples", "deprecated", "$comment", "$schema", "$id", "$defs", "definitions"}
-)
-_OBJECT = _DESCRIBE | {"type", "properties", "required", "additionalProperties", "x-guidance"}
-_CHOICE = _DESCRIBE | {"type", "anyOf", "oneOf", "enum", "const"}
+_OBJECT = DESCRIBE | {"type", "properties", "required", "additionalProperties", "x-guidance"}
+_CHOICE = DESCRIBE | {"type", "anyOf", "oneOf", "enum", "const"}
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}  # say nothing of texts
-_ARRAY = _DESCRIBE | {"type", "items", "minItems", "maxItems"}
+_ARRAY = DESCRIBE | {"type", "items", "minItems", "maxItems"}
 
 
 class Arguments:
@@ -59,7 +56,18 @@ class Arguments:
             if not self._named.key(key) or key not in properties:
                 raise self._refused(f"the property {key!r}, whose name cannot be written or which has no schema")
         parts = [(self._one(key, value), key not in required) for key, value in properties.items()]
-        return _in_order(parts, quoted(self._named.between))
+        return self._in_order(parts, quoted(self._named.between))
+
+    def _in_order(self, parts: Sequence[tuple[str, bool]], between: str) -> str:
+        """Rules in their order, of which some are optional, with something between any two that are there."""
+        first: list[str] = []
+        following = ""
+        for name, optional in reversed(parts):
+            first = [f"{name} {following}", *(first if optional else ())]
+            following = self._rule(f"({between} {name}){'?' if optional else ''} {following}")
+        if not first:
+            return ""
+        return f"({' | '.join(first)}){'?' if all(optional for _, optional in parts) else ''}"
 
     def _anything(self) -> str:
         """Any names and values."""
@@ -78,7 +86,7 @@ class Arguments:
         types = types_of(schema, self._tool.arguments)
         if self._named.text is None:
             return f"{self._json(schema)} {self._rules.text(after)}"
-        if "string" in types or not schema.keys() - _DESCRIBE or isinstance(schema.get("const"), str):
+        if "string" in types or not schema.keys() - DESCRIBE or isinstance(schema.get("const"), str):
             return f"({' | '.join(self._texts(schema, after))})"
         if not types:
             raise self._refused(f"a value without a type, {_shown(schema)}: name its type, and write it without $ref")
@@ -106,7 +114,7 @@ class Arguments:
 
     def _texts(self, schema: Mapping[str, Any], after: str) -> list[str]:
         """Texts that a schema allows, and what is behind them, as alternatives."""
-        if isinstance(reference := schema.get("$ref"), str) and not schema.keys() - _DESCRIBE - {"$ref"}:
+        if isinstance(reference := schema.get("$ref"), str) and not schema.keys() - DESCRIBE - {"$ref"}:
             schema = referred(reference, self._tool.arguments)  # one behind another is refused
         self._check_keys(schema, _CHOICE | _BOUNDS | {"minLength", "maxLength"}, "a text")
         choices = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
@@ -159,20 +167,6 @@ def _split(one: str) -> tuple[str, str, str]:
     before, rest = one.split(KEY)
     middle, after = rest.split(VALUE)
     return before, middle, after
-
-
-def _in_order(parts: Sequence[tuple[str, bool]], between: str) -> str:
-    """Rules in their order, of which some are optional, with something between any two that are there."""
-    following = ["" for _ in range(len(parts) + 1)]
-    for i in reversed(range(len(parts))):
-        name, optional = parts[i]
-        following[i] = f"({between} {name}){'?' if optional else ''} {following[i + 1]}"
-    alternatives = []
-    for i, (name, optional) in enumerate(parts):
-        alternatives.append(f"{name} {following[i + 1]}")
-        if not optional:
-            return f"({' | '.join(alternatives)})"
-    return f"({' | '.join(alternatives)})?" if alternatives else ""
 
 
 def _bounds(schema: Mapping[str, Any], of: str) -> tuple[int, int | None]:

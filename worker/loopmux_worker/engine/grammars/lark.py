@@ -38,10 +38,10 @@ def grammar(
     elif asked.answer is not None:
         body = "answer | calls" if asked.tools else "answer"
     elif family.channels:
-        said = rules.prose("prose", _marks(family))
+        said = rules.prose("prose", _marks(family, asked.tools))
         body = f"{rules.text(before)} {said} {rules.text(behind)} | calls"
     else:
-        body = _calls_in_text(rules, syntax, family, several=asked.several)
+        body = _calls_in_text(rules, syntax, family, asked)
     rules.add("start", f"{_thought(rules, family, thinks=thinks)} ({body})")
     return rules.written
 
@@ -67,25 +67,25 @@ def _calls(rules: Rules, syntax: Syntax, family: Family, tools: Iterable[Tool], 
     rules.add("calls", f"{rules.text(syntax.begin + before)} rest")
 
 
-def _calls_in_text(rules: Rules, syntax: Syntax, family: Family, *, several: bool) -> str:
+def _calls_in_text(rules: Rules, syntax: Syntax, family: Family, asked: Asked) -> str:
     """Calls wherever there may be text, which holds nothing that a call begins with."""
-    opening, often = syntax.opening, "*" if several else "?"
+    opening, often = syntax.opening, "*" if asked.several else "?"
     if opening is None:
         raise BadRequestError(
             f"strict: a call in the format {family.name} begins like any text, so nothing can be guaranteed of it "
             "where text may stand, too: use tool_choice 'required' or a tool's name, or leave strict out"
         )
-    marks = _marks(family)
+    marks = _marks(family, asked.tools)
     if rules.is_token(opening):
         return f"{rules.prose('prose', marks)} (calls prose){often}"
     first = (syntax.begin + syntax.call.split(NAME)[0]).removeprefix(opening)
-    opened = rules.prose_up_to("opened", opening, family.begins)
+    opened = rules.prose_up_to("opened", opening, marks)
     return f"({opened} {rules.text(first)} rest){often} {rules.prose('prose', marks)}"
 
 
-def _marks(family: Family) -> tuple[str, ...]:
+def _marks(family: Family, tools: Iterable[Tool]) -> tuple[str, ...]:
     """What is never text."""
-    return (*family.begins, *family.tokens(calls=True))
+    return (*family.begins, *family.tokens(calls=True), *family.lists(tool.name for tool in tools))
 
 
 def _thought(rules: Rules, family: Family, *, thinks: bool) -> str:

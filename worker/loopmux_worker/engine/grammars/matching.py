@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import sys
+import time
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from loopmux.errors import BadRequestError, EngineError
 from loopmux_worker.engine.calls import Family
+from loopmux_worker.engine.grammars import schemas
 from loopmux_worker.engine.grammars.asked import Asked
 from loopmux_worker.engine.grammars.lark import grammar
 from loopmux_worker.engine.grammars.rules import alone
@@ -29,11 +34,25 @@ _KEPT = 64
 """Compiled grammars that are kept: more than there are likely to be sets of tools in use at once."""
 _LONGEST = 2**19
 """Characters of a grammar: 200 tools with schemas of 2 kB."""
+_LIMITS: dict[str, Any] = {
+    "max_items_in_row": 10_000,  # an object of a thousand optional properties takes half of them
+    "step_max_items": 20_000,  # some 40 ms
+    "step_lexer_fuel": 500_000,  # some 40 ms
+    "max_lexer_states": 2**16,  # some 100 MB
+    "verbose_errors": False,  # which take the grammar and what was written
+}
+"""What a grammar may take: llguidance bounds what it builds, which is time as well once ``schemas`` let it pass."""
+_SECONDS = 2.0
+"""Of this thread's processor time for the costly parts of a request's schemas: the requests behind it wait."""
+_TRIED = 16
+"""Tokens that are tried of a grammar and of its costly parts, so that what cannot be followed is refused at once."""
 _BITS = (torch.arange(256).unsqueeze(-1) >> torch.arange(8) & 1).to(torch.uint8).view(torch.int64).flatten()
 """A byte's eight bits as eight bytes, to look up: faster than shifting."""
 _SHOWN = 400
 """Characters of a reason that are shown."""
-_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?|\n +\d+ \|.*", re.DOTALL)
+_PLACE = re.compile(
+    r"^at \d+\(\d+\): (failed to compile JSON schema: )?|\n( +\d+ \||<non-verbose|<backtrace).*", re.DOTALL
+)
 
 
 def release() -> str | None:
@@ -49,10 +68,14 @@ class Matcher:
         eos: the end token that the grammar knows.
         ends: token ids that end the output, whichever of them comes.
         vocabulary: width of the model's head.
+        spoilt: told when the grammar failed, for all who follow it.
     """
 
-    def __init__(self, matcher: LLMatcher, eos: int, ends: frozenset[int], vocabulary: int) -> None:
+    def __init__(
+        self, matcher: LLMatcher, eos: int, ends: frozenset[int], vocabulary: int, spoilt: Callable[[], object]
+    ) -> None:
         self._matcher, self._eos, self._ends, self._vocabulary = matcher, eos, ends, vocabulary
+        self._spoilt = spoilt
         self.complete = False
         """Whether nothing may follow."""
 
@@ -83,6 +106,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            self._spoilt()
             raise EngineError(
                 f"the output cannot be held to its grammar any longer ({_short(self._matcher.get_error())}): ask for a "
                 "simpler schema"
@@ -148,7 +172,8 @@ class Grammars:
         self._compiled[key] = compiled  # the last one used comes last
         if len(self._compiled) > _KEPT:
             self._compiled.popitem(last=False)
-        return Matcher(compiled.deep_copy(), own, ends, self._vocabulary)
+        spoilt = partial(self._compiled.pop, key, None)  # copies share the states that the lexer has come to
+        return Matcher(compiled.deep_copy(), own, ends, self._vocabulary, spoilt)
 
     def _tokens(self, tokenizer: Any, eos: int) -> tuple[str, LLTokenizer]:
         """A tokenizer as llguidance has it, with what tells it from others. Models with equal ones share it."""
@@ -187,25 +212,67 @@ def _unknown(reason: str) -> BadRequestError:
 
 
 def _compile(asked: Asked, text: str, vocabulary: LLTokenizer) -> LLMatcher:
+    """Compile a grammar, after what may take long in it, each part alone.
+
+    Raises:
+        BadRequestError: it cannot be compiled, or followed, within the limits.
+    """
+    began, tried = time.thread_time(), set()
+    for what, schema, remedy in _schemas(asked):
+        for part in map(alone, schemas.costly(schema)):
+            if part in tried:
+                continue
+            tried.add(part)
+            reason = _made(part, vocabulary)[1]
+            if not reason and time.thread_time() - began > _SECONDS:
+                reason = f"what is before and in it takes more than {_SECONDS:g} s to compile"
+            if reason:
+                raise BadRequestError(f"{what} cannot be guaranteed: {_short(reason)}: {remedy}")
+    made, reason = _made(text, vocabulary)
+    if not reason:
+        return made
+    for what, schema, remedy in _schemas(asked):
+        if own := _made(alone(schema), vocabulary)[1]:
+            raise BadRequestError(f"{what} cannot be guaranteed: {_short(own)}: {remedy}")
+    raise BadRequestError(
+        f"tools, response_format: together they cannot be guaranteed: {_short(reason)}: hand over fewer tools"
+    )
+
+
+def _schemas(asked: Asked) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """Each schema with what it is, and what helps where it is too much."""
+    for tool in asked.tools:
+        what = f"tools: the arguments of {tool.name!r}"
+        yield what, tool.arguments, "change its parameters, or set strict: false for it"
+    if asked.answer is not None:
+        yield "response_format: it", asked.answer, "change it, or leave it out and check the answer"
+
+
+def _made(text: str, vocabulary: LLTokenizer) -> tuple[LLMatcher, str]:
+    """A grammar compiled, and followed for some tokens; why that does not go, or nothing."""
     import llguidance
 
-    made = llguidance.LLMatcher(vocabulary, text, log_level=0)
-    if not made.is_error():
-        return made
-    for tool in asked.tools:
-        if reason := llguidance.LLMatcher.validate_grammar(alone(tool.arguments), vocabulary):
-            raise BadRequestError(
-                f"tools: the arguments of {tool.name!r} cannot be guaranteed: {_short(reason)}: change its parameters, "
-                "or set strict: false for it"
-            )
-    if asked.answer is not None and (reason := llguidance.LLMatcher.validate_grammar(alone(asked.answer), vocabulary)):
-        raise BadRequestError(
-            f"response_format: it cannot be guaranteed: {_short(reason)}: change it, or leave it out and check "
-            "the answer"
-        )
-    raise BadRequestError(
-        f"tools, response_format: together they cannot be guaranteed: {_short(made.get_error())}: hand over fewer tools"
-    )
+    made = llguidance.LLMatcher(vocabulary, text, log_level=0, limits=llguidance.LLParserLimits(**_LIMITS))
+    tried, dice = made.deep_copy(), random.Random(0)
+    for _ in range(_TRIED):
+        if tried.is_stopped():
+            break
+        allowed = tried.compute_bitmask()
+        if tried.is_error():
+            break
+        if not any(allowed):
+            return made, "nothing can be written that fits"
+        tried.consume_token(_one_of(allowed, dice))
+    if made.is_error():
+        return made, made.get_error()
+    return made, f"a step takes too long ({_short(tried.get_error())})" if tried.is_error() else ""
+
+
+def _one_of(bits: bytes, dice: random.Random) -> int:
+    """The index of a bit that is set, found from a random byte on."""
+    start = dice.randrange(len(bits))
+    rest = (bits[start:] + bits[:start]).lstrip(b"\0")
+    return (start - len(rest)) % len(bits) * 8 + (rest[0] & -rest[0]).bit_length() - 1
 
 
 def _short(reason: str) -> str:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loopmux_worker.engine.grammars import schemas
+
 
 class Rules:
     """Rules as they come together.
@@ -34,7 +36,7 @@ class Rules:
 
     def json(self, name: str, schema: Mapping[str, Any]) -> str:
         """A rule for JSON by a schema; its name."""
-        return self.add(name, f"%json {json.dumps(schema)}")
+        return self.add(name, _json(schema))
 
     def pieces(self, text: str) -> list[str]:
         """A text as the tokenizer reads it, piece by piece: added tokens and characters."""
@@ -96,4 +98,8 @@ def quoted(text: str) -> str:
 
 def alone(schema: Mapping[str, Any]) -> str:
     """The grammar of one schema."""
-    return f"start: %json {json.dumps(schema)}"
+    return f"start: {_json(schema)}"
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps(schemas.bounded(schema))}"

@@ -32,7 +32,8 @@ from loopmux_worker.engine.base import (
     engine_error,
 )
 from loopmux_worker.engine.failures import Failures
-from loopmux_worker.engine.models import Models, Prepared, Running
+from loopmux_worker.engine.models import Models
+from loopmux_worker.engine.requests import Prepared, Requests, Running
 from loopmux_worker.engine.sampling import Pick, choose_rows
 from loopmux_worker.engine.slots.forward import Forward
 from loopmux_worker.engine.slots.pace import Pace
@@ -67,7 +68,7 @@ class SlotsEngine(Engine):
 
     def __init__(self, models: Models, forward: Forward, most: int, threads: int) -> None:
         self._models, self._forward, self._memory, self._most = models, forward, forward.memory, most
-        self._threads = threads
+        self._requests, self._threads = Requests(models), threads
         self._owner = 0  # the thread that steps, once there is one
         self._scheduler = Scheduler(Rows(forward.memory.rows), most)
         self._pace = Pace()
@@ -92,11 +93,11 @@ class SlotsEngine(Engine):
 
     def prepare(self, job: Job) -> Prepared:
         """Check a request and read its prompt."""
-        return self._models.prepare(job)
+        return self._requests.prepare(job)
 
     def add(self, prepared: Prepared) -> None:
         """Take a request in; it joins the next step, or waits for a row."""
-        job, request = prepared.job, self._models.begin(prepared)
+        job, request = prepared.job, self._requests.begin(prepared)
         sequence = Sequence(
             job.key,
             [*request.prompt, *job.prefix],
