@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from callkit import TOOLS, parse, parser, results
 from loopmux.messages import ToolFormat
 from loopmux_worker.engine.calls import FAMILIES, family_of
-from loopmux_worker.engine.calls.source import Marks
+from loopmux_worker.engine.calls.source import Marks, marks
 
 
 def call(name, arguments):
@@ -266,6 +266,12 @@ def test_no_mark_is_part_of_another():
         known = {*family.begins, *family.tokens(calls=True), *family.lists(["f", "ff"])}
         assert not [(a, b) for a in known for b in known if a != b and a in b], family.name
     assert Marks("ab", "c").held("xa", 0) == 1
+
+
+def test_marks_made_of_the_names_of_tools_are_not_kept_for_ever():
+    for n in range(300):
+        parse("gemma", "x", tools=[{"name": f"t{n}"}])
+    assert marks.cache_info().currsize < 300
 
 
 def test_the_configuration_offers_every_family():
