@@ -98,9 +98,9 @@ class Door:
             zmq.SNDHWM: 2 * window,
             zmq.RCVHWM: _RECEIVE_HWM,
             zmq.IPV6: 1,
-            # libzmq ends the process where it is to send a heartbeat over a connection that closed while nothing more
-            # was read from it ("Assertion failed: !_io_error", stream_engine_base.cpp): whoever floods a door and is
-            # killed would take the broker along. The other ends send theirs, and silence is judged by the core.
+            # libzmq ends the process that is to send a heartbeat over a connection which closed while nothing more was
+            # read from it ("Assertion failed: !_io_error", stream_engine_base.cpp): whoever floods a door and is killed
+            # would take the broker along. The other ends send theirs, and silence is judged by the core.
             zmq.HEARTBEAT_IVL: 0,
             zmq.TCP_KEEPALIVE: 1,
         }

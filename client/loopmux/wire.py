@@ -204,14 +204,15 @@ _ALL = Part.ROUTE | Part.BODY | Part.TOKENS
 _KINDS: Final = {int(kind): (kind, int(_ALL & ~parts)) for kind, parts in PARTS.items()}
 """By number: the kind, and the parts that it does not have. A plain number: asking a Flag costs as much as all else."""
 _ROUTE, _BODY, _TOKENS = int(Part.ROUTE), int(Part.BODY), int(Part.TOKENS)
-_unpack = _HEADER.unpack_from
+_pack, _unpack = _HEADER.pack, _HEADER.unpack_from
 
 
 def to_bytes(message: Message) -> bytes:
     """A message as it goes over the wire."""
-    head, route, tokens = message.header, message.route, message.tokens
-    fields = head.kind, head.flags, head.request, head.seq, head.arg, head.attempt, len(route), len(tokens) // 4
-    return b"".join((_HEADER.pack(MAGIC, head.version, *fields), route, tokens, message.body))
+    h, route, tokens = message.header, message.route, message.tokens
+    ids = len(tokens) // 4
+    head = _pack(MAGIC, h.version, h.kind, h.flags, h.request, h.seq, h.arg, h.attempt, len(route), ids)
+    return head + route + tokens + message.body  # not joined: most have one part or two, and nothing is copied for none
 
 
 def from_bytes(data: bytes) -> Message:
@@ -235,11 +236,11 @@ def from_bytes(data: bytes) -> Message:
     body_at = tokens_at + 4 * ids
     if body_at > size:
         raise ProtocolError(f"{kind.name} of {size} bytes announces {route} of ROUTE and {ids} tokens: it is cut short")
-    has = (_ROUTE if route else 0) | (_TOKENS if ids else 0) | (_BODY if body_at < size else 0)
-    if has & lacks:
-        names = " and ".join(str(part.name) for part in Part if has & lacks & part)
+    if (route and lacks & _ROUTE) or (ids and lacks & _TOKENS) or (body_at < size and lacks & _BODY):
+        sizes = zip((Part.ROUTE, Part.TOKENS, Part.BODY), (route, ids, size - body_at), strict=True)
+        names = " and ".join(str(part.name) for part, found in sizes if found and lacks & part)
         raise ProtocolError(f"{kind.name} has {names}, expected none")
-    if route > ROUTE_LIMIT or 4 * ids > CLIENT_BODY_LIMIT or size - body_at > CLIENT_BODY_LIMIT:
+    if size > ROUTE_LIMIT and (route > ROUTE_LIMIT or max(4 * ids, size - body_at) > CLIENT_BODY_LIMIT):
         raise ProtocolError(
             f"{kind.name} has a ROUTE of {route} bytes, TOKENS of {4 * ids} and a BODY of {size - body_at}: "
             f"at most {ROUTE_LIMIT}, {CLIENT_BODY_LIMIT} and {CLIENT_BODY_LIMIT} are accepted"

@@ -29,6 +29,8 @@ _POISON = 2
 """Requests that end workers, in one run: more of them would leave no worker to see anything with."""
 _ENCORE = 16
 """Requests after the end of all faults."""
+_STREAMS_WITHIN = 1.0
+"""Seconds that a fault waits for a stream that it can harm."""
 _IDLE = 3.0
 """Seconds that are listened to after that."""
 
@@ -166,12 +168,20 @@ class Nemesis:
 
     def _fault(self, what: str) -> None:
         verb, _, whom = what.partition(" ")
+        if self.dice.random() < 0.5:
+            self._await_streams()
         if not whom or verb == "bad":
             (self._bad_starts if whom else self._poison)()
             return
         targets = [p for p in self._of(whom) if p.running]
         if targets:
             getattr(self, f"_{verb}")(self.dice.choice(targets))
+
+    def _await_streams(self) -> None:
+        """Harm that comes while nothing runs shows little: let a stream be under way, if one gets there soon."""
+        until = self.clock.now + _STREAMS_WITHIN
+        while self.clock.now < until and not any(call.open and call.tokens for call in self.world.calls):
+            self.world.run(0.02)
 
     def _of(self, whom: str) -> list[Process]:
         world = self.world
@@ -199,6 +209,26 @@ class Nemesis:
             process.die()
         if process in again:
             self.clock.after(away, again[process])
+        if process is self.world.broker and self.dice.random() < 0.5:
+            self.clock.after(away, lambda: self._slow_start(self.world.broker, self.dice.randint(1, 3)))
+
+    def _slow_start(self, broker: BrokerProcess, times: int) -> None:
+        """On a machine in trouble it stands still again and again, while others tell it what they have."""
+        seconds = self.dice.uniform(0.2, 2.0)
+
+        def stand_still() -> None:
+            if broker.running:
+                self._note("freeze", broker, seconds + 4.0)
+                broker.freeze(seconds)
+                if times > 1:
+                    self.clock.after(seconds, lambda: self._slow_start(broker, times - 1))
+
+        self.clock.after(self.dice.random() * self._introductions / 2, stand_still)
+
+    @property
+    def _introductions(self) -> float:
+        """Seconds in which two ends that have just been connected tell each other who they are and what they have."""
+        return 6 * self.profile.latency[1] + 0.01
 
     def _freeze(self, process: Process) -> None:
         seconds = self.dice.choice((0.1, 1.0, 2.5, 6.0)) * self.dice.random() + 0.02
@@ -243,7 +273,7 @@ class Nemesis:
         """A network that is not back for good: connections break or stand still as their ends introduce themselves."""
         seconds = self.dice.uniform(1.0, 4.0)
         self._note("snap", process, seconds + 7.0)
-        until, shaking = self.clock.now + seconds, 6 * self.profile.latency[1] + 0.01
+        until, shaking = self.clock.now + seconds, self._introductions
 
         def shake() -> None:
             if not process.alive or self.clock.now > until:

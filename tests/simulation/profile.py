@@ -47,6 +47,9 @@ FAULTS = (
 )
 """Everything that may go wrong; ``nemesis`` has a method for each."""
 
+_FOREMOST = "kill broker"
+"""Most of what is promised hangs on what comes of it, so it is in more worlds than the others are."""
+
 ECHO, FLAKY = "echo", "flaky"
 ADAPTER = "tuned"
 FAIL_AT = 20
@@ -101,7 +104,7 @@ def draw(seed: int) -> Profile:
     made = groups(
         dice.randint(1, 3), dice.randint(1, 4), rate, dice.choice((0.0, 0.0, 0.05, 0.5)), raises=dice.random() < 0.5
     )
-    chosen = [fault for fault in FAULTS if dice.random() < 0.35]
+    chosen = [fault for fault in FAULTS if dice.random() < (0.7 if fault == _FOREMOST else 0.35)]
     return Profile(
         config=config,
         groups=tuple(made),

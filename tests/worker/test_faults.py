@@ -266,7 +266,9 @@ def test_what_counts_as_a_lost_device():
     outer = RuntimeError("the step failed")
     outer.__cause__ = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     assert device_lost(outer) is not None
-    for other in (NO_MEMORY, NO_WORKSPACE, "CUDA error: invalid configuration argument", "boom"):
+    assert device_lost(RuntimeError("could not create a primitive")) is not None, "oneDNN, which makes no more of them"
+    no_descriptor = "could not create a primitive descriptor for the matmul primitive"
+    for other in (NO_MEMORY, NO_WORKSPACE, no_descriptor, "CUDA error: invalid configuration argument", "boom"):
         assert device_lost(RuntimeError(other)) is None
     assert device_lost(BadRequestError("tool_choice: found 'illegal memory access'")) is None, "a request's own words"
 

@@ -332,6 +332,21 @@ def test_an_answer_of_any_kind_is_one_that_can_be_read(tokenizer):
         assert Writing(Generate(prompt="x", response_format={}), family, some).say(answer) is held, answer
 
 
+def test_one_of_several_that_only_their_types_tell_apart(tokenizer):
+    family, some = BY_NAME["hermes"], tokenizer(tokens_of(BY_NAME["hermes"]))
+    values = [{"type": "integer"}, {"type": "array"}]
+    objects = [{"type": "object", "properties": {"x": value}, "required": ["x"]} for value in values]
+    for schema, said in (({"oneOf": values}, "1"), ({"oneOf": objects}, '{"x": 1}')):
+        assert Writing(Generate(prompt="x", response_format=schema), family, some).say(said)
+
+
+def test_choices_in_choices_take_no_longer_than_others(tokenizer):
+    deep = {"type": "null"}
+    for _ in range(30):
+        deep = {"oneOf": [deep]}
+    assert Writing(Generate(prompt="x", response_format=deep), BY_NAME["hermes"], tokenizer(())).say("null")
+
+
 def test_bounds_of_a_schema_that_are_farther_than_numbers_may_be(tokenizer):
     family, some = BY_NAME["hermes"], tokenizer(tokens_of(BY_NAME["hermes"]))
     far = {"type": "integer", "minimum": -1e30, "maximum": 1e30}
@@ -390,6 +405,11 @@ def test_properties_that_are_named_in_several_places_may_all_be_given(tokenizer,
             r"tools\[0\].*found 'array', expected 'object'",
         ),
         (generate({"name": "f", "parameters": {"type": "object", "x": float("nan")}}), "hermes", r"tools\[0\].*JSON"),
+        (
+            Generate(prompt="x", response_format={"$ref": "#/%64efault/x", "default": {"x": {"type": "null"}}}),
+            "hermes",
+            r"response_format: found \$ref '#/%64efault/x'.*\$defs",
+        ),
         (generate({"name": "f", "strict": "yes"}), "hermes", r"tools\[0\].function.strict: found 'yes'"),
         (Generate(prompt="x", response_format={"type": "json_object"}), "hermes", "response_format.*json_object"),
         (Generate(prompt="x", response_format={"enum": ["x" * 8000] * 70}), "hermes", "characters of schemas"),
@@ -498,6 +518,13 @@ def test_what_is_let_in_takes_little_in_each_step(tokenizer, title):
         worst = max(worst, time.thread_time() - began)
         made.push(chance.choice(allowed.nonzero().flatten().tolist()))
     assert worst < 0.1, "seconds for what is to take half of it"
+
+
+def test_what_values_look_like_is_no_matter(tokenizer):
+    looks = {"pattern": "(", "multipleOf": 7}
+    said = tool(pattern={"type": "object", "default": looks, "examples": [looks], "enum": [looks]})
+    written = Writing(generate(said), BY_NAME["hermes"], tokenizer(()))
+    assert written.say('<tool_call>\n{"name": "weather", "arguments": {"pattern": {"pattern": "("')
 
 
 def test_a_grammar_that_failed_for_one_is_compiled_again_for_the_next(tokenizer, monkeypatch):

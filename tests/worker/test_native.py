@@ -315,3 +315,16 @@ def test_an_engine_says_what_computes_attention_and_answers_the_same_with_it_and
         assert engine.describe().report["attention"] == {"torch": "torch: configured"}.get(kernels, kernels)
         engine.close()
     assert found["torch"] == found["native"]
+
+
+@there
+def test_an_engine_that_has_to_have_it_does_not_start_without(fresh, tmp_path, monkeypatch):
+    write_base(tmp_path, hidden=64)
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    with pytest.raises(ConfigError, match=r"kernels: found native, but .*/nowhere/cc"):
+        opened(tmp_path, engine="auto", kernels="native")
+    engine = opened(tmp_path, engine="auto")
+    described = engine.describe()
+    engine.close()
+    assert described.engine == "slots"
+    assert re.fullmatch("torch: it cannot be compiled: .*/nowhere/cc'", described.report["attention"])

@@ -19,6 +19,11 @@ _OUT_OF_MEMORY = (
     "bad_alloc",
 )
 """What libraries say of it where the type does not tell."""
+_NO_KERNEL = "could not create a primitive"
+"""All that oneDNN says where memory is too short for the code of a kernel; where more follows (a primitive descriptor,
+say) it is another matter. The thread in which it happened gets no new kernel from then on, however much memory there
+is; others do (seen with torch 2.13).
+"""
 _LOST = (
     "device-side assert triggered",
     "illegal memory access",
@@ -66,7 +71,7 @@ def device_lost(error: BaseException | None) -> DeviceLostError | None:
         if (
             isinstance(cause, RuntimeError)
             and not isinstance(cause, LoopmuxError)
-            and any(words in str(cause) for words in _LOST)
+            and (str(cause) == _NO_KERNEL or any(words in str(cause) for words in _LOST))
         ):
             return DeviceLostError(f"the device is lost to this process, which ends: {in_words(cause)}")
     return None
@@ -77,7 +82,8 @@ def _out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, SystemError):  # what CPython says where there is no memory even for the exception
         return "without setting an exception" in str(error)
-    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+    said = str(error)
+    return isinstance(error, MemoryError) or said == _NO_KERNEL or any(words in said for words in _OUT_OF_MEMORY)
 
 
 def in_words(error: BaseException) -> str:

@@ -253,7 +253,7 @@ def _made(text: str, vocabulary: LLTokenizer) -> tuple[LLMatcher, str]:
     import llguidance
 
     made = llguidance.LLMatcher(vocabulary, text, log_level=0, limits=llguidance.LLParserLimits(**_LIMITS))
-    tried, dice = made.deep_copy(), random.Random(0)
+    tried, dice = made.deep_copy(), random.Random(0)  # noqa: S311 - which tokens are tried is no secret
     for _ in range(_TRIED):
         if tried.is_stopped():
             break

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
 from loopmux.errors import BadRequestError
 
@@ -54,6 +55,7 @@ _DEFINITIONS: dict[str, Any] = {
 _PARTS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(\d{1,9})(?:,(\d{0,9}))?\}|.", re.DOTALL)
 """Of a regular expression: an escape, a class, a counted repetition, a character."""
 _CLASSES = frozenset(f"\\{letter}" for letter in "dDwWsSbBpP")
+_VALUES = frozenset({"enum", "const", "default", "examples"})
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -86,6 +88,7 @@ def held(schema: Mapping[str, Any], path: str) -> dict[str, Any]:
         steps = list(_steps(schema))
         coarsest = max([steps] if intersects else [[step] for step in steps], key=_remainders, default=[])
         required, longest = _most_required(schema), max(_lengths(schema), default=0)
+        strays = [part["$ref"] for part in _mappings(schema) if _strays(part.get("$ref"))]
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRequestError(f"{path}: expected a JSON schema, found something that is none: {error}") from None
     for found, what in ((text.count("{"), "objects"), (required, "required properties in one object")):
@@ -95,6 +98,10 @@ def held(schema: Mapping[str, Any], path: str) -> dict[str, Any]:
         raise BadRequestError(
             f"{path}: found a text or pattern that spells out {longest} characters, expected at most {_LONGEST}: use a "
             "shorter one, or minLength and maxLength"
+        )
+    if strays:
+        raise BadRequestError(
+            f"{path}: found $ref {strays[0]!r}, expected one that leads to a schema: put it into $defs"
         )
     if _remainders(coarsest) > _COARSEST:
         raise BadRequestError(
@@ -120,7 +127,9 @@ def _bounded(schema: Any, *, shared: bool) -> Any:
         schema = {}
     if not isinstance(schema, Mapping):
         return schema
-    made = _mapped(schema, partial(_bounded, shared=shared))
+    apart = {key: part for key, part in schema.items() if key == "oneOf"}  # by what they are, not by references
+    made = _mapped({key: part for key, part in schema.items() if key != "oneOf"}, partial(_bounded, shared=shared))
+    made |= _mapped(apart, partial(_bounded, shared=False))
     kinds = made.get("type", _KINDS if shared and not made.keys() & _COMBINE else ())
     if shared and not made.keys() - DESCRIBE - {"type"}:
         if "type" not in made:
@@ -148,11 +157,11 @@ def costly(schema: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parts of a schema that may take long to compile or to follow, as schemas of their own, innermost first."""
     definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     found = {}
-    for part in _mappings(schema):
+    for part in _parts(schema):
         if _is_costly(part):
             own = {key: value for key, value in part.items() if key not in DESCRIBE}
             text = json.dumps(own, sort_keys=True)
-            found[text] = {**definitions, **own, "x-guidance": LAYOUT}
+            found[text] = {**(definitions if '"$ref"' in text else {}), **own, "x-guidance": LAYOUT}
     return list(found.values())
 
 
@@ -169,6 +178,24 @@ def _is_costly(part: Mapping[str, Any]) -> bool:
         or (bool(choices) and len(keys & {"allOf", "anyOf", "oneOf", "$ref", "properties"}) > 1)
         or len(part.get("allOf", ()) if choices else ()) > 1
     )
+
+
+def _parts(schema: Any, *, named: bool = False) -> Iterator[Mapping[str, Any]]:
+    """A schema and those in it, the innermost first. ``named``: it is none itself, but has some by name."""
+    if isinstance(schema, (list, tuple)):
+        for part in schema:
+            yield from _parts(part)
+    elif isinstance(schema, Mapping):
+        for key, part in schema.items():
+            if named or key not in _VALUES:
+                yield from _parts(part, named=not named and key in _BY_NAME)
+        if not named:
+            yield schema
+
+
+def _strays(reference: object) -> bool:
+    """Whether a reference leads into a value, where nobody looks for schemas."""
+    return isinstance(reference, str) and not _VALUES.isdisjoint(unquote(reference).split("/"))
 
 
 def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
