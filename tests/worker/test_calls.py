@@ -222,6 +222,23 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.parametrize(
+    ("name", "around"),
+    [
+        ("envelope", "<tool_call>{}</tool_call>"),
+        ("gemma", "```tool_code\n{}\n```"),
+        ("gemma", "[{}]"),
+        ("llama_json", "[{}]"),
+        ("llama_json", "<|python_tag|>{}"),
+    ],
+)
+def test_names_that_python_could_not_read(name, around):
+    code = "mcp-time_3d.x(from='a-b(c=1)', if = 2, größe=[-1])"
+    tools = [{"name": "mcp-time_3d.x"}]
+    said = [("mcp-time_3d.x", {"from": "a-b(c=1)", "if": 2, "größe": [-1]})]
+    assert results(parse(name, around.format(code), 3, tools=tools)) == said
+
+
 def test_each_call_of_code_has_its_own_text():
     text = "f('ü')\r\n# ü\n[f('ß'), print(g.h(\n  1))]\r"
     assert [c.raw for c in parse("envelope", f"<tool_call>{text}</tool_call>").calls] == [
