@@ -261,3 +261,32 @@ def test_a_malformed_call_is_corrected_where_the_template_takes_no_result_withou
             assert render(count)
     cut = Generate(messages=(*turns[:4], user("go on")))  # a loop that ended there, and its next question
     assert "go on<|im_end|>" in shown(tokenizer, templates.render(cut, INSTRUCT, tokenizer).ids)
+
+
+def test_calls_of_one_turn_are_shown_one_by_one_where_the_template_takes_no_more(tiny_model):
+    tokenizer = tiny_model.tokenizer
+    tokenizer.chat_template = (  # as Llama 3 has it
+        "{% for message in messages %}{% set calls = message.tool_calls or [] %}"
+        "{% if calls | length > 1 %}{{ raise_exception('single tool-calls') }}{% endif %}"
+        "{{ message.role }} {{ message.content }}{% for call in calls %}{{ call.function.name }}{% endfor %}"
+        "<|im_end|>{% endfor %}{# tools #}"
+    )
+    calls = [
+        ToolCall("1", "f", {}),
+        ToolCall("2", "g", {}),
+        ToolCall("3", "", error="no", raw="bad"),
+        ToolCall("4", "h"),
+    ]
+    turns = (
+        user("q"),
+        assistant_message("So", calls),
+        *(tool_message(call, f"r{call.id}") for call in calls),
+        user("q"),
+    )
+    text = shown(tokenizer, templates.render(Generate(messages=turns), INSTRUCT, tokenizer).ids)
+    assert text.split("<|im_end|>")[:-1] == [
+        "user q", "assistant So\nbadf", "tool r1", "assistant g", "tool r2", "tool r3", "assistant h", "tool r4",
+        "user q",
+    ]  # fmt: skip
+    begun = shown(tokenizer, templates.render(Generate(messages=turns[:2]), INSTRUCT, tokenizer).ids)
+    assert begun.split("<|im_end|>")[1:-1] == ["assistant So\nbadf", "assistant g", "assistant h"]

@@ -298,9 +298,9 @@ def _apply(
         try:
             return rendered(some, asked)
         except TemplateError:
-            if (told := _told_by_user(some)) == some:
+            if (plainer := _told_by_user(_one_call_each(some))) == some:
                 raise
-        return rendered(told, asked)
+        return rendered(plainer, asked)
 
     try:
         return continuing.prompt(write, len(messages), answers, marks, ends, stops=bool(generate.stop))
@@ -309,6 +309,22 @@ def _apply(
         raise BadRequestError(
             f"messages: the chat template of {model.id!r} refused them: {type(error).__name__}: {error}"
         ) from error
+
+
+def _one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with one call at most, each in front of its result: the templates of Llama 3 refuse several in one."""
+    single: list[dict[str, Any]] = []
+    waiting: list[dict[str, Any]] = []  # later calls of the message before
+    for message in messages:
+        if message["role"] != "tool":
+            single += waiting
+            waiting = []
+        elif waiting and message.get("tool_call_id") == waiting[0]["tool_calls"][0].get("id"):
+            single.append(waiting.pop(0))
+        calls = message.get("tool_calls") or ()
+        single.append({**message, "tool_calls": calls[:1]} if calls else message)
+        waiting += [{"role": "assistant", "content": "", "tool_calls": [call]} for call in calls[1:]]
+    return single + waiting
 
 
 def _told_by_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
