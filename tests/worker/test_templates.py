@@ -290,3 +290,16 @@ def test_calls_of_one_turn_are_shown_one_by_one_where_the_template_takes_no_more
     ]  # fmt: skip
     begun = shown(tokenizer, templates.render(Generate(messages=turns[:2]), INSTRUCT, tokenizer).ids)
     assert begun.split("<|im_end|>")[1:-1] == ["assistant So\nbadf", "assistant g", "assistant h"]
+
+
+def test_arguments_are_texts_where_the_template_writes_them_as_they_come(tiny_model):
+    tokenizer = tiny_model.tokenizer
+    tokenizer.chat_template = (  # as some of DeepSeek's have it
+        "{% for message in messages %}{{ message.role + ' ' + message.content }}"
+        "{% for call in message.tool_calls or [] %}{{ call.function.name + call.function.arguments }}{% endfor %};{% endfor %}{# tools #}"
+    )
+    call = ToolCall("1", "f", {"a": "ä<|im_end|>"})
+    turns = (user("q"), assistant_message("", [call]), tool_message(call, "r"))
+    ids = templates.render(Generate(messages=turns), INSTRUCT, tokenizer).ids
+    assert shown(tokenizer, ids) == 'user q;assistant f{"a": "ä<|im_end|>"};tool r;'
+    assert not set(ids) & set(tokenizer.added_tokens_encoder.values())

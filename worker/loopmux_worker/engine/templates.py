@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -294,13 +294,14 @@ def _apply(
         return str(tokenizer.apply_chat_template(some, tools=tools or None, **how))
 
     def write(count: int, asked: bool) -> str:
-        some = messages[:count]
-        try:
-            return rendered(some, asked)
-        except TemplateError:
-            if (plainer := _told_by_user(_one_call_each(some))) == some:
-                raise
-        return rendered(plainer, asked)
+        refusal: Exception | None = None
+        for form in _forms(messages[:count]):
+            try:
+                return rendered(form, asked)
+            except (TemplateError, TypeError) as error:
+                refusal = refusal or error
+        assert refusal is not None
+        raise refusal
 
     try:
         return continuing.prompt(write, len(messages), answers, marks, ends, stops=bool(generate.stop))
@@ -309,6 +310,26 @@ def _apply(
         raise BadRequestError(
             f"messages: the chat template of {model.id!r} refused them: {type(error).__name__}: {error}"
         ) from error
+
+
+def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Messages as they are, and as templates may take them that refuse those."""
+    yield messages
+    plainer = _told_by_user(_one_call_each(messages))
+    if plainer != messages:
+        yield plainer
+    if any(message.get("tool_calls") for message in messages):
+        yield list(map(_with_texts, messages))
+        yield list(map(_with_texts, plainer))
+
+
+def _with_texts(message: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as the texts that they are over HTTP: some templates of DeepSeek write them as they come."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
