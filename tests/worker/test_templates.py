@@ -296,7 +296,8 @@ def test_arguments_are_texts_where_the_template_writes_them_as_they_come(tiny_mo
     tokenizer = tiny_model.tokenizer
     tokenizer.chat_template = (  # as some of DeepSeek's have it
         "{% for message in messages %}{{ message.role + ' ' + message.content }}"
-        "{% for call in message.tool_calls or [] %}{{ call.function.name + call.function.arguments }}{% endfor %};{% endfor %}{# tools #}"
+        "{% for call in message.tool_calls or [] %}"
+        "{{ call.function.name + call.function.arguments }}{% endfor %};{% endfor %}{# tools #}"
     )
     call = ToolCall("1", "f", {"a": "ä<|im_end|>"})
     turns = (user("q"), assistant_message("", [call]), tool_message(call, "r"))
