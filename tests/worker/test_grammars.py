@@ -374,6 +374,22 @@ def test_hundreds_of_optional_properties(tokenizer, name):
     assert written.say(f"<tool_call>\n{said[name]}\n</tool_call>")
 
 
+def test_a_reference_in_an_all_of_of_its_own_leaves_objects_closed_and_numbers_bounded(tokenizer):
+    family, some = BY_NAME["hermes"], tokenizer(tokens_of(BY_NAME["hermes"]))
+    size = {"type": "object", "properties": {"n": {"type": "number"}}, "required": ["n"]}
+    one = tool("f", size={"allOf": [{"$ref": "#/$defs/Size"}], "default": {"n": 1}})
+    one["function"]["parameters"]["$defs"] = {"Size": size}
+
+    def may(arguments):
+        return Writing(generate(one), family, some).say(
+            f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
+        )
+
+    assert may('{"size": {"n": 1.5}}')
+    for wrong in ('{"size": {"n": 1e999}}', '{"size": {"n": 1, "m": 2}}', '{"size": {"n": 1}, "m": 2}'):
+        assert not may(wrong)
+
+
 BASE = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
 MORE = {"properties": {"y": {"type": "integer"}}, "required": ["y"]}
 

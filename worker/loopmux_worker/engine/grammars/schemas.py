@@ -276,8 +276,11 @@ def _intersects(schema: Any) -> bool:
         return any(map(_intersects, schema))
     if not isinstance(schema, Mapping):
         return False
-    own = "properties" in schema and not schema.keys().isdisjoint(("anyOf", "oneOf", "$ref"))
-    return own or "allOf" in schema or any(map(_intersects, schema.values()))
+    own = "properties" in schema and not schema.keys().isdisjoint(("allOf", "anyOf", "oneOf", "$ref"))
+    every = schema.get("allOf")
+    # of one alone nothing is combined: so libraries write a reference with a description or a default beside it
+    several = isinstance(every, (list, tuple)) and len(every) > 1
+    return own or several or any(map(_intersects, schema.values()))
 
 
 def _closed(schema: Any) -> Any:
