@@ -394,7 +394,8 @@ class _Shell:
         """Wait for a tool, or for the time at which the next one is late."""
         wake = self.plan.loop.wake
         try:
-            return self.done.get(timeout=None if wake is None else max(0.0, wake - time.monotonic()))
+            left = None if wake is None else min(max(0.0, wake - time.monotonic()), threading.TIMEOUT_MAX)
+            return self.done.get(timeout=left)
         except queue.Empty:
             return TimePassed()
 

@@ -8,7 +8,7 @@ from typing import Any
 from loopmux.errors import BadRequestError, LoopmuxError
 from loopmux.outcome import Outcome, Status
 from loopmux.results import ReasoningDelta, Result, TextDelta, ToolCall, Usage, Waiting
-from loopmux.tools import Tool
+from loopmux.tools import Tool, check_seconds, is_positive
 
 ChatMessage = dict[str, Any]
 """A message as chat templates take it: ``role``, ``content``, and what belongs to the role."""
@@ -40,14 +40,10 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("max_turns", "max_tool_calls", "tool_timeout", "max_result_size", "max_failures", "concurrency"):
-            if not _positive(getattr(self, name)):
+            if not is_positive(getattr(self, name)):
                 raise BadRequestError(f"{name}: found {getattr(self, name)!r}, expected a number above 0")
-        if self.timeout is not None and not _positive(self.timeout):
-            raise BadRequestError(f"timeout: found {self.timeout!r}, expected seconds above 0, or None")
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+        if self.timeout is not None:
+            check_seconds(self.timeout, "timeout")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from loopmux.errors import BadRequestError, ConnectionLostError
 from loopmux.mcpsession import Session
 from loopmux.nearest import did_you_mean
-from loopmux.tools import LATER, Danger, Tool, ToolError
+from loopmux.tools import LATER, Danger, Tool, ToolError, check_seconds
 
 if TYPE_CHECKING:
     import mcp
@@ -47,7 +47,8 @@ class MCPServer:
         headers: HTTP headers for the URL, such as ``Authorization``.
 
     Raises:
-        BadRequestError: the target is no command and no URL, or was given the other one's settings.
+        BadRequestError: the target is no command and no URL, or was given the other one's settings; the time limit is
+            none.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class MCPServer:
         words = [] if url else _words(target)
         if (env and url) or (headers and not url):
             raise BadRequestError(f"MCP server {target!r}: env= is for a command, headers= for a URL")
+        check_seconds(timeout, f"MCP server {target!r}: timeout")
         shown = url.partition("?")[0] if url else shlex.join(words)
         self._label = f"the MCP server {name!r} ({shown})" if name else f"the MCP server {shown!r}"
         self._session = Session(url or words, self._label, timeout, env or {}, headers or {})

@@ -76,8 +76,8 @@ class Tool:
             raise BadRequestError(f'tool {self.name!r}: parameters must be a JSON schema with "type": "object"')
         if self.danger not in DANGERS:
             raise BadRequestError(f"tool {self.name!r}: danger is {self.danger!r}, expected {', '.join(DANGERS)}")
-        if self.timeout is not None and not self.timeout > 0:
-            raise BadRequestError(f"tool {self.name!r}: timeout is {self.timeout!r}, expected seconds above 0")
+        if self.timeout is not None:
+            check_seconds(self.timeout, f"tool {self.name!r}: timeout")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function itself, unchecked: a decorated function stays usable."""
@@ -157,6 +157,21 @@ def tool(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     if function is not None:
         return Tool.from_function(function)
     return lambda decorated: Tool.from_function(decorated, **settings)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a number above 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+def check_seconds(value: Any, what: str) -> None:
+    """Refuse a time limit that is none.
+
+    Raises:
+        BadRequestError: it is no number above 0.
+    """
+    if not is_positive(value):
+        raise BadRequestError(f"{what}: found {value!r}, expected seconds above 0")
 
 
 def collect(tools: Iterable[Any] | None) -> dict[str, Tool]:

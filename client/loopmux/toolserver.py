@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from loopmux.errors import AuthError, BadRequestError, ConnectionLostError, DeadlineExceededError, ProtocolError
-from loopmux.tools import DANGERS, LATER, Danger, Tool, ToolError
+from loopmux.tools import DANGERS, LATER, Danger, Tool, ToolError, check_seconds
 
 _LARGEST_ANSWER = 16 * 1024 * 1024
 """Bytes; a model reads a few thousand characters, so more is a mistake and would only fill the memory."""
@@ -39,7 +40,7 @@ class ToolServer:
     not used: tokens stay between the two machines.
 
     Raises:
-        BadRequestError: the URL is not one, or the token cannot stand in a header.
+        BadRequestError: the URL is not one, the token cannot stand in a header, or the time limit is none.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class ToolServer:
             raise BadRequestError(f"tool server: found the URL {url!r}, expected one such as http://127.0.0.1:8763")
         if not (token.isascii() and token.isprintable()):
             raise BadRequestError("tool server: found a token with other characters than a header may have")
+        check_seconds(timeout, "tool server: timeout")
         self.url = url.rstrip("/")
         self._token = token
         self._timeout = timeout
@@ -130,7 +132,7 @@ class ToolServer:
 
     def _request(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self._timeout)
+        connection = kind(self._host, self._port, timeout=min(self._timeout, threading.TIMEOUT_MAX))
         try:
             data = None if body is None else json.dumps(body)
             connection.request(method, self._path + path, data, self._headers())

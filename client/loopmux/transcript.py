@@ -84,7 +84,7 @@ def check_answered(messages: list[ChatMessage]) -> None:
     calls = messages[last]["tool_calls"]
     if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
         raise BadRequestError(f"messages[{last}].tool_calls: found {calls!r:.80}, expected a list of dicts")
-    answered = {m.get("tool_call_id") for m in messages[last + 1 :] if m["role"] == "tool"}
+    answered = [m.get("tool_call_id") for m in messages[last + 1 :] if m["role"] == "tool"]  # ids may be anything
     for identity in (call.get("id") for call in calls):
         if identity not in answered:
             raise BadRequestError(

@@ -171,6 +171,12 @@ def test_no_more_at_once_than_allowed():
     assert most == [2]
 
 
+@pytest.mark.parametrize("seconds", [float("inf"), 1e10])
+def test_a_tool_may_take_as_long_as_it_likes(seconds: float):
+    out = run(ScriptedClient([turn("", call(a=1, b=2)), turn("3")]), tool_timeout=seconds)
+    assert [entry["result"] for entry in out.tool_log] == [3]
+
+
 def test_a_tool_that_never_returns_is_left_behind():
     forever = threading.Event()
 

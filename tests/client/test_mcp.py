@@ -356,6 +356,7 @@ def test_a_server_is_opened_once_at_a_time(stdio: MCPServer) -> None:
         ("python 'a", {}, "No closing quotation"),
         ("http://host/mcp", {"env": {"A": "b"}}, "env= is for a command"),
         ("python", {"headers": {"A": "b"}}, "headers= for a URL"),
+        ("python", {"timeout": None}, "timeout: found None, expected seconds above 0"),
     ],
 )
 def test_what_is_no_server(target: Any, settings: dict[str, Any], said: str) -> None:

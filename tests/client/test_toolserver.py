@@ -179,6 +179,17 @@ def test_what_is_no_url(url: str):
         ToolServer(url)
 
 
+@pytest.mark.parametrize("timeout", [0, None, "30", float("nan")])
+def test_what_is_no_time_limit(timeout: Any):
+    with pytest.raises(BadRequestError, match=r"tool server: timeout: found .*, expected seconds above 0"):
+        ToolServer("http://127.0.0.1:1", timeout=timeout)
+
+
+def test_no_time_limit():
+    with serving({"/tools": (200, [READ])}) as server:
+        assert [tool.name for tool in ToolServer(server.url, timeout=float("inf")).tools()] == ["read_file"]
+
+
 @pytest.mark.parametrize("token", ["two\r\nlines", "geheïm"])
 def test_what_is_no_token(token: str):
     with pytest.raises(BadRequestError, match="a token with other characters than a header may have"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from callkit import TOOLS, parse, parser, results
 from loopmux.messages import ToolFormat
 from loopmux_worker.engine.calls import FAMILIES, family_of
-from loopmux_worker.engine.calls.source import Marks
+from loopmux_worker.engine.calls.source import Marks, marks
 
 
 def call(name, arguments):
@@ -222,6 +222,23 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.parametrize(
+    ("name", "around"),
+    [
+        ("envelope", "<tool_call>{}</tool_call>"),
+        ("gemma", "```tool_code\n{}\n```"),
+        ("gemma", "[{}]"),
+        ("llama_json", "[{}]"),
+        ("llama_json", "<|python_tag|>{}"),
+    ],
+)
+def test_names_that_python_could_not_read(name, around):
+    code = "mcp-time_3d.x(from='a-b(c=1)', if = 2, größe=[-1])"
+    tools = [{"name": "mcp-time_3d.x"}]
+    said = [("mcp-time_3d.x", {"from": "a-b(c=1)", "if": 2, "größe": [-1]})]
+    assert results(parse(name, around.format(code), 3, tools=tools)) == said
+
+
 def test_each_call_of_code_has_its_own_text():
     text = "f('ü')\r\n# ü\n[f('ß'), print(g.h(\n  1))]\r"
     assert [c.raw for c in parse("envelope", f"<tool_call>{text}</tool_call>").calls] == [
@@ -266,6 +283,12 @@ def test_no_mark_is_part_of_another():
         known = {*family.begins, *family.tokens(calls=True), *family.lists(["f", "ff"])}
         assert not [(a, b) for a in known for b in known if a != b and a in b], family.name
     assert Marks("ab", "c").held("xa", 0) == 1
+
+
+def test_marks_made_of_the_names_of_tools_are_not_kept_for_ever():
+    for n in range(300):
+        parse("gemma", "x", tools=[{"name": f"t{n}"}])
+    assert marks.cache_info().currsize < 300
 
 
 def test_the_configuration_offers_every_family():

@@ -5,7 +5,7 @@ import pytest
 from loopmux.errors import BadRequestError
 from loopmux.messages import Generate, ModelSpec
 from loopmux.results import ToolCall
-from loopmux.transcript import assistant_message
+from loopmux.transcript import assistant_message, tool_message
 from loopmux.wire import pack_tokens
 from loopmux_worker.engine import marks, templates
 
@@ -213,3 +213,80 @@ def test_a_malformed_call_stays_in_the_message_that_the_template_gets(tokenizer)
     asked = Generate(messages=(user("hi"), message, user("?")))
     text = shown(tokenizer, templates.render(asked, INSTRUCT, tokenizer).ids)
     assert '<|im_start|>assistant\nSo\n<tool_call>{"a"<|im_end|>' in text
+
+
+STRICT_TEMPLATES = {
+    "gpt-oss": """{% set last = namespace(call=false) %}{% for message in messages %}
+        {%- if message.role == 'assistant' %}{% set last.call = 'tool_calls' in message %}{% endif %}
+        {%- if message.role == 'tool' and not last.call %}{{ raise_exception('no call') }}{% endif %}""",
+    "Mistral": """{% set turns = namespace(n=0) %}{% for message in messages %}
+        {%- if message.role != 'tool' and 'tool_calls' not in message %}
+            {%- if (message.role == 'user') != (turns.n % 2 == 0) %}{{ raise_exception('no turn') }}{% endif %}
+            {%- set turns.n = turns.n + 1 %}
+        {%- endif %}""",
+}
+
+
+@pytest.mark.parametrize("form", STRICT_TEMPLATES)
+def test_a_malformed_call_is_corrected_where_the_template_takes_no_result_without_a_call(tiny_model, form):
+    tokenizer = tiny_model.tokenizer
+    tokenizer.chat_template = (
+        STRICT_TEMPLATES[form]
+        + "{{ '<|im_start|>' + message.role + ' ' + message.content + '<|im_end|>' }}{% endfor %}{# tools #}"
+    )
+    bad = [ToolCall(n, "", error="no", raw=f"bad{n}") for n in "12"]
+    good = ToolCall("3", "f", {})
+    turns = (
+        user("q"),
+        assistant_message("", bad),
+        *(tool_message(call, f"no{call.id}") for call in bad),
+        assistant_message("", bad[:1]),
+        tool_message(bad[0], "no again"),
+        assistant_message("", [good]),
+        tool_message(good, "yes"),
+        assistant_message("a", []),
+        user("q"),
+    )
+
+    def render(count):
+        asked = Generate(messages=turns[:count])
+        return shown(tokenizer, templates.render(asked, INSTRUCT, tokenizer).ids).replace("<|im_start|>", "")
+
+    assert render(len(turns)).split("<|im_end|>")[:-1] == [
+        "user q", "assistant bad1\nbad2", "user no1\nno2", "assistant bad1", "user no again", "assistant ", "tool yes",
+        "assistant a", "user q",
+    ]  # fmt: skip
+    for count, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            assert render(count)
+    cut = Generate(messages=(*turns[:4], user("go on")))  # a loop that ended there, and its next question
+    assert "go on<|im_end|>" in shown(tokenizer, templates.render(cut, INSTRUCT, tokenizer).ids)
+
+
+def test_calls_of_one_turn_are_shown_one_by_one_where_the_template_takes_no_more(tiny_model):
+    tokenizer = tiny_model.tokenizer
+    tokenizer.chat_template = (  # as Llama 3 has it
+        "{% for message in messages %}{% set calls = message.tool_calls or [] %}"
+        "{% if calls | length > 1 %}{{ raise_exception('single tool-calls') }}{% endif %}"
+        "{{ message.role }} {{ message.content }}{% for call in calls %}{{ call.function.name }}{% endfor %}"
+        "<|im_end|>{% endfor %}{# tools #}"
+    )
+    calls = [
+        ToolCall("1", "f", {}),
+        ToolCall("2", "g", {}),
+        ToolCall("3", "", error="no", raw="bad"),
+        ToolCall("4", "h"),
+    ]
+    turns = (
+        user("q"),
+        assistant_message("So", calls),
+        *(tool_message(call, f"r{call.id}") for call in calls),
+        user("q"),
+    )
+    text = shown(tokenizer, templates.render(Generate(messages=turns), INSTRUCT, tokenizer).ids)
+    assert text.split("<|im_end|>")[:-1] == [
+        "user q", "assistant So\nbadf", "tool r1", "assistant g", "tool r2", "tool r3", "assistant h", "tool r4",
+        "user q",
+    ]  # fmt: skip
+    begun = shown(tokenizer, templates.render(Generate(messages=turns[:2]), INSTRUCT, tokenizer).ids)
+    assert begun.split("<|im_end|>")[1:-1] == ["assistant So\nbadf", "assistant g", "assistant h"]

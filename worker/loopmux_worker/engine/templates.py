@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from loopmux.errors import BadRequestError, ConfigError
 from loopmux.messages import Generate, ModelSpec
@@ -289,9 +289,18 @@ def _apply(
         messages = [_with_thinking(message) for message in messages]
     messages, tools, arguments = marks.mark(messages), marks.mark(tools), marks.mark(arguments)
 
-    def write(count: int, asked: bool) -> str:
-        some, how = messages[:count], {"add_generation_prompt": asked, "tokenize": False, **arguments}
+    def rendered(some: list[dict[str, Any]], asked: bool) -> str:
+        how = {"add_generation_prompt": asked, "tokenize": False, **arguments}
         return str(tokenizer.apply_chat_template(some, tools=tools or None, **how))
+
+    def write(count: int, asked: bool) -> str:
+        some = messages[:count]
+        try:
+            return rendered(some, asked)
+        except TemplateError:
+            if (plainer := _told_by_user(_one_call_each(some))) == some:
+                raise
+        return rendered(plainer, asked)
 
     try:
         return continuing.prompt(write, len(messages), answers, marks, ends, stops=bool(generate.stop))
@@ -300,6 +309,42 @@ def _apply(
         raise BadRequestError(
             f"messages: the chat template of {model.id!r} refused them: {type(error).__name__}: {error}"
         ) from error
+
+
+def _one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with one call at most, each in front of its result: the templates of Llama 3 refuse several in one."""
+    single: list[dict[str, Any]] = []
+    waiting: list[dict[str, Any]] = []  # later calls of the message before
+    for message in messages:
+        if message["role"] != "tool":
+            single += waiting
+            waiting = []
+        elif waiting and message.get("tool_call_id") == waiting[0]["tool_calls"][0].get("id"):
+            single.append(waiting.pop(0))
+        calls = message.get("tool_calls") or ()
+        single.append({**message, "tool_calls": calls[:1]} if calls else message)
+        waiting += [{"role": "assistant", "content": "", "tool_calls": [call]} for call in calls[1:]]
+    return single + waiting
+
+
+def _told_by_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in which each result belongs to a call: what came of those that could not be read is told by the user.
+
+    The templates of gpt-oss refuse results without a call, those of Mistral answers in a row that have none.
+    """
+    told: list[dict[str, Any]] = []
+    calls = joins = False
+    for message in messages:
+        if message["role"] == "assistant":
+            calls = bool(message.get("tool_calls"))
+        stray = message["role"] == "tool" and not calls
+        said = {"role": "user", "content": message["content"]} if stray else message
+        if joins and said["role"] == "user":
+            told[-1] = {**said, "content": f"{told[-1]['content']}\n{said['content']}"}
+        else:
+            told.append(said)
+            joins = stray
+    return told
 
 
 def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:

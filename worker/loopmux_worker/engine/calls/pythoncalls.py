@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from collections.abc import Sequence
+from keyword import iskeyword
 from typing import Any
 
 from loopmux_worker.engine.calls.bodies import string
@@ -13,6 +13,16 @@ from loopmux_worker.engine.calls.output import Output
 from loopmux_worker.engine.calls.source import Source, Waiting, marks
 from loopmux_worker.engine.calls.values import Call, MalformedCall
 
+TOOL_NAME = re.compile(r"\w[\w.:-]*", re.ASCII)
+"""What may be the name of a tool."""
+_NAME = re.compile(
+    r"""
+    "(?:\\.|[^"\\\n])*+"? | '(?:\\.|[^'\\\n])*+'?  # a text, in which nothing is a name
+    | (?<![\w.:-]) \w[\w.:-]*+ (?=\s*\()            # of a tool
+    | (?<!\w) [A-Za-z_]\w*+ (?=\s*=)                # of an argument
+    """,
+    re.ASCII | re.DOTALL | re.VERBOSE,
+)
 _LINE_END = re.compile(rb"\r\n?|\n")
 _JSON_WORDS = {"true": True, "false": False, "null": None}
 _PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
@@ -61,19 +71,37 @@ def _tell(output: Output, text: str, *, whole: bool) -> None:
 def _each(text: str) -> list[str]:
     """The text of each call; all of it where that is no code."""
     try:
-        nodes = _call_nodes(text)
+        code = _Code(text)
     except (ValueError, RecursionError):
         return [text]
-    data = text.encode()  # columns are counted in bytes
-    lines = [0, *(found.end() for found in _LINE_END.finditer(data))]
-    spans = [(lines[one.lineno - 1] + one.col_offset, _end(one, lines)) for one in nodes]
-    return [data[start:end].decode() for start, end in spans] or [text]
+    return [code.text_of(one) for one in code.calls] or [text]
 
 
-def _end(node: ast.Call, lines: Sequence[int]) -> int:
-    assert node.end_lineno is not None
-    assert node.end_col_offset is not None
-    return lines[node.end_lineno - 1] + node.end_col_offset
+class _Code:
+    """Code as Python reads it, and as it is written: models write names that Python has for itself or not at all.
+
+    Raises:
+        MalformedCall: it is none.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.calls = _call_nodes(_NAME.sub(_stand_in, text))
+        self._data = text.encode()  # columns are counted in bytes
+        self._lines = [0, *(found.end() for found in _LINE_END.finditer(self._data))]
+
+    def text_of(self, node: ast.expr | ast.keyword) -> str:
+        """What stands there."""
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        start = self._lines[node.lineno - 1] + node.col_offset
+        return self._data[start : self._lines[node.end_lineno - 1] + node.end_col_offset].decode()
+
+
+def _stand_in(found: re.Match[str]) -> str:
+    """A text as it is; a name that Python could not read as another one of its length."""
+    word = found.group()
+    read = word[0] in "\"'" or all(part.isidentifier() and not iskeyword(part) for part in word.split("."))
+    return word if read else "_" * len(word)
 
 
 def python_call(raw: str) -> Call:
@@ -82,14 +110,15 @@ def python_call(raw: str) -> Call:
     Raises:
         MalformedCall: it is none; the message says why.
     """
-    nodes = _call_nodes(raw)
-    if len(nodes) != 1:
-        raise MalformedCall(f"found {len(nodes)} calls, expected one")
-    call = nodes[0]
+    code = _Code(raw)
+    if len(code.calls) != 1:
+        raise MalformedCall(f"found {len(code.calls)} calls, expected one")
+    call = code.calls[0]
     if call.args or any(keyword.arg is None for keyword in call.keywords):
         raise MalformedCall("each argument needs its name")
-    arguments = {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
-    return _name(call.func), arguments
+    if not TOOL_NAME.fullmatch(name := code.text_of(call.func)):
+        raise MalformedCall("found no name in front of the arguments")
+    return name, {code.text_of(one).partition("=")[0].strip(): _value(one.value) for one in call.keywords}
 
 
 def _call_nodes(text: str) -> list[ast.Call]:
@@ -118,15 +147,6 @@ def _inner_call(node: ast.expr | None) -> ast.Call:
     ):
         return node.args[0]
     return node
-
-
-def _name(node: ast.expr) -> str:
-    match node:
-        case ast.Name(id=name):
-            return name
-        case ast.Attribute(value=inner, attr=name):
-            return f"{_name(inner)}.{name}"
-    raise MalformedCall("found no name in front of the arguments")
 
 
 def _value(node: ast.expr) -> Any:

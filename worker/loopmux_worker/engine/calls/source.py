@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator
-from functools import cache
+from functools import lru_cache
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -16,6 +16,8 @@ Waiting = Generator[None, None, _T]
 Keep = Callable[[str], object]
 """Told of text as it passes."""
 
+_KEPT = 256
+"""Sets of marks that are kept: some are made of the names of a request's tools."""
 _NO_SPACE = re.compile(r"\S")
 
 
@@ -36,7 +38,7 @@ class Marks:
         return len(text)
 
 
-@cache
+@lru_cache(_KEPT)
 def marks(*texts: str) -> Marks:
     """Marks, made once."""
     return Marks(*texts)

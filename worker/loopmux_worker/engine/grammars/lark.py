@@ -54,7 +54,8 @@ def _calls(rules: Rules, syntax: Syntax, family: Family, tools: Iterable[Tool], 
     for i, tool in enumerate(tools):
         if not syntax.name(tool.name):
             raise BadRequestError(
-                f"tools: found the name {tool.name!r}, expected one that {family.name} calls can hold: a Python name"
+                f"tools: found the name {tool.name!r}, expected one that {family.name} calls can hold: it begins "
+                "with a letter, a digit or _"
             )
         if syntax.named is None:
             arguments = rules.json(f"arguments{i}", tool.arguments)

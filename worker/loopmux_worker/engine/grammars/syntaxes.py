@@ -5,11 +5,11 @@ The texts are those that ``calls`` reads and chat templates write; a place is a 
 
 from __future__ import annotations
 
-import keyword
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from loopmux_worker.engine.calls import Family, gemma, harmony, jsoncalls, xmlcalls
+from loopmux_worker.engine.calls.pythoncalls import TOOL_NAME
 
 NAME, ARGUMENTS, KEY, VALUE, TEXT = "%NAME%", "%ARGUMENTS%", "%KEY%", "%VALUE%", "%TEXT%"
 
@@ -139,13 +139,9 @@ def _gemma(template: str) -> Syntax:
         begin=f"{gemma.FENCE}\n",
         between="\n",
         end="\n```",
-        named=Named(f"{KEY}={VALUE}", between=", ", key=_identifier),
-        name=lambda name: all(map(_identifier, name.split("."))),
+        named=Named(f"{KEY}={VALUE}", between=", ", key=str.isidentifier),
+        name=lambda name: TOOL_NAME.fullmatch(name) is not None,
     )
-
-
-def _identifier(name: str) -> bool:
-    return name.isidentifier() and not keyword.iskeyword(name)
 
 
 def thought_of(family: Family) -> tuple[str, str, str] | None:
