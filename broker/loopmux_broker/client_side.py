@@ -134,6 +134,11 @@ class ClientSide:
             raise ProtocolError(f"{header.kind.name}: found a request id of zeros, expected 16 random bytes")
         if 4 * header.seq != len(message.tokens):
             raise ProtocolError(f"{header.kind.name} at {header.seq} tokens has {len(message.tokens)} bytes of them")
+        if len(message.route) > wire.SUBMIT_ROUTE_LIMIT:
+            raise ProtocolError(
+                f"{header.kind.name} has a ROUTE of {len(message.route)} bytes, at most {wire.SUBMIT_ROUTE_LIMIT} are "
+                "accepted: shorten model, adapter, session or trace"
+            )
         submit = codec.unpack(Submit, message.route)
         if request is not None and (request.state is State.DONE or request.body == message.body):
             self._known_already(request, message, now)

@@ -11,11 +11,14 @@ import os
 import signal
 import time
 
+from loopmux import exitcodes
 from loopmux_broker.logs import Logger
 
 _SERVED = 1.0
 """Seconds. What ends a broker sooner would end the next one, too: then its parent ends likewise, and whoever started
 that judges how long to wait, and how often to try."""
+_FOR_GOOD = (exitcodes.USAGE, exitcodes.CONFIG)
+"""Exit codes of what would be the same again, however long it took to find out."""
 _NEWS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT})
 
 
@@ -41,7 +44,7 @@ def keep(log: Logger) -> int | None:
         if code == 0 or (asked and -code in _NEWS):
             return 0
         lived = time.monotonic() - began
-        again = lived >= _SERVED and not asked
+        again = lived >= _SERVED and not asked and code not in _FOR_GOOD
         if again or code < 0:  # else it has said itself what the matter is
             by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             log.say("warning" if again else "error", "broker died", by=by, after=round(lived, 2), again=again)

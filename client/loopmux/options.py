@@ -22,6 +22,8 @@ _DEEPEST = 72
 64 levels, which lie five deeper in a message."""
 _HASHED = 32
 """Messages at the beginning, and at the end, of a conversation that the broker is told the hashes of."""
+_ROUTE_LIMIT = wire.SUBMIT_ROUTE_LIMIT - 128
+"""Largest ROUTE of SUBMIT, bytes; ATTACH has a fingerprint as well."""
 _SHOWN_BEFORE = 12
 """Characters shown in front of the offending one in a text that is not valid Unicode."""
 
@@ -250,12 +252,12 @@ def _submit(given: Mapping[str, Any], timeout: float, generate: Generate) -> Sub
         raise BadRequestError(error.message) from error
     if not submit.model:
         raise BadRequestError("model: found an empty text, expected a model id")
-    if size > wire.ROUTE_LIMIT:
+    if size > _ROUTE_LIMIT:
         texts = {name: len(str(given[name])) for name in ("model", "adapter", "session", "trace") if name in given}
         longest = max(texts, key=texts.__getitem__)
         raise BadRequestError(
             f"{longest}: found a text of {texts[longest]} characters; model, adapter, session and trace "
-            f"take {size} bytes with the rest, at most {wire.ROUTE_LIMIT} fit"
+            f"take {size} bytes with the rest, at most {_ROUTE_LIMIT} fit"
         )
     return submit
 

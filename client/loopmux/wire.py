@@ -29,6 +29,8 @@ VERSION: Final = VERSIONS[0]
 
 ROUTE_LIMIT: Final = 4 * 1024
 """Largest ROUTE, bytes: it is decoded by the broker for every message that has one."""
+SUBMIT_ROUTE_LIMIT: Final = ROUTE_LIMIT - 128
+"""The same of SUBMIT and ATTACH: RUN has the texts of theirs, and what the broker adds."""
 CLIENT_BODY_LIMIT: Final = 4 * 1024 * 1024
 """Largest BODY, and as many bytes of TOKENS: of what a client may send, and therefore of any message."""
 WORKER_BODY_LIMIT: Final = 1024 * 1024

@@ -194,6 +194,7 @@ class Plan:
     def _process_reported(self, process: Process, phase: str, detail: str, now: float) -> Iterator[Action]:
         if phase == "replaced":
             yield Announce(process.name, detail, "warning")
+            return
         if process.state is not State.STARTING:
             return
         if phase == "ready":

@@ -62,12 +62,15 @@ if code is None:
         case 2:
             time.sleep(0.4)
             os.abort()
+    time.sleep(0.4 if last == 78 else 0)
     os._exit(last)
 print("parent ends with", code)
 """
 
 
-@pytest.mark.parametrize("last", [0, 3])
+@pytest.mark.parametrize(
+    "last", [0, 3, 78], ids=["in good order", "at once", "its settings are wrong, which took it long"]
+)
 def test_it_goes_on_until_one_ends_by_itself(tmp_path: Path, last: int) -> None:
     words = ["-c", SCRIPT, str(tmp_path / "began"), str(last)]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=30, check=True)

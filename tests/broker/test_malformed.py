@@ -120,6 +120,21 @@ def test_the_answer_names_the_request(core: Core) -> None:
     assert wire.from_bytes(answer.data).header.request == ONE  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("kind", [Kind.SUBMIT, Kind.ATTACH])
+def test_whatever_is_taken_from_a_client_fits_into_what_a_worker_takes(core: Core, kind: Kind) -> None:
+    def routed(size: int) -> Message:
+        short = codec.pack(Submit("m", session="", timeout=99, trace="t" * 1000))
+        trace = "t" * (1000 + size - len(short))
+        return Message(Header(kind, ONE), codec.pack(Submit("m", session="", timeout=99, trace=trace)), BODY)
+
+    largest = wire.SUBMIT_ROUTE_LIMIT
+    _, _, _, refused = failure(core.client(routed(largest + 1))[0])
+    assert f"{kind.name} has a ROUTE of {largest + 1} bytes, at most {largest} are accepted" in refused.message
+    actions = core.client(routed(largest)) + core.wait(10)
+    [given] = [action.data for action in actions if isinstance(action, Send) and action.peer == WORKER][:1]
+    assert wire.from_bytes(given).kind is Kind.RUN
+
+
 def test_a_message_has_one_frame(core: Core) -> None:
     """The first of several is no message either, however well it reads."""
     [answer] = core.handle(FramesSent(CLIENT, SUBMIT))

@@ -382,7 +382,7 @@ def test_the_largest_message_and_a_window_around_it_are_no_slow_client() -> None
     core.hello()
     core.register(slots=1)
     core.running(ONE)
-    sizes = {512: (wire.WORKER_MESSAGE_LIMIT - 100) // 8}
+    sizes = {512: (wire.WORKER_BODY_LIMIT - 100) // 8}
     for seq in range(0, 1024, 8):
         (push,) = core.worker(tok(ONE, seq, 8, text="x" * sizes.get(seq, 8)))
         assert isinstance(push, Push)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any, get_type_hints
 
@@ -232,6 +233,20 @@ def test_what_is_wrong_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequestError) as caught:
         prepare(options)
     assert message in str(caught.value)
+
+
+def test_what_can_be_submitted_can_be_attached() -> None:
+    """With a fingerprint, whose room has to be there from the beginning."""
+    longest = 0
+    for size in range(3600, 4000, 4):
+        try:
+            submit = prepare({"prompt": "x", "trace": "t" * size}).submit
+        except BadRequestError:
+            break
+        longest = size
+        attached = dataclasses.replace(submit, fingerprint="f" * 64)
+        assert len(codec.pack(attached)) <= wire.SUBMIT_ROUTE_LIMIT
+    assert longest > 3700
 
 
 def test_what_is_nested_without_end_is_refused() -> None:

@@ -186,6 +186,7 @@ LIMITS = {
     "header": wire.HEADER_SIZE,
     "request id, instance, boot": wire.ID_SIZE,
     "ROUTE": wire.ROUTE_LIMIT,
+    "ROUTE of SUBMIT and ATTACH": wire.SUBMIT_ROUTE_LIMIT,
     "ROUTE: entries of one array": codec.ROUTE_LIMITS.array,
     "ROUTE: entries of one map": codec.ROUTE_LIMITS.map,
     "ROUTE: one text or blob": codec.ROUTE_LIMITS.size,

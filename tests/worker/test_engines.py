@@ -495,11 +495,12 @@ def test_description(engine, kind, reference):
 def test_what_was_chosen_and_what_it_takes_is_said_while_it_opens(tiny_model, kind):
     said = []
     settings = {"engine": "auto" if kind == "slots" else "plain", "slots": 3, "kv_cache_gib": 2**-10, "device": "cpu"}
-    spec = WorkerSpec("w", "", (ModelSpec("base"),), str(tiny_model.base), dtype="float32", torch_threads=1, **settings)
+    spec = WorkerSpec("w", "", (ModelSpec("base"),), str(tiny_model.base), dtype="float32", torch_threads=2, **settings)
     made = open_engine(spec, lambda _, detail: said.append(detail))
     report = made.describe().report
     made.close()
     assert f"{kind} engine: {report['why']}" in said
+    assert report["threads"] == 2  # where the engine computes; here it is one
     if kind == "slots":
         taken = f"{report['kv_bytes'] / 2**20:.0f} MiB of attention state ({report['kv_rows']} rows of 256 tokens)"
         assert f"{taken} for 3 requests at once" in said

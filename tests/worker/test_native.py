@@ -2,7 +2,9 @@
 
 import ctypes
 import mmap
+import os
 import re
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,7 @@ from structlog.testing import capture_logs
 
 from enginekit import job, opened, run
 from loopmux.errors import ConfigError
+from loopmux_worker import caches
 from loopmux_worker.engine.base import Key
 from loopmux_worker.engine.slots import compiling, native
 from loopmux_worker.engine.slots.attention import KVMemory
@@ -191,6 +194,14 @@ def compiler(folder, text):
     return str(path)
 
 
+def give_away(path, patch):
+    """Make something another user's; who may not do that becomes another one."""
+    if os.getuid() == 0:
+        os.chown(path, 4711, -1)
+    else:
+        patch.setattr("os.getuid", lambda: 4711)
+
+
 def no_compiler(folder, patch):
     patch.setenv("CC", "/nowhere/cc")
     return "No such file or directory: '/nowhere/cc'"
@@ -228,6 +239,22 @@ def no_home(folder, patch):
     return "it cannot be compiled: no home"
 
 
+def unreadable_command(folder, patch):
+    patch.setenv("CC", "cc 'without end")
+    return "it cannot be compiled: No closing quotation"
+
+
+def compiler_of_another_alphabet(folder, patch):
+    patch.setenv("CC", compiler(folder, "printf 'error: \\351chec' >&2; exit 1"))
+    return "ends with 1: error: .chec"
+
+
+def folder_of_another(folder, patch):
+    (folder / "cache" / "loopmux" / "kernels").mkdir(parents=True)
+    give_away(folder / "cache" / "loopmux" / "kernels", patch)
+    return r"kernels belongs to user \d+, expected \d+: set \$XDG_CACHE_HOME"
+
+
 def another_system(folder, patch):
     patch.setattr("sys.platform", "darwin")
     return "found darwin on .*, expected Linux"
@@ -252,8 +279,8 @@ def other_results(folder, patch):
 
 @pytest.mark.parametrize(
     "trouble",
-    [no_compiler, broken_compiler, slow_compiler, compiler_of_rubbish, file_for_a_folder, no_home, another_system,
-     another_openmp, other_places, other_results],
+    [no_compiler, broken_compiler, slow_compiler, compiler_of_rubbish, unreadable_command, compiler_of_another_alphabet,
+     file_for_a_folder, folder_of_another, no_home, another_system, another_openmp, other_places, other_results],
 )  # fmt: skip
 def test_without_it_torch_computes_and_says_why(trouble, fresh, tmp_path, monkeypatch):
     reason = trouble(tmp_path, monkeypatch)
@@ -274,6 +301,14 @@ def test_without_it_torch_computes_and_says_why(trouble, fresh, tmp_path, monkey
 
 
 @there
+def test_values_of_fewer_heads_than_the_keys_never_reach_it():
+    memory = KVMemory(1, 32, torch.device("cpu"))
+    memory.prepare([FIRST])
+    memory.attend(Layer(0), *(torch.randn(1, heads, 1, 16) for heads in (4, 2, 1)), None)
+    assert memory.attention == "torch: keys, values and queries are not alike"
+
+
+@there
 def test_numbers_that_it_cannot_compute_are_left_to_torch():
     for kind, reason in (
         ((torch.float16, 16, 1), "found torch.float16"),
@@ -290,6 +325,31 @@ def test_workers_that_make_it_at_once_all_have_it(fresh):
     assert list(fresh.iterdir()) == list(made)
     time = made.pop().stat().st_mtime_ns
     assert compiling._compiled(source, shape).stat().st_mtime_ns == time
+
+
+@there
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_no_code_of_others_is_loaded(fresh, monkeypatch):
+    source = Path(compiling.__file__).with_name("norm.c")
+    made = compiling._compiled(source, ["-DBF16=1"])
+    right = made.read_bytes()
+    made.write_bytes(b"theirs")
+    give_away(made, monkeypatch)
+    assert compiling._compiled(source, ["-DBF16=1"]) == made
+    assert made.read_bytes() == right
+
+
+def test_nobody_else_can_put_code_where_it_is_loaded_from(fresh):
+    fresh.mkdir(parents=True)
+    for each in (fresh, fresh.parent):
+        each.chmod(0o777)
+    caches.folder("kernels")
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (fresh, fresh.parent)] == [0o755, 0o755]
+    before = os.umask(0)
+    try:
+        assert stat.S_IMODE(caches.folder("torch").stat().st_mode) == 0o700
+    finally:
+        os.umask(before)
 
 
 @there

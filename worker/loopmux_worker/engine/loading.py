@@ -47,6 +47,7 @@ class Loaded:
         files: their state before they were read.
         parameters: how many the base has.
         weights_bytes: that they took when they were loaded.
+        threads: torch's, for one operation; whichever thread computes has to say so to torch.
         notes: what somebody who wonders about answers should know.
     """
 
@@ -62,6 +63,7 @@ class Loaded:
     files: fingerprints.State
     parameters: int
     weights_bytes: int
+    threads: int
     notes: list[str] = field(default_factory=list)
 
     def ends_with(self, tokenizer: Any) -> frozenset[int]:
@@ -126,6 +128,7 @@ def _loaded(
         files=files,
         parameters=sum(p.numel() for p in model.parameters()),
         weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        threads=torch.get_num_threads(),
         notes=notes,
     )
 

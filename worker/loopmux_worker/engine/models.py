@@ -217,7 +217,7 @@ class Models:
             "context": loaded.context,
             "parameters": loaded.parameters,
             "weights_bytes": loaded.weights_bytes,
-            "threads": torch.get_num_threads(),
+            "threads": loaded.threads,
             "adapters": {name: adapter.fingerprint for name, adapter in self._adapters.loaded.items()},
             "tool_formats": {
                 name: served.family.name for name, served in self.served.items() if served.spec.model_type == "instruct"

@@ -56,12 +56,12 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
         progress("loading", f"{state} for {room.most} requests at once")
         models = Models(spec, loaded, adapters, progress, why)
         forward = Forward(loaded.model, KVMemory(room.rows, room.context, loaded.device, spec.kernels), adapters)
-        engine: Engine = SlotsEngine(models, forward, room.most, torch.get_num_threads())
+        engine: Engine = SlotsEngine(models, forward, room.most)
         expected = f"{state} and one step"
     else:
         one = Adapters(loaded.model, allow_pickle=spec.allow_pickle_weights)
         models = Models(spec, loaded, one, progress, trial.why_not)
-        engine = PlainEngine(models, one, spec.torch_threads)
+        engine = PlainEngine(models, one)
         expected = "what one step computes"
     description = engine.describe()
     progress("loading", f"{description.engine} engine: {description.report['why']}")

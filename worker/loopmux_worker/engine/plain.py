@@ -58,13 +58,12 @@ class PlainEngine(Engine):
     Args:
         models: what is served.
         adapters: the adapters among it, which ``generate()`` uses one at a time.
-        threads: torch's threads for one operation; None leaves its choice.
     """
 
     slow_to_prepare = True
 
-    def __init__(self, models: Models, adapters: Adapters, threads: int | None) -> None:
-        self._models, self._adapters, self._threads = models, adapters, threads
+    def __init__(self, models: Models, adapters: Adapters) -> None:
+        self._models, self._adapters = models, adapters
         self._requests = Requests(models)
         self._model_lock = threading.Lock()
         self._may_begin = threading.Event()  # else the next request waits for an adapter to be loaded first
@@ -168,8 +167,7 @@ class PlainEngine(Engine):
     # --- the helper thread --------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)  # which holds for the thread that says it
+        torch.set_num_threads(self._models.loaded.threads)  # which holds for the thread that says it
         while (task := self._todo.get()) is not None:
             if isinstance(task, _Leave):
                 self._let_go(task)

@@ -231,7 +231,7 @@ class KVMemory:
         Raises:
             ConfigError: there has to be one, and there is none.
         """
-        alike = query.dtype == key.dtype == value.dtype and query.shape[3] == value.shape[3]
+        alike = query.dtype == key.dtype == value.dtype and query.shape[3] == key.shape[3] and key.shape == value.shape
         shape = query.dtype, query.shape[3], query.shape[1] // key.shape[1]
         if (*shape, alike) not in self._kernels:
             if self._wanted == "torch":

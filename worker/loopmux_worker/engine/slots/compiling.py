@@ -65,25 +65,26 @@ def _address(function: Any) -> int | None:
 
 def _compiled(source: Path, shape: list[str]) -> Path:
     """The library's file, made unless it is there. Of two workers that make it at once the later one's stays."""
-    compiler = shlex.split(os.environ.get("CC") or "cc")
     try:
+        compiler = shlex.split(os.environ.get("CC") or "cc")
         version = _output([*compiler, "--version"])
         kept = [source.read_text(), *compiler, *_FLAGS, *shape, version, _processor()]
         folder = caches.folder("kernels")
         library = folder / f"{source.stem}-{hashlib.sha256(chr(0).join(kept).encode()).hexdigest()[:32]}.so"
-        if not library.exists():
+        if not (library.exists() and caches.trusted(library)):
             with tempfile.TemporaryDirectory(dir=folder) as beside:
                 made = Path(beside) / library.name
                 _output([*compiler, *_FLAGS, *shape, "-o", str(made), str(source)])
                 made.replace(library)
-    except (OSError, RuntimeError) as error:  # no compiler, no home, a folder that cannot be written to
+    except (OSError, RuntimeError, ValueError) as error:  # no compiler, folder or home; a quote in $CC without an end
         raise Unavailable(f"it cannot be compiled: {error}") from error
     return library
 
 
 def _output(command: list[str]) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE).stdout
+        told = subprocess.run(command, capture_output=True, errors="replace", check=True, timeout=_PATIENCE)
+        return told.stdout
     except subprocess.CalledProcessError as error:
         said = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[-200:])
         raise Unavailable(f"{command[0]} ends with {error.returncode}: {said}") from error

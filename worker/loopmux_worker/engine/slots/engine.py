@@ -61,14 +61,13 @@ class SlotsEngine(Engine):
         models: what is served.
         forward: runs the model over its KV rows.
         most: requests that run at once.
-        threads: that the thread which steps computes with.
     """
 
     slow_to_prepare = True
 
-    def __init__(self, models: Models, forward: Forward, most: int, threads: int) -> None:
+    def __init__(self, models: Models, forward: Forward, most: int) -> None:
         self._models, self._forward, self._memory, self._most = models, forward, forward.memory, most
-        self._requests, self._threads = Requests(models), threads
+        self._requests = Requests(models)
         self._owner = 0  # the thread that steps, once there is one
         self._scheduler = Scheduler(Rows(forward.memory.rows), most)
         self._pace = Pace()
@@ -175,7 +174,7 @@ class SlotsEngine(Engine):
     def _advance(self) -> list[Output]:
         if self._owner != threading.get_ident():
             self._owner = threading.get_ident()
-            torch.set_num_threads(self._threads)  # which holds for the thread that says it
+            torch.set_num_threads(self._models.loaded.threads)  # which holds for the thread that says it
         began = time.monotonic()
         decoding, beginning = self._scheduler.decoding, self._scheduler.beginning
         copies = self._scheduler.admit(self._pace.budget(decoding, beginning), began)
