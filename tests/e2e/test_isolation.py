@@ -37,6 +37,11 @@ EXPECTED = {
 """Versions of transformers and peft, the engine that serves, and why."""
 
 
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
 @pytest.fixture
 def planted() -> Iterator[str]:
     """A module that only the application's environment has."""
@@ -62,6 +67,9 @@ def test_workers_live_in_environments_of_their_own(
             other = client.generate("What is a broker?", model="tools", temperature=0).text
             assert other != other.upper()
             assert client.generate("What is a broker?", model="louder", temperature=0).text == text
+            loop = client.run_tools("add 12 and 30", model="tools", tools=[add], temperature=0)
+            assert [(entry["args"], entry["result"]) for entry in loop.tool_log] == [({"a": 12, "b": 30}, 42)]
+            assert "42" in loop.text
             reports = [worker.report for worker in client.status().workers]
         assert len(reports) == len(EXPECTED)
         for name, expected in EXPECTED.items():
