@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import time
+from collections import deque
 
 from loopmux import exitcodes
 from loopmux_broker.logs import Logger
@@ -17,6 +18,8 @@ from loopmux_broker.logs import Logger
 _SERVED = 1.0
 """Seconds. What ends a broker sooner would end the next one, too: then its parent ends likewise, and whoever started
 that judges how long to wait, and how often to try."""
+_OFTEN, _WHILE = 20, 60.0
+"""Deaths within so many seconds that are one cause's: the parent ends with the last of them, too."""
 _FOR_GOOD = (exitcodes.USAGE, exitcodes.CONFIG)
 """Exit codes of what would be the same again, however long it took to find out."""
 _NEWS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT})
@@ -34,6 +37,7 @@ def keep(log: Logger) -> int | None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it passes that on, and would never hear of its children
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NEWS)  # taken in one by one: no moment is the wrong one
     gc.freeze()  # else the collectors of the brokers would write to, and so copy, what is shared with them
+    deaths: deque[float] = deque(maxlen=_OFTEN)
     while True:
         began = time.monotonic()
         broker = os.fork()
@@ -43,8 +47,9 @@ def keep(log: Logger) -> int | None:
         code, asked = _await_end(broker)
         if code == 0 or (asked and -code in _NEWS):
             return 0
-        lived = time.monotonic() - began
-        again = lived >= _SERVED and not asked and code not in _FOR_GOOD
+        deaths.append(time.monotonic())
+        lived, often = deaths[-1] - began, len(deaths) == _OFTEN and deaths[-1] - deaths[0] < _WHILE
+        again = lived >= _SERVED and not often and not asked and code not in _FOR_GOOD
         if again or code < 0:  # else it has said itself what the matter is
             by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             log.say("warning" if again else "error", "broker died", by=by, after=round(lived, 2), again=again)

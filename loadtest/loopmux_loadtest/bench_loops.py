@@ -186,12 +186,21 @@ def figures(run: str, played: Sequence[Played], wanted: Sequence[Played], second
 
 
 async def _strike(client: AsyncClient, loops: Loops, turns: int) -> None:
-    """Kill a worker when four tenths of the turns are over, and the broker when seven tenths are."""
-    status = await client.status()
-    for share, pid in ((0.4, status.workers[0].pid), (0.7, status.pid)):
+    """Kill a worker that computes when four tenths of the turns are over, and the broker when seven tenths are."""
+    for share, victim in ((0.4, _busy), (0.7, _broker)):
         while loops.turns < share * turns:
             await asyncio.sleep(0.005)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(await victim(client), signal.SIGKILL)
+
+
+async def _busy(client: AsyncClient) -> int:
+    while not (busy := [worker.pid for worker in (await client.status()).workers if worker.running]):
+        await asyncio.sleep(0.005)
+    return busy[0]
+
+
+async def _broker(client: AsyncClient) -> int:
+    return (await client.status()).pid
 
 
 async def bench(endpoint: str, count: int, turns: int, *, kill: bool) -> list[dict[str, Any]]:

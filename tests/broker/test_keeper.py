@@ -68,6 +68,25 @@ print("parent ends with", code)
 """
 
 
+CRASHING = """
+import os
+from loopmux_broker import keeper
+from loopmux_broker.logs import Logger
+
+keeper._SERVED, keeper._OFTEN = 0.0, 3
+code = keeper.keep(Logger("console", "info"))
+if code is None:
+    os.abort()
+print("parent ends with", code)
+"""
+
+
+def test_what_brokers_die_of_again_and_again_is_for_others_to_judge() -> None:
+    done = subprocess.run([sys.executable, "-c", CRASHING], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == f"parent ends with {128 + signal.SIGABRT}\n"
+    assert done.stderr.count("broker died") == 3
+
+
 @pytest.mark.parametrize(
     "last", [0, 3, 78], ids=["in good order", "at once", "its settings are wrong, which took it long"]
 )
