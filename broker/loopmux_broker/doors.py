@@ -17,6 +17,8 @@ from loopmux_broker.events import AdminSent, ClientSent, FramesSent, Peer, Sent,
 
 _INTRODUCTIONS = frozenset(bytes([kind]) for kind in (Kind.HELLO, Kind.REGISTER))
 _RECEIVE_HWM = 1000
+_PASSED = 64
+"""Frames of a malformed message that are read at once: they take a tenth of a millisecond."""
 _EVENT = struct.Struct("=Hi")
 """First frame of a monitor's message: event number and descriptor."""
 
@@ -89,6 +91,8 @@ class Door:
         self._descriptors = Descriptors()
         self.lost: list[Peer] = []
         """Introduced peers whose connections have closed, until somebody takes them out."""
+        self.amid: FramesSent | None = None
+        """A message of several frames that not all have been read of."""
         self.socket = context.socket(zmq.ROUTER)
         limit = CLIENT_BODY_LIMIT if side is Side.CLIENTS else WORKER_BODY_LIMIT
         options = COMMON | {
@@ -136,7 +140,9 @@ class Door:
         return readable(self.socket)
 
     def receive(self) -> Sent | None:
-        """What comes in next, None if there is nothing now."""
+        """What comes in next, None if there is nothing now, or nothing yet (``amid``)."""
+        if self.amid is not None:
+            return self._pass_over(self.amid)
         receive = self.socket.recv
         try:
             peer = receive(NOW) + self._suffix
@@ -147,13 +153,20 @@ class Door:
         frame = receive(NOW, False)
         data = frame.bytes
         if frame.more:
-            while frame.more:
-                frame = receive(NOW, False)
-            return FramesSent(peer, data)
+            return self._pass_over(FramesSent(peer, data))
         if data[3:4] in _INTRODUCTIONS:
             self.watch()  # the descriptor's last user is gone, which the monitor has said but nobody may have read yet
             self._lose(self._descriptors.introduced(int(frame.get(zmq.SRCFD)), peer))
         return self._sent(peer, data)
+
+    def _pass_over(self, sent: FramesSent) -> FramesSent | None:
+        """Read more frames of a message that has too many; it may have a million, and others have their turns."""
+        for _ in range(_PASSED):
+            if not self.socket.recv(NOW, False).more:
+                self.amid = None
+                return sent
+        self.amid = sent
+        return None
 
     def send(self, peer: Peer, data: bytes) -> SendOutcome:
         """Send at once or not at all."""

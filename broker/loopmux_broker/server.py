@@ -171,9 +171,10 @@ class Server:
             if taken == 1 and not door.readable:
                 break  # mostly it is one message that comes, and asking costs less than to be refused
             received = door.receive()
-            if received is None:
+            if received is not None:
+                self._handle(received, time.monotonic())
+            elif door.amid is None:
                 break
-            self._handle(received, time.monotonic())
         else:
             for peer in leaving:
                 self._leaving[peer] -= 1

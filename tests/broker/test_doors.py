@@ -18,7 +18,7 @@ from loopmux import codec, wire
 from loopmux.messages import Hello
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.doors import Descriptors, Door, Side
-from loopmux_broker.events import say
+from loopmux_broker.events import FramesSent, say
 
 LAST = 2**32 - 1
 
@@ -109,6 +109,20 @@ def test_routing_ids_tell_who_connected_later(door: Door) -> None:
     numbers = [int.from_bytes(peer[1:5]) for peer in peers]
     assert {(b - a) % 2**32 for a, b in pairwise(numbers)} == {1}
     assert {(len(peer), peer[0], peer[-1]) for peer in peers} == {(6, 0, 3)}
+
+
+def test_a_message_of_very_many_frames_leaves_others_their_turns(door: Door) -> None:
+    with Peer(door.endpoint) as client:
+        client.raw(*[b"x"] * 10_000)
+        client.send(say(Kind.PING))
+        assert door.socket.poll(1000 * PATIENCE)
+        turns = 0
+        while (received := door.receive()) is None:
+            assert door.amid is not None
+            turns += 1
+        assert turns > 100
+        assert received == FramesSent(received.peer, b"x")
+        assert heard(door) == received.peer
 
 
 @pytest.fixture
