@@ -45,6 +45,7 @@ class Peer:
         for name, value in (settings | options).items():
             self.socket.setsockopt(getattr(zmq, name), value)
         self.socket.connect(endpoint)
+        self._came: list[bytes] = []  # the next message last
 
     def __enter__(self) -> Self:
         return self
@@ -62,12 +63,18 @@ class Peer:
     def send(self, message: Message) -> None:
         self.raw(wire.to_bytes(message))
 
+    def together(self, *messages: Message) -> None:
+        """Send them in one frame."""
+        self.raw(b"".join(map(wire.to_bytes, messages)))
+
     def raw(self, *frames: bytes) -> None:
         self.socket.send_multipart(frames)
 
     def receive(self, patience: float = PATIENCE) -> Message:
-        assert self.socket.poll(int(1000 * patience)), "nothing came"
-        return wire.from_bytes(self.socket.recv())
+        if not self._came:
+            assert self.socket.poll(int(1000 * patience)), "nothing came"
+            self._came = wire.split(self.socket.recv())[::-1]
+        return wire.from_bytes(self._came.pop())
 
     def expect(self, kind: Kind, patience: float = PATIENCE) -> Message:
         """The next message of a kind; others before it are passed over."""

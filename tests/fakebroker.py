@@ -108,12 +108,12 @@ class FakeBroker:
         while not self._stop:
             poller.poll(20)
             while self._router.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-                peer, data = self._router.recv_multipart()
-                message = wire.from_bytes(data)
-                self._answer(peer, message)
-                with self._news:
-                    self.seen.append(Seen(peer, message))
-                    self._news.notify_all()
+                peer, frame = self._router.recv_multipart()
+                for message in map(wire.from_bytes, wire.split(frame)):
+                    self._answer(peer, message)
+                    with self._news:
+                        self.seen.append(Seen(peer, message))
+                        self._news.notify_all()
         self._router.close()
         self._context.term()
 

@@ -19,7 +19,8 @@ from typing import Any
 import msgpack
 import zmq
 
-HEADER = struct.Struct(">2sBBH16sIIHII")
+VERSION = 3
+HEADER = struct.Struct(">2sBBH16sIIHIII")
 HELLO, WELCOME, PING, PONG, BYE = 1, 2, 3, 4, 5
 SUBMIT, ATTACH, CREDIT, CANCEL = 16, 17, 18, 19
 ACCEPTED, PHASE, TOK, END, ERROR, CANCELLED, EXPIRED, ENDACK = 32, 33, 48, 49, 50, 51, 52, 53
@@ -87,7 +88,8 @@ class Client:
         arg: int = 0,
         attempt: int = 0,
     ) -> None:
-        header = HEADER.pack(b"LM", 2, kind, 0, id_, seq, arg, attempt, len(route), len(ids) // 4)
+        lengths = len(route), len(ids) // 4, len(body)
+        header = HEADER.pack(b"LM", VERSION, kind, 0, id_, seq, arg, attempt, *lengths)
         try:
             self.socket.send(header + route + ids + body)
             self.sent[kind] += 1
@@ -101,7 +103,7 @@ class Client:
         self.hello_at = self.heard + HELLO_AGAIN
         for request in self.requests.values():
             request.again_at = math.inf  # nothing but HELLO before WELCOME
-        hello = msgpack.packb({"versions": [2], "instance": self.instance})
+        hello = msgpack.packb({"versions": [VERSION], "instance": self.instance})
         self.say(HELLO, NO_ID, hello, seq=self.introduction)
 
     def greet_anew(self) -> None:
@@ -134,7 +136,7 @@ class Client:
             self.monitor.recv_multipart()
             self.greet_anew()  # the connection is gone, or there is a new one
         while self.socket.poll(0):
-            self.arrived(self.socket.recv())
+            self.frame(self.socket.recv())
         now = time.monotonic()
         if not self.ready:
             if now >= self.hello_at:
@@ -207,11 +209,21 @@ class Client:
 
     # --- what the broker says
 
-    def arrived(self, message: bytes) -> None:
+    def frame(self, data: bytes) -> None:
+        """One message behind the other."""
+        while data:
+            _, _, kind, _, id_, seq, arg, attempt, *lengths = HEADER.unpack_from(data)
+            ids_at = HEADER.size + lengths[0]
+            body_at = ids_at + 4 * lengths[1]
+            end = body_at + lengths[2]
+            parts = data[HEADER.size : ids_at], data[ids_at:body_at], data[body_at:end]
+            self.arrived(kind, id_, seq, arg, attempt, *parts)
+            data = data[end:]
+
+    def arrived(
+        self, kind: int, id_: bytes, seq: int, arg: int, attempt: int, route: bytes, ids: bytes, body: bytes
+    ) -> None:
         self.heard = time.monotonic()
-        _, _, kind, _, id_, seq, arg, attempt, route_size, count = HEADER.unpack_from(message)
-        route, rest = message[HEADER.size :][:route_size], message[HEADER.size + route_size :]
-        ids, body = rest[: 4 * count], rest[4 * count :]
         request = self.requests.get(id_)
         if request is not None:
             self.about(request, kind, seq, arg, attempt, body, ids)

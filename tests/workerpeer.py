@@ -8,7 +8,7 @@ import zmq
 
 from loopmux.codec import pack, unpack
 from loopmux.messages import Generate, Register, Run, Welcome
-from loopmux.wire import VERSION, Header, Kind, Message, from_bytes, pack_tokens, to_bytes
+from loopmux.wire import VERSION, Header, Kind, Message, from_bytes, pack_tokens, split, to_bytes
 
 PATIENCE = 20.0
 """Seconds after which a message that does not come is a failure; generous, the machine is shared."""
@@ -27,6 +27,7 @@ class FakeBroker:
             self._router.setsockopt(option, value)
         self._router.bind(endpoint)
         self.peer = b""
+        self._came: list[tuple[bytes, bytes]] = []  # peer and message, the next one last
         self.beats: list[Message] = []
         self.acknowledged: list[Header] = []
         self.registered: Register | None = None
@@ -59,9 +60,12 @@ class FakeBroker:
         """The next message but heartbeats (answered and noted), RUNACK (noted) and a repeated REGISTER (answered)."""
         deadline = time.monotonic() + patience
         while True:
-            left = deadline - time.monotonic()
-            assert self._router.poll(max(0, left * 1000)), "no message came"
-            self.peer, data = self._router.recv_multipart()
+            if not self._came:
+                left = deadline - time.monotonic()
+                assert self._router.poll(max(0, left * 1000)), "no message came"
+                peer, frame = self._router.recv_multipart()
+                self._came = [(peer, data) for data in reversed(split(frame))]
+            self.peer, data = self._came.pop()
             message = from_bytes(data)
             if message.kind is Kind.HB:
                 self.beats.append(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterable
 from enum import Enum
 
 import zmq
@@ -12,13 +13,13 @@ from loopmux import endpoints
 from loopmux.claims import BusyError
 from loopmux.errors import ConfigError
 from loopmux.sockets import COMMON, NOW, readable, send
-from loopmux.wire import CLIENT_BODY_LIMIT, WORKER_BODY_LIMIT, Kind, message_limit
+from loopmux.wire import CLIENT_BODY_LIMIT, WORKER_BODY_LIMIT, Kind, frames, message_limit, split
 from loopmux_broker.events import AdminSent, ClientSent, FramesSent, Peer, Sent, WorkerSent
 
 _INTRODUCTIONS = frozenset(bytes([kind]) for kind in (Kind.HELLO, Kind.REGISTER))
 _RECEIVE_HWM = 1000
 _PASSED = 64
-"""Frames of a malformed message that are read at once: they take a tenth of a millisecond."""
+"""Frames of what has too many that are read at once: they take a tenth of a millisecond."""
 _EVENT = struct.Struct("=Hi")
 """First frame of a monitor's message: event number and descriptor."""
 
@@ -36,14 +37,6 @@ _SENT: dict[Side, type[ClientSent | WorkerSent | AdminSent]] = {
     Side.WORKERS: WorkerSent,
     Side.ADMINS: AdminSent,
 }
-
-
-class SendOutcome(Enum):
-    """What became of a message."""
-
-    SENT = 1
-    FULL = 2
-    GONE = 3
 
 
 class Descriptors:
@@ -92,7 +85,7 @@ class Door:
         self.lost: list[Peer] = []
         """Introduced peers whose connections have closed, until somebody takes them out."""
         self.amid: FramesSent | None = None
-        """A message of several frames that not all have been read of."""
+        """What has several frames that have not all been read."""
         self.socket = context.socket(zmq.ROUTER)
         limit = CLIENT_BODY_LIMIT if side is Side.CLIENTS else WORKER_BODY_LIMIT
         options = COMMON | {
@@ -139,46 +132,58 @@ class Door:
         """Whether there is a message to receive."""
         return readable(self.socket)
 
-    def receive(self) -> Sent | None:
-        """What comes in next, None if there is nothing now, or nothing yet (``amid``)."""
+    def receive(self) -> list[Sent]:
+        """The messages of what comes in next; none if there is nothing now, or nothing yet (``amid``)."""
         if self.amid is not None:
             return self._pass_over(self.amid)
         receive = self.socket.recv
         try:
             peer = receive(NOW) + self._suffix
         except zmq.Again:
-            return None
+            return []
         # A Frame rather than bytes: it knows its connection, and whether more frames follow. The socket would take them
         # for the next routing id and its message, and to ask it costs more than the Frame does.
         frame = receive(NOW, False)
-        data = frame.bytes
         if frame.more:
-            return self._pass_over(FramesSent(peer, data))
-        if data[3:4] in _INTRODUCTIONS:
-            self.watch()  # the descriptor's last user is gone, which the monitor has said but nobody may have read yet
-            self._lose(self._descriptors.introduced(int(frame.get(zmq.SRCFD)), peer))
-        return self._sent(peer, data)
+            return self._pass_over(FramesSent(peer, frame.bytes))
+        messages = split(frame.bytes)
+        for data in messages:
+            if data[3:4] in _INTRODUCTIONS:
+                self._introduced(int(frame.get(zmq.SRCFD)), peer)
+        sent = self._sent
+        return [sent(peer, data) for data in messages]
 
-    def _pass_over(self, sent: FramesSent) -> FramesSent | None:
-        """Read more frames of a message that has too many; it may have a million, and others have their turns."""
+    def _introduced(self, descriptor: int, peer: Peer) -> None:
+        self.watch()  # the descriptor's last user is gone, which the monitor has said but nobody may have read yet
+        self._lose(self._descriptors.introduced(descriptor, peer))
+
+    def _pass_over(self, sent: FramesSent) -> list[Sent]:
+        """Read more frames of what has too many; it may have a million, and others have their turns."""
         for _ in range(_PASSED):
             if not self.socket.recv(NOW, False).more:
                 self.amid = None
-                return sent
+                return [sent]
         self.amid = sent
-        return None
+        return []
 
-    def send(self, peer: Peer, data: bytes) -> SendOutcome:
-        """Send at once or not at all."""
-        try:
-            send(self.socket, data, peer[:-1])
-        except zmq.Again:
-            return SendOutcome.FULL
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            return SendOutcome.GONE
-        return SendOutcome.SENT
+    def send(self, peer: Peer, messages: Iterable[bytes]) -> int:
+        """Send messages at once or not at all, several to a frame, in order. Returns how many were taken.
+
+        Raises:
+            LookupError: the peer is gone.
+        """
+        taken = 0
+        for frame, count in frames(messages):
+            try:
+                send(self.socket, frame, peer[:-1])
+            except zmq.Again:
+                break
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                raise LookupError from error
+            taken += count
+        return taken
 
     def watch(self) -> None:
         """Read the monitor: whose connections have closed."""

@@ -14,7 +14,7 @@ from loopmux import endpoints
 from loopmux.claims import Claim
 from loopmux_broker.broker import Broker
 from loopmux_broker.config import BrokerConfig
-from loopmux_broker.doors import Door, SendOutcome, Side
+from loopmux_broker.doors import Door, Side
 from loopmux_broker.events import (
     ConnectionLost,
     Event,
@@ -30,7 +30,8 @@ from loopmux_broker.lifeline import Lifeline
 from loopmux_broker.logs import Logger
 
 _DRAIN = 64
-"""Messages taken from one socket in one turn: about 5 ms of work at most, so no socket waits longer for another."""
+"""Messages taken from one socket in one turn, and those of a frame that has been begun: about 5 ms of work, so no
+socket waits much longer for another."""
 _LONGEST_POLL = 1.0
 """Seconds between two looks at the parent where its death does not wake the poller."""
 _PATIENCE = 16
@@ -57,7 +58,7 @@ class Server:
         self._claims: list[Claim] = []
         self.doors: list[Door] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._full: set[Peer] = set()
+        self._said: dict[Peer, list[Send | Push]] = {}
         self._leaving: dict[Peer, int] = {}
         try:
             self._open(config.endpoints, Side.CLIENTS)
@@ -146,7 +147,6 @@ class Server:
     def _turn(self, readable: set[zmq.Socket[bytes] | int]) -> None:
         begun = time.monotonic()
         gone: list[Peer] = []
-        self._full.clear()
         for door in self.doors:
             if door.monitor in readable:
                 door.watch()
@@ -155,6 +155,7 @@ class Server:
                 door.lost.clear()
             if door.socket in readable or self._leaving:
                 gone += self._drain(door)
+                self._flush()
         # Before what judges peers by closed connections and by silence: both may come of this process's own absence.
         now = self._note_gap(begun)
         for peer in gone:
@@ -163,17 +164,20 @@ class Server:
         if due is not None and due <= now:
             self._handle(TimerDue(), now)
             self._note_gap(now)
+        self._flush()
 
     def _drain(self, door: Door) -> list[Peer]:
         """Hand over what came in. Returns the connections that are gone and whose last message that was."""
         leaving = [peer for peer in self._leaving if peer[-1] == door.number] if self._leaving else []
-        for taken in range(_DRAIN):
-            if taken == 1 and not door.readable:
-                break  # mostly it is one message that comes, and asking costs less than to be refused
+        taken = 0
+        while taken < _DRAIN:
+            if taken and not door.readable:
+                break  # mostly it is one frame that comes, and asking costs less than to be refused
             received = door.receive()
-            if received is not None:
-                self._handle(received, time.monotonic())
-            elif door.amid is None:
+            for event in received:
+                self._handle(event, time.monotonic())
+            taken += len(received)
+            if not received and door.amid is None:
                 break
         else:
             for peer in leaving:
@@ -184,21 +188,31 @@ class Server:
         return leaving
 
     def _handle(self, event: Event, now: float) -> None:
-        refused = b""  # the request of the last push that was: the core takes back what follows for it with that one
         for action in self._broker.handle(event, now):
-            match action:
-                case Push(peer, data, request, seq):
-                    if request != refused and (peer in self._full or self._send(peer, data) is SendOutcome.FULL):
-                        self._full.add(peer)
-                        refused = request
-                        self._handle(PushBlocked(peer, request, seq), time.monotonic())
-                case Send(peer, _):
-                    self._send(peer, action.data)
-                case Log(level, what, fields):
-                    self._log.say(level, what, **fields)
+            if isinstance(action, Log):
+                self._log.say(action.level, action.event, **action.fields)
+            elif action.peer in self._said:
+                self._said[action.peer].append(action)
+            else:
+                self._said[action.peer] = [action]
 
-    def _send(self, peer: Peer, data: bytes) -> SendOutcome:
-        outcome = self.doors[peer[-1]].send(peer, data)
-        if outcome is SendOutcome.GONE:
-            self._leaving.setdefault(peer, _PATIENCE)
-        return outcome
+    def _flush(self) -> None:
+        """Send what the core said since the last time, to each peer in as few frames as it takes."""
+        while self._said:  # that a push was refused may have the core say more
+            said, self._said = self._said, {}
+            for peer, actions in said.items():
+                try:
+                    taken = self.doors[peer[-1]].send(peer, [action.data for action in actions])
+                except LookupError:
+                    self._leaving.setdefault(peer, _PATIENCE)
+                else:
+                    self._refused(peer, actions[taken:])
+
+    def _refused(self, peer: Peer, actions: list[Send | Push]) -> None:
+        """A pipe is full: of each request the core takes back what follows the first push that was not sent."""
+        first: dict[bytes, int] = {}
+        for action in actions:
+            if isinstance(action, Push):
+                first.setdefault(action.request, action.seq)
+        for request, seq in first.items():
+            self._handle(PushBlocked(peer, request, seq), time.monotonic())

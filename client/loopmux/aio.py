@@ -68,6 +68,7 @@ class _Driver:
         self._sinks: dict[bytes, Sink] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._again: asyncio.Handle | None = None
+        self._flushing: asyncio.Handle | None = None
         self.loop.add_reader(self._link.descriptor, self._turn)
         self.loop.add_reader(self._link.monitor.FD, self._watch)
         self._watch()  # the descriptor announces nothing before the first time that nothing was found
@@ -107,7 +108,7 @@ class _Driver:
             self._handle(Closed())
             self.loop.remove_reader(self._link.descriptor)
             self.loop.remove_reader(self._link.monitor.FD)
-            for handle in (self._timer, self._again):
+            for handle in (self._timer, self._again, self._flushing):
                 if handle is not None:
                     handle.cancel()
         self._link.close()
@@ -118,12 +119,11 @@ class _Driver:
     def _turn(self) -> None:
         """Take what is there; the descriptor only says that something may have changed."""
         self._again = None
-        self._link.flush()
-        for _ in range(_DRAIN):
-            data = self._link.receive()
-            if data is None:
-                break
-            self._handle(Received(data))
+        taken = 0
+        while taken < _DRAIN and (messages := self._link.receive()):
+            for data in messages:
+                self._handle(Received(data))
+            taken += len(messages)
         self._settle()
 
     def _watch(self) -> None:
@@ -138,15 +138,22 @@ class _Driver:
         self._settle()
 
     def _settle(self) -> None:
-        """Come back for what the descriptor will not announce again, and for the next timer."""
-        if self._again is None and self._link.ready:
-            self._again = self.loop.call_soon(self._turn)
+        """Send what was said once the tasks that wake up now have said theirs, and come back for the next timer."""
+        if self._flushing is None:
+            self._flushing = self.loop.call_soon(self._flush)
         due = self._core.next_timer()
         if self._timer is not None and due < self._timer.when():
             self._timer.cancel()
             self._timer = None
         if self._timer is None and not math.isinf(due):
             self._timer = self.loop.call_at(due, self._tick)
+
+    def _flush(self) -> None:
+        """Send what was said, and come back for what the descriptor will not announce again."""
+        self._flushing = None
+        self._link.flush()
+        if self._again is None and self._link.ready:
+            self._again = self.loop.call_soon(self._turn)
 
 
 class _Channel:

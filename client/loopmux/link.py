@@ -15,7 +15,8 @@ from loopmux.wire import CLIENT_BODY_LIMIT, Message, message_limit, to_bytes
 class Link:
     """A DEALER connected to an endpoint; belongs to one thread at a time.
 
-    What the socket does not take (no connection, full pipe) waits here in order until ``flush`` gets rid of it.
+    What is said waits here in order for ``flush``, which whoever drives the link calls once it has no more to say for
+    the moment; what the socket does not take then (no connection, full pipe) waits for the next time.
     ``monitor`` is readable when there is ``news``.
 
     Raises:
@@ -27,6 +28,7 @@ class Link:
         self._context = zmq.Context()
         self._dealer = Dealer(self._context, message_limit(CLIENT_BODY_LIMIT))
         self.socket, self.monitor = self._dealer.socket, self._dealer.monitor
+        self._said: list[Message] = []
         self._unsent = Outbox()
         try:
             self._dealer.connect(endpoint)
@@ -56,22 +58,26 @@ class Link:
         return bool(self._unsent) and self._dealer.connected
 
     def send(self, message: Message) -> None:
-        """Send, or keep for ``flush``."""
-        if self._unsent or not self._dealer.send(to_bytes(message)):
-            self._unsent.put(message)
+        """Say something, with the next ``flush``."""
+        self._said.append(message)
 
     def introduce(self, message: Message) -> None:
-        """Send, and drop what waits: it was meant for a connection that is gone."""
+        """Say this, and drop what waits: it was meant for a connection that is gone."""
         self._unsent.clear()
-        self.send(message)
+        self._said = [message]
 
     def flush(self) -> None:
-        """Send what waits, as far as the socket takes it."""
-        while self._unsent and self._dealer.send(to_bytes(self._unsent.first)):
-            self._unsent.drop_first()
+        """Send what was said, behind what waits, as far as the socket takes it."""
+        if not self._unsent:
+            taken = self._dealer.send(map(to_bytes, self._said))
+            self._unsent.extend(self._said[taken:])
+        else:
+            self._unsent.extend(self._said)
+            self._unsent.drop(self._dealer.send(map(to_bytes, self._unsent)))
+        self._said.clear()
 
-    def receive(self) -> bytes | None:
-        """The next message, or None."""
+    def receive(self) -> list[bytes]:
+        """Messages that came, none if there are none now."""
         return self._dealer.receive()
 
     def news(self) -> Connected | Disconnected | None:
@@ -80,6 +86,7 @@ class Link:
         return None if connected is None else Connected() if connected else Disconnected()
 
     def close(self) -> None:
-        """Close the socket, letting what it has taken leave first."""
+        """Close the socket, letting what was said leave first."""
+        self.flush()
         self._dealer.close()
         self._context.term()

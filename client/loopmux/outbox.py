@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 
 from loopmux.wire import Kind, Message
 
@@ -21,18 +22,18 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def put(self, message: Message) -> None:
-        """A message waits."""
-        self._waiting[message.header.kind, message.header.request] = message
+    def __iter__(self) -> Iterator[Message]:
+        return iter(self._waiting.values())
 
-    @property
-    def first(self) -> Message:
-        """The one that is next."""
-        return next(iter(self._waiting.values()))
+    def extend(self, messages: Iterable[Message]) -> None:
+        """These wait, too."""
+        for message in messages:
+            self._waiting[message.header.kind, message.header.request] = message
 
-    def drop_first(self) -> None:
-        """It was sent."""
-        self._waiting.popitem(last=False)
+    def drop(self, count: int) -> None:
+        """The first so many were sent."""
+        for _ in range(count):
+            self._waiting.popitem(last=False)
 
     def clear(self) -> None:
         """Nothing waits any more."""

@@ -136,6 +136,7 @@ class Pump:
         poller.register(self._bell, zmq.POLLIN)
         poller.register(self._link.monitor, zmq.POLLIN)
         while True:
+            self._link.flush()
             want = zmq.POLLIN | zmq.POLLOUT if self._link.blocked else zmq.POLLIN
             poller.register(self._link.socket, want)
             readable = False
@@ -147,7 +148,6 @@ class Pump:
                 else:
                     self._bell.recv(4096)
             self._asleep = False
-            self._link.flush()
             if readable:
                 self._take_messages()
             if not self._take_posted():
@@ -165,13 +165,16 @@ class Pump:
         return -1 if math.isinf(left) else max(0, math.ceil(left * 1000))
 
     def _take_messages(self) -> None:
-        for taken in range(_DRAIN):
-            if taken == 1 and not self._link.readable:
-                return  # mostly it is one message that comes, and asking costs less than to be refused
-            data = self._link.receive()
-            if data is None:
+        taken = 0
+        while taken < _DRAIN:
+            if taken and not self._link.readable:
+                return  # mostly it is one frame that comes, and asking costs less than to be refused
+            messages = self._link.receive()
+            if not messages:
                 return
-            self._handle(Received(data), time.monotonic())
+            for data in messages:
+                self._handle(Received(data), time.monotonic())
+            taken += len(messages)
 
     def _take_news(self) -> None:
         while (event := self._link.news()) is not None:

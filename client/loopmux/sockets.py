@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Final
 
 import zmq
 
 from loopmux.cadence import HEARTBEAT, SILENT_HEARTBEATS
 from loopmux.errors import ConfigError
+from loopmux.wire import frames, split
 
 FAREWELL: Final = 200
 """Milliseconds that a closing socket may take to hand CANCEL and BYE to the kernel; it takes well under one."""
@@ -30,7 +32,7 @@ NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 def receive(socket: zmq.Socket[bytes]) -> bytes | None:
-    """The next frame, None if there is none now. To whoever is not a ROUTER each frame is a message."""
+    """The next frame, None if there is none now. To whoever is not a ROUTER each frame stands for itself."""
     try:
         return socket.recv(NOW)
     except zmq.Again:
@@ -38,7 +40,7 @@ def receive(socket: zmq.Socket[bytes]) -> bytes | None:
 
 
 def send(socket: zmq.Socket[bytes], data: bytes, to: bytes | None = None) -> None:
-    """Send a message at once; ``to`` is the routing id that a ROUTER needs.
+    """Send a frame at once; ``to`` is the routing id that a ROUTER needs.
 
     Raises:
         zmq.Again: the socket does not take it now.
@@ -92,22 +94,25 @@ class Dealer:
             expected = "expected as in tcp://127.0.0.1:7750"
             raise ConfigError(f"cannot connect to {endpoint!r}: {error}; {expected}") from error
 
-    def send(self, data: bytes) -> bool:
-        """Send a message; False if there is no connection or no room.
+    def send(self, messages: Iterable[bytes]) -> int:
+        """Send messages in order, several to a frame, and return how many were taken: none without a connection.
 
         What was taken just before the connection was lost may still arrive at the broker, over the next one.
         """
-        if not self.connected:
-            return False
-        try:
-            send(self.socket, data)
-        except zmq.Again:
-            return False
-        return True
+        taken = 0
+        if self.connected:
+            for frame, count in frames(messages):
+                try:
+                    send(self.socket, frame)
+                except zmq.Again:
+                    break
+                taken += count
+        return taken
 
-    def receive(self) -> bytes | None:
-        """The next message, or None."""
-        return receive(self.socket)
+    def receive(self) -> list[bytes]:
+        """The messages of the next frame, none if there is none now."""
+        frame = receive(self.socket)
+        return [] if frame is None else split(frame)
 
     @property
     def readable(self) -> bool:

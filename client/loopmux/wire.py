@@ -1,10 +1,13 @@
 """The wire: message kinds, the fixed header, and which parts follow it.
 
-A message is one ØMQ frame, ``HEADER [ROUTE] [TOKENS] [BODY]`` without gaps; the header says how long ROUTE and TOKENS
-are, BODY is the rest. Which parts a kind has is fixed in ``PARTS``; a message with another one is malformed whatever it
-says. ``ROUTE`` is what the broker reads, ``BODY`` is for the endpoints alone, and ``TOKENS`` (packed unsigned 32-bit
-token ids) is the one part of the output that the broker understands. One frame, not one for each part: most of a
-broker's work is passing frames from and to ØMQ, whatever they hold.
+A message is ``HEADER [ROUTE] [TOKENS] [BODY]`` without gaps; the header says how long each part is. Which parts a kind
+has is fixed in ``PARTS``; a message with another one is malformed whatever it says. ``ROUTE`` is what the broker reads,
+``BODY`` is for the endpoints alone, and ``TOKENS`` (packed unsigned 32-bit token ids) is the one part of the output
+that the broker understands.
+
+Messages travel in ØMQ frames, one or several back to back in each (``frames``, ``split``): most of a broker's work is
+passing frames from and to ØMQ, whatever they hold, so whoever has more to say than one message to the same peer says it
+in one frame.
 
 This module does no I/O and decodes no MessagePack; ``codec`` does the latter. ``docs/protocol.md`` is the document of
 record.
@@ -16,6 +19,7 @@ import array
 import os
 import struct
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Final
@@ -23,7 +27,7 @@ from typing import Final
 from loopmux.errors import ProtocolError
 
 MAGIC: Final = b"LM"
-VERSIONS: Final = (2,)
+VERSIONS: Final = (3,)
 """Protocol versions this code speaks, the best first."""
 VERSION: Final = VERSIONS[0]
 
@@ -36,8 +40,16 @@ CLIENT_BODY_LIMIT: Final = 4 * 1024 * 1024
 WORKER_BODY_LIMIT: Final = 1024 * 1024
 """The same of what a worker or launcher may send."""
 
-_HEADER = struct.Struct(">2sBBH16sIIHII")
+FRAME_MESSAGES: Final = 64
+"""Most messages of one frame: a receiver handles a frame as a whole, and others have their turns."""
+FRAME_BYTES: Final = 64 * 1024
+"""Bytes up to which a frame gets another message; what is longer goes alone."""
+
+_HEADER = struct.Struct(">2sBBH16sIIHIII")
 HEADER_SIZE: Final = _HEADER.size
+_LENGTHS = struct.Struct(">III")
+_LENGTHS_AT = HEADER_SIZE - _LENGTHS.size
+_BEGINNING = MAGIC + bytes([VERSION])
 ID_SIZE: Final = 16
 """Bytes of a request, instance or boot id."""
 NO_ID: Final = bytes(ID_SIZE)
@@ -45,7 +57,7 @@ NO_ID: Final = bytes(ID_SIZE)
 
 
 def message_limit(body: int) -> int:
-    """``ZMQ_MAXMSGSIZE`` where BODY and TOKENS may have ``body`` bytes each."""
+    """``ZMQ_MAXMSGSIZE`` where BODY and TOKENS may have ``body`` bytes each: more than ``FRAME_BYTES``."""
     return HEADER_SIZE + ROUTE_LIMIT + 2 * body
 
 
@@ -206,28 +218,61 @@ _ALL = Part.ROUTE | Part.BODY | Part.TOKENS
 _KINDS: Final = {int(kind): (kind, int(_ALL & ~parts)) for kind, parts in PARTS.items()}
 """By number: the kind, and the parts that it does not have. A plain number: asking a Flag costs as much as all else."""
 _ROUTE, _BODY, _TOKENS = int(Part.ROUTE), int(Part.BODY), int(Part.TOKENS)
-_pack, _unpack = _HEADER.pack, _HEADER.unpack_from
+_pack, _unpack, _lengths = _HEADER.pack, _HEADER.unpack_from, _LENGTHS.unpack_from
 
 
 def to_bytes(message: Message) -> bytes:
     """A message as it goes over the wire."""
-    h, route, tokens = message.header, message.route, message.tokens
-    ids = len(tokens) // 4
-    head = _pack(MAGIC, h.version, h.kind, h.flags, h.request, h.seq, h.arg, h.attempt, len(route), ids)
-    return head + route + tokens + message.body  # not joined: most have one part or two, and nothing is copied for none
+    h, route, tokens, body = message.header, message.route, message.tokens, message.body
+    lengths = len(route), len(tokens) // 4, len(body)
+    head = _pack(MAGIC, h.version, h.kind, h.flags, h.request, h.seq, h.arg, h.attempt, *lengths)
+    return head + route + tokens + body  # not joined: most have one part or two, and nothing is copied for none
+
+
+def frames(messages: Iterable[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Frames for messages to one peer, in order, each with the number of messages that it holds."""
+    together: list[bytes] = []
+    size = 0
+    for data in messages:
+        size += len(data)
+        if together and (size > FRAME_BYTES or len(together) == FRAME_MESSAGES):
+            yield b"".join(together), len(together)
+            together, size = [], len(data)
+        together.append(data)
+    if together:
+        yield b"".join(together), len(together)
+
+
+def split(frame: bytes) -> list[bytes]:
+    """The messages of a frame.
+
+    What is not to be told apart, because it does not begin as a message does or there are too many before it, is one
+    more of them, up to the frame's end: ``from_bytes`` says what is wrong with it.
+    """
+    size, begin = len(frame), 0
+    found: list[bytes] = []
+    while len(found) < FRAME_MESSAGES - 1 and size - begin >= HEADER_SIZE and frame.startswith(_BEGINNING, begin):
+        route, ids, body = _lengths(frame, begin + _LENGTHS_AT)
+        end = begin + HEADER_SIZE + route + 4 * ids + body
+        if end >= size:
+            break
+        found.append(frame[begin:end])
+        begin = end
+    found.append(frame[begin:] if begin else frame)
+    return found
 
 
 def from_bytes(data: bytes) -> Message:
     """Check a message and take it apart.
 
     Raises:
-        ProtocolError: malformed header, a part that the kind does not have or that is too large, or ROUTE and TOKENS
-            longer than the message.
+        ProtocolError: malformed header, a part that the kind does not have or that is too large, or lengths that are
+            not the message's.
     """
     size = len(data)
     if size < HEADER_SIZE:
         raise _no_header(data)
-    magic, version, number, flags, request, seq, arg, attempt, route, ids = _unpack(data)
+    magic, version, number, flags, request, seq, arg, attempt, route, ids, body = _unpack(data)
     if magic != MAGIC or version not in VERSIONS:
         raise _no_header(data)
     known = _KINDS.get(number)
@@ -236,15 +281,18 @@ def from_bytes(data: bytes) -> Message:
     kind, lacks = known
     tokens_at = HEADER_SIZE + route
     body_at = tokens_at + 4 * ids
-    if body_at > size:
-        raise ProtocolError(f"{kind.name} of {size} bytes announces {route} of ROUTE and {ids} tokens: it is cut short")
-    if (route and lacks & _ROUTE) or (ids and lacks & _TOKENS) or (body_at < size and lacks & _BODY):
-        sizes = zip((Part.ROUTE, Part.TOKENS, Part.BODY), (route, ids, size - body_at), strict=True)
+    if body_at + body != size:
+        raise ProtocolError(
+            f"{kind.name} announces {route} bytes of ROUTE, {ids} tokens and {body} bytes of BODY, and has "
+            f"{size - HEADER_SIZE} bytes: it is cut short, or more than {FRAME_MESSAGES} messages came in one frame"
+        )
+    if (route and lacks & _ROUTE) or (ids and lacks & _TOKENS) or (body and lacks & _BODY):
+        sizes = zip((Part.ROUTE, Part.TOKENS, Part.BODY), (route, ids, body), strict=True)
         names = " and ".join(str(part.name) for part, found in sizes if found and lacks & part)
         raise ProtocolError(f"{kind.name} has {names}, expected none")
-    if size > ROUTE_LIMIT and (route > ROUTE_LIMIT or max(4 * ids, size - body_at) > CLIENT_BODY_LIMIT):
+    if size > ROUTE_LIMIT and (route > ROUTE_LIMIT or max(4 * ids, body) > CLIENT_BODY_LIMIT):
         raise ProtocolError(
-            f"{kind.name} has a ROUTE of {route} bytes, TOKENS of {4 * ids} and a BODY of {size - body_at}: "
+            f"{kind.name} has a ROUTE of {route} bytes, TOKENS of {4 * ids} and a BODY of {body}: "
             f"at most {ROUTE_LIMIT}, {CLIENT_BODY_LIMIT} and {CLIENT_BODY_LIMIT} are accepted"
         )
     header = Header(kind, request, seq, arg, attempt, flags, version)

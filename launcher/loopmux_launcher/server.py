@@ -373,26 +373,30 @@ class Launcher:
         while (connected := self._dealer.news()) is not None:
             self._link.connected() if connected else self._link.lost()
         for _ in range(_PER_TURN):
-            if (data := self._dealer.receive()) is None:
+            messages = self._dealer.receive()
+            if not messages:
                 return
-            try:
-                news = self._link.received(from_bytes(data), time.monotonic())
-            except ProtocolError as error:
-                self._console.announce(Announce("launcher", f"the broker sent something malformed: {error}", "warning"))
-                continue
-            if isinstance(news, Welcomed):
-                self._handle(BrokerWelcomed())
-            elif isinstance(news, Demanded):
-                self._handle(DemandReported(news.demand))
-            elif isinstance(news, Ordered):
-                self._handle(AdapterOrdered(news.id, news.order, news.load))
-            elif isinstance(news, Refused):
-                raise LoopmuxError(f"the broker at {self._endpoint} refused this launcher: {news.reason}")
+            for data in messages:
+                self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        try:
+            news = self._link.received(from_bytes(data), time.monotonic())
+        except ProtocolError as error:
+            self._console.announce(Announce("launcher", f"the broker sent something malformed: {error}", "warning"))
+            return
+        if isinstance(news, Welcomed):
+            self._handle(BrokerWelcomed())
+        elif isinstance(news, Demanded):
+            self._handle(DemandReported(news.demand))
+        elif isinstance(news, Ordered):
+            self._handle(AdapterOrdered(news.id, news.order, news.load))
+        elif isinstance(news, Refused):
+            raise LoopmuxError(f"the broker at {self._endpoint} refused this launcher: {news.reason}")
 
     def _send(self, messages: list[Message]) -> None:
-        for message in messages:
-            if not self._dealer.send(to_bytes(message)):
-                self._link.lost()  # not connected; REGISTER is repeated until somebody answers
+        if self._dealer.send(map(to_bytes, messages)) < len(messages):
+            self._link.lost()  # not connected; REGISTER is repeated until somebody answers
 
 
 def _builder(environment: str) -> str:

@@ -10,6 +10,7 @@ import select
 import socket
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -60,6 +61,7 @@ class Echo:
     socket: zmq.Socket[bytes]
     routed: bool
     jobs: dict[bytes, Job] = field(default_factory=dict)
+    said: dict[bytes | None, list[bytes]] = field(default_factory=lambda: defaultdict(list))
     pace: float = 0.0
 
     def serve(self) -> None:
@@ -74,13 +76,16 @@ class Echo:
                     self._send(None, Message(Header(Kind.HB), route=codec.pack({})))
             for job in list(self.jobs.values()):
                 self._step(job)
+                if self.pace:
+                    self._flush()
+                    _sleep_exactly(self.pace)
+            self._flush()
 
     def _take(self) -> None:
-        while (data := sockets.receive(self.socket)) is not None:
-            if self.routed:
-                self._receive(data, self.socket.recv())
-            else:
-                self._receive(None, data)
+        while (frame := sockets.receive(self.socket)) is not None:
+            peer, frame = (frame, self.socket.recv()) if self.routed else (None, frame)
+            for data in wire.split(frame):
+                self._receive(peer, data)
 
     def _receive(self, peer: bytes | None, data: bytes) -> None:
         message = wire.from_bytes(data)
@@ -97,8 +102,6 @@ class Echo:
             header = Header(Kind.TOK, request, position, job.width, attempt)
             self._send(job.peer, Message(header, body=_TOK_BODY, tokens=_IDS[: 4 * job.width]))
             job.sent += 1
-            if self.pace:
-                _sleep_exactly(self.pace)
             if job.sent < job.chunks:
                 return
             position += job.width
@@ -106,7 +109,14 @@ class Echo:
         del self.jobs[request]
 
     def _send(self, peer: bytes | None, message: Message) -> None:
-        sockets.send(self.socket, wire.to_bytes(message), peer)
+        self.said[peer].append(wire.to_bytes(message))
+
+    def _flush(self) -> None:
+        """Send what was said in this turn, as a worker does: in as few frames as it takes."""
+        for peer, messages in self.said.items():
+            for frame, _ in wire.frames(messages):
+                sockets.send(self.socket, frame, peer)
+        self.said.clear()
 
 
 def _sleep_exactly(seconds: float) -> None:
@@ -182,6 +192,7 @@ class WireCallers:
         self._begun: dict[bytes, float] = {}
         self._epoll = select.epoll()
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
+        self._said: list[bytes] = []
         for _ in range(connections):
             caller = self._context.socket(zmq.DEALER)
             caller.setsockopt(zmq.LINGER, 0)
@@ -209,48 +220,57 @@ class WireCallers:
         begun, latencies, came = time.perf_counter(), list[float](), 0
         started = [c for _, c in zip(range(at_once), _round_and_round(self._sockets), strict=False) if again()]
         for caller in started:
-            self._submit(caller, body)
+            self._submit(body)
+            self._flush(caller)
         ready = list(self._sockets)  # what came while others were asked is not announced again
         while self._begun:
             for descriptor in ready:
                 caller = self._sockets[descriptor]
-                while (header := _next(caller)) is not None:
+                for header in _headers(caller):
                     if header.kind is Kind.TOK:
                         came += 1
-                        self._credit(caller, header)
+                        self._credit(header)
                     elif header.kind is Kind.END:
                         begun_at = self._begun.pop(header.request, None)
-                        self._say(caller, Kind.ENDACK, header.request)
+                        self._say(Kind.ENDACK, header.request)
                         if begun_at is None:
                             continue  # said again, because ENDACK took long
                         latencies.append(time.perf_counter() - begun_at)
                         if again():
-                            self._submit(caller, body)
+                            self._submit(body)
                     elif header.kind in wire.TERMINALS or header.kind is Kind.WHO:
                         raise SystemExit(f"the broker says {header.kind.name}: a request or this caller is lost")
+                self._flush(caller)
             ready = self._wait() if self._begun else []
         return Took(time.perf_counter() - begun, latencies, came)
 
-    def _submit(self, caller: zmq.Socket[bytes], body: bytes) -> None:
+    def _submit(self, body: bytes) -> None:
         request = wire.new_id()
         self._begun[request] = time.perf_counter()
-        sockets.send(caller, wire.to_bytes(Message(Header(Kind.SUBMIT, request), _ROUTE, body)))
+        self._said.append(wire.to_bytes(Message(Header(Kind.SUBMIT, request), _ROUTE, body)))
 
-    def _credit(self, caller: zmq.Socket[bytes], header: Header) -> None:
+    def _credit(self, header: Header) -> None:
         received = header.seq + header.arg
         if received % (self._window // 2) < header.arg:  # as the client does: when half the window was used
-            self._say(caller, Kind.CREDIT, header.request, received + self._window, received)
+            self._say(Kind.CREDIT, header.request, received + self._window, received)
 
-    def _say(self, caller: zmq.Socket[bytes], kind: Kind, request: bytes, seq: int = 0, arg: int = 0) -> None:
+    def _say(self, kind: Kind, request: bytes, seq: int = 0, arg: int = 0) -> None:
         if self._introduce:
-            sockets.send(caller, wire.to_bytes(Message(Header(kind, request, seq, arg))))
+            self._said.append(wire.to_bytes(Message(Header(kind, request, seq, arg))))
+
+    def _flush(self, caller: zmq.Socket[bytes]) -> None:
+        """Send what was said in this turn, as a client does: in as few frames as it takes."""
+        for frame, _ in wire.frames(self._said):
+            sockets.send(caller, frame)
+        self._said.clear()
 
     def _wait(self) -> list[int]:
         """The connections on which something came; now and then it is said that the callers are there."""
         if time.perf_counter() > self._beat_at:
             self._beat_at = time.perf_counter() + HEARTBEAT
             for caller in self._sockets.values():
-                self._say(caller, Kind.PING, wire.NO_ID)
+                self._say(Kind.PING, wire.NO_ID)
+                self._flush(caller)
             return list(self._sockets)  # sending may have taken in what would have been announced
         ready = [descriptor for descriptor, _ in self._epoll.poll(PATIENCE)]
         if not ready:
@@ -268,9 +288,10 @@ def _round_and_round(sockets: dict[int, zmq.Socket[bytes]]) -> Iterator[zmq.Sock
         yield from sockets.values()
 
 
-def _next(caller: zmq.Socket[bytes]) -> Header | None:
-    data = sockets.receive(caller)
-    return None if data is None else wire.from_bytes(data).header
+def _headers(caller: zmq.Socket[bytes]) -> Iterator[Header]:
+    while (frame := sockets.receive(caller)) is not None:
+        for data in wire.split(frame):
+            yield wire.from_bytes(data).header
 
 
 @dataclass

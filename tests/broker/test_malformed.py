@@ -149,7 +149,7 @@ def test_a_peer_of_another_release_is_told_of_and_named_in_the_log(core: Core) -
     old = b"LM\x01" + bytes([Kind.HELLO]) + bytes(30)
     for _ in range(3):
         [answer] = core.handle(FramesSent(b"c9", old))
-        assert "version 1 is not spoken here (spoken: 2)" in failure(answer)[3].message
+        assert "version 1 is not spoken here (spoken: 3)" in failure(answer)[3].message
     [log] = core.logged[-1:]
     assert "version 1 is not spoken here" in str(log.fields["reason"])
 

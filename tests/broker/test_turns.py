@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from loopmux_broker.config import BrokerConfig
-from loopmux_broker.doors import SendOutcome
-from loopmux_broker.events import Action, ConnectionLost, Event, LoopStalled, Push, PushBlocked, TimerDue
+from loopmux_broker.events import Action, ConnectionLost, Event, LoopStalled, Push, PushBlocked, Sent, TimerDue
 from loopmux_broker.lifeline import Lifeline
 from loopmux_broker.logs import Logger
 from loopmux_broker.server import Server
@@ -32,8 +31,9 @@ def test_a_sleep_amid_a_turn_is_known_before_the_connections_that_closed_in_it(
         events.append(event)
         return []
 
-    def receive() -> None:
+    def receive() -> list[Sent]:
         clock.now += 5.0
+        return []
 
     monkeypatch.setattr("loopmux_broker.server.time", SimpleNamespace(monotonic=lambda: clock.now))
     with Lifeline() as lifeline:
@@ -56,18 +56,19 @@ def test_a_full_pipe_is_told_once_of_each_request(config: BrokerConfig, monkeypa
         events.append(event)
         return pushes if event == TimerDue() else []
 
-    def send(peer: bytes, data: bytes) -> SendOutcome:
-        tried.append(1)
-        return SendOutcome.FULL
+    def send(peer: bytes, messages: list[bytes]) -> int:
+        tried.append(len(messages))
+        return 1
 
     with Lifeline() as lifeline:
         server = Server(config, Logger("json", "error"), lifeline)
         server._broker = SimpleNamespace(handle=handle)  # type: ignore[assignment]
         monkeypatch.setattr(server.doors[PEER[-1]], "send", send)
         server._handle(TimerDue(), 0.0)
+        server._flush()
         server.close()
-    assert events == [TimerDue(), PushBlocked(PEER, b"1", 0), PushBlocked(PEER, b"2", 0)]
-    assert len(tried) == 1
+    assert events == [TimerDue(), PushBlocked(PEER, b"1", 1), PushBlocked(PEER, b"2", 0)]
+    assert tried == [2_000]
 
 
 def test_a_bug_in_the_core_is_logged_and_stops_nothing(

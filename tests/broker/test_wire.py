@@ -15,7 +15,7 @@ from hypothesis import settings as bounds
 from hypothesis import strategies as st
 
 from brokerkit import end, stopped, tok
-from brokerwire import Peer, Process, broker, settings, until
+from brokerwire import BODY, Peer, Process, broker, settings, until
 from loopmux import codec, wire
 from loopmux.messages import Failure, Held, Submit
 from loopmux.wire import Header, Kind, Message
@@ -60,6 +60,35 @@ def test_a_whole_request(anywhere: Process) -> None:
         client.send(say(Kind.ENDACK, ONE))
         assert worker.expect(Kind.ENDACK).header.attempt == 1
         assert client.status().counters == {"submitted": 1, "finished": 1}
+
+
+def test_what_is_said_together_travels_together(running: Process) -> None:
+    """The frames between a client with many requests and their worker are few, whatever goes through them."""
+    ids = [bytes([n]) * 16 for n in range(1, wire.FRAME_MESSAGES + 1)]
+    with Peer(running.clients) as client, Peer(running.workers) as worker:
+        client.hello()
+        worker.register(slots=len(ids))
+        client.together(*(Message(Header(Kind.SUBMIT, id_), codec.pack(Submit("m")), BODY) for id_ in ids))
+        runs = [wire.from_bytes(data).header for data in wire.split(worker.socket.recv())]
+        assert runs == [Header(Kind.RUN, id_, attempt=1) for id_ in ids]
+        worker.together(*(tok(id_, 0) for id_ in ids))
+        toks = [wire.from_bytes(data) for data in wire.split(client.socket.recv())]
+        assert toks == [tok(id_, 0) for id_ in ids]
+        worker.together(*(end(id_, 1) for id_ in ids))
+        assert [client.expect(Kind.END) for _ in ids] == [end(id_, 1) for id_ in ids]
+
+
+def test_what_stands_before_garbage_in_a_frame_counts(running: Process) -> None:
+    with Peer(running.clients) as client, Peer(running.workers) as worker:
+        client.hello()
+        worker.register()
+        submit = Message(Header(Kind.SUBMIT, ONE), codec.pack(Submit("m")), BODY)
+        client.raw(wire.to_bytes(submit) + b"garbage" + wire.to_bytes(say(Kind.CANCEL, ONE)))
+        failure = codec.unpack(Failure, client.expect(Kind.ERROR).body)
+        assert "a message starts with b'ga', expected b'LM'" in failure.message
+        worker.send(tok(worker.take().header.request, 0))
+        assert client.expect(Kind.TOK) == tok(ONE, 0)
+        assert client.status().counters["strikes"] == 1
 
 
 def test_two_doors_of_a_kind(tmp_path: Path) -> None:

@@ -57,15 +57,17 @@ def flood(clients: str, workers: str) -> None:
     while True:
         for peer in peers[:2]:
             request = wire.new_id()
-            for message in (
+            messages = (
                 say(Kind.PING),
                 say(Kind.STATUS, request),
                 say(Kind.CANCEL, request),
                 say(Kind.CREDIT, wire.new_id(), seq=9, arg=3),
                 _submit(request, "nobody has this"),
                 Message(Header(Kind.SESSION), route=codec.pack(SessionHint("s", "done"))),
-            ):
+            )
+            for message in messages:
                 _try(peer.send, message)
+            _try(peer.together, *messages * (wire.FRAME_MESSAGES // len(messages)))
         _try(peers[2].send, say(Kind.RUNACK, wire.new_id(), attempt=1))
         for peer in peers:
             while peer.socket.poll(0):
@@ -107,6 +109,9 @@ def _rubbish(dice: random.Random) -> list[bytes]:
             [message],
             [message[: dice.randrange(100)]],
             [message, message],
+            [message * 3],
+            [message + dice.randbytes(dice.randrange(64))],
+            [wire.to_bytes(say(Kind.CANCEL, wire.new_id())) * 20_000],
             [dice.randbytes(dice.randrange(64)) for _ in range(dice.randrange(1, 6))],
             [dice.randbytes(wire.HEADER_SIZE)],
             [b"LM" + dice.randbytes(32), b"x" * 5_000],
@@ -150,7 +155,7 @@ def _rise_again() -> None:
     """Go on in a child, and in another one when libzmq has ended that.
 
     It does so now and then where a connection is cut off behind some frames of a message ("Resource temporarily
-    unavailable", session_base.cpp). A message of ours is one frame; only pests send more.
+    unavailable", session_base.cpp). Messages of ours travel in frames of their own; only pests send more.
     """
     while child := os.fork():
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

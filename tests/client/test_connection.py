@@ -305,7 +305,7 @@ def test_a_broker_of_another_release_is_named_at_once() -> None:
     assert story.do(Received(OLD_RELEASE)) == []
     error = story.error(WAITING)
     assert isinstance(error, errors.ProtocolError)
-    assert "version 1 is not spoken here (spoken: 2)" in error.message
+    assert "version 1 is not spoken here (spoken: 3)" in error.message
     assert story.do(Received(b"\x81\xa4code")) == []
     assert story.connection.state is State.IDLE
 

@@ -9,16 +9,14 @@ ONE, TWO = b"1" * 16, b"2" * 16
 
 
 def taken(outbox: Outbox) -> list[tuple[Kind, bytes, int]]:
-    found = []
-    while outbox:
-        header = outbox.first.header
-        found.append((header.kind, header.request, header.seq))
-        outbox.drop_first()
+    found = [(message.header.kind, message.header.request, message.header.seq) for message in outbox]
+    outbox.drop(len(found))
+    assert not outbox
     return found
 
 
 def put(outbox: Outbox, kind: Kind, request: bytes = NO_ID, seq: int = 0) -> None:
-    outbox.put(Message(Header(kind, request, seq)))
+    outbox.extend([Message(Header(kind, request, seq))])
 
 
 def test_what_is_said_again_takes_the_place_of_what_waits() -> None:
@@ -44,7 +42,7 @@ def test_what_was_sent_may_wait_again() -> None:
     outbox = Outbox()
     put(outbox, Kind.CREDIT, ONE, 1)
     put(outbox, Kind.CREDIT, TWO, 1)
-    outbox.drop_first()
+    outbox.drop(1)
     put(outbox, Kind.CREDIT, ONE, 2)
     assert taken(outbox) == [(Kind.CREDIT, TWO, 1), (Kind.CREDIT, ONE, 2)]
 

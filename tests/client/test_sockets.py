@@ -37,15 +37,15 @@ dealer = Dealer(zmq.Context(), 1 << 20)
 dealer.connect(endpoint)
 for _ in range(20):
     broker = subprocess.Popen([sys.executable, "-c", flood, endpoint])
-    while not dealer.send(b"here"):
+    while not dealer.send([b"here"]):
         dealer.monitor.poll(100)
         dealer.news()
-    while dealer.receive() is None:
+    while not dealer.receive():
         time.sleep(0.001)
     threading.Timer(0.02, broker.kill).start()
     while dealer.connected:
-        while (data := dealer.receive()) is not None:
-            assert data[:1] in b"hbt"
+        while messages := dealer.receive():
+            assert messages[0][:1] in b"hbt"
         time.sleep(0.001)
         dealer.news()
     broker.wait()
@@ -70,17 +70,17 @@ def test_nothing_is_taken_without_a_connection(context: zmq.Context[zmq.Socket[b
     endpoint = f"ipc://{tmp_path}/s"
     dealer = Dealer(context, 1 << 20)
     dealer.connect(endpoint)
-    assert not dealer.send(b"to nobody")
+    assert dealer.send([b"to nobody"]) == 0
     for _ in range(2):
         router = context.socket(zmq.ROUTER)
         router.bind(endpoint)
         assert dealer.monitor.poll(5000)
         assert dealer.news() is True
-        assert dealer.send(b"to the broker")
+        assert dealer.send([b"to ", b"the broker"]) == 2
         assert router.recv_multipart()[1:] == [b"to the broker"]
         router.close(0)
         assert dealer.monitor.poll(5000)
         assert dealer.news() is False
-        assert not dealer.send(b"to nobody")
+        assert dealer.send([b"to nobody"]) == 0
     assert dealer.news() is None
     dealer.close()

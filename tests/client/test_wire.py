@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from loopmux import codec, messages, wire
 from loopmux.errors import ProtocolError
-from loopmux.wire import PARTS, Header, Kind, Message, Part, from_bytes, to_bytes
+from loopmux.wire import PARTS, Header, Kind, Message, Part, from_bytes, split, to_bytes
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
+FRAMES = json.loads((Path(__file__).parent / "frames.json").read_text())
 
 u16, u32 = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1)
 headers = st.builds(Header, st.sampled_from(Kind), st.binary(min_size=16, max_size=16), u32, u32, u16, u16)
@@ -37,6 +38,46 @@ def test_messages_round_trip(message: Message) -> None:
     data = to_bytes(message)
     assert len(data) == wire.HEADER_SIZE + len(message.route) + len(message.tokens) + len(message.body)
     assert from_bytes(data) == message
+
+
+@given(st.lists(messages_of(64), max_size=2 * wire.FRAME_MESSAGES + 1))
+def test_messages_travel_together_and_come_out_one_by_one(said: list[Message]) -> None:
+    sent = list(wire.frames(map(to_bytes, said)))
+    found = [split(frame) for frame, _ in sent]
+    assert [count for _, count in sent] == [len(messages) for messages in found]
+    assert [from_bytes(data) for messages in found for data in messages] == said
+    assert all(count == wire.FRAME_MESSAGES for _, count in sent[:-1])
+
+
+def test_a_frame_holds_what_is_short_and_long_messages_go_alone() -> None:
+    def sized(size: int) -> bytes:
+        return to_bytes(Message(TOK, body=bytes(size - wire.HEADER_SIZE)))
+
+    half, whole, more = (sized(size) for size in (wire.FRAME_BYTES // 2, wire.FRAME_BYTES, 10 * wire.FRAME_BYTES))
+    said = [half, half, half, whole, more, HEAD, HEAD]
+    assert list(wire.frames(said)) == [(half + half, 2), (half, 1), (whole, 1), (more, 1), (HEAD + HEAD, 2)]
+    assert list(wire.frames([])) == []
+
+
+def test_what_follows_a_whole_message_and_is_none_is_left_for_the_check() -> None:
+    cut = to_bytes(Message(TOK, tokens=bytes(12)))[:-1]
+    for rest in (b"junk" + HEAD, b"LM\x02" + HEAD[3:] + HEAD, b"\0", HEAD[:-1], cut):
+        assert split(HEAD + HEAD + rest) == [HEAD, HEAD, rest]
+        with pytest.raises(ProtocolError):
+            from_bytes(rest)
+
+
+def test_a_frame_of_too_many_messages_is_malformed_behind_those_it_may_have() -> None:
+    *taken, rest = split(HEAD * (wire.FRAME_MESSAGES + 1))
+    assert taken == [HEAD] * (wire.FRAME_MESSAGES - 1)
+    with pytest.raises(ProtocolError, match="more than 64 messages came in one frame"):
+        from_bytes(rest)
+
+
+@given(st.binary(max_size=200))
+def test_nothing_of_a_frame_is_lost(data: bytes) -> None:
+    assert b"".join(split(HEAD + data)) == HEAD + data
+    assert b"".join(split(data)) == data
 
 
 @given(st.lists(u32, max_size=50))
@@ -82,18 +123,19 @@ LARGE = wire.CLIENT_BODY_LIMIT
         (b"", "starts with b'', expected b'LM'"),
         (b"short", "starts with b'sh', expected b'LM': the peer does not speak Loopmux"),
         (b"XX" + HEAD[2:], "starts with b'XX', expected b'LM'"),
-        (HEAD[:-1], "a message of 39 bytes, expected a header of 40 at least"),
-        (b"LM\x02", "a message of 3 bytes, expected a header of 40 at least"),
-        (b"LM\x09" + HEAD[3:], "version 9 is not spoken here (spoken: 2): install one release everywhere"),
+        (HEAD[:-1], "a message of 43 bytes, expected a header of 44 at least"),
+        (b"LM\x03", "a message of 3 bytes, expected a header of 44 at least"),
+        (b"LM\x09" + HEAD[3:], "version 9 is not spoken here (spoken: 3): install one release everywhere"),
         (b"LM\x01" + bytes(31), "version 1 is not spoken here"),
-        (b"LM\x02\xff" + HEAD[4:], "unknown message kind 255"),
-        (HEAD + b"extra", "PING has BODY, expected none"),
+        (b"LM\x03\xff" + HEAD[4:], "unknown message kind 255"),
+        (to_bytes(Message(PING, body=b"extra")), "PING has BODY, expected none"),
+        (HEAD + b"extra", "PING announces 0 bytes of ROUTE, 0 tokens and 0 bytes of BODY, and has 5 bytes"),
         (to_bytes(Message(PING, b"r", b"", bytes(4))), "PING has ROUTE and TOKENS, expected none"),
         (to_bytes(Message(Header(Kind.HELLO), bytes(4097))), "HELLO has a ROUTE of 4097 bytes"),
         (to_bytes(Message(TOK, body=bytes(LARGE + 1))), f"a BODY of {LARGE + 1}: at most 4096, {LARGE} and {LARGE}"),
         (to_bytes(Message(TOK, tokens=bytes(LARGE + 4))), f"TOKENS of {LARGE + 4} and"),
-        (to_bytes(Message(TOK, tokens=bytes(12)))[:-1], "TOK of 51 bytes announces 0 of ROUTE and 3 tokens"),
-        (to_bytes(Message(Header(Kind.HELLO), b"route"))[:-1], "HELLO of 44 bytes announces 5 of ROUTE and 0 tokens"),
+        (to_bytes(Message(TOK, tokens=bytes(12)))[:-1], "TOK announces 0 bytes of ROUTE, 3 tokens and"),
+        (to_bytes(Message(Header(Kind.HELLO), b"route"))[:-1], "0 bytes of BODY, and has 4 bytes: it is cut short, or"),
     ],
     ids=lambda given: given if isinstance(given, str) else f"{len(given)} bytes",
 )
@@ -143,6 +185,15 @@ def test_vectors(vector: dict[str, Any]) -> None:
             assert jsonable(codec.plain(value)) == vector[part]["fields"]
             assert codec.pack(value) == content
     assert wire.unpack_tokens(message.tokens) == vector.get("tokens", [])
+
+
+@pytest.mark.parametrize("vector", FRAMES, ids=lambda v: v["name"])
+def test_vectors_of_frames(vector: dict[str, Any]) -> None:
+    frame = bytes.fromhex(vector["bytes"])
+    by_name = {each["name"]: bytes.fromhex(each["bytes"]) for each in VECTORS}
+    said = [by_name[name] for name in vector["messages"]]
+    assert split(frame) == said
+    assert list(wire.frames(said)) == [(frame, len(said))]
 
 
 def test_the_vectors_cover_every_kind_that_is_in_use() -> None:

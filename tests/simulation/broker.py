@@ -18,6 +18,7 @@ from loopmux_broker.events import (
     LoopStalled,
     Push,
     PushBlocked,
+    Send,
     TimerDue,
     WorkerSent,
 )
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _CLOSE = (0.001, 0.003)
 """Seconds until a closed connection is noticed."""
+_TURN = 0.005
+"""Seconds of the longest turn."""
 
 
 class BrokerProcess(Process):
@@ -44,7 +47,7 @@ class BrokerProcess(Process):
         self.spoke: dict[str, float] = {}
         """When each endpoint was last heard."""
         self._said: list[tuple[bytes, wire.Message]] = []
-        self._full: set[bytes] = set()
+        self._refused: dict[bytes, dict[bytes, int]] = {}
         self.born = 0.0
         self.wake_by(lambda: self.core.next_timer(), lambda: self.handle(TimerDue()))
         self.start()
@@ -56,6 +59,7 @@ class BrokerProcess(Process):
 
     def die(self) -> None:
         super().die()
+        self._refused.clear()
         lines, owners = list(self.lines.values()), dict(self.owner)
         self.lines.clear()
         self.owner.clear()
@@ -133,32 +137,39 @@ class BrokerProcess(Process):
             self.handle(LoopStalled(away))
 
     def handle(self, event: events.Event) -> None:
-        self._full.clear()
-        self._handle(event)
-        self.look()
-
-    def _handle(self, event: events.Event) -> None:
-        refused = b""
         for action in self.core.handle(event, self.clock.now):
             match action:
-                case Push(peer, data, request, seq):
-                    if request != refused and (peer in self._full or not self._send(peer, data)):
-                        self._full.add(peer)
-                        refused = request
-                        self._handle(PushBlocked(peer, request, seq))
                 case Log(level, text, fields):
                     if text == "internal error":
                         broken("the broker's core raises nothing", str(fields["traceback"]))
                     self.world.story.tell(self, f"{level}: {text} {fields or ''}")
-                case _:
-                    self._send(action.peer, action.data, action.message)
+                case Push(peer, data):
+                    if not self._send(peer, data):
+                        self._refuse(peer).setdefault(action.request, action.seq)
+                case Send(peer, message):
+                    if not self._send(peer, action.data, message):
+                        self._refuse(peer)
+        self.look()
+
+    def _refuse(self, peer: bytes) -> dict[bytes, int]:
+        """A pipe is full, and until the core hears of it, at the end of the turn, all that it says to that peer is lost.
+
+        Returns the first push of each request that was."""
+        if peer not in self._refused:
+            self._refused[peer] = {}
+            self.later(self.clock.random.uniform(0, _TURN), lambda: self._turned(peer))
+        return self._refused[peer]
+
+    def _turned(self, peer: bytes) -> None:
+        for request, seq in self._refused.pop(peer, {}).items():
+            self.handle(PushBlocked(peer, request, seq))
 
     def _send(self, peer: bytes, data: bytes, message: wire.Message | None = None) -> bool:
         """False if the peer's pipe is full. What is sent to one that is gone is lost."""
         line = self.lines.get(peer)
         if line is None:
             return True
-        sent = line.down.send(data)
+        sent = peer not in self._refused and line.down.send(data)
         message = message or wire.from_bytes(data)
         self._said.append((peer, message))
         self.world.promise.talk.broker_said(self.owner[peer], peer, message)

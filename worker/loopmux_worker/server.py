@@ -19,7 +19,7 @@ import loopmux
 from loopmux.errors import EngineError, LoopmuxError, ProtocolError
 from loopmux.messages import Register, WorkerSpec
 from loopmux.sockets import Dealer
-from loopmux.wire import CLIENT_BODY_LIMIT, VERSIONS, Message, from_bytes, message_limit, new_id, to_bytes
+from loopmux.wire import CLIENT_BODY_LIMIT, VERSIONS, from_bytes, message_limit, new_id, to_bytes
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Description, Engine
 from loopmux_worker.events import (
@@ -88,6 +88,7 @@ class Worker:
         self._context = zmq.Context()
         self._dealer = Dealer(self._context, message_limit(CLIENT_BODY_LIMIT))  # whatever a client may ask travels on
         self._endpoint = spec.endpoint
+        self._said: list[Send] = []
         self._unsent: deque[bytes] = deque()
         self._asked: deque[float] = deque()
         self._left: Leave | None = None
@@ -124,9 +125,11 @@ class Worker:
             left = self._session.next_timer() - time.monotonic()  # once a turn: every request is asked
             if left <= 0:
                 self._handle(Woke())
+            self._flush()
             blocked = self._unsent and self._dealer.connected
             poller.register(self._dealer.socket, zmq.POLLIN | (zmq.POLLOUT if blocked else 0))
             self._turn({source for source, _ in poller.poll(max(0, math.ceil(left * 1000)))})
+        self._flush()
         if self._left.error is not None:
             raise self._left.error
 
@@ -160,14 +163,8 @@ class Worker:
         if self._dealer.monitor in readable:
             while (connected := self._dealer.news()) is not None:
                 self._handle(Connected() if connected else Disconnected())
-        self._flush()
-        for taken in range(_PER_TURN if self._dealer.socket in readable else 0):
-            if taken == 1 and not self._dealer.readable:
-                break  # mostly it is one message that comes, and asking costs less than to be refused
-            message = self._receive()
-            if message is None:
-                break
-            self._handle(Received(message))
+        if self._dealer.socket in readable:
+            self._take_messages()
         if isinstance(self._driver.died, LoopmuxError):
             raise self._driver.died
         if self._driver.died is not None:
@@ -191,34 +188,45 @@ class Worker:
 
     def _do(self, action: Action) -> None:
         match action:
-            case Send(message, lasting):
-                self._send(to_bytes(message), lasting=lasting)
+            case Send():
+                self._said.append(action)
             case Unsend():
+                self._said.clear()
                 self._unsent.clear()
             case Submit() | Cancel() | Hint() | Adapt():
                 self._driver.put(action)
             case Leave():
                 self._left = action
 
-    def _send(self, data: bytes, *, lasting: bool) -> None:
-        """Send now, or keep what lasts in order until the connection takes it."""
-        if not self._unsent and self._dealer.send(data):
-            return
-        if lasting:
-            self._unsent.append(data)
-
     def _flush(self) -> None:
-        while self._unsent and self._dealer.send(self._unsent[0]):
+        """Send what was said, behind what waits; what the connection does not take and is to last waits on."""
+        taken = 0
+        if not self._unsent:
+            taken = self._dealer.send(to_bytes(send.message) for send in self._said)
+        self._unsent.extend(to_bytes(send.message) for send in self._said[taken:] if send.lasting)
+        self._said.clear()
+        for _ in range(self._dealer.send(self._unsent)):
             self._unsent.popleft()
 
-    def _receive(self) -> Message | None:
-        """The next well-formed message; None when there is none at hand."""
-        while (data := self._dealer.receive()) is not None:
-            try:
-                return from_bytes(data)
-            except LoopmuxError as error:
-                _log.warning("malformed message from the broker", error=error.message)
-        return None
+    def _take_messages(self) -> None:
+        taken = 0
+        while taken < _PER_TURN:
+            if taken and not self._dealer.readable:
+                return  # mostly it is one frame that comes, and asking costs less than to be refused
+            messages = self._dealer.receive()
+            if not messages:
+                return
+            for data in messages:
+                self._take(data)
+            taken += len(messages)
+
+    def _take(self, data: bytes) -> None:
+        try:
+            message = from_bytes(data)
+        except LoopmuxError as error:
+            _log.warning("malformed message from the broker", error=error.message)
+        else:
+            self._handle(Received(message))
 
     def _wake(self) -> None:
         try:
