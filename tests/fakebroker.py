@@ -64,6 +64,8 @@ class FakeBroker:
     loses: Callable[[Message], bool] = lambda message: False
     """Which of the messages to clients are to be lost on the way."""
     seen: list[Seen] = field(default_factory=list)
+    frames: list[list[Kind]] = field(default_factory=list)
+    """What came in one frame each time."""
 
     def __post_init__(self) -> None:
         self.live: dict[bytes, _Live] = {}
@@ -109,7 +111,9 @@ class FakeBroker:
             poller.poll(20)
             while self._router.getsockopt(zmq.EVENTS) & zmq.POLLIN:
                 peer, frame = self._router.recv_multipart()
-                for message in map(wire.from_bytes, wire.split(frame)):
+                messages = [wire.from_bytes(data) for data in wire.split(frame)]
+                self.frames.append([message.kind for message in messages])
+                for message in messages:
                     self._answer(peer, message)
                     with self._news:
                         self.seen.append(Seen(peer, message))

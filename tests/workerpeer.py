@@ -28,6 +28,8 @@ class FakeBroker:
         self._router.bind(endpoint)
         self.peer = b""
         self._came: list[tuple[bytes, bytes]] = []  # peer and message, the next one last
+        self.largest = 0
+        """Most messages that came in one frame."""
         self.beats: list[Message] = []
         self.acknowledged: list[Header] = []
         self.registered: Register | None = None
@@ -65,6 +67,7 @@ class FakeBroker:
                 assert self._router.poll(max(0, left * 1000)), "no message came"
                 peer, frame = self._router.recv_multipart()
                 self._came = [(peer, data) for data in reversed(split(frame))]
+                self.largest = max(self.largest, len(self._came))
             self.peer, data = self._came.pop()
             message = from_bytes(data)
             if message.kind is Kind.HB:

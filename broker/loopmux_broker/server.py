@@ -29,13 +29,14 @@ from loopmux_broker.events import (
 from loopmux_broker.lifeline import Lifeline
 from loopmux_broker.logs import Logger
 
-_DRAIN = 64
-"""Messages taken from one socket in one turn, and those of a frame that has been begun: about 5 ms of work, so no
-socket waits much longer for another."""
+_SLICE = 0.0015
+"""Seconds for which one socket is read in one turn, and to the end of a frame that was begun: a turn is to take about
+5 ms, so that no socket waits longer for another. What is said to one peer meanwhile shares frames."""
 _LONGEST_POLL = 1.0
 """Seconds between two looks at the parent where its death does not wake the poller."""
-_PATIENCE = 16
-"""Turns that the news of a lost connection waits for its last messages: they are at most 1 000 (RCVHWM), 64 a turn."""
+_PATIENCE = 0.05
+"""Seconds that the news of a lost connection waits for its last messages, at most 1 000 frames (RCVHWM), where others
+have the socket busy."""
 
 
 class Server:
@@ -59,7 +60,7 @@ class Server:
         self.doors: list[Door] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._said: dict[Peer, list[Send | Push]] = {}
-        self._leaving: dict[Peer, int] = {}
+        self._leaving: dict[Peer, float] = {}
         try:
             self._open(config.endpoints, Side.CLIENTS)
             self._open(config.worker_endpoints, Side.WORKERS)
@@ -151,7 +152,7 @@ class Server:
             if door.monitor in readable:
                 door.watch()
             if door.lost:
-                self._leaving.update(dict.fromkeys(door.lost, _PATIENCE))
+                self._leaving.update(dict.fromkeys(door.lost, begun + _PATIENCE))
                 door.lost.clear()
             if door.socket in readable or self._leaving:
                 gone += self._drain(door)
@@ -168,21 +169,17 @@ class Server:
 
     def _drain(self, door: Door) -> list[Peer]:
         """Hand over what came in. Returns the connections that are gone and whose last message that was."""
-        leaving = [peer for peer in self._leaving if peer[-1] == door.number] if self._leaving else []
-        taken = 0
-        while taken < _DRAIN:
-            if taken and not door.readable:
-                break  # mostly it is one frame that comes, and asking costs less than to be refused
+        begun = now = time.monotonic()
+        more = True
+        while more and now < begun + _SLICE:
             received = door.receive()
             for event in received:
-                self._handle(event, time.monotonic())
-            taken += len(received)
-            if not received and door.amid is None:
-                break
-        else:
-            for peer in leaving:
-                self._leaving[peer] -= 1
-            leaving = [peer for peer in leaving if self._leaving[peer] <= 0]
+                self._handle(event, now)
+            # Mostly it is one frame that comes, and asking costs less than to be refused.
+            more = door.amid is not None or (bool(received) and door.readable)
+            now = time.monotonic()
+        here = [peer for peer in self._leaving if peer[-1] == door.number] if self._leaving else []
+        leaving = [peer for peer in here if not more or self._leaving[peer] <= now]
         for peer in leaving:
             del self._leaving[peer]
         return leaving
@@ -204,7 +201,7 @@ class Server:
                 try:
                     taken = self.doors[peer[-1]].send(peer, [action.data for action in actions])
                 except LookupError:
-                    self._leaving.setdefault(peer, _PATIENCE)
+                    self._leaving.setdefault(peer, time.monotonic() + _PATIENCE)
                 else:
                     self._refused(peer, actions[taken:])
 

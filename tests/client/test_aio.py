@@ -65,6 +65,17 @@ def test_many_tasks_share_a_client(ipc_broker: FakeBroker) -> None:
     assert len(ipc_broker.peers) == 1
 
 
+def test_what_tasks_say_in_one_turn_of_the_loop_travels_together(ipc_broker: FakeBroker) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        await client.generate("x", max_new_tokens=2)
+        await client.generate("x", max_new_tokens=2)
+        await asyncio.gather(*(client.generate("x", max_new_tokens=2) for _ in range(9)))
+
+    run(ipc_broker.endpoint, story)
+    assert [Kind.ENDACK, Kind.SUBMIT] in ipc_broker.frames
+    assert [Kind.SUBMIT] * 9 in ipc_broker.frames
+
+
 def test_cancelling_a_task_cancels_its_request(ipc_broker: FakeBroker) -> None:
     async def story(client: loopmux.AsyncClient) -> None:
         task = asyncio.create_task(client.generate("x", model="hang"))

@@ -136,6 +136,18 @@ def test_many_streams_at_once_are_exact(broker, endpoint):
         assert all(tokens == [echo_token(r, i) for i in range(40)] for r, tokens in streams.items())
 
 
+def test_what_a_step_gives_its_streams_travels_together(broker, endpoint):
+    requests = [bytes([i]) * 16 for i in range(1, 9)]
+    with serving(endpoint, tokens=400):
+        broker.welcome()
+        for request in requests:
+            broker.send(Kind.RUN, request, route={"model": "echo"}, body=Generate(prompt="x"), attempt=1)
+        for _ in requests:
+            while broker.receive().kind is not Kind.END:
+                pass
+    assert broker.largest >= len(requests)
+
+
 def test_a_request_whose_output_takes_its_time_is_acknowledged(broker, endpoint):
     with serving(endpoint, tokens=5, first_delay=0.3):
         broker.welcome()
