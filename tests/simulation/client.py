@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from loopmux import codec, events, messages, wire
@@ -156,7 +157,7 @@ class ClientProcess(Endpoint):
 
     def put(self, message: wire.Message, *, lasting: bool = True) -> bool:
         if self._outbox or not self._send(wire.to_bytes(message)):
-            self._outbox.put(message)
+            self._outbox.extend([message])
             self._flush_later()
         return True
 
@@ -164,8 +165,7 @@ class ClientProcess(Endpoint):
         self._outbox.clear()
 
     def flush(self) -> None:
-        while self._outbox and self._send(wire.to_bytes(self._outbox.first)):
-            self._outbox.drop_first()
+        self._outbox.drop(sum(1 for _ in takewhile(self._send, map(wire.to_bytes, self._outbox))))
         if self._outbox:
             self._flush_later()
 
