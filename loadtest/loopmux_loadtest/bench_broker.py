@@ -11,7 +11,8 @@ the same, all over ipc. Nothing of the client or the engine is measured.
 - ``load``: with 1, 64 and 1 000 clients, each with a connection of its own and a request always under way: requests per
   second with their latency, streamed chunks per second, processor time, resident memory. For our broker; for ``proxy``
   (``zmq.proxy``) and ``poller`` (the same in Python), which only pass on, between the same two ends; and with
-  ``--peers PYTHON``, an environment with fastapi, uvicorn, litserve and mosec, for HTTP servers that echo.
+  ``--peers PYTHON``, an environment with fastapi, uvicorn, litserve, mosec and ray[serve],
+  for HTTP servers that echo.
 - ``ratio``: ours divided by each of the others.
 """
 
@@ -46,7 +47,7 @@ PACE = 2000
 CLIENTS = (1, 64, 1000)
 CHUNKS = 32
 """Chunks of a stream under load: 256 tokens, what a request makes by default."""
-SERVERS = ("fastapi", "litserve", "mosec")
+SERVERS = ("fastapi", "litserve", "mosec", "ray")
 
 Figures = dict[str, float]
 

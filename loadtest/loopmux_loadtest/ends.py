@@ -322,11 +322,11 @@ class _Line:
 
     def ended(self, *, streamed: bool) -> bool:
         """Whether the answer is complete."""
-        if streamed:
-            return self.came.endswith(b"0\r\n\r\n")
         head, _, body = self.came.partition(b"\r\n\r\n")
-        at = head.lower().find(b"content-length:")
-        return at >= 0 and len(body) >= int(head[at + 15 :].split(b"\r", 1)[0])
+        at = -1 if streamed else head.lower().find(b"content-length:")
+        if at < 0:
+            return self.came.endswith(b"\r\n0\r\n\r\n")
+        return len(body) >= int(head[at + 15 :].split(b"\r", 1)[0])
 
 
 class HttpCallers:

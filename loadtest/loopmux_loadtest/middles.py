@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def program(*command: str, ready: bool = False) -> Iterator[subprocess.Popen[str
         family = _with_children([process.pid])
         process.terminate()
         try:
-            process.wait(5)
+            process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -142,7 +143,7 @@ def server(python: str, name: str) -> Iterator[Middle]:
         port = free.getsockname()[1]
     option = ["--port"] if name == "mosec" else []
     with program(python, str(Path(__file__).with_name(f"peer_{name}.py")), *option, str(port)) as running:
-        _await_port(port, running)
+        _await_answer(port, running)
         yield _answering(Middle(name, f"http://127.0.0.1:{port}", [running.pid], port=port))
 
 
@@ -153,15 +154,18 @@ def _answering(middle: Middle) -> Middle:
     return middle
 
 
-def _await_port(port: int, running: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 2 * PATIENCE
+def _await_answer(port: int, running: subprocess.Popen[str]) -> None:
+    asked = urllib.request.Request(
+        f"http://127.0.0.1:{port}/echo", b'{"text": ""}', {"Content-Type": "application/json"}
+    )
+    end = time.monotonic() + 3 * PATIENCE
     while True:
         try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
+            urllib.request.urlopen(asked, timeout=PATIENCE).close()  # noqa: S310 - the URL is ours
             return
         except OSError as error:
             if running.poll() is not None or time.monotonic() > end:
-                raise SystemExit(f"the peer does not listen on port {port}: {running.args!r}") from error
+                raise SystemExit(f"the peer does not answer on port {port} ({error}): {running.args!r}") from error
             time.sleep(0.1)
 
 

@@ -152,9 +152,10 @@ class BrokerProcess(Process):
         self.look()
 
     def _refuse(self, peer: bytes) -> dict[bytes, int]:
-        """A pipe is full, and until the core hears of it, at the end of the turn, all that it says to that peer is lost.
+        """A pipe is full, and until the core hears of it, at the end of the turn, what it says to that peer is lost.
 
-        Returns the first push of each request that was."""
+        Returns the first push of each request that was.
+        """
         if peer not in self._refused:
             self._refused[peer] = {}
             self.later(self.clock.random.uniform(0, _TURN), lambda: self._turned(peer))
