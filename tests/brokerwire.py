@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +34,16 @@ def until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"still not: {what}"
         time.sleep(0.01)
+
+
+def plain(endpoint: str) -> socket.socket:
+    """A connection by no library that tries again: it must succeed at once."""
+    if endpoint.startswith("ipc://"):
+        made = socket.socket(socket.AF_UNIX)
+        made.connect(endpoint.removeprefix("ipc://"))
+        return made
+    host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
+    return socket.create_connection((host.strip("[]"), int(port)))
 
 
 class Peer:

@@ -1,4 +1,4 @@
-"""One bound ROUTER socket: receiving, sending, and noticing closed connections."""
+"""One ROUTER socket: receiving, sending, and noticing closed connections."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from enum import Enum
 
 import zmq
 
-from loopmux import endpoints
-from loopmux.claims import BusyError
-from loopmux.errors import ConfigError
 from loopmux.sockets import COMMON, NOW, readable, send
 from loopmux.wire import CLIENT_BODY_LIMIT, WORKER_BODY_LIMIT, Kind, frames, message_limit, split
 from loopmux_broker.events import AdminSent, ClientSent, FramesSent, Peer, Sent, WorkerSent
@@ -105,27 +102,11 @@ class Door:
             self.socket.setsockopt(option, value)
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
-    def bind(self, endpoint: str, descriptor: int | None = None) -> None:
-        """Listen, on a socket that listens already if there is one. The file of an ipc endpoint is this user's alone.
-
-        Raises:
-            BusyError: another program listens there.
-            ConfigError: it cannot be bound here.
-        """
-        if descriptor is not None:
-            self.socket.setsockopt(zmq.USE_FD, descriptor)
-        before = os.umask(0o077)
-        try:
-            self.socket.bind(endpoint)
-        except zmq.ZMQError as error:
-            if error.errno == zmq.EADDRINUSE:
-                raise BusyError(f"{endpoint} is taken by another program: stop it or choose another port") from error
-            raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}") from error
-        finally:
-            os.umask(before)
-        # With port 0 the system has chosen one.
-        bound = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.endpoint = endpoint if endpoints.ipc_path(endpoint) else bound.rstrip("\0")
+    def serve(self, endpoint: str, descriptor: int) -> None:
+        """Serve a socket that listens on an endpoint. The descriptor stays the caller's."""
+        self.endpoint = endpoint
+        self.socket.setsockopt(zmq.USE_FD, os.dup(descriptor))
+        self.socket.bind(endpoint)
 
     @property
     def readable(self) -> bool:

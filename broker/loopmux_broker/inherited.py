@@ -22,7 +22,7 @@ _EXPECTED = "expected clients=N or workers=N with the number of an open descript
 
 
 @dataclass(frozen=True, slots=True)
-class Inherited:
+class Listener:
     """A listening socket: who connects to it, and where."""
 
     side: Side
@@ -30,7 +30,7 @@ class Inherited:
     endpoint: str
 
 
-def inherited(arguments: Sequence[str], environment: Mapping[str, str]) -> list[Inherited]:
+def inherited(arguments: Sequence[str], environment: Mapping[str, str]) -> list[Listener]:
     """What the command line (``--listen-fd``) and systemd's variables name.
 
     Raises:
@@ -55,7 +55,7 @@ def _split(argument: str) -> tuple[str, int, str]:
     return name, int(number), "--listen-fd"
 
 
-def _take(name: str, descriptor: int, where: str) -> Inherited:
+def _take(name: str, descriptor: int, where: str) -> Listener:
     if name not in (Side.CLIENTS.value, Side.WORKERS.value):
         raise ConfigError(f"{where}: found {name!r} for descriptor {descriptor}, expected clients or workers")
     try:
@@ -63,14 +63,14 @@ def _take(name: str, descriptor: int, where: str) -> Inherited:
             if not copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise ConfigError(f"{where}: descriptor {descriptor} is a socket that does not listen")
             copy.setblocking(False)  # shared with the original, which may have been made otherwise
-            return Inherited(Side(name), descriptor, endpoint_of(copy))
+            return Listener(Side(name), descriptor, endpoint_of(copy))
     except OSError as error:
         raise ConfigError(
             f"{where}: descriptor {descriptor} is no socket ({error.strerror}), expected one that listens"
         ) from error
 
 
-def remove_files(given: Iterable[Inherited]) -> None:
+def remove_files(given: Iterable[Listener]) -> None:
     """Who made these sockets was killed and cannot remove their files. No process of ours may have them any more."""
     claims = []
     for path in filter(None, (ipc_path(one.endpoint) for one in given)):

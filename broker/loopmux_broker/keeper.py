@@ -1,12 +1,13 @@
 """The parent of the broker: the same program, ready to serve, that forks the broker and forks it again when it dies.
 
 What takes long about a broker's start are its interpreter and its imports. Here they are there once and for all; a fork
-takes milliseconds, shares their memory, and reads its settings anew.
+takes milliseconds, shares their memory and the listening sockets, and reads its settings anew.
 """
 
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import signal
 import time
@@ -23,28 +24,57 @@ _OFTEN, _WHILE = 20, 60.0
 _FOR_GOOD = (exitcodes.USAGE, exitcodes.CONFIG)
 """Exit codes of what would be the same again, however long it took to find out."""
 _NEWS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT})
+_HUNG = 30.0
+"""Seconds without a pulse after which a broker is killed: it loops without end, or somebody has stopped it and gone."""
+_LOOKS = 6
+"""How often it is looked at in that time. Looks that come late are those of a parent that was stopped itself."""
 
 
-def keep(log: Logger) -> int | None:
+class Pulse:
+    """A byte that parent and broker share: the broker beats, the parent looks whether it has since it looked last.
+
+    Of what could tell the parent this costs the broker least: no call of the system in any turn of its loop.
+    """
+
+    def __init__(self) -> None:
+        self._shared = mmap.mmap(-1, 1)
+
+    def beat(self) -> None:
+        """This process gets on."""
+        self._shared[0] = 1
+
+    def taken(self) -> bool:
+        """Whether there was a beat since this was asked last."""
+        there, self._shared[0] = self._shared[0], 0
+        return there == 1
+
+
+def hold() -> None:
+    """Keep signals for ``keep``, which takes them in one by one: no moment is the wrong one."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it passes that on, and would never hear of its children
+    signal.pthread_sigmask(signal.SIG_BLOCK, _NEWS)
+
+
+def keep(log: Logger, pulse: Pulse) -> int | None:
     """Have a broker, and another one at once when one dies that has served. Main thread only, and no other thread yet.
 
-    SIGTERM and SIGINT go on to the broker. When it ends by these or by itself, that is the end.
+    SIGTERM and SIGINT go on to the broker. When it ends by these or by itself, that is the end. One that has no pulse
+    any more is killed.
 
     Returns:
         In every broker, each a child of the process that called: None. In that process, once there is to be no broker
         any more: the exit code of the last one, 128 and the number of the signal that it died of.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it passes that on, and would never hear of its children
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NEWS)  # taken in one by one: no moment is the wrong one
+    hold()
     gc.freeze()  # else the collectors of the brokers would write to, and so copy, what is shared with them
     deaths: deque[float] = deque(maxlen=_OFTEN)
     while True:
         began = time.monotonic()
         broker = os.fork()
         if not broker:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _NEWS)
             return None
-        code, asked = _await_end(broker)
+        code, asked = _await_end(broker, pulse, log)
         if code == 0 or (asked and -code in _NEWS):
             return 0
         deaths.append(time.monotonic())
@@ -57,15 +87,22 @@ def keep(log: Logger) -> int | None:
             return code if code > 0 else 128 - code
 
 
-def _await_end(broker: int) -> tuple[int, bool]:
+def _await_end(broker: int, pulse: Pulse, log: Logger) -> tuple[int, bool]:
     """The exit code of a broker, negative for a signal, and whether it was asked to end."""
-    asked = False
+    asked, missing, pause = False, 0, _HUNG / _LOOKS
     while True:
-        news = signal.sigwait(_NEWS)
-        if news != signal.SIGCHLD:
+        before = time.monotonic()
+        news = signal.sigtimedwait(_NEWS, pause)
+        if news is None:
+            late = time.monotonic() - before > 2 * pause
+            missing = 0 if pulse.taken() or late else missing + 1
+            if missing == _LOOKS:
+                log.say("error", "broker hangs", seconds=round(_HUNG, 1), pid=broker)
+                os.kill(broker, signal.SIGKILL)
+        elif news.si_signo != signal.SIGCHLD:
             asked = True
-            os.kill(broker, news)
-            continue
-        ended, status = os.waitpid(broker, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status), asked
+            os.kill(broker, news.si_signo)
+        else:
+            ended, status = os.waitpid(broker, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status), asked

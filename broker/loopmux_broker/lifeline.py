@@ -73,11 +73,6 @@ class Lifeline:
         """What to poll for reading."""
         return [self._ear.fileno(), *self._watched]
 
-    @property
-    def must_ask(self) -> bool:
-        """Whether a parent's death shows only by asking ``check`` now and then."""
-        return bool(self._asked)
-
     def check(self, readable: Collection[object]) -> str | None:
         """The reason to end, if there is one; ``readable`` is all that the poller found readable."""
         if not self._watched.isdisjoint(readable) or any(parent.dead() for parent in self._asked):

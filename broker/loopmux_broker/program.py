@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -13,10 +12,10 @@ import loopmux
 from loopmux import exitcodes
 from loopmux.errors import LoopmuxError
 from loopmux_broker.config import BrokerConfig
-from loopmux_broker.doors import Side
-from loopmux_broker.inherited import Inherited, inherited, remove_files
-from loopmux_broker.keeper import keep
+from loopmux_broker.inherited import Listener, inherited, remove_files
+from loopmux_broker.keeper import Pulse, hold, keep
 from loopmux_broker.lifeline import Lifeline, Parent
+from loopmux_broker.listeners import Listeners
 from loopmux_broker.logs import LEVELS, Logger
 from loopmux_broker.server import Server
 
@@ -30,17 +29,19 @@ def main(arguments: list[str] | None = None) -> int:
     log = Logger(options.log_format, options.log_level)
     try:
         given = inherited(options.listen_fd, os.environ)
-        if options.config is not None:
-            importlib.import_module("loopmux_broker.configfile")  # its parser takes its time
         parents = [] if options.parent_pid is None else [Parent(options.parent_pid)]
-        keeper = Parent(os.getpid())
-        code = keep(log)
-        if code is None:
-            parents.append(keeper)
-            code = _serve(options, given, parents, log)
-        else:
-            for one in given:
-                os.close(one.descriptor)
+        keeper, pulse, serving = Parent(os.getpid()), Pulse(), False
+        hold()
+        listeners = Listeners(options.endpoint, options.worker_endpoint, _settings(options.config), given)
+        try:
+            code = keep(log, pulse)
+            if code is None:
+                serving = True
+                parents.append(keeper)
+                code = _serve(_settings(options.config), listeners.all, pulse, parents, log)
+        finally:
+            if not serving or keeper.dead():  # else it goes on listening, for the next one
+                listeners.close()
         if parents and parents[-1].dead():
             remove_files(given)
         return code
@@ -49,22 +50,18 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"loopmux-broker: {error}", file=sys.stderr)
         return exitcodes.of(error)
-    except OSError as error:  # a folder that cannot be written, a full disk
+    except OSError as error:
         if options.debug:
             raise
-        print(f"loopmux-broker: {error}: choose another --endpoint, or mend the folder", file=sys.stderr)
+        remedy = "make room (on the disk, for descriptors, for processes), then start it again"
+        print(f"loopmux-broker: {error}: {remedy}", file=sys.stderr)
         return exitcodes.FAILURE
 
 
-def _serve(options: argparse.Namespace, given: list[Inherited], parents: list[Parent], log: Logger) -> int:
-    config = _settings(options.config)
-    config = config.with_endpoints(
-        _listened_on(options.endpoint, given, Side.CLIENTS), _listened_on(options.worker_endpoint, given, Side.WORKERS)
-    )
-    descriptors = {one.endpoint: one.descriptor for one in given}
+def _serve(config: BrokerConfig, listeners: list[Listener], pulse: Pulse, parents: list[Parent], log: Logger) -> int:
     with Lifeline(*parents) as lifeline:
         lifeline.catch_signals()
-        server = Server(config, log, lifeline, descriptors)
+        server = Server(config, log, lifeline, listeners, pulse)
         # What is there now stays: the collector need not look at it again, and most garbage needs no collector.
         gc.freeze()
         gc.set_threshold(_GARBAGE)
@@ -81,11 +78,6 @@ def _settings(file: Path | None) -> BrokerConfig:
     from loopmux_broker.configfile import load  # the parser takes its time, and most brokers have no file
 
     return load(file)
-
-
-def _listened_on(named: list[str], given: list[Inherited], side: Side) -> tuple[str, ...]:
-    """The endpoints of one side: those that were named, and those of inherited sockets."""
-    return tuple(dict.fromkeys([*named, *(one.endpoint for one in given if one.side is side)]))
 
 
 def _parser() -> argparse.ArgumentParser:

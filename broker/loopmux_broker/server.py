@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import zmq
 
 import loopmux
-from loopmux import endpoints
-from loopmux.claims import Claim
 from loopmux_broker.broker import Broker
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Door, Side
@@ -26,6 +24,8 @@ from loopmux_broker.events import (
     Send,
     TimerDue,
 )
+from loopmux_broker.inherited import Listener
+from loopmux_broker.keeper import Pulse
 from loopmux_broker.lifeline import Lifeline
 from loopmux_broker.logs import Logger
 
@@ -33,42 +33,28 @@ _SLICE = 0.0015
 """Seconds for which one socket is read in one turn, and to the end of a frame that was begun: a turn is to take about
 5 ms, so that no socket waits longer for another. What is said to one peer meanwhile shares frames."""
 _LONGEST_POLL = 1.0
-"""Seconds between two looks at the parent where its death does not wake the poller."""
+"""Seconds between two signs of life, and two looks at a parent whose death does not wake the poller."""
 _PATIENCE = 0.05
 """Seconds that the news of a lost connection waits for its last messages, at most 1 000 frames (RCVHWM), where others
 have the socket busy."""
 
 
 class Server:
-    """Binds the endpoints, then runs the core until the lifeline says why to end."""
+    """Serves listening sockets, running the core until the lifeline says why to end."""
 
     def __init__(
-        self,
-        config: BrokerConfig,
-        log: Logger,
-        lifeline: Lifeline,
-        inherited: Mapping[str, int] | None = None,
+        self, config: BrokerConfig, log: Logger, lifeline: Lifeline, listeners: Iterable[Listener], pulse: Pulse
     ) -> None:
-        """Listen on every endpoint; ``inherited`` are the descriptors of those that are listened on already.
-
-        Raises:
-            BusyError, ConfigError: an endpoint cannot be had; whatever was taken before is given back.
-        """
-        self._config, self._log, self._lifeline = config, log, lifeline
-        self._inherited = inherited or {}
-        self._claims: list[Claim] = []
+        """``listeners`` has the one for administrators last."""
+        self._config, self._log, self._lifeline, self._pulse = config, log, lifeline, pulse
         self.doors: list[Door] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._said: dict[Peer, list[Send | Push]] = {}
         self._leaving: dict[Peer, float] = {}
-        try:
-            self._open(config.endpoints, Side.CLIENTS)
-            self._open(config.worker_endpoints, Side.WORKERS)
-            # Named after where clients connect: with port 0 the system has chosen one.
-            self._open([endpoints.admin_endpoint(self.doors[0].endpoint)], Side.ADMINS)
-        except BaseException:
-            self.close()
-            raise
+        for one in listeners:
+            door = Door(self._context, len(self.doors), one.side, config.window)
+            self.doors.append(door)
+            door.serve(one.endpoint, one.descriptor)
         self._epoch = os.urandom(8)
         software = f"loopmux-broker {loopmux.__version__}"
         self._broker = Broker(config, epoch=self._epoch, now=time.monotonic(), pid=os.getpid(), software=software)
@@ -78,15 +64,6 @@ class Server:
             self._poller.register(door.monitor, zmq.POLLIN)
         for descriptor in lifeline.descriptors():
             self._poller.register(descriptor, zmq.POLLIN)
-
-    def _open(self, listen: Iterable[str], side: Side) -> None:
-        for endpoint in listen:
-            path, descriptor = endpoints.ipc_path(endpoint), self._inherited.get(endpoint)
-            if path is not None and descriptor is None:  # else it is held by who made the socket
-                self._claims.append(Claim(path))
-            door = Door(self._context, len(self.doors), side, self._config.window)
-            self.doors.append(door)
-            door.bind(endpoint, descriptor)
 
     def run(self) -> str:
         """Serve until there is a reason to end, and return it."""
@@ -100,6 +77,7 @@ class Server:
             epoch=self._epoch.hex(),
         )
         while True:
+            self._pulse.beat()
             readable = self._wait()
             reason = self._lifeline.check(readable)
             if reason is not None:
@@ -108,13 +86,11 @@ class Server:
             self._turn(readable)
 
     def close(self) -> None:
-        """Close sockets, remove socket and lock files. The core's state is gone."""
+        """Close the sockets. The core's state is gone."""
         for door in self.doors:
             door.close()
         self._context.term()
-        for claim in reversed(self._claims):  # the first one made the folder
-            claim.release()
-        self.doors, self._claims = [], []
+        self.doors = []
 
     # --- one turn
 
@@ -122,20 +98,17 @@ class Server:
         """Sleep until something comes in or a timer is due; what is readable then."""
         before = time.monotonic()
         timeout = self._timeout(before)
-        milliseconds = None if timeout is None else math.ceil(1000 * timeout)
-        readable = {source for source, _ in self._poller.poll(milliseconds)}
-        if timeout is not None:
-            self._note_gap(before + timeout)
+        readable = {source for source, _ in self._poller.poll(math.ceil(1000 * timeout))}
+        self._note_gap(before + timeout)
         return readable
 
-    def _timeout(self, now: float) -> float | None:
+    def _timeout(self, now: float) -> float:
         if self._leaving:
             return 0.0
         due = self._broker.next_timer()
-        if due is not None:
-            # At most half a heartbeat: a longer sleep would hide how long this process was stopped during it.
-            return min(max(due - now, 0.0), self._config.heartbeat / 2)
-        return _LONGEST_POLL if self._lifeline.must_ask else None
+        # At most half a heartbeat: a longer sleep would hide how long this process was stopped during it.
+        longest = min(_LONGEST_POLL, self._config.heartbeat / 2)
+        return longest if due is None else min(max(due - now, 0.0), longest)
 
     def _note_gap(self, expected: float) -> float:
         """If this process was stopped or starved, peers were not silent in that time. Returns what time it is."""

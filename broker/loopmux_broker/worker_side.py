@@ -7,7 +7,7 @@ from typing import Any
 from loopmux import codec, wire
 from loopmux.errors import BadRequestError, ProtocolError
 from loopmux.messages import Catalogue, Heartbeat, Held, Register
-from loopmux.wire import ID_SIZE, Header, Kind, Message
+from loopmux.wire import ID_SIZE, WORKER_BODY_LIMIT, Header, Kind, Message
 from loopmux_broker.adapters import Adapters
 from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import agree, no_common_version, welcome
@@ -54,8 +54,13 @@ class WorkerSide:
         """Handle one message; ``data`` is what it was made from, for passing on.
 
         Raises:
-            ProtocolError: it is not one that a worker or launcher may send, or says what cannot be.
+            ProtocolError: it is not one that a worker or launcher may send, is too large, or says what cannot be.
         """
+        if len(message.body) > WORKER_BODY_LIMIT or len(message.tokens) > WORKER_BODY_LIMIT:
+            raise ProtocolError(
+                f"{message.kind.name} has a BODY of {len(message.body)} bytes and TOKENS of {len(message.tokens)}: "
+                f"workers and launchers may send {WORKER_BODY_LIMIT} of each"
+            )
         worker = self._t.pool.workers.get(peer)
         if worker is not None:
             worker.heard = now
@@ -226,7 +231,7 @@ class WorkerSide:
             self._t.out.append(no_common_version(peer, register.versions))
         elif self._may_join(peer, register, message.header.seq, now):
             self._join(peer, register, report, message.header.seq, now)
-            self._t.out.append(welcome(self._t, peer, version, wire.WORKER_BODY_LIMIT, message.header.seq))
+            self._t.out.append(welcome(self._t, peer, version, WORKER_BODY_LIMIT, message.header.seq))
             self._joined(peer, now)
 
     def _may_join(self, peer: Peer, register: Register, introduction: int, now: float) -> bool:

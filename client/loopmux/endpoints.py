@@ -67,9 +67,9 @@ def ipc_path(endpoint: str) -> Path | None:
                 f"endpoint {endpoint!r} names no port up to {_LAST_PORT}, expected for example tcp://127.0.0.1:7750"
             )
         return None
-    if not endpoint.startswith("ipc://") or len(endpoint) == len("ipc://"):
-        raise ConfigError(f"endpoint {endpoint!r} is neither ipc:///path/to/socket nor tcp://host:port")
     path = endpoint.removeprefix("ipc://")
+    if path in (endpoint, "") or path.startswith("@"):  # @ is a name without a file, and without an owner
+        raise ConfigError(f"endpoint {endpoint!r} is neither ipc:///path/to/socket nor tcp://host:port")
     size = len(os.fsencode(path))
     if size > _LONGEST_IPC_PATH:
         raise ConfigError(

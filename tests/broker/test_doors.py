@@ -15,6 +15,7 @@ import zmq
 
 from brokerwire import PATIENCE, Peer, until
 from loopmux import codec, wire
+from loopmux.listening import Listening
 from loopmux.messages import Hello
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.doors import Descriptors, Door, Side
@@ -76,10 +77,12 @@ def test_a_peer_with_a_routing_id_of_its_own_is_gone_when_another_one_has_its_de
 def door(tmp_path: Path) -> Iterator[Door]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     door = Door(context, 3, Side.CLIENTS, 16)
-    door.bind(f"ipc://{tmp_path}/door.ipc")
+    listening = Listening(f"ipc://{tmp_path}/door.ipc")
+    door.serve(listening.endpoint, listening.fileno())
     yield door
     door.close()
     context.term()
+    listening.close()
 
 
 def heard(door: Door) -> bytes:
@@ -170,12 +173,14 @@ import time
 
 import zmq
 
+from loopmux.listening import Listening
 from loopmux.sockets import COMMON
 from loopmux_broker.doors import Door, Side
 
 COMMON[zmq.HEARTBEAT_IVL] = 100
 door = Door(zmq.Context(), 0, Side.CLIENTS, 16)
-door.bind(sys.argv[1])
+listening = Listening(sys.argv[1])
+door.serve(listening.endpoint, listening.fileno())
 with zmq.Context() as context, context.socket(zmq.DEALER) as flood:
     flood.setsockopt(zmq.LINGER, 0)
     flood.setsockopt(zmq.SNDTIMEO, 200)

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from brokerkit import end, tok
-from brokerwire import Peer, broker, fails
+from brokerwire import Peer, broker, fails, plain
 from loopmux.claims import BusyError
 from loopmux.errors import ConfigError
 from loopmux.listening import Listening
 from loopmux.wire import Kind
 from loopmux_broker.doors import Side
-from loopmux_broker.inherited import Inherited, inherited
+from loopmux_broker.inherited import Listener, inherited
 
 ONE = b"1" * 16
 
@@ -60,16 +60,6 @@ def test_nobody_is_refused_while_the_broker_is_started_again(sockets: tuple[List
                 worker.send(end(ONE, 1))
                 assert late.expect(Kind.TOK) == tok(ONE, 0)
                 second.stop()
-
-
-def plain(endpoint: str) -> socket.socket:
-    """A connection by no library that tries again: it must succeed at once."""
-    if endpoint.startswith("ipc://"):
-        made = socket.socket(socket.AF_UNIX)
-        made.connect(endpoint.removeprefix("ipc://"))
-        return made
-    host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
-    return socket.create_connection((host.strip("[]"), int(port)))
 
 
 def test_a_broker_that_ends_leaves_the_socket_s_file_to_its_owner(tmp_path: Path) -> None:
@@ -127,7 +117,7 @@ def test_a_number_of_sockets_that_is_none(count: str) -> None:
 def test_what_is_handed_over_says_where_it_listens(tmp_path: Path) -> None:
     one = Listening(f"ipc://{tmp_path}/b.ipc")
     try:
-        assert inherited([f"clients={one.fileno()}"], {}) == [Inherited(Side.CLIENTS, one.fileno(), one.endpoint)]
+        assert inherited([f"clients={one.fileno()}"], {}) == [Listener(Side.CLIENTS, one.fileno(), one.endpoint)]
     finally:
         one.close()
 

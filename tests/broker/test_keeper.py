@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from brokerwire import Peer, broker, settings, until
+from brokerwire import Peer, Process, broker, fails, plain, settings, until
 from processes import running as runs
 
 
@@ -22,26 +23,44 @@ def endpoint(tmp_path: Path) -> str:
 
 def test_another_one_serves_at_once_with_the_settings_as_they_are_now(tmp_path: Path, endpoint: str) -> None:
     path = settings(tmp_path, window=7)
-    with broker("--config", str(path), "--endpoint", endpoint) as first, Peer(first.clients) as client:
+    doors = ["--endpoint", endpoint, "--endpoint", "tcp://127.0.0.1:0"]
+    with broker("--config", str(path), *doors) as first, Peer(first.clients) as client:
         assert client.hello().window == 7
         settings(tmp_path, window=9)
         until(lambda: client.status().uptime > 1.0, "it has served")
+        os.kill(first.process.pid, signal.SIGSTOP)  # no other one yet
         os.kill(first.serving, signal.SIGKILL)
+        until(lambda: not runs(first.serving), "it is dead")
+        for each in first.ready["endpoints"]:
+            plain(each).close()  # nobody is refused, and nobody else can listen there
+            assert fails("--endpoint", each)[0] == 1
+        os.kill(first.process.pid, signal.SIGCONT)
         died, ready = first.line(), first.line()
         assert (died["event"], died["by"], died["again"]) == ("broker died", "SIGKILL", True)
         assert died["after"] > 1.0
-        assert (ready["event"], ready["endpoints"]) == ("ready", [endpoint])
+        assert (ready["event"], ready["endpoints"]) == ("ready", first.ready["endpoints"])
         assert psutil.Process(ready["pid"]).ppid() == first.process.pid
         assert client.hello().window == 9
         assert client.status().pid == ready["pid"]
 
 
-def test_what_a_broker_dies_of_at_once_is_for_others_to_judge(endpoint: str) -> None:
+def test_what_a_broker_dies_of_at_once_is_for_others_to_judge(tmp_path: Path, endpoint: str) -> None:
     with broker("--endpoint", endpoint) as only:
         os.kill(only.serving, signal.SIGKILL)
         died = only.line()
         assert (died["event"], died["by"], died["again"]) == ("broker died", "SIGKILL", False)
         assert only.process.wait(10) == 128 + signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_is_killed_just_when_it_is_asked_to_end_leaves_nothing_behind(tmp_path: Path, endpoint: str) -> None:
+    with broker("--endpoint", endpoint) as asked:
+        os.kill(asked.process.pid, signal.SIGSTOP)  # it hears of both at once
+        os.kill(asked.serving, signal.SIGKILL)
+        os.kill(asked.process.pid, signal.SIGTERM)
+        os.kill(asked.process.pid, signal.SIGCONT)
+        assert asked.process.wait(10) == 128 + signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
 
 
 SCRIPT = """
@@ -52,7 +71,7 @@ from loopmux_broker.logs import Logger
 keeper._SERVED = 0.3
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as some do, and pass on
 began, last = open(sys.argv[1], "a+b", buffering=0), int(sys.argv[2])
-code = keeper.keep(Logger("console", "info"))
+code = keeper.keep(Logger("console", "info"), keeper.Pulse())
 if code is None:
     began.write(b".")
     match os.stat(began.fileno()).st_size:
@@ -74,7 +93,7 @@ from loopmux_broker import keeper
 from loopmux_broker.logs import Logger
 
 keeper._SERVED, keeper._OFTEN = 0.0, 3
-code = keeper.keep(Logger("console", "info"))
+code = keeper.keep(Logger("console", "info"), keeper.Pulse())
 if code is None:
     os.abort()
 print("parent ends with", code)
@@ -85,6 +104,36 @@ def test_what_brokers_die_of_again_and_again_is_for_others_to_judge() -> None:
     done = subprocess.run([sys.executable, "-c", CRASHING], capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == f"parent ends with {128 + signal.SIGABRT}\n"
     assert done.stderr.count("broker died") == 3
+
+
+HANGING = """
+import sys
+from loopmux_broker import keeper, program, server
+
+keeper._SERVED, keeper._HUNG, server._LONGEST_POLL = 0.0, 1.0, 0.1
+sys.exit(program.main(["--log-format", "json", "--endpoint", sys.argv[1]]))
+"""
+
+
+def test_one_that_hangs_is_killed_and_one_that_has_nothing_to_do_is_not(endpoint: str) -> None:
+    words = [sys.executable, "-c", HANGING, endpoint]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            first = Process(process, {})
+            first.ready = first.line()
+            over = time.monotonic() + 1.3
+            until(lambda: time.monotonic() > over, "longer than one may hang")
+            with Peer(first.clients) as client:
+                client.hello()
+                assert client.status().pid == first.serving
+            os.kill(first.serving, signal.SIGSTOP)
+            hangs, died, ready = first.line(), first.line(), first.line()
+            assert (hangs["event"], hangs["pid"]) == ("broker hangs", first.serving)
+            assert (died["event"], died["by"], died["again"]) == ("broker died", "SIGKILL", True)
+            assert (ready["event"], ready["endpoints"]) == ("ready", [endpoint])
+        finally:
+            process.terminate()
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import pytest
@@ -17,6 +19,7 @@ from loopmux_broker.events import (
     AdminSent,
     ClientSent,
     ConnectionLost,
+    Event,
     FramesSent,
     Log,
     Send,
@@ -28,6 +31,7 @@ from loopmux_broker.timers import Timers
 
 ROUTE = codec.pack(Submit("m"))
 SUBMIT = wire.to_bytes(Message(Header(Kind.SUBMIT, ONE), ROUTE, BODY))
+MOST = wire.WORKER_BODY_LIMIT
 
 
 def sized(data: bytes) -> str:
@@ -94,6 +98,9 @@ def test_what_a_client_may_not_send(core: Core, data: bytes) -> None:
         wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 3, 1), tokens=bytes(8))),
         wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 1, 1), tokens=bytes(4)))[:-1],
         wire.to_bytes(Message(Header(Kind.EXPIRED, ONE, attempt=1))),
+        wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 1, 1), body=bytes(MOST + 1), tokens=bytes(4))),
+        wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, MOST // 4 + 1, 1), tokens=bytes(MOST + 4))),
+        wire.to_bytes(Message(Header(Kind.END, ONE, attempt=1), body=bytes(MOST + 1))),
         wire.to_bytes(Message(Header(Kind.HB), route=b"\xc1")),
         wire.to_bytes(Message(Header(Kind.CATALOGUE), route=codec.pack(Catalogue("m", "ready")))),
         wire.to_bytes(Message(Header(Kind.REGISTER), route=b"")),
@@ -113,6 +120,16 @@ def test_a_launcher_may_not_send_output(core: Core) -> None:
     core.launcher()
     [answer] = core.worker(tok(ONE, 0), LAUNCHER)
     assert failure(answer)[3].code == "protocol"
+
+
+def test_what_is_too_large_is_said_with_what_would_not_be(core: Core) -> None:
+    core.launcher()
+    [answer] = core.worker(Message(Header(Kind.DONE, ONE), body=bytes(MOST + 1)), LAUNCHER)
+    found = f"DONE has a BODY of {MOST + 1} bytes and TOKENS of 0: workers and launchers may send {MOST} of each"
+    assert failure(answer)[3].message == found
+    largest = Message(Header(Kind.TOK, ONE, 0, 1, 1), body=bytes(MOST), tokens=bytes(4))
+    core.running()
+    assert core.worker(largest) == [pushed(largest)]
 
 
 def test_the_answer_names_the_request(core: Core) -> None:
@@ -216,10 +233,16 @@ DEEP_MAP = b"\x81\xa1a" * 1300 + b"\x00"
         wire.to_bytes(Message(Header(Kind.ATTACH, ONE, 1000, 0, 65535), ROUTE, BODY, bytes(4000))),
         wire.to_bytes(say(Kind.CREDIT, ONE, seq=2**32 - 1, arg=2**32 - 1)),
         wire.to_bytes(say(Kind.CANCEL, ONE)),
+        wire.to_bytes(Message(Header(Kind.REGISTER), NESTED, DEEP_MAP)),
+        wire.to_bytes(Message(Header(Kind.REGISTER), codec.pack({"role": "worker"}), bytes(MOST))),
+        wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, MOST // 4, 1), body=bytes(MOST), tokens=bytes(MOST))),
+        wire.to_bytes(Message(Header(Kind.HELD, ONE, 2**32 - 1, 2**32 - 1, 65535), NESTED)),
+        wire.to_bytes(Message(Header(Kind.CATALOGUE), DEEP_MAP)),
     ],
     ids=sized,
 )
-def test_no_bad_message_takes_long(core: Core, data: bytes) -> None:
+@pytest.mark.parametrize("said", [partial(ClientSent, CLIENT), partial(WorkerSent, WORKER), partial(AdminSent, b"a1")])
+def test_no_bad_message_takes_long(core: Core, data: bytes, said: Callable[[bytes], Event]) -> None:
     """Counted in lines of Python: a slow machine runs a hundred thousand in the 10 ms that a turn may take."""
     lines = 0
 
@@ -231,7 +254,7 @@ def test_no_bad_message_takes_long(core: Core, data: bytes) -> None:
     before = sys.gettrace()
     sys.settrace(count)
     try:
-        core.broker.handle(ClientSent(CLIENT, data), core.now)
+        core.broker.handle(said(data), core.now)
     finally:
         sys.settrace(before)
     assert 0 < lines < 2_000

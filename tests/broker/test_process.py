@@ -74,7 +74,7 @@ def test_a_busy_path_names_its_holder_and_the_remedy(endpoint: str) -> None:
         client.hello()
         code, written = fails("--endpoint", endpoint)
         assert code == 1
-        assert f"held by a running broker, process {running.serving}" in written
+        assert f"held by a running broker, process {running.process.pid}" in written
         assert "choose another --endpoint" in written
         assert len(written.splitlines()) == 1
         assert client.alive()
@@ -143,6 +143,7 @@ def test_a_busy_port(endpoint: str) -> None:
         (["--endpoint", "tcp://example.org:7750"], 78, "'example.org'"),
         (["--endpoint", "tcp://127.0.0.1"], 78, "names no port"),
         (["--endpoint", "http://127.0.0.1:80"], 78, "neither ipc"),
+        (["--endpoint", "ipc://@abstract"], 78, "neither ipc"),
         (["--endpoint", "ipc:///" + "x" * 120], 78, "at most 100 fit"),
         (["--endpoint", "ipc:///tmp/a", "--worker-endpoint", "ipc:///tmp/a"], 78, "two different endpoints"),
         (["--config", "/nowhere/broker.yaml"], 78, "/nowhere/broker.yaml: No such file"),

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from brokerwire import Peer, until
+from loopmux.wire import Kind
 from loopmux_broker.config import BrokerConfig
-from loopmux_broker.events import Action, ConnectionLost, Event, LoopStalled, Push, PushBlocked, Sent, TimerDue
+from loopmux_broker.events import Action, ConnectionLost, Event, LoopStalled, Push, PushBlocked, Sent, TimerDue, say
+from loopmux_broker.inherited import Listener
+from loopmux_broker.keeper import Pulse
 from loopmux_broker.lifeline import Lifeline
+from loopmux_broker.listeners import Listeners
 from loopmux_broker.logs import Logger
 from loopmux_broker.server import Server
 
@@ -18,12 +24,14 @@ PEER = b"\0peer\1"
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> BrokerConfig:
-    return BrokerConfig(endpoints=(f"ipc://{tmp_path}/b.ipc",), worker_endpoints=(f"ipc://{tmp_path}/w.ipc",))
+def listeners(tmp_path: Path) -> Iterator[list[Listener]]:
+    opened = Listeners([f"ipc://{tmp_path}/b.ipc"], [f"ipc://{tmp_path}/w.ipc"], BrokerConfig(), [])
+    yield opened.all
+    opened.close()
 
 
 def test_a_sleep_amid_a_turn_is_known_before_the_connections_that_closed_in_it(
-    config: BrokerConfig, monkeypatch: pytest.MonkeyPatch
+    listeners: list[Listener], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, events = SimpleNamespace(now=100.0), list[Event]()
 
@@ -37,7 +45,7 @@ def test_a_sleep_amid_a_turn_is_known_before_the_connections_that_closed_in_it(
 
     monkeypatch.setattr("loopmux_broker.server.time", SimpleNamespace(monotonic=lambda: clock.now))
     with Lifeline() as lifeline:
-        server = Server(config, Logger("json", "error"), lifeline)
+        server = Server(BrokerConfig(), Logger("json", "error"), lifeline, listeners, Pulse())
         server._broker = SimpleNamespace(handle=handle, next_timer=lambda: None)  # type: ignore[assignment]
         [_, workers, _] = server.doors
         workers.receive = receive  # type: ignore[method-assign]
@@ -47,7 +55,32 @@ def test_a_sleep_amid_a_turn_is_known_before_the_connections_that_closed_in_it(
     assert events == [LoopStalled(5.0), ConnectionLost(PEER)]
 
 
-def test_a_full_pipe_is_told_once_of_each_request(config: BrokerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flood_at_one_door_leaves_the_others_their_turns(listeners: list[Listener]) -> None:
+    handled = list[Event]()
+
+    def handle(event: Event, now: float) -> list[Action]:
+        handled.append(event)
+        return []
+
+    with Lifeline() as lifeline:
+        server = Server(BrokerConfig(), Logger("json", "error"), lifeline, listeners, Pulse())
+        server._broker = SimpleNamespace(handle=handle, next_timer=lambda: None)  # type: ignore[assignment]
+        door = server.doors[0]
+        with Peer(door.endpoint) as flood:
+            for _ in range(200):
+                flood.send(say(Kind.PING))
+            flood.socket.close(1000)
+        until(lambda: bool(door.monitor.poll(0)), "all of it has come in, and the connection closed behind it")
+        turns = []
+        while len(handled) < 200:
+            before = len(handled)
+            server._turn({door.socket})
+            turns.append(len(handled) - before)
+        server.close()
+    assert max(turns) == 64
+
+
+def test_a_full_pipe_is_told_once_of_each_request(listeners: list[Listener], monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of chunks may wait for who never reads: a word of each at every try would leave others no time."""
     pushes: list[Action] = [Push(PEER, b"", request, seq) for request in (b"1", b"2") for seq in range(1_000)]
     events, tried = list[Event](), list[int]()
@@ -61,7 +94,7 @@ def test_a_full_pipe_is_told_once_of_each_request(config: BrokerConfig, monkeypa
         return 1
 
     with Lifeline() as lifeline:
-        server = Server(config, Logger("json", "error"), lifeline)
+        server = Server(BrokerConfig(), Logger("json", "error"), lifeline, listeners, Pulse())
         server._broker = SimpleNamespace(handle=handle)  # type: ignore[assignment]
         monkeypatch.setattr(server.doors[PEER[-1]], "send", send)
         server._handle(TimerDue(), 0.0)
@@ -72,13 +105,13 @@ def test_a_full_pipe_is_told_once_of_each_request(config: BrokerConfig, monkeypa
 
 
 def test_a_bug_in_the_core_is_logged_and_stops_nothing(
-    config: BrokerConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    listeners: list[Listener], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(event: Event, now: float) -> None:
         raise RuntimeError("a bug")
 
     with Lifeline() as lifeline:
-        server = Server(config, Logger("json", "info"), lifeline)
+        server = Server(BrokerConfig(), Logger("json", "info"), lifeline, listeners, Pulse())
         monkeypatch.setattr(server._broker, "_handle", fail)
         server._handle(TimerDue(), 0.0)
         server.close()

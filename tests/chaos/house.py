@@ -38,7 +38,7 @@ _EMPTY_LIMIT = 40.0
 started again, and whose client has left meanwhile, is kept for 30."""
 _AGAIN = FIRST_DELAY / 2
 """Seconds before a process is started again, the fewest that a launcher waits."""
-_VARIABLES = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
+_VARIABLES = os.environ | {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": os.pathsep.join(sys.path)}
 """Programs that are installed have been compiled; those of a checkout are with the first start, not with each."""
 
 
@@ -153,7 +153,7 @@ class House:
     def _worker(self, name: str, spec: dict[str, Any]) -> Part:
         file = self.folder / f"{name}.json"
         file.write_text(json.dumps({**spec, "name": name, "endpoint": f"{self.endpoint}.work"}))
-        return self._part(name, "loopmux_worker", "--spec", str(file))
+        return self._part(name, "chaos.hanging", "--spec", str(file))
 
     @property
     def parts(self) -> list[Part]:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Literal
 
 from chaos.callers import Call
+from chaos.hanging import HANGS
 from chaos.house import READY_LIMIT, House, until
 
 Strike = Callable[[House, int], Awaitable[None]]
@@ -42,6 +43,11 @@ async def _kill_both(house: House, n: int) -> None:
 
 async def _freeze_worker(house: House, n: int) -> None:
     await _freeze(house.workers[n % len(house.workers)].signal, _FROZEN_WORKER)
+
+
+async def _hang_worker(house: House, n: int) -> None:
+    house.workers[n % len(house.workers)].signal(signal.SIGUSR2)
+    await asyncio.sleep(HANGS)
 
 
 async def _freeze_broker(house: House, _n: int) -> None:
@@ -81,6 +87,7 @@ FAULTS = (
     Fault("broker killed", _kill_broker, limit=0.25),
     Fault("both killed", _kill_both),
     Fault("worker frozen", _freeze_worker, hits="rerun", rounds=3, limit=3.5),
+    Fault("worker hung", _hang_worker, hits="rerun", rounds=3, limit=3.5),
     Fault("broker frozen", _freeze_broker),
     Fault("client never reads", pest="stuck"),
     Fault("flood", pest="flood"),

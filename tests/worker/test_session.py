@@ -20,7 +20,17 @@ from loopmux.messages import (
     Welcome,
 )
 from loopmux.results import Timing, ToolCall, Usage
-from loopmux.wire import VERSION, VERSIONS, Header, Kind, Message, StopReason, pack_tokens, unpack_tokens
+from loopmux.wire import (
+    VERSION,
+    VERSIONS,
+    WORKER_BODY_LIMIT,
+    Header,
+    Kind,
+    Message,
+    StopReason,
+    pack_tokens,
+    unpack_tokens,
+)
 from loopmux_worker.engine.base import Description, Failed, Finished, Job, Key, Load, Produced
 from loopmux_worker.events import (
     Adapt,
@@ -305,6 +315,15 @@ def test_an_engine_failure_carries_code_and_usage():
     (error,) = sent(session.handle(stepped(Failed(KEY, 0, EngineError("boom"), Usage(4, 0))), 1.0))
     failure = unpack(Failure, error.body)
     assert (failure.code, failure.message, failure.usage, failure.model) == ("engine", "boom", Usage(4, 0), "m")
+
+
+def test_an_error_of_many_words_is_shortened_and_keeps_its_code():
+    words = "out of memory" + "!" * WORKER_BODY_LIMIT + ": the cause"
+    (error,) = sent(running().handle(stepped(Failed(KEY, 0, EngineError(words), Usage())), 1.0))
+    failure = unpack(Failure, error.body, BODY_LIMITS)
+    assert failure.code == "engine"
+    assert (failure.message[:13], failure.message[-11:]) == ("out of memory", ": the cause")
+    assert len(error.body) < WORKER_BODY_LIMIT
 
 
 def test_output_that_cannot_be_sent_ends_its_request_alone():

@@ -62,6 +62,8 @@ ACKNOWLEDGE_WITHIN = 0.05
 """Seconds until RUNACK of a first attempt, unless output goes out before and says as much; far below ``RESEND``."""
 _REASON = 2000
 """Bytes of a reason in DONE, which the broker reads."""
+_MESSAGE = 64 * 1024
+"""Bytes of the message of an error; a worker may send sixteen times as many."""
 _FASTEST_HEARTBEAT = 0.05
 """Seconds; a broker that asks for more is mistaken."""
 _ABSENCE = 2.0
@@ -407,7 +409,7 @@ class Session:
     def _fail(self, request: _Request, error: LoopmuxError, usage: Usage, now: float) -> list[Action]:
         failure = Failure(
             error.code,
-            error.message.encode("utf-8", "replace").decode(),  # what cannot be sent must not fail to be reported
+            shorten(error.message, _MESSAGE),  # what cannot be sent must not fail to be reported
             error.retryable,
             request.run.model or None,
             self._name,
