@@ -245,7 +245,7 @@ def test_a_socket_held_by_a_lone_broker_ends_up_with_its_reason(config: Path, en
         broker.line("ready")
         done = launch("up", "--config", str(config), "--endpoint", endpoint)
         assert done.returncode == 1
-        assert f"process {broker.children('loopmux_broker')[0].pid}" in done.stderr
+        assert f"process {broker.process.pid}" in done.stderr
         assert "starting" not in done.stdout
         broker.process.terminate()
         broker.wait()
