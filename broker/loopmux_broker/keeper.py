@@ -23,7 +23,7 @@ _OFTEN, _WHILE = 20, 60.0
 """Deaths within so many seconds that are one cause's: the parent ends with the last of them, too."""
 _FOR_GOOD = (exitcodes.USAGE, exitcodes.CONFIG)
 """Exit codes of what would be the same again, however long it took to find out."""
-_NEWS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT})
+_NEWS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGALRM})
 _HUNG = 30.0
 """Seconds without a pulse after which a broker is killed: it loops without end, or somebody has stopped it and gone."""
 _LOOKS = 6
@@ -89,20 +89,22 @@ def keep(log: Logger, pulse: Pulse) -> int | None:
 
 def _await_end(broker: int, pulse: Pulse, log: Logger) -> tuple[int, bool]:
     """The exit code of a broker, negative for a signal, and whether it was asked to end."""
-    asked, missing, pause = False, 0, _HUNG / _LOOKS
+    asked, missing, looked = False, 0, time.monotonic()
+    # Not sigtimedwait: to who was stopped and goes on after that time, Python names a signal that never came.
+    signal.setitimer(signal.ITIMER_REAL, _HUNG / _LOOKS, _HUNG / _LOOKS)
     while True:
-        before = time.monotonic()
-        news = signal.sigtimedwait(_NEWS, pause)
-        if news is None:
-            late = time.monotonic() - before > 2 * pause
+        news = signal.sigwait(_NEWS)
+        if news == signal.SIGALRM:
+            now = time.monotonic()
+            late, looked = now - looked > 2 * _HUNG / _LOOKS, now
             missing = 0 if pulse.taken() or late else missing + 1
             if missing == _LOOKS:
                 log.say("error", "broker hangs", seconds=round(_HUNG, 1), pid=broker)
                 os.kill(broker, signal.SIGKILL)
-        elif news.si_signo != signal.SIGCHLD:
-            asked = True
-            os.kill(broker, news.si_signo)
-        else:
+        elif news == signal.SIGCHLD:
             ended, status = os.waitpid(broker, os.WNOHANG)
             if ended:
                 return os.waitstatus_to_exitcode(status), asked
+        else:
+            asked = True
+            os.kill(broker, news)
