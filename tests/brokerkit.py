@@ -39,6 +39,7 @@ from loopmux_broker.events import (
     WorkerSent,
     say,
 )
+from loopmux_broker.tables import Alarm
 
 EPOCH = b"epoch--1"
 BODY = codec.pack({"prompt": "hello"})
@@ -47,6 +48,16 @@ WORKER, SECOND, THIRD = b"w1", b"w2", b"w3"
 LAUNCHER = b"l1"
 ADMIN = b"a1"
 ONE, TWO, THREE, FOUR = (bytes([n]) * 16 for n in (1, 2, 3, 4))
+_OF_REQUESTS = {
+    Alarm.RUN,
+    Alarm.STOP,
+    Alarm.DEADLINE,
+    Alarm.TERMINAL,
+    Alarm.TOMBSTONE,
+    Alarm.RECOVERY,
+    Alarm.HOME,
+}
+"""Timers that end with their request."""
 
 
 def instance(peer: bytes) -> bytes:
@@ -172,6 +183,7 @@ class Core:
         assert (t.admission.queued, t.admission.held, t.admission.output) == (0, 0, 0)
         assert all(not c.requests and not c.held and not c.queued for c in t.clients.by_instance.values())
         assert all(not w.leases for w in t.pool.workers.values())
+        assert not _OF_REQUESTS & {key[0] for key in t.timers._due}
 
 
 # --- messages that the broker passes on or makes ----------------------------------------------------------------------

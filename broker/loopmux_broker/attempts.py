@@ -79,9 +79,11 @@ class Attempts:
 
     def _goes_home(self, request: Request, free: Worker, now: float) -> bool:
         """Whether it waits for the worker that ran its session last, though another one is free; then it is queued."""
-        left = request.arrived + self._t.affinity.patience(request, free) - now
         home = self._t.affinity.last(request)
-        if request.attempt or left <= 0 or home is None or home == free.name:
+        if request.attempt or home is None or home == free.name:
+            return False
+        left = request.arrived + self._t.affinity.patience(request, free) - now
+        if left <= 0:
             return False
         serving = self._t.pool.serving(request.submit.model)
         if not any(w.name == home and w.open and w.serves(*request.lane) for w in serving):
@@ -102,11 +104,12 @@ class Attempts:
 
     def fill(self, now: float) -> None:
         """Give free slots to who waits, on every worker that may have got one."""
-        while self._t.vacant:
+        while self._t.vacant and self._t.queues.length:
             worker = next(iter(self._t.vacant))
             del self._t.vacant[worker]
             if self._t.pool.workers.get(worker.peer) is worker:
                 self._fill(worker, now)
+        self._t.vacant.clear()
 
     def _fill(self, worker: Worker, now: float) -> None:
         if worker.open and (alone := self._t.queues.next_alone(worker)) is not None:

@@ -8,6 +8,8 @@ sends output on; they share ``Tables``.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 from loopmux import wire
 from loopmux.errors import ProtocolError
@@ -71,6 +73,16 @@ class Broker:
             self._adapters,
         )
         self._admins = AdminSide(t, self._attempts)
+        self._handlers: dict[type[Event], Callable[[Any, float], None]] = {
+            WorkerSent: self._hear,
+            ClientSent: self._hear,
+            AdminSent: self._hear,
+            FramesSent: self._hear,
+            PushBlocked: self._blocked,
+            TimerDue: self._timer_due,
+            ConnectionLost: self._connection_lost,
+            LoopStalled: self._stalled,
+        }
         if config.settle > 0:
             self.tables.timers.set((Alarm.SETTLED, b"", 0), now + config.settle)
         else:
@@ -83,7 +95,7 @@ class Broker:
     def handle(self, event: Event, now: float) -> list[Action]:
         """What is to be done about an event, in order. Raises nothing, whatever a peer sent."""
         try:
-            self._handle(event, now)
+            self._handlers[type(event)](event, now)
             if self.tables.vacant:
                 self._attempts.fill(now)
             if self.tables.cold:
@@ -95,23 +107,10 @@ class Broker:
         actions, self.tables.out = self.tables.out, []
         return actions
 
-    def _handle(self, event: Event, now: float) -> None:
-        match event:
-            case WorkerSent() | ClientSent() | AdminSent() | FramesSent():
-                self._hear(event, now)
-            case PushBlocked(peer, request, seq):
-                self._blocked(peer, request, seq, now)
-            case TimerDue():
-                for key in self.tables.timers.due(now):
-                    self._ring(key, now)
-            case ConnectionLost(peer):
-                self._connection_lost(peer, now)
-            case LoopStalled(gap):
-                self._stalled(gap, now)
-
     def _hear(self, event: Sent, now: float) -> None:
         peer, data = event.peer, event.data
-        if self.tables.strikes and self.tables.strikes.ignored(peer, now):
+        strikes = self.tables.strikes
+        if strikes.records and strikes.ignored(peer, now):
             return
         try:
             message = wire.from_bytes(data)
@@ -140,14 +139,18 @@ class Broker:
             tables.out.append(Log("warning", f"a peer is ignored for {WINDOW:g} s", fields))
         tables.timers.set((Alarm.STRIKES, peer, 0), now + WINDOW)
 
-    def _blocked(self, peer: Peer, request_id: bytes, seq: int, now: float) -> None:
-        client = self.tables.clients.by_peer.get(peer)
-        request = self.tables.requests.get(request_id)
+    def _blocked(self, event: PushBlocked, now: float) -> None:
+        client = self.tables.clients.by_peer.get(event.peer)
+        request = self.tables.requests.get(event.request)
         if client is not None and request is not None and request.client is client:
-            self._streams.block(client, request, seq, now)
+            self._streams.block(client, request, event.seq, now)
 
-    def _connection_lost(self, peer: Peer, now: float) -> None:
-        tables = self.tables
+    def _timer_due(self, _: TimerDue, now: float) -> None:
+        for key in self.tables.timers.due(now):
+            self._ring(key, now)
+
+    def _connection_lost(self, event: ConnectionLost, now: float) -> None:
+        tables, peer = self.tables, event.peer
         tables.strikes.forget(peer)
         tables.timers.cancel((Alarm.STRIKES, peer, 0))
         tables.rivals.pop(peer, None)
@@ -158,9 +161,9 @@ class Broker:
         if member is not None:
             self._workers.cut(member) if pardoned else self._workers.lost(member, "lost its connection", now)
 
-    def _stalled(self, gap: float, now: float) -> None:
+    def _stalled(self, event: LoopStalled, now: float) -> None:
         """Nobody was silent while the broker itself was away; whoever took it for dead has the time to come back."""
-        tables = self.tables
+        tables, gap = self.tables, event.gap
         tables.counters["stalls"] += 1
         tables.pardoned = {*tables.clients.by_peer, *tables.pool.workers, *tables.pool.launchers}
         tables.back_at = now

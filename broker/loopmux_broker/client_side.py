@@ -40,7 +40,7 @@ class ClientSide:
             ProtocolError: it is not one that a client may send, or says what cannot be.
         """
         client = self._t.clients.by_peer.get(peer)
-        if message.kind is Kind.HELLO:
+        if message.header.kind is Kind.HELLO:
             self._hello(peer, message, now)
         elif client is None:
             self._t.out.append(Send(peer, say(Kind.WHO)))
@@ -50,14 +50,14 @@ class ClientSide:
 
     def _known(self, client: Client, peer: Peer, message: Message, now: float) -> None:
         request = self._own(client, message.header.request)
-        match message.kind:
+        match message.header.kind:
             case Kind.CREDIT:
                 self._credit(client, request, message.header, now)
-            case Kind.SUBMIT | Kind.ATTACH:
-                self._submit(client, request, message, now)
             case Kind.ENDACK:
                 if request is not None and request.state is State.DONE:
                     self._ends.acknowledged(request, now)
+            case Kind.SUBMIT | Kind.ATTACH:
+                self._submit(client, request, message, now)
             case Kind.CANCEL:
                 self._cancel(client, request, message.header.request, now)
             case Kind.PING:

@@ -57,9 +57,13 @@ class Affinity:
 
     def shared(self, request: Request) -> dict[str, int]:
         """By worker: the place, among its beginnings, of the longest one that was given to this worker last."""
-        submit, began = request.submit, self._began
-        keys = ((submit.model, submit.adapter, known) for known in submit.hashes)
-        return {began[key]: place for place, key in enumerate(keys, 1) if key in began}
+        submit = request.submit
+        places: dict[str, int] = {}
+        for place, known in enumerate(submit.hashes, 1):
+            worker = self._began.get((submit.model, submit.adapter, known))
+            if worker is not None:
+                places[worker] = place
+        return places
 
     def last(self, request: Request) -> str | None:
         """The worker that ran the request's session last."""
@@ -70,7 +74,8 @@ class Affinity:
 
     def cold(self, request: Request, worker: Worker) -> bool:
         """Whether a worker has to compute the whole of a prompt, as far as is known here."""
-        return self.last(request) != worker.name and worker.name not in self.shared(request)
+        name = worker.name
+        return self.last(request) != name and name not in self.shared(request)
 
     def patience(self, request: Request, worker: Worker) -> float:
         """For how long a request may wait for the worker of its session where another one is free, seconds.
@@ -101,16 +106,16 @@ def choose(workers: Iterable[Worker], request: Request, affinity: Affinity) -> W
     the one that has served least. More load is not made up for by what a worker knows: most conversations with a model
     begin alike, and would all be with one worker while others idle.
     """
-    preferred, shared = affinity.last(request), affinity.shared(request)
+    lane, preferred, shared = request.lane, affinity.last(request), affinity.shared(request)
     best: Worker | None = None
     best_load: tuple[bool, float, int, int] | None = None
     for worker in workers:
-        if worker.free <= 0 or not worker.serves(*request.lane):
+        if worker.free <= 0 or not worker.serves(*lane):
             continue
-        if worker.name == preferred:
+        name = worker.name
+        if name == preferred:
             return worker
-        known = shared.get(worker.name, 0)
-        load = (worker.name == request.avoid, len(worker.leases) / worker.slots, -known, worker.served)
+        load = (name == request.avoid, len(worker.leases) / worker.slots, -shared.get(name, 0), worker.served)
         if best_load is None or load < best_load:
             best, best_load = worker, load
     return best

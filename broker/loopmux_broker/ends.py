@@ -90,8 +90,9 @@ class Ends:
         t = self._t
         if request.state is State.QUEUED:
             t.dequeue(request)
+        elif request.state is State.RECOVERING:
+            t.timers.cancel((Alarm.RECOVERY, request.id, 0))
         request.move(Step.ENDED)
-        t.timers.cancel((Alarm.RECOVERY, request.id, 0))
         t.counters[_COUNTED[kind]] += 1
         t.admission.ended(request.client, request.size, now)
         request.body, request.brought = b"", 0

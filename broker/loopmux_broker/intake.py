@@ -31,7 +31,7 @@ def objection(pool: Pool, request: Request, *, settled: bool, returning: bool = 
         submit.check()
     except BadRequestError as error:
         return error
-    if pool.serving(submit.model):
+    if pool.serves(submit.model):
         if pool.leaves(submit.model):
             return gone(submit.model, TAKEN_BACK)
         return unknown_adapter(pool, request) if settled else None

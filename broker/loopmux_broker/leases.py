@@ -38,14 +38,14 @@ class Leases:
         header = Header(Kind.RUN, request.id, attempt=lease.attempt)
         message = Message(header, codec.pack(run), request.body, bytes(request.output.ids))
         self._t.out.append(Send(lease.worker.peer, message))
-        self._t.timers.set((Alarm.RUN, *lease.key), now + self._t.config.resend)
+        self._t.timers.set((Alarm.RUN, lease.request.id, lease.attempt), now + self._t.config.resend)
 
     def started(self, lease: Lease) -> bool:
         """The worker has the request: RUNACK, or output came. Returns whether it is the first that is heard of it."""
         if lease.acknowledged:
             return False
         lease.acknowledged = True
-        self._t.timers.cancel((Alarm.RUN, *lease.key))
+        self._t.timers.cancel((Alarm.RUN, lease.request.id, lease.attempt))
         if lease.since > self._t.back_at:  # it was asked after the broker had been away, and answers
             self._t.pardoned.discard(lease.worker.peer)
         if lease.stopping:
@@ -58,8 +58,8 @@ class Leases:
         self.begins(lease.worker, now)
         lease.stopping = reason
         self.watch(lease.worker)
-        self._t.timers.cancel((Alarm.RUN, *lease.key))
-        self._t.timers.set((Alarm.STOP, *lease.key), now + self._t.config.resend)
+        self._t.timers.cancel((Alarm.RUN, lease.request.id, lease.attempt))
+        self._t.timers.set((Alarm.STOP, lease.request.id, lease.attempt), now + self._t.config.resend)
         self._t.out.append(Send(lease.worker.peer, say(Kind.STOP, lease.key[0], arg=reason, attempt=lease.attempt)))
 
     def begins(self, worker: Worker, now: float) -> None:
@@ -84,8 +84,10 @@ class Leases:
 
     def end(self, lease: Lease) -> None:
         """The attempt is over, one way or another: its slot and its timers are free."""
-        self._t.timers.cancel((Alarm.RUN, *lease.key))
-        self._t.timers.cancel((Alarm.STOP, *lease.key))
+        if lease.stopping is not None:
+            self._t.timers.cancel((Alarm.STOP, lease.request.id, lease.attempt))
+        elif not lease.acknowledged:
+            self._t.timers.cancel((Alarm.RUN, lease.request.id, lease.attempt))
         self._t.pool.release(lease)
         if lease.request.lease in (lease, None):  # else another attempt runs
             self._t.queues.settle(lease.request)

@@ -11,20 +11,19 @@ acknowledged them.
 
 from __future__ import annotations
 
-from collections import deque
-from typing import NamedTuple
+from dataclasses import dataclass
 
 _OVERHEAD = 256
 """Bytes that a chunk costs besides its message, so that many tiny chunks count as what they are."""
 
 
-class Chunk(NamedTuple):
+@dataclass(slots=True)
+class Chunk:
     """One TOK message as it came: tokens ``seq`` to ``end`` - 1."""
 
     seq: int
     end: int
     data: bytes
-    size: int
 
 
 class Output:
@@ -39,7 +38,7 @@ class Output:
         self.highest = 0  # tokens that the client may have: the end of the last chunk ever pushed
         self.held = 0  # bytes of unacknowledged chunks
         self.ids = bytearray()  # all token ids, packed as on the wire
-        self.chunks: deque[Chunk] = deque()
+        self.chunks: list[Chunk] = []
         self.cursor = 0  # how many of chunks were pushed on the client's present connection
         self.paused = False  # after a reconnection, until the client says from where
         self.said: tuple[int, int] | None = None  # the last CREDIT, to recognise a repeated one
@@ -47,7 +46,7 @@ class Output:
     def add(self, seq: int, end: int, data: bytes, tokens: bytes) -> int:
         """Take the next chunk (``seq`` is ``total``), ``data`` with these ``tokens``, and return the bytes it costs."""
         size = len(data) + _OVERHEAD
-        self.chunks.append(Chunk(seq, end, data, size))
+        self.chunks.append(Chunk(seq, end, data))
         self.ids += tokens
         self.total = end
         self.held += size
@@ -62,14 +61,16 @@ class Output:
     def take(self, most: int) -> list[Chunk]:
         """Chunks that may be pushed now, ``most`` of them, marked as pushed."""
         taken: list[Chunk] = []
-        while not self.paused and self.cursor < len(self.chunks) and len(taken) < most:
-            chunk = self.chunks[self.cursor]
+        if self.paused:
+            return taken
+        for chunk in self.chunks[self.cursor : self.cursor + most]:
             # A chunk is never split, so one larger than the client's whole window goes when nothing else is under way.
             if chunk.end > self.credit and not (chunk.seq == self.acknowledged and chunk.seq < self.credit):
                 break
             taken.append(chunk)
-            self.cursor += 1
-            self.highest = max(self.highest, chunk.end)
+        if taken:
+            self.cursor += len(taken)
+            self.highest = max(self.highest, taken[-1].end)
         return taken
 
     def drained(self) -> bool:
@@ -91,9 +92,15 @@ class Output:
 
     def acknowledge(self, received: int) -> None:
         """Drop the chunks that the client has, but not their token ids."""
-        while self.chunks and self.chunks[0].end <= received:
-            self.held -= self.chunks.popleft().size
-            self.cursor = max(self.cursor - 1, 0)
+        count = size = 0
+        for chunk in self.chunks:
+            if chunk.end > received:
+                break
+            count += 1
+            size += len(chunk.data) + _OVERHEAD
+        del self.chunks[:count]
+        self.held -= size
+        self.cursor = max(self.cursor - count, 0)
         self.acknowledged = max(self.acknowledged, received)
 
     def pause(self) -> None:
@@ -113,7 +120,7 @@ class Output:
     def truncate(self) -> None:
         """Drop what the client cannot have yet, for an end that does not wait."""
         while self.chunks and self.chunks[-1].end > self.highest:
-            self.held -= self.chunks.pop().size
+            self.held -= len(self.chunks.pop().data) + _OVERHEAD
         self.cursor = min(self.cursor, len(self.chunks))
         self.total = self.highest
         del self.ids[4 * self.total :]

@@ -293,19 +293,25 @@ class Pool:
         """Take a slot for the request's present attempt."""
         total = request.output.total
         lease = Lease(request, request.attempt, worker, now, prefix=total, start=total)
-        self.leases[lease.key] = worker.leases[lease.key] = lease
+        key = lease.key
+        self.leases[key] = worker.leases[key] = lease
         if request.alone:
             worker.alone = lease
         return lease
 
     def release(self, lease: Lease) -> None:
         """Give the slot back."""
-        self.leases.pop(lease.key, None)
-        lease.worker.leases.pop(lease.key, None)
+        key = lease.key
+        self.leases.pop(key, None)
+        lease.worker.leases.pop(key, None)
         if lease.worker.alone is lease:
             lease.worker.alone = None
 
     # --- models
+
+    def serves(self, model: str) -> bool:
+        """Whether any worker is ready for a model."""
+        return model in self._serving
 
     def serving(self, model: str) -> list[Worker]:
         """The workers that are ready for a model."""

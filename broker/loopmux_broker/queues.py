@@ -232,19 +232,18 @@ class Queues:
             self._bill(request, request.output.total)
 
     def _bill(self, request: Request, tokens: int) -> None:
-        cost = _cost(request, tokens)
-        if cost != request.charged:
-            self._serve(request.client, cost - request.charged)
-            request.charged = cost
+        """Let a request have cost so much: at least 1, so that a thousand that produce nothing are not one turn."""
+        client, cost = request.client, max(request.submit.prompt_size // _SIZE_PER_TOKEN + tokens, 1)
+        if cost == request.charged:
+            return
+        client.served += cost - request.charged
+        request.charged = cost
+        for lane, line in self._clients.get(client.instance, {}).items():
+            self._set_turn(self._models[lane[0]][lane], line)
 
     def _lift(self, client: Client) -> None:
         if client.instance not in self._clients:
             client.served = max(client.served, self._level)
-
-    def _serve(self, client: Client, tokens: int) -> None:
-        client.served += tokens
-        for lane, line in self._clients.get(client.instance, {}).items():
-            self._set_turn(self._models[lane[0]][lane], line)
 
     # --- what people see
 
@@ -277,11 +276,6 @@ class Queues:
     def models(self) -> Iterator[str]:
         """The models that anybody waits for."""
         return iter(list(self._waiting))
-
-
-def _cost(request: Request, tokens: int) -> int:
-    """What a request counts for; at least 1, so that one client's thousand that produce nothing are not one turn."""
-    return max(request.submit.prompt_size // _SIZE_PER_TOKEN + tokens, 1)
 
 
 def _rank(entry: tuple[float, int, Request]) -> Rank:

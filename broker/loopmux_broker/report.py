@@ -65,7 +65,7 @@ def _sizes(tables: Tables) -> dict[str, int]:
         "queued": tables.queues.length,
         "held": tables.admission.held,
         "output": tables.admission.output,
-        "strikes": len(tables.strikes),
+        "strikes": len(tables.strikes.records),
         "rivals": len(tables.rivals),
     }
 

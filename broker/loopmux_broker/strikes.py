@@ -25,14 +25,11 @@ class Strikes:
     """Strikes by connection."""
 
     def __init__(self) -> None:
-        self._records: dict[Peer, Record] = {}
-
-    def __len__(self) -> int:
-        return len(self._records)
+        self.records: dict[Peer, Record] = {}
 
     def strike(self, peer: Peer, now: float) -> bool:
         """Count a strike; true when it was one too many and the peer is ignored from now on."""
-        record = self._records.setdefault(peer, Record())
+        record = self.records.setdefault(peer, Record())
         record.times.append(now)
         out = len(record.times) == LIMIT and now - record.times[0] <= WINDOW
         if out:
@@ -42,19 +39,19 @@ class Strikes:
 
     def ignored(self, peer: Peer, now: float) -> bool:
         """Whether nothing that the peer says counts."""
-        record = self._records.get(peer)
+        record = self.records.get(peer)
         return record is not None and now < record.ignored_until
 
     def forget(self, peer: Peer) -> None:
         """The connection is gone."""
-        self._records.pop(peer, None)
+        self.records.pop(peer, None)
 
     def expired(self, peer: Peer, now: float) -> bool:
         """Forget the peer's record if nothing in it counts any more."""
-        record = self._records.get(peer)
+        record = self.records.get(peer)
         if record is None:
             return True
         if now < record.ignored_until or (record.times and now - record.times[-1] < WINDOW):
             return False
-        del self._records[peer]
+        del self.records[peer]
         return True

@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
+_Timer = tuple[float, int, K]
+"""When it rings, its number (of two at the same time the older one rings first), its key."""
 
 _SLACK = 256
 """Dead heap entries tolerated before the heap is rebuilt; small enough not to matter, large enough to be rare."""
@@ -17,8 +19,8 @@ class Timers(Generic[K]):
     """At most one timer per key. A cancelled or moved timer leaves a dead heap entry, swept when they outnumber."""
 
     def __init__(self) -> None:
-        self._due: dict[K, tuple[float, int]] = {}
-        self._heap: list[tuple[float, int, K]] = []
+        self._due: dict[K, _Timer[K]] = {}
+        self._heap: list[_Timer[K]] = []
         self._count = 0
 
     def __len__(self) -> int:
@@ -34,8 +36,8 @@ class Timers(Generic[K]):
     def set(self, key: K, due: float) -> None:
         """Let ``key`` ring at ``due``, instead of when it was to ring before."""
         self._count += 1
-        self._due[key] = (due, self._count)
-        heapq.heappush(self._heap, (due, self._count, key))
+        timer = self._due[key] = (due, self._count, key)
+        heapq.heappush(self._heap, timer)
         if len(self._heap) > 2 * len(self._due) + _SLACK:
             self._rebuild()
 
@@ -46,7 +48,7 @@ class Timers(Generic[K]):
     def next(self) -> float | None:
         """When the next timer rings, None without timers."""
         heap = self._heap
-        while heap and self._due.get(heap[0][2]) != heap[0][:2]:
+        while heap and self._due.get(heap[0][2]) is not heap[0]:
             heapq.heappop(heap)
         return heap[0][0] if heap else None
 
@@ -59,9 +61,9 @@ class Timers(Generic[K]):
 
     def delay(self, concerned: Callable[[K], bool], by: float) -> None:
         """Move every timer whose key is ``concerned`` later by ``by`` seconds."""
-        self._due = {key: (due + by, n) if concerned(key) else (due, n) for key, (due, n) in self._due.items()}
+        self._due = {key: (one[0] + by, one[1], key) if concerned(key) else one for key, one in self._due.items()}
         self._rebuild()
 
     def _rebuild(self) -> None:
-        self._heap = [(due, n, key) for key, (due, n) in self._due.items()]
+        self._heap = list(self._due.values())
         heapq.heapify(self._heap)

@@ -62,9 +62,9 @@ class Waiting:
             return
         pool, model = self._t.pool, request.submit.model
         declared = pool.declared(model)
-        if pool.serving(model) and pool.leaves(model):
+        if pool.serves(model) and pool.leaves(model):
             self._ends.end(request, Kind.ERROR, gone(model, TAKEN_BACK), now)
-        elif pool.serving(model) and not self._unlike(request):
+        elif pool.serves(model) and not self._unlike(request):
             if self._t.settled and (error := unknown_adapter(pool, request)) is not None:
                 self._ends.end(request, Kind.ERROR, error, now)
         elif declared is not None and declared.entry.phase == "failed":

@@ -56,18 +56,18 @@ class WorkerSide:
         Raises:
             ProtocolError: it is not one that a worker or launcher may send, is too large, or says what cannot be.
         """
-        if len(message.body) > WORKER_BODY_LIMIT or len(message.tokens) > WORKER_BODY_LIMIT:
+        if len(data) > WORKER_BODY_LIMIT and max(len(message.body), len(message.tokens)) > WORKER_BODY_LIMIT:
             raise ProtocolError(
                 f"{message.kind.name} has a BODY of {len(message.body)} bytes and TOKENS of {len(message.tokens)}: "
                 f"workers and launchers may send {WORKER_BODY_LIMIT} of each"
             )
-        worker = self._t.pool.workers.get(peer)
+        worker, kind = self._t.pool.workers.get(peer), message.header.kind
         if worker is not None:
             worker.heard = now
-            if message.kind is Kind.TOK:
+            if kind is Kind.TOK:
                 self._tok(worker, message, data, now)
                 return
-        if message.kind is Kind.REGISTER:
+        if kind is Kind.REGISTER:
             self._register(peer, message, now)
         elif worker is not None:
             self._from_worker(worker, message, data, now)
@@ -196,11 +196,9 @@ class WorkerSide:
     def _terminal(self, worker: Worker, message: Message, data: bytes, now: float) -> None:
         header = message.header
         request = self._t.requests.get(header.request)
-        lease = self._t.pool.leases.get((header.request, header.attempt))
-        if lease is None and request is not None and request.state is State.DONE:
-            origin = request.origin
-            if origin is not None and origin.worker is worker and origin.attempt == header.attempt:
-                return  # said again because the client has not acknowledged it yet
+        origin = None if request is None else request.origin
+        if origin is not None and origin.worker is worker and origin.attempt == header.attempt:
+            return  # said again because the client has not acknowledged it yet
         lease = self._lease(worker, message)
         if lease is None:
             return

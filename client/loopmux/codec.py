@@ -11,10 +11,10 @@ import functools
 import sys
 import types
 import typing
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgpack
 
@@ -106,9 +106,10 @@ def pack(value: Any) -> bytes:
         ProtocolError: something in it has no MessagePack form, or a text is not valid Unicode.
     """
     try:
-        return cast(bytes, msgpack.packb(plain(value)))
+        packed: bytes = msgpack.packb(plain(value))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ProtocolError(f"cannot encode {type(value).__name__}: {error}") from error
+    return packed
 
 
 def decode(data: bytes, limits: Limits) -> Any:
@@ -156,10 +157,23 @@ def build(cls: type[T], value: Any, path: str = "", *, strict: bool = False) -> 
     Raises:
         FieldError: naming the path, what was found and what was expected.
     """
-    return cast(T, _builder(cast(Hashable, cls))(value, path, strict))
+    kind: Any = cls
+    built: T = _builder(kind)(value, ((), path) if path else (), strict)
+    return built
 
 
-Builder = Callable[[Any, str, bool], Any]
+Path = tuple["Path", str | int] | tuple[()]
+"""Where a value is: the path of what it is in, and its key or index there. Spelled only where something is wrong."""
+Builder = Callable[[Any, Path, bool], Any]
+
+
+def _spell(path: Path) -> str:
+    if not path:
+        return ""
+    outer, step = path
+    if isinstance(step, int):
+        return f"{_spell(outer)}[{step}]"
+    return f"{_spell(outer)}.{step}" if outer else step
 
 
 def _no_extensions(code: int, data: bytes) -> Any:  # noqa: ARG001 - the hook's signature is msgpack's
@@ -226,22 +240,22 @@ def describe(kind: Any) -> str:
 
 
 def _scalar_builder(kind: Any) -> Builder:
-    def check(value: Any, path: str, strict: bool) -> Any:  # noqa: ARG001
+    def check(value: Any, path: Path, strict: bool) -> Any:  # noqa: ARG001
+        # bool is a subclass of int, and `workers: true` is a mistake, not one worker
+        if type(value) is kind:
+            return value
         if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
             return float(value)
-        # bool is a subclass of int, and `workers: true` is a mistake, not one worker
-        if type(value) is not kind:
-            raise FieldError(path, show(value), describe(kind))
-        return value
+        raise FieldError(_spell(path), show(value), describe(kind))
 
     return check
 
 
 def _choice_builder(choices: dict[Any, Any]) -> Builder:
-    def check(value: Any, path: str, strict: bool) -> Any:  # noqa: ARG001
+    def check(value: Any, path: Path, strict: bool) -> Any:  # noqa: ARG001
         if isinstance(value, (str, int)) and not isinstance(value, bool) and value in choices:
             return choices[value]
-        raise FieldError(path, show(value), "one of " + ", ".join(map(str, choices)))
+        raise FieldError(_spell(path), show(value), "one of " + ", ".join(map(str, choices)))
 
     return check
 
@@ -250,15 +264,15 @@ def _union_builder(args: Sequence[Any]) -> Builder:
     builders = [_builder(a) for a in args]
     expected = " or ".join(describe(a) for a in args)
 
-    def check(value: Any, path: str, strict: bool) -> Any:
+    def check(value: Any, path: Path, strict: bool) -> Any:
         deeper: FieldError | None = None
         for builder in builders:
             try:
                 return builder(value, path, strict)
             except FieldError as error:
-                if error.path != path:  # it fitted one alternative but for something inside: that is the better report
+                if error.path != _spell(path):  # it fitted but for something inside: that is the better report
                     deeper = error
-        raise deeper or FieldError(path, show(value), expected)
+        raise deeper or FieldError(_spell(path), show(value), expected)
 
     return check
 
@@ -267,10 +281,10 @@ def _sequence_builder(item: Any, make: Callable[[Any], Any]) -> Builder:
     builder = _builder(item)
     expected = f"a list, each entry {describe(item)}"
 
-    def check(value: Any, path: str, strict: bool) -> Any:
+    def check(value: Any, path: Path, strict: bool) -> Any:
         if not isinstance(value, (list, tuple)):
-            raise FieldError(path, show(value), expected)
-        return make(builder(entry, f"{path}[{i}]", strict) for i, entry in enumerate(value))
+            raise FieldError(_spell(path), show(value), expected)
+        return make(builder(entry, (path, i), strict) for i, entry in enumerate(value))
 
     return check
 
@@ -279,10 +293,10 @@ def _fixed_builder(args: Sequence[Any]) -> Builder:
     builders = [_builder(a) for a in args]
     expected = f"a list of {len(args)}: " + ", ".join(map(describe, args))
 
-    def check(value: Any, path: str, strict: bool) -> Any:
+    def check(value: Any, path: Path, strict: bool) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) != len(builders):
-            raise FieldError(path, show(value), expected)
-        return tuple(b(entry, f"{path}[{i}]", strict) for i, (b, entry) in enumerate(zip(builders, value, strict=True)))
+            raise FieldError(_spell(path), show(value), expected)
+        return tuple(b(entry, (path, i), strict) for i, (b, entry) in enumerate(zip(builders, value, strict=True)))
 
     return check
 
@@ -290,13 +304,13 @@ def _fixed_builder(args: Sequence[Any]) -> Builder:
 def _map_builder(item: Any) -> Builder:
     builder = _builder(item)
 
-    def check(value: Any, path: str, strict: bool) -> Any:
+    def check(value: Any, path: Path, strict: bool) -> Any:
         if not isinstance(value, Mapping):
-            raise FieldError(path, show(value), "a mapping")
+            raise FieldError(_spell(path), show(value), "a mapping")
         for key in value:
             if not isinstance(key, str):
-                raise FieldError(path, f"the key {show(key)}", "keys that are texts")
-        return {key: builder(entry, _join(path, key), strict) for key, entry in value.items()}
+                raise FieldError(_spell(path), f"the key {show(key)}", "keys that are texts")
+        return {key: builder(entry, (path, key), strict) for key, entry in value.items()}
 
     return check
 
@@ -306,25 +320,21 @@ def _dataclass_builder(cls: type[Any]) -> Builder:
     known = {f.name: (_builder(hints[f.name]), f) for f in fields(cls)}
     needed = [name for name, (_, f) in known.items() if _default(f) is MISSING]
 
-    def check(value: Any, path: str, strict: bool) -> Any:
+    def check(value: Any, path: Path, strict: bool) -> Any:
         if isinstance(value, cls):
             return value
-        if not isinstance(value, Mapping):
-            raise FieldError(path, show(value), f"a mapping ({cls.__name__})")
+        if not isinstance(value, (dict, Mapping)):  # a dict mostly: asking an abstract class costs more
+            raise FieldError(_spell(path), show(value), f"a mapping ({cls.__name__})")
         given = {}
         for key, entry in value.items():
             spec = known.get(key)
             if spec is not None:
-                given[key] = spec[0](entry, _join(path, key), strict)
+                given[key] = spec[0](entry, (path, key), strict)
             elif strict:
-                raise FieldError(_join(path, str(key)), "an unknown key", "one of " + ", ".join(known), unknown=True)
+                raise FieldError(_spell((path, str(key))), "an unknown key", "one of " + ", ".join(known), unknown=True)
         for name in needed:
             if name not in given:
-                raise FieldError(_join(path, name), "nothing", describe(hints[name]))
+                raise FieldError(_spell((path, name)), "nothing", describe(hints[name]))
         return cls(**given)
 
     return check
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key

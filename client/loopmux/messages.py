@@ -94,7 +94,7 @@ class Submit:
         Raises:
             BadRequestError: naming the field, what was found and what was expected.
         """
-        if not (math.isfinite(self.timeout) and self.timeout > 0):
+        if not 0 < self.timeout < math.inf:  # false for NaN
             raise BadRequestError(f"timeout: found {self.timeout}, expected seconds above 0")
         _in_range("priority", self.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT)
 

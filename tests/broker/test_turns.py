@@ -112,7 +112,7 @@ def test_a_bug_in_the_core_is_logged_and_stops_nothing(
 
     with Lifeline() as lifeline:
         server = Server(BrokerConfig(), Logger("json", "info"), lifeline, listeners, Pulse())
-        monkeypatch.setattr(server._broker, "_handle", fail)
+        monkeypatch.setitem(server._broker._handlers, TimerDue, fail)
         server._handle(TimerDue(), 0.0)
         server.close()
     line = json.loads(capsys.readouterr().err)
