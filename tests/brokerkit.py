@@ -181,7 +181,8 @@ class Core:
         t = self.tables
         assert (t.requests, t.pool.leases, t.queues.length) == ({}, {}, 0)
         assert (t.admission.queued, t.admission.held, t.admission.output) == (0, 0, 0)
-        assert all(not c.requests and not c.held and not c.queued for c in t.clients.by_instance.values())
+        accounts = [client.principal for client in t.clients.by_instance.values()]
+        assert all(not p.known and not p.held and not p.queued for p in accounts)
         assert all(not w.leases for w in t.pool.workers.values())
         assert not _OF_REQUESTS & {key[0] for key in t.timers._due}
 

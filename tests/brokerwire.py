@@ -19,6 +19,7 @@ from typing import Any, Self
 import zmq
 
 from loopmux import codec, wire
+from loopmux.keys import Credentials
 from loopmux.messages import Heartbeat, Hello, Register, ServedModel, Status, Submit, Welcome
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import say
@@ -49,12 +50,16 @@ def plain(endpoint: str) -> socket.socket:
 class Peer:
     """A DEALER that says what the test tells it to, and remembers nothing."""
 
-    def __init__(self, endpoint: str, **options: int) -> None:
+    def __init__(self, endpoint: str, credentials: Credentials | None = None, **options: int) -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         settings = {"LINGER": 0, "IMMEDIATE": 1, "IPV6": 1, "RECONNECT_IVL": 50, "SNDTIMEO": int(1000 * PATIENCE)}
         for name, value in (settings | options).items():
             self.socket.setsockopt(getattr(zmq, name), value)
+        if credentials is not None:
+            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, credentials.key.public.encode())
+            self.socket.setsockopt(zmq.CURVE_SECRETKEY, credentials.key.secret.encode())
+            self.socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.server.encode())
         self.socket.connect(endpoint)
         self._came: list[bytes] = []  # the next message last
 

@@ -1,10 +1,13 @@
-"""What is let in: limits by number and bytes, in all and per client, refused at once with a time to come back."""
+"""What is let in: limits by number and bytes, in all and per client, refused at once with a time to come back.
+
+All clients with one key are one here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loopmux_broker.clients import Client
+from loopmux_broker.clients import Principal
 
 MIB = 1024 * 1024
 _SHORTEST, _LONGEST = 0.1, 30.0
@@ -52,42 +55,43 @@ class Admission:
         self._interval = 0.0
         self._last_end: float | None = None
 
-    def refusal(self, client: Client, size: int, *, queues: bool, returning: bool = False) -> Refusal | None:
+    def refusal(self, principal: Principal, size: int, *, queues: bool, returning: bool = False) -> Refusal | None:
         """Whether a request of ``size`` bytes is refused; ``queues`` when no slot is free for it.
 
         One that is ``returning`` was let in before, and so were those that had slots then and are queued now: only the
         sum of both is limited. What others have not read does not keep it out.
         """
-        crowded = self._many(client) if returning else self.full(client) if queues else ""
-        reason = crowded or self._heavy(client, size) or ("" if returning else self._unread())
+        crowded = self._many(principal) if returning else self.full(principal) if queues else ""
+        reason = crowded or self._heavy(principal, size) or ("" if returning else self._unread())
         return Refusal(reason, self.retry_after()) if reason else None
 
-    def full(self, client: Client) -> str:
+    def full(self, principal: Principal) -> str:
         """Why no request of a client may be queued now; empty if one may."""
-        limits, known = self.limits, len(client.requests)
+        limits, known = self.limits, principal.known
         if self.queued >= limits.queued:
             return f"{self.queued} requests are queued, the most allowed"
-        if client.queued >= limits.client_queued:
-            return f"{client.queued} requests of this client are queued, the most allowed for one client"
+        if principal.queued >= limits.client_queued:
+            return f"{principal.queued} requests of {principal.who} are queued, the most allowed for one client"
         if known >= _KNOWN * limits.client_queued:
-            return (
-                f"{known} requests of this client are queued, run or wait for ENDACK, the most allowed for one client"
-            )
+            found = f"{known} requests of {principal.who} are queued, run or wait for ENDACK"
+            return f"{found}, the most allowed for one client"
         return ""
 
-    def _many(self, client: Client) -> str:
-        known = len(client.requests)
+    def _many(self, principal: Principal) -> str:
+        known = principal.known
         if known >= self.limits.queued + _KNOWN * self.limits.client_queued:
-            return f"{known} requests of this client are back, the most allowed for one client"
+            return f"{known} requests of {principal.who} are back, the most allowed for one client"
         return ""
 
-    def _heavy(self, client: Client, size: int) -> str:
+    def _heavy(self, principal: Principal, size: int) -> str:
         limits = self.limits
         if self.held + size > limits.held:
             return f"{self.held} bytes of requests are held and this one has {size}, {limits.held} are allowed"
-        if client.held + size > limits.client_held:
-            held, allowed = client.held, limits.client_held
-            return f"{held} bytes of this client's requests are held and this one has {size}, {allowed} are allowed"
+        if principal.held + size > limits.client_held:
+            held, allowed = principal.held, limits.client_held
+            return (
+                f"{held} bytes of requests of {principal.who} are held and this one has {size}, {allowed} are allowed"
+            )
         return ""
 
     def _unread(self) -> str:
@@ -99,20 +103,20 @@ class Admission:
         """How long until a tenth of the queue has been served, at the pace of the last ends."""
         return min(max(self._interval * self.queued / 10, _SHORTEST), _LONGEST)
 
-    def admit(self, client: Client, size: int) -> None:
+    def admit(self, principal: Principal, size: int) -> None:
         """A request of ``size`` bytes is held from now on."""
         self.held += size
-        client.held += size
+        principal.held += size
 
-    def ended(self, client: Client, size: int, now: float) -> None:
+    def ended(self, principal: Principal, size: int, now: float) -> None:
         """A request ended and its body is let go."""
         self.held -= size
-        client.held -= size
+        principal.held -= size
         if self._last_end is not None:
             self._interval += _MEMORY * (now - self._last_end - self._interval)
         self._last_end = now
 
-    def queue(self, client: Client, by: int) -> None:
+    def queue(self, principal: Principal, by: int) -> None:
         """``by`` (1 or -1) requests wait more than before."""
         self.queued += by
-        client.queued += by
+        principal.queued += by

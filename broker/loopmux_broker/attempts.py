@@ -68,7 +68,7 @@ class Attempts:
         Where the queue is full nobody waits in it who could run.
         """
         if worker is not None:
-            if self._t.admission.full(request.client) or not self._goes_home(request, worker, now):
+            if self._t.admission.full(request.client.principal) or not self._goes_home(request, worker, now):
                 self._dispatch(request, worker, now)
             return
         self._t.enqueue(request)

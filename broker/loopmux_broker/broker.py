@@ -27,6 +27,7 @@ from loopmux_broker.events import (
     ConnectionLost,
     Event,
     FramesSent,
+    KeyRefused,
     Log,
     LoopStalled,
     Peer,
@@ -73,11 +74,13 @@ class Broker:
             self._adapters,
         )
         self._admins = AdminSide(t, self._attempts)
+        self._warn_again_at = now
         self._handlers: dict[type[Event], Callable[[Any, float], None]] = {
             WorkerSent: self._hear,
             ClientSent: self._hear,
             AdminSent: self._hear,
             FramesSent: self._hear,
+            KeyRefused: self._refused,
             PushBlocked: self._blocked,
             TimerDue: self._timer_due,
             ConnectionLost: self._connection_lost,
@@ -115,9 +118,9 @@ class Broker:
         try:
             message = wire.from_bytes(data)
             if isinstance(event, WorkerSent):
-                self._workers.hear(peer, message, data, now)
+                self._workers.hear(peer, message, data, event.key, now)
             elif isinstance(event, ClientSent):
-                self._clients.hear(peer, message, now)
+                self._clients.hear(peer, message, event.key, now)
             elif isinstance(event, AdminSent):
                 self._admins.hear(peer, message, now)
             else:
@@ -138,6 +141,15 @@ class Broker:
                 fields["reason"] = error.message  # it cannot read the answer
             tables.out.append(Log("warning", f"a peer is ignored for {WINDOW:g} s", fields))
         tables.timers.set((Alarm.STRIKES, peer, 0), now + WINDOW)
+
+    def _refused(self, event: KeyRefused, now: float) -> None:
+        """Count it, and say so once in a while: whoever can reach a door could else fill the disk."""
+        counters = self.tables.counters
+        counters["keys_refused"] += 1
+        if now >= self._warn_again_at:
+            self._warn_again_at = now + WINDOW
+            fields: dict[str, object] = {"side": event.side, "address": event.address, "key": event.key}
+            self.tables.out.append(Log("warning", "a key was refused", fields | {"so_far": counters["keys_refused"]}))
 
     def _blocked(self, event: PushBlocked, now: float) -> None:
         client = self.tables.clients.by_peer.get(event.peer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loopmux import codec, wire
-from loopmux.errors import BadRequestError, ProtocolError
+from loopmux.errors import AuthError, BadRequestError, ProtocolError
 from loopmux.messages import Hello, SessionHint, Submit, Welcome
 from loopmux.wire import ID_SIZE, Header, Kind, Message
 from loopmux_broker.adapters import Adapters
@@ -13,7 +13,7 @@ from loopmux_broker.clients import Client
 from loopmux_broker.dispatch import session_of
 from loopmux_broker.ends import Ends, protocol_failure
 from loopmux_broker.entry import Entry
-from loopmux_broker.events import Peer, Send, say
+from loopmux_broker.events import Action, Log, Peer, Send, say
 from loopmux_broker.recovery import Recovery
 from loopmux_broker.report import reported
 from loopmux_broker.requests import Request, State
@@ -33,15 +33,15 @@ class ClientSide:
         self._t, self._entry, self._recovery, self._ends, self._streams = tables, entry, recovery, ends, streams
         self._adapters = adapters
 
-    def hear(self, peer: Peer, message: Message, now: float) -> None:
-        """Handle one message.
+    def hear(self, peer: Peer, message: Message, key: str, now: float) -> None:
+        """Handle one message; ``key`` is the name of the key that a HELLO came with, empty without one.
 
         Raises:
             ProtocolError: it is not one that a client may send, or says what cannot be.
         """
         client = self._t.clients.by_peer.get(peer)
         if message.header.kind is Kind.HELLO:
-            self._hello(peer, message, now)
+            self._hello(peer, message, key, now)
         elif client is None:
             self._t.out.append(Send(peer, say(Kind.WHO)))
         else:
@@ -81,7 +81,7 @@ class ClientSide:
 
     # --- the connection
 
-    def _hello(self, peer: Peer, message: Message, now: float) -> None:
+    def _hello(self, peer: Peer, message: Message, key: str, now: float) -> None:
         hello = codec.unpack(Hello, message.route)
         if len(hello.instance) != ID_SIZE:
             raise ProtocolError(f"HELLO: found an instance of {len(hello.instance)} bytes, expected {ID_SIZE}")
@@ -90,13 +90,16 @@ class ClientSide:
             self._t.out.append(no_common_version(peer, hello.versions))
             return
         known, introduction = self._t.clients.by_instance.get(hello.instance), message.header.seq
+        if known is not None and known.key not in (None, key):
+            self._t.out += another_key(self._t, peer, "client", hello.instance.hex(), key, str(known.key))
+            return
         if known is not None and known.peer != peer and introduction < known.introduction:
             self._t.counters["outdated"] += 1  # read late: the client has left that connection for the present one
             return
         previous = self._t.clients.by_peer.get(peer)
         if previous is not None and previous.instance != hello.instance:
             self.lost(previous, now)
-        client, moved = self._t.clients.introduce(hello.instance, peer, introduction, hello.software, now)
+        client, moved = self._t.clients.introduce(hello.instance, peer, key, introduction, hello.software, now)
         if moved:
             self._streams.moved(client)
             self._t.timers.cancel((Alarm.CLIENT_GRACE, client.instance, 0))
@@ -177,7 +180,7 @@ class ClientSide:
         if request is not None:
             self._ends.cancel(request, now)
             self._streams.resume(request, now)  # after a reconnection it has no more to say about where it is
-        elif request_id not in self._t.requests and len(client.requests) < self._t.config.limits.client_queued:
+        elif request_id not in self._t.requests and client.principal.known < self._t.config.limits.client_queued:
             self._ends.cancel_unknown(client, request_id, now)
         else:
             # No tombstone: the id is another client's, or this client has as many as it may have requests.
@@ -205,6 +208,14 @@ def no_common_version(peer: Peer, versions: tuple[int, ...]) -> Send:
     theirs, ours = (", ".join(map(str, v)) or "none" for v in (versions, wire.VERSIONS))
     text = f"no common protocol version: the peer speaks {theirs}, the broker {ours}; install one release everywhere"
     return protocol_failure(peer, ProtocolError(text))
+
+
+def another_key(tables: Tables, peer: Peer, role: str, name: str, key: str, holder: str) -> list[Action]:
+    """The answer to a peer that introduces itself as somebody who is known under another key, and a line about it."""
+    tables.counters["other_keys"] += 1
+    fields: dict[str, object] = {"role": role, "name": name, "key": key, "known_under": holder}
+    error = AuthError(f"this {role} is known here under another key than the one that it comes with: use that one")
+    return [Log("warning", "another key", fields), protocol_failure(peer, error)]
 
 
 def welcome(tables: Tables, peer: Peer, version: int, max_body: int, introduction: int) -> Send:

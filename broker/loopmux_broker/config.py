@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 
 from loopmux import endpoints
@@ -13,12 +14,23 @@ from loopmux_broker.stalls import Stall
 
 
 @dataclass(frozen=True, slots=True)
+class ClientKey:
+    """A client's public key, and how many tokens it is served where one of weight 1 is served one."""
+
+    key: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class BrokerConfig:
     """Everything that can be set. Times are seconds, sizes bytes.
 
     Attributes:
         endpoints: where clients connect; empty means ``$LOOPMUX_ENDPOINT`` or the per-user default.
         worker_endpoints: where workers and launchers connect; empty means beside the first client endpoint.
+        key: the file of the broker's own key; with it every tcp endpoint lets in keys only, and may be on any address.
+        client_keys: the public keys that may connect as clients, by the names of those who have them.
+        worker_keys: those that may connect as workers and launchers.
         heartbeat: interval in which peers say something; after three they count as gone.
         window: tokens a client may be sent before it has to grant more.
         settle: after its start, how long a model that nobody has declared yet may still be: workers and launchers need
@@ -41,6 +53,9 @@ class BrokerConfig:
 
     endpoints: tuple[str, ...] = ()
     worker_endpoints: tuple[str, ...] = ()
+    key: str = ""
+    client_keys: dict[str, str | ClientKey] = field(default_factory=dict)
+    worker_keys: dict[str, str] = field(default_factory=dict)
     heartbeat: float = HEARTBEAT
     window: int = 1024
     settle: float = 3.0
@@ -62,14 +77,40 @@ class BrokerConfig:
         """The same with endpoints from the command line (where given) and the defaults filled in.
 
         Raises:
-            ConfigError: an endpoint that is malformed, or tcp beyond this host.
+            ConfigError: an endpoint that is malformed, or tcp that must not be listened on (``check_served``).
         """
         chosen = clients or self.endpoints or (endpoints.default_endpoint(),)
         behind = workers or self.worker_endpoints or (endpoints.worker_endpoint(chosen[0]),)
-        for endpoint in (*chosen, *behind):
-            endpoints.check_local(endpoint)
+        for endpoint in chosen:
+            self.check_served(endpoint, "client_keys", self.client_keys)
+        for endpoint in behind:
+            self.check_served(endpoint, "worker_keys", self.worker_keys)
         both = [e for e in chosen if e in behind]
         if both:
             raise ConfigError(f"{both[0]} is given for clients and for workers, expected two different endpoints")
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return BrokerConfig(**values | {"endpoints": chosen, "worker_endpoints": behind})
+
+    def check_served(self, endpoint: str, side: str, keys: Collection[object]) -> None:
+        """Refuse to serve tcp that lets in anybody of another host, or nobody at all.
+
+        Raises:
+            ConfigError: says what to do.
+        """
+        if not self.key:
+            endpoints.check_local(endpoint)
+        elif endpoints.ipc_path(endpoint) is None and not keys:
+            raise ConfigError(
+                f"{endpoint}: found no {side} in the settings, expected the public key of everybody who may connect "
+                "there (`loopmux keys new NAME` prints one), or an ipc endpoint"
+            )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each client's key, by name."""
+        return {n: one.weight if isinstance(one, ClientKey) else 1.0 for n, one in self.client_keys.items()}
+
+    @property
+    def clients(self) -> dict[str, str]:
+        """The public keys of clients, by name."""
+        return {n: one.key if isinstance(one, ClientKey) else one for n, one in self.client_keys.items()}

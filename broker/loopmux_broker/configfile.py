@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from loopmux.codec import FieldError, build
+from loopmux import keys
+from loopmux.codec import FieldError, build, show
 from loopmux.errors import ConfigError
 from loopmux.nearest import did_you_mean
 from loopmux_broker.config import BrokerConfig
 
 
 def load(path: Path) -> BrokerConfig:
-    """Read a configuration file.
+    """Read a configuration file; that of the key is relative to it, and looked at too.
 
     Raises:
         ConfigError: with file, line, key, what was found and what was expected.
@@ -34,6 +36,7 @@ def load(path: Path) -> BrokerConfig:
     try:
         config = build(BrokerConfig, values, strict=True)
         _check_numbers(config, "")
+        config = _with_key(config, path.parent)
     except FieldError as error:
         line = _line(tree, error.path.split("."))
         raise ConfigError(f"{path}:{line}: {error}{_nearest(error)}") from error
@@ -51,6 +54,38 @@ def _check_numbers(config: Any, path: str) -> None:
             if not fits:
                 expected = "a number above 0" if low is None else "a number of at least 0"
                 raise FieldError(where, f"{value} ({type(value).__name__})", expected)
+
+
+def _with_key(config: BrokerConfig, folder: Path) -> BrokerConfig:
+    """The settings with the whole path of the broker's key, and all keys checked."""
+    for side, named in (("client_keys", config.clients), ("worker_keys", config.worker_keys)):
+        if named and not config.key:
+            raise FieldError(side, f"{len(named)} keys", "none without a `key` of the broker (`loopmux keys new NAME`)")
+        _check_keys(side, named)
+    for name, weight in config.weights.items():
+        if not (math.isfinite(weight) and weight > 0):
+            raise FieldError(f"client_keys.{name}.weight", show(weight), "a number above 0")
+    if not config.key:
+        return config
+    file = folder.absolute() / Path(config.key).expanduser()
+    try:
+        keys.read(file)
+    except ConfigError as error:
+        raise FieldError("key", f"{config.key!r} ({error.message})", "the broker's key file") from error
+    return replace(config, key=str(file))
+
+
+def _check_keys(side: str, named: Mapping[str, str]) -> None:
+    """Refuse what is no name, no key, or the key of two names."""
+    owners: dict[str, str] = {}
+    for name, public in named.items():
+        try:
+            keys.check_name(name)
+            keys.to_bytes(public)
+        except ValueError as error:
+            raise FieldError(f"{side}.{name}", *str(error).removeprefix("found ").split(", expected ", 1)) from error
+        if (other := owners.setdefault(public, name)) != name:
+            raise FieldError(f"{side}.{name}", f"the key of {other}", "one of its own")
 
 
 def _nearest(error: FieldError) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 
 import zmq
@@ -29,7 +29,7 @@ class Side(Enum):
     ADMINS = "admins"
 
 
-_SENT: dict[Side, type[ClientSent | WorkerSent | AdminSent]] = {
+_SENT: dict[Side, Callable[..., ClientSent | WorkerSent | AdminSent]] = {
     Side.CLIENTS: ClientSent,
     Side.WORKERS: WorkerSent,
     Side.ADMINS: AdminSent,
@@ -73,7 +73,11 @@ def _newer(one: Peer, other: Peer) -> bool:
 class Door:
     """A ROUTER socket and its monitor. The last byte of each ``Peer`` is ``number``, the rest its routing id."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], number: int, side: Side, window: int) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], number: int, side: Side, window: int, secret: str = ""
+    ) -> None:
+        """With the ``secret`` part of the broker's key it lets in keys only, as `zap` says."""
+        self._keyed = bool(secret)
         self.number, self.side = number, side
         self.endpoint = ""
         self._suffix = bytes([number])
@@ -100,6 +104,11 @@ class Door:
         }
         for option, value in options.items():
             self.socket.setsockopt(option, value)
+        if secret:
+            self.socket.setsockopt(zmq.CURVE_SERVER, 1)
+            self.socket.setsockopt(zmq.CURVE_SECRETKEY, secret.encode())
+            self.socket.setsockopt(zmq.ZAP_DOMAIN, side.value.encode())
+            self.socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without anybody to ask, nobody comes in
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
     def serve(self, endpoint: str, descriptor: int) -> None:
@@ -127,11 +136,13 @@ class Door:
         frame = receive(NOW, False)
         if frame.more:
             return self._pass_over(FramesSent(peer, frame.bytes))
-        messages = split(frame.bytes)
+        messages, sent = split(frame.bytes), self._sent
         for data in messages:
             if data[3:4] in _INTRODUCTIONS:
                 self._introduced(int(frame.get(zmq.SRCFD)), peer)
-        sent = self._sent
+                if self._keyed:
+                    key = frame.get("User-Id")
+                    return [sent(peer, data, key) for data in messages]
         return [sent(peer, data) for data in messages]
 
     def _introduced(self, descriptor: int, peer: Peer) -> None:

@@ -94,7 +94,7 @@ class Ends:
             t.timers.cancel((Alarm.RECOVERY, request.id, 0))
         request.move(Step.ENDED)
         t.counters[_COUNTED[kind]] += 1
-        t.admission.ended(request.client, request.size, now)
+        t.admission.ended(request.client.principal, request.size, now)
         request.body, request.brought = b"", 0
         request.output.ids.clear()
         t.timers.cancel((Alarm.DEADLINE, request.id, 0))
@@ -113,7 +113,8 @@ class Ends:
         error = CancelledError("the client cancelled the request before the broker had it")
         data = wire.to_bytes(Message(Header(Kind.CANCELLED, request_id), body=packed(error)))
         request = Request(request_id, client, Submit(""), b"", now, now, Output(0), State.DONE)
-        self._t.requests[request_id] = client.requests[request_id] = request
+        self._t.requests[request_id] = request
+        client.add(request)
         self._bury(request, data, now)
 
     def acknowledged(self, request: Request, now: float) -> None:
@@ -135,7 +136,7 @@ class Ends:
         self._t.timers.cancel((Alarm.TOMBSTONE, request.id, 0))
         self._t.admission.output -= request.output.held
         request.client.waiting.pop(request.id, None)
-        request.client.requests.pop(request.id, None)
+        request.client.drop(request)
         self._t.requests.pop(request.id, None)
         request.origin = None  # a request and its lease name each other: let go without waiting for the collector
 

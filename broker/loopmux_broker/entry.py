@@ -42,8 +42,9 @@ class Entry:
         """It is in: count what it holds, and note when its time is over."""
         t = self._t
         t.counters["submitted"] += 1
-        t.requests[request.id] = request.client.requests[request.id] = request
-        t.admission.admit(request.client, request.size)
+        t.requests[request.id] = request
+        request.client.add(request)
+        t.admission.admit(request.client.principal, request.size)
         t.timers.set((Alarm.DEADLINE, request.id, 0), request.deadline)
 
     def accept(self, request: Request) -> None:

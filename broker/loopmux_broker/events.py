@@ -20,18 +20,20 @@ Peer = bytes
 
 @dataclass(slots=True)
 class ClientSent:
-    """A message came in on a client socket, unchecked."""
+    """A message came in on a client socket, unchecked. Of a HELLO over CURVE ``key`` is the name of the peer's key."""
 
     peer: Peer
     data: bytes
+    key: str = ""
 
 
 @dataclass(slots=True)
 class WorkerSent:
-    """A message came in on a worker socket, from a worker or a launcher, unchecked."""
+    """A message came in on a worker socket, from a worker or a launcher, unchecked; ``key`` as REGISTER's."""
 
     peer: Peer
     data: bytes
+    key: str = ""
 
 
 @dataclass(slots=True)
@@ -48,6 +50,15 @@ class FramesSent:
 
     peer: Peer
     data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRefused:
+    """A connection was not let in: its key (Z85) is not listed for the side that it came to."""
+
+    side: str
+    address: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +90,7 @@ class LoopStalled:
 
 
 Sent = ClientSent | WorkerSent | AdminSent | FramesSent
-Event = Sent | ConnectionLost | PushBlocked | TimerDue | LoopStalled
+Event = Sent | KeyRefused | ConnectionLost | PushBlocked | TimerDue | LoopStalled
 
 # --- actions ----------------------------------------------------------------------------------------------------------
 

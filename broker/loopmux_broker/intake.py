@@ -69,7 +69,7 @@ def unknown_adapter(pool: Pool, request: Request) -> LoopmuxError | None:
 
 def exhausted(admission: Admission, request: Request, *, queues: bool, returning: bool = False) -> LoopmuxError | None:
     """There is no room for the request now; it ``queues`` where no worker has a free slot for it."""
-    refusal = admission.refusal(request.client, request.size, queues=queues, returning=returning)
+    refusal = admission.refusal(request.client.principal, request.size, queues=queues, returning=returning)
     if refusal is None:
         return None
     return OverloadedError(f"{refusal.reason}: try again later", retry_after=refusal.retry_after)

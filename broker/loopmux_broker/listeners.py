@@ -32,6 +32,7 @@ class Listeners:
             BusyError, ConfigError: an endpoint cannot be had; whatever was taken before is given back.
         """
         self._given, self._own = {one.endpoint: one for one in given}, list[Listening]()
+        self._keyed = bool(settings.key)
         for_clients, for_workers = _named(clients, given, Side.CLIENTS), _named(workers, given, Side.WORKERS)
         config = settings.with_endpoints(for_clients, for_workers)
         try:
@@ -48,7 +49,7 @@ class Listeners:
         return [self._given.get(endpoint) or self._listen(side, endpoint) for endpoint in named]
 
     def _listen(self, side: Side, endpoint: str) -> Listener:
-        self._own.append(Listening(endpoint))
+        self._own.append(Listening(endpoint, keyed=self._keyed))
         return Listener(side, self._own[-1].fileno(), self._own[-1].endpoint)
 
     def close(self) -> None:

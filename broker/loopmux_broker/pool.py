@@ -59,6 +59,7 @@ class Member:
     Attributes:
         heard: when it last said anything.
         introduction: number of the REGISTER by which it is known, which rises with each of its connections.
+        key: the name of the key that it registered with, empty without one.
         away: its connection is closed, which the broker's own absence may have been the reason for: it is waited for.
     """
 
@@ -67,6 +68,7 @@ class Member:
     since: float
     heard: float
     introduction: int
+    key: str
     away: bool = field(default=False, kw_only=True)
 
     @property

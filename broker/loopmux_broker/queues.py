@@ -1,6 +1,7 @@
 """Who runs next: fair between clients by the tokens they were served, then by rank within each client.
 
-Each client has an account of the tokens it was served. A request's head start (its priority, or that it continues a
+All clients with one key are one here. Each client has an account of the tokens it was served, which counts less the
+more its key weighs. A request's head start (its priority, or that it continues a
 tool loop) counts as that many tokens less. The client with the lowest account comes next, and of its requests the one
 with the best rank: the time it arrived less its head start in seconds, so that waiting ages a request by itself.
 
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from loopmux_broker.clients import Client
+from loopmux_broker.clients import Principal
 from loopmux_broker.pool import Worker
 from loopmux_broker.requests import Lane, Request
 
@@ -61,18 +62,18 @@ class HeadStart:
 
 @dataclass(slots=True, eq=False)
 class _Line:
-    """One client's requests in one lane, sorted backwards so that the next one is popped off the end."""
+    """One principal's requests in one lane, sorted backwards so that the next one is popped off the end."""
 
-    client: Client
+    principal: Principal
     entries: list[tuple[float, int, Request]] = field(default_factory=list)
     turn: _Turn | None = None
 
 
 @dataclass(slots=True, eq=False)
 class _Queue:
-    """One lane: its clients' lines, and a heap of their turns in which outdated ones may lie."""
+    """One lane: its principals' lines, and a heap of their turns in which outdated ones may lie."""
 
-    lines: dict[bytes, _Line] = field(default_factory=dict)
+    lines: dict[Principal, _Line] = field(default_factory=dict)
     turns: list[_Turn] = field(default_factory=list)
     length: int = 0
 
@@ -101,7 +102,7 @@ class Queues:
     def __init__(self, head_start: HeadStart) -> None:
         self._head_start = head_start
         self._models: dict[str, dict[Lane, _Queue]] = {}
-        self._clients: dict[bytes, dict[Lane, _Line]] = {}
+        self._principals: dict[Principal, dict[Lane, _Line]] = {}
         self._alone: dict[bytes, Request] = {}
         self._awaiting: dict[str, dict[bytes, Request]] = {}  # by the name of the worker that they wait for
         self._waiting: dict[str, int] = {}  # how many wait for each model
@@ -143,22 +144,22 @@ class Queues:
             del self._waiting[model]
 
     def _line_up(self, request: Request) -> None:
-        client, lane = request.client, request.lane
-        self._lift(client)
+        principal, lane = request.client.principal, request.lane
+        self._lift(principal)
         queue = self._models.setdefault(lane[0], {}).setdefault(lane, _Queue())
-        line = queue.lines.get(client.instance)
+        line = queue.lines.get(principal)
         if line is None:
-            line = queue.lines[client.instance] = _Line(client)
-            self._clients.setdefault(client.instance, {})[lane] = line
+            line = queue.lines[principal] = _Line(principal)
+            self._principals.setdefault(principal, {})[lane] = line
         bisect.insort(line.entries, (*request.rank, request))
         queue.length += 1
         if line.entries[-1][2] is request:
             self._set_turn(queue, line)
 
     def _step_out(self, request: Request) -> None:
-        instance, lane = request.client.instance, request.lane
+        principal, lane = request.client.principal, request.lane
         queue = self._models[lane[0]][lane]
-        line = queue.lines[instance]
+        line = queue.lines[principal]
         at = bisect.bisect_left(line.entries, request.rank, key=_rank)
         del line.entries[at]
         queue.length -= 1
@@ -167,14 +168,14 @@ class Queues:
                 self._set_turn(queue, line)
             return
         line.turn = None
-        _take_out(self._clients, instance, lane)
-        del queue.lines[instance]
+        _take_out(self._principals, principal, lane)
+        del queue.lines[principal]
         if not queue.lines:
             _take_out(self._models, lane[0], lane)
 
     def _set_turn(self, queue: _Queue, line: _Line) -> None:
         ahead, number, request = line.entries[-1]
-        account = line.client.served - self._head_start.tokens * self._head_start.of(request)
+        account = line.principal.served - self._head_start.tokens * self._head_start.of(request)
         self._turns += 1
         queue.put((account, -ahead, -number, self._turns, line))
 
@@ -198,7 +199,7 @@ class Queues:
         ]
         if not turns:
             return None
-        lanes = self._clients[min(turns)[-1].client.instance].items()
+        lanes = self._principals[min(turns)[-1].principal].items()
         lines = [line.entries for lane, line in lanes if worker.serves(*lane)]
         first = max((line[-1] for line in lines), key=_rank)
         if first[2].home in ("", worker.name):
@@ -222,8 +223,8 @@ class Queues:
 
         What it was charged for an attempt before is part of that: nobody pays twice because a worker was lost.
         """
-        self._lift(request.client)
-        self._level = max(self._level, request.client.served)
+        self._lift(request.client.principal)
+        self._level = max(self._level, request.client.principal.served)
         self._bill(request, max(request.submit.max_new_tokens, request.output.total))
 
     def settle(self, request: Request) -> None:
@@ -233,17 +234,17 @@ class Queues:
 
     def _bill(self, request: Request, tokens: int) -> None:
         """Let a request have cost so much: at least 1, so that a thousand that produce nothing are not one turn."""
-        client, cost = request.client, max(request.submit.prompt_size // _SIZE_PER_TOKEN + tokens, 1)
+        principal, cost = request.client.principal, max(request.submit.prompt_size // _SIZE_PER_TOKEN + tokens, 1)
         if cost == request.charged:
             return
-        client.served += cost - request.charged
+        principal.served += (cost - request.charged) / principal.weight
         request.charged = cost
-        for lane, line in self._clients.get(client.instance, {}).items():
+        for lane, line in self._principals.get(principal, {}).items():
             self._set_turn(self._models[lane[0]][lane], line)
 
-    def _lift(self, client: Client) -> None:
-        if client.instance not in self._clients:
-            client.served = max(client.served, self._level)
+    def _lift(self, principal: Principal) -> None:
+        if principal not in self._principals:
+            principal.served = max(principal.served, self._level)
 
     # --- what people see
 
@@ -254,7 +255,7 @@ class Queues:
         if request.awaits:
             return len(self._awaiting[request.awaits])
         queue = self._models[request.lane[0]][request.lane]
-        entries = queue.lines[request.client.instance].entries
+        entries = queue.lines[request.client.principal].entries
         own = len(entries) - bisect.bisect_left(entries, request.rank, key=_rank)
         return min(own * len(queue.lines), queue.length)
 

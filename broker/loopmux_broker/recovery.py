@@ -200,7 +200,8 @@ class Recovery:
         request.attempt = header.attempt
         request.lease = lease = self._t.pool.lease(request, worker, now)
         lease.start, lease.prefix, lease.acknowledged = header.seq, header.arg, True
-        self._t.requests[request.id] = client.requests[request.id] = request
+        self._t.requests[request.id] = request
+        client.add(request)
         self._t.timers.set((Alarm.RECOVERY, request.id, 0), self.until)
 
     def _reset(self, worker: Worker, header: Header) -> None:

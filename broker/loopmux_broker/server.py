@@ -6,10 +6,12 @@ import math
 import os
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import zmq
 
 import loopmux
+from loopmux import endpoints, keys
 from loopmux_broker.broker import Broker
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Door, Side
@@ -28,12 +30,15 @@ from loopmux_broker.inherited import Listener
 from loopmux_broker.keeper import Pulse
 from loopmux_broker.lifeline import Lifeline
 from loopmux_broker.logs import Logger
+from loopmux_broker.zap import Gate, listed
 
 _SLICE = 0.0015
 """Seconds for which one socket is read in one turn, and to the end of a frame that was begun: a turn is to take about
 5 ms, so that no socket waits longer for another. What is said to one peer meanwhile shares frames."""
 _LONGEST_POLL = 1.0
 """Seconds between two signs of life, and two looks at a parent whose death does not wake the poller."""
+_ASKED = 64
+"""Questions about keys that are answered in one turn."""
 _PATIENCE = 0.05
 """Seconds that the news of a lost connection waits for its last messages, at most 1 000 frames (RCVHWM), where others
 have the socket busy."""
@@ -45,14 +50,23 @@ class Server:
     def __init__(
         self, config: BrokerConfig, log: Logger, lifeline: Lifeline, listeners: Iterable[Listener], pulse: Pulse
     ) -> None:
-        """``listeners`` has the one for administrators last."""
+        """``listeners`` has the one for administrators last.
+
+        Raises:
+            ConfigError: one of them must not be served with these settings, or their key is none.
+        """
         self._config, self._log, self._lifeline, self._pulse = config, log, lifeline, pulse
         self.doors: list[Door] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._said: dict[Peer, list[Send | Push]] = {}
         self._leaving: dict[Peer, float] = {}
+        secret = keys.read(Path(config.key)).secret if config.key else ""
+        names = listed(clients=config.clients, workers=config.worker_keys)
+        self._gate = Gate(self._context, names) if secret else None
         for one in listeners:
-            door = Door(self._context, len(self.doors), one.side, config.window)
+            config.check_served(one.endpoint, f"{one.side.value[:-1]}_keys", names.get(one.side.value, {}))
+            keyed = secret if endpoints.ipc_path(one.endpoint) is None else ""
+            door = Door(self._context, len(self.doors), one.side, config.window, keyed)
             self.doors.append(door)
             door.serve(one.endpoint, one.descriptor)
         self._epoch = os.urandom(8)
@@ -62,6 +76,8 @@ class Server:
         for door in self.doors:
             self._poller.register(door.socket, zmq.POLLIN)
             self._poller.register(door.monitor, zmq.POLLIN)
+        if self._gate is not None:
+            self._poller.register(self._gate.socket, zmq.POLLIN)
         for descriptor in lifeline.descriptors():
             self._poller.register(descriptor, zmq.POLLIN)
 
@@ -89,6 +105,8 @@ class Server:
         """Close the sockets. The core's state is gone."""
         for door in self.doors:
             door.close()
+        if self._gate is not None:
+            self._gate.socket.close(0)
         self._context.term()
         self.doors = []
 
@@ -121,6 +139,10 @@ class Server:
     def _turn(self, readable: set[zmq.Socket[bytes] | int]) -> None:
         begun = time.monotonic()
         gone: list[Peer] = []
+        if self._gate is not None and self._gate.socket in readable:
+            for _ in range(_ASKED):
+                if (refused := self._gate.answer()) is not None:
+                    self._handle(refused, begun)
         for door in self.doors:
             if door.monitor in readable:
                 door.watch()

@@ -89,7 +89,7 @@ class Tables:
     identity: Identity
     queues: Queues
     admission: Admission
-    clients: Clients = field(default_factory=Clients)
+    clients: Clients
     pool: Pool = field(default_factory=Pool)
     requests: dict[bytes, Request] = field(default_factory=dict)
     affinity: Affinity = field(default_factory=Affinity)
@@ -116,7 +116,7 @@ class Tables:
     @classmethod
     def empty(cls, config: BrokerConfig, identity: Identity) -> Tables:
         """The state of a broker that has just started."""
-        return cls(config, identity, Queues(config.head_start), Admission(config.limits))
+        return cls(config, identity, Queues(config.head_start), Admission(config.limits), Clients(config.weights))
 
     def enqueue(self, request: Request) -> None:
         """A request waits for a slot."""
@@ -124,12 +124,12 @@ class Tables:
         self.queues.push(request)
         if self.queues.waiting(request.submit.model) == 1 and not self.pool.serves(request.submit.model):
             self.cold.add(request.submit.model)
-        self.admission.queue(request.client, 1)
+        self.admission.queue(request.client.principal, 1)
 
     def dequeue(self, request: Request) -> None:
         """It waits no longer. A worker that was being emptied for it is there for others again."""
         self.queues.remove(request)
-        self.admission.queue(request.client, -1)
+        self.admission.queue(request.client.principal, -1)
         if request.awaits:
             request.awaits = ""
             self.timers.cancel((Alarm.HOME, request.id, 0))

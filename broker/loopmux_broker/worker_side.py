@@ -10,7 +10,7 @@ from loopmux.messages import Catalogue, Heartbeat, Held, Register
 from loopmux.wire import ID_SIZE, WORKER_BODY_LIMIT, Header, Kind, Message
 from loopmux_broker.adapters import Adapters
 from loopmux_broker.attempts import Attempts
-from loopmux_broker.client_side import agree, no_common_version, welcome
+from loopmux_broker.client_side import agree, another_key, no_common_version, welcome
 from loopmux_broker.dispatch import paced
 from loopmux_broker.ends import Ends, protocol_failure
 from loopmux_broker.entry import Entry
@@ -50,8 +50,8 @@ class WorkerSide:
         self._t, self._entry, self._attempts, self._leases, self._recovery = tables, entry, attempts, leases, recovery
         self._ends, self._waiting, self._streams, self._adapters = ends, waiting, streams, adapters
 
-    def hear(self, peer: Peer, message: Message, data: bytes, now: float) -> None:
-        """Handle one message; ``data`` is what it was made from, for passing on.
+    def hear(self, peer: Peer, message: Message, data: bytes, key: str, now: float) -> None:
+        """Handle one message; ``data`` is what it was made from, for passing on, ``key`` names the key of a REGISTER.
 
         Raises:
             ProtocolError: it is not one that a worker or launcher may send, is too large, or says what cannot be.
@@ -68,7 +68,7 @@ class WorkerSide:
                 self._tok(worker, message, data, now)
                 return
         if kind is Kind.REGISTER:
-            self._register(peer, message, now)
+            self._register(peer, message, key, now)
         elif worker is not None:
             self._from_worker(worker, message, data, now)
         elif (launcher := self._t.pool.launchers.get(peer)) is not None:
@@ -217,7 +217,7 @@ class WorkerSide:
 
     # --- membership
 
-    def _register(self, peer: Peer, message: Message, now: float) -> None:
+    def _register(self, peer: Peer, message: Message, key: str, now: float) -> None:
         register = codec.unpack(Register, message.route)
         report = _report(message.body)
         if len(register.boot) != ID_SIZE or not register.name:
@@ -227,8 +227,10 @@ class WorkerSide:
         version = agree(register.versions)
         if version is None:
             self._t.out.append(no_common_version(peer, register.versions))
+        elif (holder := self._t.pool.named(register)) is not None and holder.key != key:
+            self._t.out += another_key(self._t, peer, register.role, register.name, key, holder.key)
         elif self._may_join(peer, register, message.header.seq, now):
-            self._join(peer, register, report, message.header.seq, now)
+            self._join(peer, register, report, message.header.seq, key, now)
             self._t.out.append(welcome(self._t, peer, version, WORKER_BODY_LIMIT, message.header.seq))
             self._joined(peer, now)
 
@@ -251,14 +253,16 @@ class WorkerSide:
             self._t.out.append(protocol_failure(peer, BadRequestError(text)))
         return False
 
-    def _join(self, peer: Peer, register: Register, report: dict[str, Any], introduction: int, now: float) -> None:
+    def _join(
+        self, peer: Peer, register: Register, report: dict[str, Any], introduction: int, key: str, now: float
+    ) -> None:
         pool = self._t.pool
         there = pool.member(peer)
         if there is not None and (there.register.boot, there.name) != (register.boot, register.name):
             self.lost(there, "was replaced", now)
         member = pool.named(register)
         if member is None:
-            common = (peer, register, now, now, introduction)
+            common = (peer, register, now, now, introduction, key)
             member = Worker(*common, report) if register.role == "worker" else Launcher(*common)
             self._t.out.append(Log("info", f"{register.role} joined", {"name": register.name, "pid": register.pid}))
         else:

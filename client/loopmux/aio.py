@@ -36,6 +36,7 @@ from loopmux.events import (
     Submitted,
     TimePassed,
 )
+from loopmux.keys import Credentials, credentials
 from loopmux.link import Link
 from loopmux.messages import DEFAULT_TIMEOUT, AdapterStatus, Done, ModelStatus, Status
 from loopmux.options import Defaults, Options, PromptOptions, merge
@@ -59,12 +60,12 @@ _Inbox = asyncio.Queue[Deliver | Finish | Fail | Answer]
 class _Driver:
     """One connection, driven by the event loop it was made in."""
 
-    def __init__(self, endpoint: str, connect_timeout: float) -> None:
+    def __init__(self, endpoint: str, connect_timeout: float, credentials: Credentials | None) -> None:
         self.loop = asyncio.get_running_loop()
         self.pid = os.getpid()
         self.closed = False
         self._core = Connection(endpoint, wire.new_id(), connect_timeout, f"loopmux {__version__}")
-        self._link = Link(endpoint)
+        self._link = Link(endpoint, credentials)
         self._sinks: dict[bytes, Sink] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._again: asyncio.Handle | None = None
@@ -130,7 +131,10 @@ class _Driver:
         """What happened to the connection, until there is no more: this descriptor announces only changes, too."""
         while (event := self._link.news()) is not None:
             self._handle(event)
-        self._settle()
+        if self._link.barred:
+            self.close()  # another one may try
+        else:
+            self._settle()
 
     def _tick(self) -> None:
         self._timer = None
@@ -159,8 +163,8 @@ class _Driver:
 class _Channel:
     """The way to a broker that a client and its ``with_options`` copies share; opened at the first use in a loop."""
 
-    def __init__(self, endpoint: str, connect_timeout: float) -> None:
-        self._endpoint = endpoint
+    def __init__(self, endpoint: str, connect_timeout: float, credentials: Credentials | None) -> None:
+        self._endpoint, self._credentials = endpoint, credentials
         self.connect_timeout = connect_timeout
         self._driver: _Driver | None = None
         self._inherited: list[_Driver] = []
@@ -183,8 +187,8 @@ class _Channel:
                 raise RuntimeError("this AsyncClient is used by another event loop: make one client per loop")
             self._driver.close()
             self._driver = None
-        if self._driver is None:
-            self._driver = _Driver(self._endpoint, self.connect_timeout)
+        if self._driver is None or self._driver.closed:
+            self._driver = _Driver(self._endpoint, self.connect_timeout, self._credentials)
         return self._driver
 
     def close(self) -> None:
@@ -308,12 +312,14 @@ class AsyncClient:
         *,
         timeout: float = DEFAULT_TIMEOUT,
         connect_timeout: float = 5.0,
+        key: str | Path | None = None,
+        server_key: str | None = None,
         **options: Unpack[Defaults],
     ) -> None:
         self.endpoint = endpoint or default_endpoint()
         ipc_path(self.endpoint)
         self._options = merge(options, {"timeout": timeout})
-        self._channel = _Channel(self.endpoint, connect_timeout)
+        self._channel = _Channel(self.endpoint, connect_timeout, credentials(self.endpoint, key, server_key))
         self._owner = True
 
     async def __aenter__(self) -> Self:

@@ -18,6 +18,7 @@ from loopmux.codec import FieldError, build, pack
 from loopmux.endpoints import default_endpoint, ipc_path
 from loopmux.errors import BadRequestError, CancelledError, ConnectionLostError, LoopmuxError, from_code
 from loopmux.events import Answer, Asked, CancelAsked, Consumed, Deliver, Fail, Finish, Hinted, Request, Submitted
+from loopmux.keys import credentials
 from loopmux.messages import (
     DEFAULT_TIMEOUT,
     AdapterOrder,
@@ -151,8 +152,12 @@ class Client:
     ``connect_timeout`` how long to wait for a broker that never answered, both in seconds. Other options become the
     default of every call.
 
+    To a tcp endpoint that another host has, ``key`` is the file of this client's key (``$LOOPMUX_KEY``) and
+    ``server_key`` the broker's public key or a file with it (``$LOOPMUX_SERVER_KEY``). A broker that will not have the
+    key ends every request with AuthError.
+
     Raises:
-        ConfigError: the endpoint is not one.
+        ConfigError: the endpoint is not one, or the keys are not what it needs.
         BadRequestError: an unknown option.
     """
 
@@ -162,12 +167,14 @@ class Client:
         *,
         timeout: float = DEFAULT_TIMEOUT,
         connect_timeout: float = 5.0,
+        key: str | Path | None = None,
+        server_key: str | None = None,
         **options: Unpack[Defaults],
     ) -> None:
         self.endpoint = endpoint or default_endpoint()
         ipc_path(self.endpoint)
         self._options = merge(options, {"timeout": timeout})
-        self._channel = Channel(self.endpoint, connect_timeout)
+        self._channel = Channel(self.endpoint, connect_timeout, credentials(self.endpoint, key, server_key))
         self._owner = True
 
     def __enter__(self) -> Self:

@@ -21,6 +21,7 @@ from typing import assert_never
 from loopmux import codec, wire
 from loopmux.cadence import INTRODUCE_AGAIN, RESEND, SILENT_HEARTBEATS
 from loopmux.errors import (
+    AuthError,
     CancelledError,
     ConnectionLostError,
     LoopmuxError,
@@ -34,6 +35,7 @@ from loopmux.events import (
     Arrived,
     Asked,
     Attached,
+    Barred,
     CancelAsked,
     Closed,
     Connected,
@@ -134,6 +136,8 @@ class Connection:
                 return self._disconnected(now)
             case Connected():
                 return self._connected(now)
+            case Barred(reason):
+                return self._refuse(AuthError(reason))
             case Closed():
                 return self._closed(now)
             case _:

@@ -98,24 +98,33 @@ def private_folder(folder: Path) -> Path:
     return folder
 
 
-def check_local(endpoint: str) -> None:
-    """Refuse what must not be listened on.
+def beyond_this_host(endpoint: str) -> bool:
+    """Whether an endpoint is tcp on an address that other hosts can reach, or may be.
 
     Raises:
-        ConfigError: malformed, or tcp on an address that other hosts can reach: without encryption and keys anybody
-            there could run requests and read along.
+        ConfigError: malformed.
     """
-    import ipaddress  # servers only: clients need not wait for it
-
     if ipc_path(endpoint) is not None:
-        return
+        return False
+    import ipaddress  # who uses ipc need not wait for it
+
     host = endpoint.removeprefix("tcp://").rsplit(":", 1)[0].strip("[]")
     try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host != "localhost" and not ipaddress.ip_address(host).is_loopback
     except ValueError:
-        loopback = False
-    if not loopback:
+        return True
+
+
+def check_local(endpoint: str) -> None:
+    """Refuse what must not be listened on without keys.
+
+    Raises:
+        ConfigError: malformed, or beyond this host: without encryption and keys anybody there could run requests and
+            read along.
+    """
+    if beyond_this_host(endpoint):
         raise ConfigError(
-            f"{endpoint}: found host {host!r}, expected a loopback address (127.0.0.1, ::1, localhost): "
-            "connections are not encrypted yet, so other hosts are kept out (an ssh tunnel gets around that)"
+            f"{endpoint}: found an address that other hosts can reach, expected a loopback address (127.0.0.1, ::1, "
+            "localhost): without keys they are kept out; a broker with `key` in its settings (loopmux-broker --config) "
+            "listens there, see docs/operations.md"
         )

@@ -122,6 +122,13 @@ class Disconnected:
 
 
 @dataclass(frozen=True, slots=True)
+class Barred:
+    """The broker will not have this client, by its key or for the want of one; why is for people."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Connected:
     """The socket has a connection, perhaps to another process than before."""
 
@@ -139,7 +146,17 @@ class Closed:
 
 
 ConnectionEvent = (
-    Submitted | Asked | Hinted | Received | Connected | Disconnected | Closed | Consumed | CancelAsked | TimePassed
+    Submitted
+    | Asked
+    | Hinted
+    | Received
+    | Connected
+    | Disconnected
+    | Barred
+    | Closed
+    | Consumed
+    | CancelAsked
+    | TimePassed
 )
 
 # --- actions ----------------------------------------------------------------------------------------------------------

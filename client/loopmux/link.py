@@ -6,7 +6,8 @@ import zmq
 
 from loopmux.endpoints import ipc_path
 from loopmux.errors import ConfigError
-from loopmux.events import Connected, Disconnected
+from loopmux.events import Barred, Connected, Disconnected
+from loopmux.keys import Credentials
 from loopmux.outbox import Outbox
 from loopmux.sockets import Dealer
 from loopmux.wire import CLIENT_BODY_LIMIT, Message, message_limit, to_bytes
@@ -23,10 +24,10 @@ class Link:
         ConfigError: the endpoint is not one that can be connected to.
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, credentials: Credentials | None = None) -> None:
         ipc_path(endpoint)
         self._context = zmq.Context()
-        self._dealer = Dealer(self._context, message_limit(CLIENT_BODY_LIMIT))
+        self._dealer = Dealer(self._context, message_limit(CLIENT_BODY_LIMIT), credentials)
         self.socket, self.monitor = self._dealer.socket, self._dealer.monitor
         self._said: list[Message] = []
         self._unsent = Outbox()
@@ -51,6 +52,11 @@ class Link:
     def readable(self) -> bool:
         """Whether there is something to receive."""
         return self._dealer.readable
+
+    @property
+    def barred(self) -> str:
+        """Why the broker will not have this client; another link may try again. Empty as long as it may."""
+        return self._dealer.barred
 
     @property
     def blocked(self) -> bool:
@@ -80,9 +86,11 @@ class Link:
         """Messages that came, none if there are none now."""
         return self._dealer.receive()
 
-    def news(self) -> Connected | Disconnected | None:
+    def news(self) -> Connected | Disconnected | Barred | None:
         """What happened to the connection, one by one; None when that is all."""
         connected = self._dealer.news()
+        if connected is False and self.barred:
+            return Barred(self.barred)
         return None if connected is None else Connected() if connected else Disconnected()
 
     def close(self) -> None:

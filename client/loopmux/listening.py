@@ -25,8 +25,10 @@ class Listening:
         ConfigError: it cannot be listened on here.
     """
 
-    def __init__(self, endpoint: str) -> None:
-        check_local(endpoint)
+    def __init__(self, endpoint: str, *, keyed: bool = False) -> None:
+        """``keyed`` where whoever serves it lets in no one without a key: it may then be reached by other hosts."""
+        if not keyed:
+            check_local(endpoint)
         path = ipc_path(endpoint)
         self._claim = None if path is None else Claim(path)
         try:

@@ -15,7 +15,7 @@ import zmq
 
 from loopmux import __version__
 from loopmux.connection import Connection
-from loopmux.errors import ConnectionLostError, LoopmuxError
+from loopmux.errors import AuthError, ConnectionLostError, LoopmuxError
 from loopmux.events import (
     Action,
     Answer,
@@ -31,6 +31,7 @@ from loopmux.events import (
     Submitted,
     TimePassed,
 )
+from loopmux.keys import Credentials
 from loopmux.link import Link
 from loopmux.wire import new_id
 
@@ -60,16 +61,20 @@ def dispatch(actions: list[Action], link: Link, sinks: dict[bytes, Sink]) -> Non
 
 
 class Pump:
-    """One connection and its thread. Every method but the thread's own may be called from any thread."""
+    """One connection and its thread. Every method but the thread's own may be called from any thread.
 
-    def __init__(self, endpoint: str, connect_timeout: float) -> None:
+    It has ``ended`` when it was stopped, or the broker would not have it: then another one may try.
+    """
+
+    def __init__(self, endpoint: str, connect_timeout: float, credentials: Credentials | None) -> None:
         self.pid = os.getpid()
         self._core = Connection(endpoint, new_id(), connect_timeout, f"loopmux {__version__}")
-        self._link = Link(endpoint)
+        self._link = Link(endpoint, credentials)
         self._sinks: dict[bytes, Sink] = {}
         self._posted: deque[ConnectionEvent] = deque()
         self._asleep = False
-        self._ended = False
+        self._why_ended: LoopmuxError = _closed()
+        self.ended = False
         self._bell, self._button = socket.socketpair()
         self._bell.setblocking(False)
         self._button.setblocking(False)
@@ -81,9 +86,9 @@ class Pump:
         id_ = event.request.id if isinstance(event, Submitted) else event.id
         self._sinks[id_] = sink
         self.post(event)
-        if self._ended and id_ in self._sinks:  # the thread ended before it could see the event
+        if self.ended and id_ in self._sinks:  # the thread ended before it could see the event
             self.forget(id_)
-            sink(Fail(id_, _closed()))
+            sink(Fail(id_, self._why_ended))
 
     def post(self, event: ConnectionEvent) -> None:
         """Hand an event to the thread."""
@@ -97,7 +102,7 @@ class Pump:
 
     def stop(self) -> None:
         """Cancel what runs, say goodbye, close the socket, end the thread. A forked child leaves its parent's alone."""
-        if self.pid != os.getpid() or self._ended:
+        if self.pid != os.getpid() or self.ended:
             return
         self._posted.append(Closed())
         self._ring()
@@ -110,23 +115,22 @@ class Pump:
         except BlockingIOError:
             pass  # it rings already
         except OSError:
-            if not self._ended:
+            if not self.ended:
                 raise
 
     def _run(self) -> None:
-        error: LoopmuxError = _closed()
         try:
             self._turn_until_closed()
         except BaseException as cause:
-            error = LoopmuxError(
+            self._why_ended = LoopmuxError(
                 f"the client's connection thread failed ({type(cause).__name__}: {cause}): report this"
             )
             raise  # threading.excepthook prints it; callers get the error above
         finally:
-            self._ended = True
+            self.ended = True
             for id_ in list(self._sinks):
                 if sink := self._sinks.pop(id_, None):
-                    sink(Fail(id_, error))
+                    sink(Fail(id_, self._why_ended))
             self._link.close()
             self._bell.close()
             self._button.close()
@@ -151,6 +155,9 @@ class Pump:
             if readable:
                 self._take_messages()
             if not self._take_posted():
+                return
+            if self._link.barred:
+                self._why_ended = AuthError(self._link.barred)
                 return
             now = time.monotonic()
             if now >= self._core.next_timer():
@@ -203,10 +210,11 @@ class Channel:
     After a fork the child opens its own. An unclosed channel that is collected, or left at exit, closes itself.
     """
 
-    def __init__(self, endpoint: str, connect_timeout: float) -> None:
-        self._endpoint = endpoint
+    def __init__(self, endpoint: str, connect_timeout: float, credentials: Credentials | None) -> None:
+        self._endpoint, self._credentials = endpoint, credentials
         self.connect_timeout = connect_timeout
         self._pump: Pump | None = None
+        self._finalizer: weakref.finalize[..., Channel] | None = None
         self._closed = False
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -220,13 +228,16 @@ class Channel:
         """
         if self._pid != os.getpid():  # a forked child: the parent's thread is not here, its lock may be taken for ever
             self._pump, self._lock, self._pid = None, threading.Lock(), os.getpid()
+            self._finalizer = None  # the parent's stays in the registry
         with self._lock:
             if self._closed:
                 raise _closed()
-            if self._pump is None:
-                self._pump = Pump(self._endpoint, self.connect_timeout)
+            if self._pump is None or self._pump.ended:
+                self._pump = Pump(self._endpoint, self.connect_timeout, self._credentials)
+                if self._finalizer is not None:
+                    self._finalizer.detach()
                 # The registry of finalizers also keeps a forked child from collecting the parent's sockets.
-                weakref.finalize(self, self._pump.stop)
+                self._finalizer = weakref.finalize(self, self._pump.stop)
             return self._pump
 
     def close(self) -> None:

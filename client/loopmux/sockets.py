@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+import struct
+import time
+from collections import deque
 from collections.abc import Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import zmq
 
 from loopmux.cadence import HEARTBEAT, SILENT_HEARTBEATS
 from loopmux.errors import ConfigError
 from loopmux.wire import frames, split
+
+if TYPE_CHECKING:
+    from loopmux.keys import Credentials
 
 FAREWELL: Final = 200
 """Milliseconds that a closing socket may take to hand CANCEL and BYE to the kernel; it takes well under one."""
@@ -23,7 +28,21 @@ COMMON: Final = {
     zmq.HANDSHAKE_IVL: 2000,  # the default of 30 s is a long time to take a port that says nothing for a broker
 }
 """Of both ends; times are milliseconds."""
+_NEWS = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+_MISMATCH = 0x11000002
+"""ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH, which pyzmq has no name for."""
+_CUT_OFF, _WITHIN = 10, 2.0
+"""Handshakes that the other end cut off, within so many seconds, before any succeeded: it cannot read them. (One that
+is not answered takes ``HANDSHAKE_IVL``.)"""
 
+_EVENT: Final = struct.Struct("=Hi")
+"""First frame of a monitor's message: event number and its value."""
 _EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)  # plain numbers: an enum's `&` costs as much as asking the socket
 
 # The compiled method itself: what zmq.Socket wraps around it is for other types of sockets and doubles the cost.
@@ -67,11 +86,19 @@ class Dealer:
         socket: to be polled for input, and for output while something waits and there is a connection.
         monitor: readable when there is ``news``.
         connected: as of the news that was taken.
+        barred: why the broker will not have this end, empty as long as it may. The connection is given up for good
+            then: libzmq would ignore another ``connect``.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], largest: int) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], largest: int, credentials: Credentials | None = None
+    ) -> None:
         """``largest`` is the longest message it takes, bytes."""
         self.connected = False
+        self.barred = ""
+        self._keyed = credentials is not None
+        self._endpoint = ""
+        self._cut_off: deque[float] | None = deque(maxlen=_CUT_OFF)  # None since a handshake succeeded
         self.socket = context.socket(zmq.DEALER)
         options = COMMON | {
             zmq.RECONNECT_IVL: 10,  # a broker that died is followed by another one in no more time
@@ -80,7 +107,11 @@ class Dealer:
         }
         for option, value in options.items():
             self.socket.setsockopt(option, value)
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        if credentials is not None:
+            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, credentials.key.public.encode())
+            self.socket.setsockopt(zmq.CURVE_SECRETKEY, credentials.key.secret.encode())
+            self.socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.server.encode())
+        self.monitor = self.socket.get_monitor_socket(_NEWS)
 
     def connect(self, endpoint: str) -> None:
         """Begin to connect, and go on until it is closed.
@@ -88,6 +119,7 @@ class Dealer:
         Raises:
             ConfigError: the endpoint is not one that can be connected to.
         """
+        self._endpoint = endpoint
         try:
             self.socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -120,13 +152,47 @@ class Dealer:
         return readable(self.socket)
 
     def news(self) -> bool | None:
-        """What happened to the connection, one by one: True, it is there; False, it is gone; None, that is all."""
-        try:
-            event, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
-        self.connected = int.from_bytes(event[:2], sys.byteorder) == zmq.EVENT_HANDSHAKE_SUCCEEDED
-        return self.connected
+        """What happened to the connection, in order: True, it is there; False, it is gone or barred; None, no more."""
+        while True:
+            try:
+                message, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            event, value = _EVENT.unpack(message)
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.connected, self._cut_off = True, None
+                return True
+            if event == zmq.EVENT_DISCONNECTED:
+                self.connected = False
+                return False
+            self.barred = self._why_barred(event, value)
+            if self.barred:
+                return False
+
+    def _why_barred(self, event: int, value: int) -> str:
+        """What a handshake that failed means; empty where the next one may succeed."""
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return (
+                f"the broker at {self._endpoint} refused the key of $LOOPMUX_KEY: have the public part (`loopmux keys "
+                "show FILE`) entered into its settings for this side, and the broker started again"
+            )
+        if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == _MISMATCH:
+            return f"the broker at {self._endpoint} " + (
+                "has no key, and one was expected: unset $LOOPMUX_KEY and $LOOPMUX_SERVER_KEY if that is right"
+                if self._keyed
+                else "lets in keys only: set $LOOPMUX_KEY to a key file (`loopmux keys new NAME`) and "
+                "$LOOPMUX_SERVER_KEY to the broker's public key"
+            )
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._keyed and self._cut_off is not None:
+            self._cut_off.append(time.monotonic())
+            if len(self._cut_off) == _CUT_OFF and self._cut_off[-1] - self._cut_off[0] < _WITHIN:
+                self.socket.disconnect(self._endpoint)
+                self._cut_off.clear()
+                return (
+                    f"what listens at {self._endpoint} cannot read what is said to it with $LOOPMUX_SERVER_KEY: set it "
+                    "to the public key of the broker there (`loopmux keys show FILE` on its host)"
+                )
+        return ""
 
     def close(self) -> None:
         """Close it, letting what it has taken leave first."""

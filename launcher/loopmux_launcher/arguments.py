@@ -37,7 +37,12 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         return command
 
     add("up", "broker, environments and workers, in the foreground", file, endpoint, parent, form)
-    add("run", "environments and workers for a broker that runs already", file, endpoint, parent, form)
+    run = add("run", "environments and workers for a broker that runs already", file, endpoint, parent, form)
+    run.add_argument(
+        "--worker-endpoint",
+        metavar="W",
+        help="where the broker takes workers and launchers (default: beside --endpoint)",
+    )
     add("down", "stop what `up` started", endpoint)
     add("config check", "say what is wrong with a file", file).add_argument(
         "file", nargs="?", type=Path, metavar="FILE"

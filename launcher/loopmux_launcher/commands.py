@@ -59,15 +59,23 @@ def _up(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     endpoint = options.endpoint or endpoints.default_endpoint()
-    return _launch(options, _configuration(options), endpoint, with_broker=False)
+    return _launch(options, _configuration(options), endpoint, options.worker_endpoint)
 
 
-def _launch(options: argparse.Namespace, configuration: Configuration, endpoint: str, *, with_broker: bool) -> int:
+def _launch(
+    options: argparse.Namespace,
+    configuration: Configuration,
+    endpoint: str,
+    worker_endpoint: str | None = None,
+    *,
+    with_broker: bool = False,
+) -> int:
     with Console(options.log_format) as console:
         console.announce(Announce("launcher", f"{configuration.file} on {endpoint}"))
         for note in configuration.notes:
             console.announce(Announce("launcher", note))
-        return Launcher(configuration, endpoint, console, with_broker=with_broker).run(options.parent_pid)
+        launcher = Launcher(configuration, endpoint, console, with_broker=with_broker, worker_endpoint=worker_endpoint)
+        return launcher.run(options.parent_pid)
 
 
 def _down(options: argparse.Namespace) -> int:

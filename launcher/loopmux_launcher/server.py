@@ -18,7 +18,8 @@ import zmq
 import loopmux
 from loopmux import endpoints
 from loopmux.codec import plain
-from loopmux.errors import ConfigError, LoopmuxError, ProtocolError
+from loopmux.errors import AuthError, ConfigError, LoopmuxError, ProtocolError
+from loopmux.keys import credentials
 from loopmux.listening import Listening
 from loopmux.messages import Register
 from loopmux.sockets import Dealer
@@ -83,9 +84,23 @@ _PHASES = ("loading", "warming", "ready", "failed", "replaced")
 class Launcher:
     """Runs a configuration until it is stopped: its own broker too if ``with_broker``."""
 
-    def __init__(self, configuration: Configuration, endpoint: str, console: Console, *, with_broker: bool) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        endpoint: str,
+        console: Console,
+        *,
+        with_broker: bool,
+        worker_endpoint: str | None = None,
+    ) -> None:
+        """``endpoint`` is where clients connect, ``worker_endpoint`` where workers do: if None, what belongs to it.
+
+        Raises:
+            ConfigError: something that this needs cannot be had.
+        """
         self._configuration, self._console = configuration, console
-        self._clients, self._endpoint = endpoint, endpoints.worker_endpoint(endpoint)
+        self._clients, self._endpoint = endpoint, worker_endpoint or endpoints.worker_endpoint(endpoint)
+        self._credentials = credentials(self._endpoint)  # its workers have the same, by their environment
         self._logs = places.usable_logs(endpoint)  # first: where that folder is unusable, it says so best
         self._adapters = places.adapters(endpoint)
         added = adapterstore.read(self._adapters)
@@ -132,7 +147,7 @@ class Launcher:
             ending.callback(context.term)
             self._guard = Guard()
             ending.callback(self._guard.close)
-            self._dealer = Dealer(context, message_limit(WORKER_BODY_LIMIT))
+            self._dealer = Dealer(context, message_limit(WORKER_BODY_LIMIT), self._credentials)
             ending.callback(self._dealer.close)
             ending.callback(lambda: self._send(self._link.bye()))
             ending.callback(self._abandon)
@@ -372,6 +387,8 @@ class Launcher:
     def _receive(self) -> None:
         while (connected := self._dealer.news()) is not None:
             self._link.connected() if connected else self._link.lost()
+        if self._dealer.barred:
+            raise AuthError(self._dealer.barred)
         for _ in range(_PER_TURN):
             messages = self._dealer.receive()
             if not messages:

@@ -33,7 +33,7 @@ from loopmux.messages import Register, Run, ServedModel, SessionHint, Submit
 from loopmux.wire import VERSIONS, Header, Kind, Message
 from loopmux_broker import dispatch
 from loopmux_broker.admission import Limits
-from loopmux_broker.clients import Client
+from loopmux_broker.clients import Client, Principal
 from loopmux_broker.events import Action, Send, say
 from loopmux_broker.output import Output
 from loopmux_broker.pool import Worker
@@ -153,13 +153,13 @@ class Counted(float):
 def operations_per_dispatch(queued: int, clients: int, dispatches: int = 50) -> float:
     """Comparisons of ranks and lines of Python, for each request that is taken out of a queue and charged."""
     queues = Queues(HeadStart())
-    known = [Client(n.to_bytes(16), None, 0.0) for n in range(clients)]
+    known = [Client(n.to_bytes(16), None, "", Principal(), 0.0) for n in range(clients)]
     dice = random.Random(1)
     for n in range(queued):
         submit = Submit("m", priority=dice.randint(0, 3), max_new_tokens=dice.randint(1, 500))
         queues.push(Request(n.to_bytes(16), known[n % clients], submit, b"", Counted(dice.random()), 1.0, Output(1)))
     worker = Worker(
-        b"w", Register("worker", "w", b"b" * 16, VERSIONS, models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0, 0
+        b"w", Register("worker", "w", b"b" * 16, VERSIONS, models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0, 0, ""
     )
     lines = 0
 
@@ -196,9 +196,9 @@ def test_dispatch_costs_no_more_than_the_logarithm_of_the_queue(many: int) -> No
 def test_a_queue_gives_everybody_exactly_once_whatever_is_taken_out_in_between() -> None:
     dice = random.Random(2)
     queues = Queues(HeadStart())
-    clients = [Client(n.to_bytes(16), None, 0.0) for n in range(7)]
+    clients = [Client(n.to_bytes(16), None, "", Principal(), 0.0) for n in range(7)]
     worker = Worker(
-        b"w", Register("worker", "w", b"b" * 16, VERSIONS, models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0, 0
+        b"w", Register("worker", "w", b"b" * 16, VERSIONS, models=(ServedModel("m", "f"),), slots=1), 0.0, 0.0, 0, ""
     )
     waiting: dict[bytes, Request] = {}
     for n in range(4000):
@@ -260,7 +260,7 @@ def test_what_was_expected_and_not_used_is_given_back(core: Core) -> None:
     core.hello(OTHER)
     core.register()
     core.submit(ONE, max_new_tokens=10_000)
-    account = core.tables.clients.by_peer[CLIENT]
+    account = core.tables.clients.by_peer[CLIENT].principal
     assert account.served == 10_000
     core.worker(tok(ONE, 0, 7))
     core.worker(end(ONE, 7))
@@ -270,7 +270,7 @@ def test_what_was_expected_and_not_used_is_given_back(core: Core) -> None:
 def test_nobody_pays_twice_because_a_worker_was_lost(core: Core) -> None:
     core.register()
     core.register(SECOND)
-    account = core.tables.clients.by_peer[CLIENT]
+    account = core.tables.clients.by_peer[CLIENT].principal
     core.submit(ONE, prompt_size=400, max_new_tokens=50)
     core.worker(tok(ONE, 0, 7))
     core.lose(WORKER)
@@ -283,7 +283,7 @@ def test_nobody_pays_twice_because_a_worker_was_lost(core: Core) -> None:
 def test_nor_for_what_another_worker_produces_while_the_first_is_still_being_stopped(core: Core) -> None:
     core.register()
     core.register(SECOND)
-    account = core.tables.clients.by_peer[CLIENT]
+    account = core.tables.clients.by_peer[CLIENT].principal
     core.submit(ONE, prompt_size=400, max_new_tokens=50)
     core.worker(tok(ONE, 5))  # output with a hole
     core.worker(tok(ONE, 0, 10, attempt=2), SECOND)
@@ -691,11 +691,11 @@ def test_bytes_are_limited_too(limits: Limits, word: str) -> None:
 def test_retry_after_follows_the_pace(core: Core) -> None:
     core.register(slots=1)
     admission = core.tables.admission
-    client = core.tables.clients.by_peer[CLIENT]
+    account = core.tables.clients.by_peer[CLIENT].principal
     assert admission.retry_after() == 0.1
     for _ in range(100):
         core.now += 2
-        admission.ended(client, 0, core.now)
+        admission.ended(account, 0, core.now)
     admission.queued = 50
     assert admission.retry_after() == pytest.approx(10, rel=0.01)
     admission.queued = 5000

@@ -140,7 +140,7 @@ def test_a_busy_port(endpoint: str) -> None:
     [
         (["--endpoint", "tcp://0.0.0.0:7750"], 78, "expected a loopback address"),
         (["--endpoint", "tcp://*:7750"], 78, "expected a loopback address"),
-        (["--endpoint", "tcp://example.org:7750"], 78, "'example.org'"),
+        (["--endpoint", "tcp://example.org:7750"], 78, "tcp://example.org:7750: found an address"),
         (["--endpoint", "tcp://127.0.0.1"], 78, "names no port"),
         (["--endpoint", "http://127.0.0.1:80"], 78, "neither ipc"),
         (["--endpoint", "ipc://@abstract"], 78, "neither ipc"),

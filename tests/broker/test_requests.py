@@ -27,7 +27,7 @@ from loopmux import codec, wire
 from loopmux.messages import Failure, Submit
 from loopmux.results import Usage
 from loopmux.wire import Header, Kind, Message
-from loopmux_broker.clients import Client
+from loopmux_broker.clients import Client, Principal
 from loopmux_broker.events import Send, say
 from loopmux_broker.output import Output
 from loopmux_broker.requests import TRANSITIONS, Request, State, Step
@@ -59,7 +59,9 @@ def test_the_table_has_every_step_and_no_other() -> None:
     allowed = {(state, step): after for state, steps in TRANSITIONS.items() for step, after in steps.items()}
     for state in State:
         for step in Step:
-            request = Request(ONE, Client(b"i", None, 0.0), Submit("m"), b"", 0.0, 1.0, Output(1), state)
+            request = Request(
+                ONE, Client(b"i", None, "", Principal(), 0.0), Submit("m"), b"", 0.0, 1.0, Output(1), state
+            )
             if (state, step) in allowed:
                 request.move(step)
                 assert request.state is allowed[state, step]

@@ -39,11 +39,14 @@ def audit(world: World) -> None:
         lambda: f"{len(requests)} requests, clients have {len(owned)}",
     )
     for client in tables.clients.by_instance.values():
-        mine = client.requests.values()
+        mine, account = client.requests.values(), client.principal
         waiting = sum(r.state is State.QUEUED for r in mine)
-        hold(client.queued == waiting, "the books agree: a client's queue", lambda: f"{client.queued}, {waiting}")
+        hold(account.queued == waiting, "the books agree: a client's queue", lambda: f"{account.queued}, {waiting}")
         body = sum(r.size for r in mine)
-        hold(client.held == body, "the books agree: a client's bodies", lambda: f"{client.held}, {body}")
+        hold(account.held == body, "the books agree: a client's bodies", lambda: f"{account.held}, {body}")
+        hold(
+            account.known == len(mine), "the books agree: a client's requests", lambda: f"{account.known}, {len(mine)}"
+        )
     for request in requests:
         kept, total, ids = request.output.chunks, request.output.total, len(request.output.ids) // 4
         starts, ends = [chunk.seq for chunk in kept], [chunk.end for chunk in kept]

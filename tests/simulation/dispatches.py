@@ -154,11 +154,11 @@ class Dispatches:
             return
         tables = self._world.broker.core.tables
         limits, admission, size = tables.config.limits, tables.admission, len(call.body) + 4 * message.header.seq
-        client = tables.clients.by_peer[peer]
-        known = len(client.requests) - 4 * limits.client_queued
-        many = client.queued >= limits.client_queued or known >= 0 or admission.queued >= limits.queued
+        account = tables.clients.by_peer[peer].principal
+        known = account.known - 4 * limits.client_queued
+        many = account.queued >= limits.client_queued or known >= 0 or admission.queued >= limits.queued
         full = known >= limits.queued if call.attached else many
-        heavy = admission.held + size > limits.held or client.held + size > limits.client_held
+        heavy = admission.held + size > limits.held or account.held + size > limits.client_held
         hold(
             full or heavy or (admission.output > limits.output and not call.attached),
             "refused only where there is no room",

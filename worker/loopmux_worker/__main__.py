@@ -214,8 +214,10 @@ def _from_input() -> str:
 
 def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
     from loopmux.cadence import LEAVE_PATIENTLY
+    from loopmux.keys import credentials
     from loopmux_worker.engine import freed, memory, open_engine
 
+    shown = credentials(spec.endpoint)  # before the engine is opened, which takes long: it may be wrong
     if spec.engine != "echo":
         _prepare_libraries()
     freed.keep()
@@ -226,7 +228,7 @@ def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
 
         engine = open_engine(spec, progress)
         freed.give_back()
-        worker = Worker(spec, engine)
+        worker = Worker(spec, engine, shown)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     signal.signal(signal.SIGUSR1, lambda *_: worker.stop(LEAVE_PATIENTLY))

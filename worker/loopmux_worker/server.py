@@ -16,7 +16,8 @@ import structlog
 import zmq
 
 import loopmux
-from loopmux.errors import EngineError, LoopmuxError, ProtocolError
+from loopmux.errors import AuthError, EngineError, LoopmuxError, ProtocolError
+from loopmux.keys import Credentials
 from loopmux.messages import Register, WorkerSpec
 from loopmux.sockets import Dealer
 from loopmux.wire import CLIENT_BODY_LIMIT, VERSIONS, from_bytes, message_limit, new_id, to_bytes
@@ -77,7 +78,7 @@ class Worker:
     included. Use it as a context manager: leaving the block closes socket, engine and threads.
     """
 
-    def __init__(self, spec: WorkerSpec, engine: Engine) -> None:
+    def __init__(self, spec: WorkerSpec, engine: Engine, credentials: Credentials | None = None) -> None:
         description = engine.describe()
         register = registration(spec, description, new_id())
         self._session = Session(register, _about_process() | description.report, time.monotonic())
@@ -86,7 +87,8 @@ class Worker:
         self._ear.setblocking(False)
         self._driver = Driver(engine, self._wake)
         self._context = zmq.Context()
-        self._dealer = Dealer(self._context, message_limit(CLIENT_BODY_LIMIT))  # whatever a client may ask travels on
+        # whatever a client may ask travels on
+        self._dealer = Dealer(self._context, message_limit(CLIENT_BODY_LIMIT), credentials)
         self._endpoint = spec.endpoint
         self._said: list[Send] = []
         self._unsent: deque[bytes] = deque()
@@ -108,8 +110,8 @@ class Worker:
             joined: called once: when the broker knows this worker, or when none has answered for a while.
 
         Raises:
-            LoopmuxError: the broker refused this worker or ended it because its engine hangs, or the engine's thread
-                died.
+            LoopmuxError: the broker refused this worker (or, an AuthError, its key) or ended it because its engine
+                hangs, or the engine's thread died.
         """
         self._driver.start()
         self._dealer.connect(self._endpoint)
@@ -163,6 +165,8 @@ class Worker:
         if self._dealer.monitor in readable:
             while (connected := self._dealer.news()) is not None:
                 self._handle(Connected() if connected else Disconnected())
+            if self._dealer.barred:
+                raise AuthError(self._dealer.barred)
         if self._dealer.socket in readable:
             self._take_messages()
         if isinstance(self._driver.died, LoopmuxError):

@@ -1,7 +1,7 @@
 """The ``loopmux`` command.
 
 It needs what the client needs and no more. A subcommand that belongs to another part becomes that part's program
-(``delegate``); the rest talks to the broker (``talk``, ``chat``, ``show``, ``adapters``, ``drain``).
+(``delegate``); the rest talks to the broker (``talk``, ``chat``, ``show``, ``adapters``, ``drain``) or makes ``keys``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import traceback
 
 import loopmux
 from loopmux import exitcodes
-from loopmux.cli import adapters, chat, delegate, drain, show, talk
+from loopmux.cli import adapters, chat, delegate, drain, keys, show, talk
 from loopmux.errors import LoopmuxError
 
 
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_commands(commands, common)
     adapters.add_commands(commands, common)
     drain.add_commands(commands, common)
+    keys.add_commands(commands)
     for name, program in delegate.PROGRAMS.items():
         commands.add_parser(name, help=program.help, add_help=False)
     return parser
