@@ -21,7 +21,7 @@ import pytest
 
 import loopmux
 from launcher.programs import Program, alive, launch, program, wait_for
-from loopmux import endpoints
+from loopmux import endpoints, keys
 from loopmux_launcher import places
 from loopmux_launcher.backoff import CRASHES
 from loopmux_launcher.console import Console
@@ -231,6 +231,28 @@ def test_run_serves_a_broker_of_somebody_else(config: Path, endpoint: str) -> No
                 wait_for(lambda: client.status().launchers == (), "the launcher's goodbye")
             broker.process.terminate()
             assert broker.wait() == 0
+
+
+def test_run_serves_a_broker_of_another_host_by_keys(
+    config: Path, endpoint: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher knows a tcp endpoint and a public key of the broker; its workers have both from it."""
+    public = {name: keys.new(name, home)[1].public for name in ("broker", "host", "stranger")}
+    settings = home / "broker.yaml"
+    there = {"endpoints": [endpoint], "worker_endpoints": ["tcp://127.0.0.1:0"], "key": "broker.key"}
+    settings.write_text(json.dumps({**there, "worker_keys": {"host": public["host"]}}))  # JSON is YAML
+    with program("--config", str(settings), "--log-format", "json", module="loopmux_broker") as broker:
+        workers = json.loads(broker.line("ready"))["worker_endpoints"][0]
+        words = ("run", "--config", str(config), "--endpoint", endpoint, "--worker-endpoint", workers)
+        monkeypatch.setenv("LOOPMUX_SERVER_KEY", public["broker"])
+        monkeypatch.setenv("LOOPMUX_KEY", str(home / "host.key"))
+        with program(*words) as run, loopmux.Client(endpoint) as client:
+            run.line("ready after")
+            assert client.generate("hello", model="echo").text
+            run.process.terminate()
+            assert run.wait() == 0
+        done = launch(*words, LOOPMUX_KEY=str(home / "stranger.key"))
+        assert (done.returncode, "refused the key of $LOOPMUX_KEY" in done.stderr) == (1, True), done.stderr
 
 
 def test_a_second_launcher_is_refused_in_the_brokers_words(up: Program, config: Path, endpoint: str) -> None:
