@@ -21,6 +21,7 @@ import zmq
 from loopmux import codec, wire
 from loopmux.keys import Credentials
 from loopmux.messages import Heartbeat, Hello, Register, ServedModel, Status, Submit, Welcome
+from loopmux.sockets import use_keys
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import say
 
@@ -56,10 +57,7 @@ class Peer:
         settings = {"LINGER": 0, "IMMEDIATE": 1, "IPV6": 1, "RECONNECT_IVL": 50, "SNDTIMEO": int(1000 * PATIENCE)}
         for name, value in (settings | options).items():
             self.socket.setsockopt(getattr(zmq, name), value)
-        if credentials is not None:
-            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, credentials.key.public.encode())
-            self.socket.setsockopt(zmq.CURVE_SECRETKEY, credentials.key.secret.encode())
-            self.socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.server.encode())
+        use_keys(self.socket, credentials)
         self.socket.connect(endpoint)
         self._came: list[bytes] = []  # the next message last
 

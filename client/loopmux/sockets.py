@@ -75,6 +75,14 @@ def readable(socket: zmq.Socket[bytes]) -> bool:
     return int(socket.get(_EVENTS)) & _READABLE != 0
 
 
+def use_keys(socket: zmq.Socket[bytes], credentials: Credentials | None) -> None:
+    """Have a socket connect with a key, to who has the server's."""
+    if credentials is not None:
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, credentials.key.public.encode())
+        socket.setsockopt(zmq.CURVE_SECRETKEY, credentials.key.secret.encode())
+        socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.server.encode())
+
+
 class Dealer:
     """A DEALER to the broker that knows whether it has a connection; belongs to one thread at a time.
 
@@ -107,10 +115,7 @@ class Dealer:
         }
         for option, value in options.items():
             self.socket.setsockopt(option, value)
-        if credentials is not None:
-            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, credentials.key.public.encode())
-            self.socket.setsockopt(zmq.CURVE_SECRETKEY, credentials.key.secret.encode())
-            self.socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.server.encode())
+        use_keys(self.socket, credentials)
         self.monitor = self.socket.get_monitor_socket(_NEWS)
 
     def connect(self, endpoint: str) -> None:

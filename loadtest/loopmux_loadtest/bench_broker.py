@@ -1,13 +1,15 @@
 """What the broker costs: ``python -m loopmux_loadtest.bench_broker`` prints one JSON line per case.
 
 A real broker process, an echo worker process that does nothing but speak the wire, and callers in this process that do
-the same, all over ipc. Nothing of the client or the engine is measured.
+the same, over ipc where it is not said. Nothing of the client or the engine is measured.
 
 - ``core``: processor time of the core per event, without sockets (see ``bench_core``).
 - ``round_trip``: one request of one token, from SUBMIT to END, through the broker and over a direct DEALER-ROUTER pair
   to the same worker loop; alternating rounds, medians over the rounds.
 - ``chunk_cpu``: processor time of the broker process per forwarded chunk (TOK of 8 tokens), when the worker sends as
   fast as it can, and paced at 2 000 a second, where nearly every chunk wakes two threads and that is most of its cost.
+- ``curve``: processor time of the broker process over tcp, per chunk and per request, with keys and in the clear, in
+  alternating rounds; ``ratio`` is the quotient.
 - ``load``: with 1, 64 and 1 000 clients, each with a connection of its own and a request always under way: requests per
   second with their latency, streamed chunks per second, processor time, resident memory. For our broker; for ``proxy``
   (``zmq.proxy``) and ``poller`` (the same in Python), which only pass on, between the same two ends; and with
@@ -36,6 +38,7 @@ from typing import Any
 
 import zmq
 
+from loopmux import keys
 from loopmux_loadtest import middles
 from loopmux_loadtest.bench_core import core
 from loopmux_loadtest.ends import WireCallers, lasting, times, work
@@ -164,6 +167,37 @@ def _alone(folder: str, rounds: int, scale: float) -> Iterator[dict[str, Any]]:
         yield chunk_cpu(ours.forwards, brokered, rounds, scale, rate=PACE)
 
 
+def _costs(middle: Middle, callers: WireCallers, scale: float) -> Figures:
+    callers.run(times(100), 1, at_once=1, width=1)
+    spent = _forwarding(middle)
+    took = callers.run(times(STREAMS), max(1, int(1000 * scale)), at_once=STREAMS)
+    chunk = 1e6 * (_forwarding(middle) - spent) / took.chunks
+    spent, count = _forwarding(middle), max(STREAMS, int(10_000 * scale))
+    callers.run(times(count), 0, at_once=STREAMS)
+    return {"chunk": chunk, "request": 1e6 * (_forwarding(middle) - spent) / count}
+
+
+def curve(folder: str, rounds: int, scale: float) -> dict[str, Any]:
+    """Microseconds of the broker's processor time, with keys and without."""
+    for name in ("broker", "bench"):
+        keys.new(name, Path(folder))
+    shown = keys.Credentials(keys.read(Path(folder, "bench.key")), keys.read(Path(folder, "broker.key")).public)
+    found: dict[str, list[float]] = defaultdict(list)
+    with middles.tcp(folder, keyed=False) as clear, middles.tcp(folder, keyed=True) as keyed:
+        for _ in range(rounds):
+            for name, middle, credentials in (("clear", clear, None), ("keyed", keyed, shown)):
+                callers = WireCallers(middle.address, 1, introduce=True, credentials=credentials)
+                with contextlib.closing(callers):  # of this round alone: the broker gives up who says nothing meanwhile
+                    for what, cost in _costs(middle, callers, scale).items():
+                        found[f"{name}_us_per_{what}"].append(cost)
+    medians = {key: round(statistics.median(values), 2) for key, values in found.items()}
+    ratios = {
+        f"ratio_per_{what}": round(medians[f"keyed_us_per_{what}"] / medians[f"clear_us_per_{what}"], 3)
+        for what in ("chunk", "request")
+    }
+    return {"case": "curve", **medians, **ratios}
+
+
 def _versions(peers: str | None) -> dict[str, Any]:
     found = {"python": sys.version.split()[0], "pyzmq": zmq.__version__, "libzmq": zmq.zmq_version()}
     if peers:
@@ -201,6 +235,7 @@ def _cases(folder: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]
     yield _versions(options.peers)
     yield core(options.rounds)
     yield from _alone(folder, options.rounds, options.scale)
+    yield curve(folder, options.rounds, options.scale)
     if options.clients:
         yield from loads(folder, options.peers, options.rounds, 2 * options.scale, options.clients)
 

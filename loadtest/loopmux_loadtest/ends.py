@@ -17,8 +17,9 @@ from typing import Protocol
 
 import zmq
 
-from loopmux import codec, sockets, wire
+from loopmux import codec, keys, sockets, wire
 from loopmux.cadence import HEARTBEAT
+from loopmux.keys import Credentials
 from loopmux.messages import End, Hello, Register, ServedModel, Submit, Tok, Welcome
 from loopmux.results import Timing, Usage
 from loopmux.wire import Header, Kind, Message
@@ -134,6 +135,7 @@ def work(endpoint: str, how: str) -> None:
     if how == "direct":
         worker.bind(endpoint)
     else:
+        sockets.use_keys(worker, keys.credentials(endpoint))
         worker.connect(endpoint)
     if how == "joined":
         served = (ServedModel("echo", "f"),)
@@ -185,7 +187,15 @@ class Callers(Protocol):
 class WireCallers:
     """Callers as DEALERs; ``introduce`` to a broker, which then gets credit, acknowledgements and heartbeats too."""
 
-    def __init__(self, endpoint: str, connections: int, *, introduce: bool, window: int = 1024) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        connections: int,
+        *,
+        introduce: bool,
+        window: int = 1024,
+        credentials: Credentials | None = None,
+    ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 2 * connections + 100)
         self._introduce, self._window = introduce, window
@@ -197,6 +207,7 @@ class WireCallers:
             caller = self._context.socket(zmq.DEALER)
             caller.setsockopt(zmq.LINGER, 0)
             caller.setsockopt(zmq.RCVHWM, 100_000)
+            sockets.use_keys(caller, credentials)
             caller.connect(endpoint)
             self._sockets[caller.FD] = caller
             self._epoll.register(caller.FD, select.EPOLLIN)
@@ -224,6 +235,7 @@ class WireCallers:
             self._flush(caller)
         ready = list(self._sockets)  # what came while others were asked is not announced again
         while self._begun:
+            unannounced = list[int]()
             for descriptor in ready:
                 caller = self._sockets[descriptor]
                 for header in _headers(caller):
@@ -240,8 +252,11 @@ class WireCallers:
                             self._submit(body)
                     elif header.kind in wire.TERMINALS or header.kind is Kind.WHO:
                         raise SystemExit(f"the broker says {header.kind.name}: a request or this caller is lost")
-                self._flush(caller)
-            ready = self._wait() if self._begun else []
+                if self._said:
+                    self._flush(caller)
+                    if sockets.readable(caller):  # sending takes in what would have been announced
+                        unannounced.append(descriptor)
+            ready = unannounced or (self._wait() if self._begun else [])
         return Took(time.perf_counter() - begun, latencies, came)
 
     def _submit(self, body: bytes) -> None:
@@ -271,7 +286,7 @@ class WireCallers:
             for caller in self._sockets.values():
                 self._say(Kind.PING, wire.NO_ID)
                 self._flush(caller)
-            return list(self._sockets)  # sending may have taken in what would have been announced
+            return list(self._sockets)  # as there
         ready = [descriptor for descriptor, _ in self._epoll.poll(PATIENCE)]
         if not ready:
             raise SystemExit(f"nothing came for {PATIENCE:.0f} s: the broker or the worker is gone")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
 
+from loopmux import keys
 from loopmux_loadtest.ends import PATIENCE, Callers, HttpCallers, WireCallers, times
 
 _THIS = "loopmux_loadtest.middles"
@@ -73,9 +75,12 @@ def _with_children(processes: list[int]) -> list[int]:
 
 
 @contextlib.contextmanager
-def program(*command: str, ready: bool = False) -> Iterator[subprocess.Popen[str]]:
+def program(
+    *command: str, ready: bool = False, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """A process for as long as the block runs; ``ready``: from its first line of log on, which has that word."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE if ready else None, text=True, start_new_session=True)
+    errors = subprocess.PIPE if ready else None
+    process = subprocess.Popen(command, stderr=errors, text=True, start_new_session=True, env=variables)
     try:
         if ready and process.stderr is not None and "ready" not in (line := process.stderr.readline()):
             raise SystemExit(f"{' '.join(command)} did not start: {line}{process.stderr.read()}")
@@ -95,8 +100,10 @@ def program(*command: str, ready: bool = False) -> Iterator[subprocess.Popen[str
             process.stderr.close()
 
 
-def _module(*arguments: str, ready: bool = False) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
-    return program(sys.executable, "-m", *arguments, ready=ready)
+def _module(
+    *arguments: str, ready: bool = False, variables: Mapping[str, str] | None = None
+) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    return program(sys.executable, "-m", *arguments, ready=ready, variables=variables)
 
 
 def broker(front: str, back: str) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
@@ -114,6 +121,33 @@ def loopmux(folder: str) -> Iterator[Middle]:
     ):
         _, serving = _with_children([ours.pid])
         yield _answering(Middle("loopmux", front, [ours.pid, worker.pid], serving))
+
+
+@contextlib.contextmanager
+def tcp(folder: str, *, keyed: bool) -> Iterator[Middle]:
+    """As ``loopmux``, over tcp: in the clear, or with keys ``broker`` and ``bench`` of the folder, for both sides."""
+    front, back = (f"tcp://127.0.0.1:{_free_port()}" for _ in range(2))
+    settings, variables = Path(folder, f"keyed-{keyed}.yaml"), dict(os.environ)
+    settings.write_text("{}")
+    if keyed:
+        public = keys.read(Path(folder, "bench.key")).public
+        names = {"client_keys": {"bench": public}, "worker_keys": {"bench": public}}
+        settings.write_text(json.dumps({"key": "broker.key", **names}))  # JSON is YAML
+        variables |= {keys.KEY_VARIABLE: f"{folder}/bench.key", keys.SERVER_KEY_VARIABLE: f"{folder}/broker.key"}
+    ends = ("--endpoint", front, "--worker-endpoint", back)
+    with (
+        _module("loopmux_broker", "--config", str(settings), *ends, *_OURS, ready=True) as ours,
+        _module("loopmux_loadtest.bench_broker", "--worker", back, "joined", ready=True, variables=variables) as worker,
+    ):
+        _, serving = _with_children([ours.pid])
+        yield Middle("loopmux", front, [ours.pid, worker.pid], serving)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 @contextlib.contextmanager
@@ -138,9 +172,7 @@ def passing(folder: str, how: str) -> Iterator[Middle]:
 @contextlib.contextmanager
 def server(python: str, name: str) -> Iterator[Middle]:
     """An HTTP server of a peer, run by the Python that has it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     option = ["--port"] if name == "mosec" else []
     with program(python, str(Path(__file__).with_name(f"peer_{name}.py")), *option, str(port)) as running:
         _await_answer(port, running)
