@@ -140,9 +140,7 @@ class Server:
         begun = time.monotonic()
         gone: list[Peer] = []
         if self._gate is not None and self._gate.socket in readable:
-            for _ in range(_ASKED):
-                if (refused := self._gate.answer()) is not None:
-                    self._handle(refused, begun)
+            self._answer(self._gate, begun)
         for door in self.doors:
             if door.monitor in readable:
                 door.watch()
@@ -161,6 +159,15 @@ class Server:
             self._handle(TimerDue(), now)
             self._note_gap(now)
         self._flush()
+
+    def _answer(self, gate: Gate, now: float) -> None:
+        """Let in whose keys are listed; what there is no time for keeps the poller awake."""
+        for _ in range(_ASKED):
+            verdict = gate.answer()
+            if verdict is None:
+                return
+            if verdict.refused is not None:
+                self._handle(verdict.refused, now)
 
     def _drain(self, door: Door) -> list[Peer]:
         """Hand over what came in. Returns the connections that are gone and whose last message that was."""

@@ -56,11 +56,11 @@ class Gate:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(_ENDPOINT)
 
-    def answer(self) -> KeyRefused | None:
-        """Answer one question, if there is one; says who was refused."""
+    def answer(self) -> Verdict | None:
+        """Answer the next question; None if there is none."""
         try:
             verdict = judge(self.socket.recv_multipart(NOW), self._names)
         except zmq.Again:
             return None
         self.socket.send_multipart(verdict.answer)
-        return verdict.refused
+        return verdict

@@ -15,7 +15,7 @@ import pytest
 
 import loopmux
 from fakebroker import FakeBroker, wait_until, whole_text
-from loopmux import codec, connection, wire
+from loopmux import codec, connection, keys, wire
 from loopmux.messages import Generate, SessionHint, Submit
 from loopmux.wire import Kind, Message
 
@@ -341,9 +341,11 @@ def test_endpoints_that_are_none(endpoint: str) -> None:
         loopmux.Client(endpoint)
 
 
-def test_an_endpoint_that_zeromq_refuses() -> None:
-    with loopmux.Client("tcp://two words:7750") as client, pytest.raises(loopmux.ConfigError, match="cannot connect"):
-        client.generate("x")
+def test_an_endpoint_that_zeromq_refuses(tmp_path: Path) -> None:
+    path, key = keys.new("desk", tmp_path)
+    with loopmux.Client("tcp://two words:7750", key=path, server_key=key.public) as client:
+        with pytest.raises(loopmux.ConfigError, match="cannot connect"):
+            client.generate("x")
 
 
 def test_what_no_broker_takes_is_refused_beyond_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
