@@ -37,7 +37,8 @@ class Row:
 
     ``hit`` streams were in mid-stream at a strike that concerned them (all streams, where nothing strikes). ``gaps``
     are their longest pauses in seconds, endless for one that failed: within the seconds behind the strike, in which
-    what was killed is started again on the cores that all share. ``cuts`` are the pauses of the strikes themselves.
+    what was killed is started again on the cores that all share. ``cuts`` are the pauses of the strikes themselves,
+    none where nothing strikes.
     ``memory`` is resident MiB of the broker and of all workers, before and after.
     """
 
@@ -133,7 +134,7 @@ def _row(
         strikes=len(moments),
         hit=len(pauses),
         gaps=tuple(gap for gap, _ in pauses),
-        cuts=tuple(cut for _, cut in pauses),
+        cuts=tuple(cut for _, cut in pauses if fault.strike is not None),
         memory=memory,
         open=left,
         died=house.unasked_deaths(),

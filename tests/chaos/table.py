@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from chaos.storm import Row
 
 _ENOUGH = 200
 """Streams hit in mid-stream from which on a row says something."""
-_TITLES = (
-    "fault",
-    "strikes",
-    "requests",
-    "failed",
-    "lost",
-    "repeated",
-    "wrong",
-    "hit",
-    "cut p50",
-    "cut p99",
-    "gap p50",
-    "gap p99",
-)
+_COUNTS = ("strikes", "requests", "failed", "lost", "repeated", "wrong", "hit")
+_TITLES = ("fault", *_COUNTS, "cut p50", "cut p99", "gap p50", "gap p99")
 _WIDTHS = (19, 7, 8, 6, 5, 8, 5, 5, 8, 8, 8, 8)
 
 
@@ -35,9 +24,13 @@ def line(row: Row) -> str:
     (broker, workers), (broker_after, workers_after) = row.memory
     memory = f"{broker:.0f} → {broker_after:.0f}, {workers:.0f} → {workers_after:.0f}"
     counts = (row.strikes, row.requests, row.failed, row.lost, row.repeated, row.wrong, row.hit)
-    pauses = tuple(f"{1000 * of(share):.0f}" for of in (row.cut, row.gap) for share in (0.5, 0.99))
+    pauses = tuple(_milliseconds(of(share)) for of in (row.cut, row.gap) for share in (0.5, 0.99))
     left = ", ".join(f"{name} {size}" for name, size in row.open.items()) or "nothing"
     return _line((row.fault.name, *map(str, counts), *pauses)) + f"  {memory:27} {left}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return "–" if math.isnan(seconds) else f"{1000 * seconds:.0f}"
 
 
 def _line(cells: Sequence[str]) -> str:
