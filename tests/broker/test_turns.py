@@ -55,8 +55,9 @@ def test_a_sleep_amid_a_turn_is_known_before_the_connections_that_closed_in_it(
     assert events == [LoopStalled(5.0), ConnectionLost(PEER)]
 
 
+@pytest.mark.parametrize("together", [1, 50], ids=["in frames of their own", "together"])
 def test_a_flood_at_one_door_leaves_the_others_their_turns(
-    listeners: list[Listener], monkeypatch: pytest.MonkeyPatch
+    listeners: list[Listener], monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
     clock, handled = SimpleNamespace(now=100.0), list[Event]()
 
@@ -70,15 +71,15 @@ def test_a_flood_at_one_door_leaves_the_others_their_turns(
         server._broker = SimpleNamespace(handle=handle, next_timer=lambda: None)  # type: ignore[assignment]
         door = server.doors[0]
         with Peer(door.endpoint) as flood:
-            for _ in range(200):
-                flood.send(say(Kind.PING))
+            for _ in range(200 // together):
+                flood.together(*[say(Kind.PING)] * together)
             flood.socket.close(1000)
         until(lambda: bool(door.monitor.poll(0)), "all of it has come in, and the connection closed behind it")
         monkeypatch.setattr("loopmux_broker.server.time", SimpleNamespace(monotonic=lambda: clock.now))
         turns = []
         while len(handled) < 200:
             before = len(handled)
-            server._turn({door.socket})
+            server._turn(server._wait())
             turns.append(len(handled) - before)
         server.close()
     assert max(turns) == 8, "1.5 ms of them"
