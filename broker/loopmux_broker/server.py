@@ -186,10 +186,13 @@ class Server:
                     self._refused(peer, actions[taken:])
 
     def _refused(self, peer: Peer, actions: list[Send | Push]) -> None:
-        """A pipe is full: of each request the core takes back what follows the first push that was not sent."""
+        """A pipe is full: of each request the core takes back what follows the first push that was not sent.
+
+        That is the lowest one: a client that asked for something again may be sent it behind what comes later.
+        """
         first: dict[bytes, int] = {}
         for action in actions:
             if isinstance(action, Push):
-                first.setdefault(action.request, action.seq)
+                first[action.request] = min(action.seq, first.get(action.request, action.seq))
         for request, seq in first.items():
             self._handle(PushBlocked(peer, request, seq), time.monotonic())

@@ -88,6 +88,7 @@ def test_a_flood_at_one_door_leaves_the_others_their_turns(
 def test_a_full_pipe_is_told_once_of_each_request(listeners: list[Listener], monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of chunks may wait for who never reads: a word of each at every try would leave others no time."""
     pushes: list[Action] = [Push(PEER, b"", request, seq) for request in (b"1", b"2") for seq in range(1_000)]
+    pushes += [Push(PEER, b"", b"again", seq) for seq in (7, 8, 5, 6, 7, 8)]
     events, tried = list[Event](), list[int]()
 
     def handle(event: Event, now: float) -> list[Action]:
@@ -105,8 +106,8 @@ def test_a_full_pipe_is_told_once_of_each_request(listeners: list[Listener], mon
         server._handle(TimerDue(), 0.0)
         server._flush()
         server.close()
-    assert events == [TimerDue(), PushBlocked(PEER, b"1", 1), PushBlocked(PEER, b"2", 0)]
-    assert tried == [2_000]
+    assert events == [TimerDue(), PushBlocked(PEER, b"1", 1), PushBlocked(PEER, b"2", 0), PushBlocked(PEER, b"again", 5)]
+    assert tried == [2_006]
 
 
 def test_a_bug_in_the_core_is_logged_and_stops_nothing(
