@@ -106,7 +106,12 @@ def test_a_full_pipe_is_told_once_of_each_request(listeners: list[Listener], mon
         server._handle(TimerDue(), 0.0)
         server._flush()
         server.close()
-    assert events == [TimerDue(), PushBlocked(PEER, b"1", 1), PushBlocked(PEER, b"2", 0), PushBlocked(PEER, b"again", 5)]
+    assert events == [
+        TimerDue(),
+        PushBlocked(PEER, b"1", 1),
+        PushBlocked(PEER, b"2", 0),
+        PushBlocked(PEER, b"again", 5),
+    ]
     assert tried == [2_006]
 
 

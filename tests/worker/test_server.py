@@ -100,9 +100,12 @@ def test_it_says_that_it_has_a_request_before_that_can_end_it(broker, endpoint, 
         broker.welcome()
         monkeypatch.setattr(Driver, "put", end)
         broker.run(REQUEST, Generate(prompt="hi"), attempt=2)
+        ended = time.monotonic() + PATIENCE
+        while not worker.outcome:
+            assert time.monotonic() < ended
+            time.sleep(0.01)
         with pytest.raises(AssertionError, match="no message"):
-            while not broker.acknowledged:
-                broker.receive(0.5)
+            broker.receive(0.5)
     assert [header.attempt for header in broker.acknowledged] == [2]
     assert [str(error) for error in worker.outcome] == ["the end of this worker"]
 
