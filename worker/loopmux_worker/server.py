@@ -192,6 +192,8 @@ class Worker:
                 self._said.clear()
                 self._unsent.clear()
             case Submit() | Cancel() | Hint() | Adapt():
+                if self._said:
+                    self._flush()  # RUNACK leaves before the request begins, which may be its worker's end
                 self._driver.put(action)
             case Leave():
                 self._left = action
