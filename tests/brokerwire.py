@@ -59,6 +59,8 @@ class Peer:
             self.socket.setsockopt(getattr(zmq, name), value)
         use_keys(self.socket, credentials)
         self.socket.connect(endpoint)
+        self.frames = 0
+        """What came, in frames."""
         self._came: list[bytes] = []  # the next message last
 
     def __enter__(self) -> Self:
@@ -88,6 +90,7 @@ class Peer:
         if not self._came:
             assert self.socket.poll(int(1000 * patience)), "nothing came"
             self._came = wire.split(self.socket.recv())[::-1]
+            self.frames += 1
         return wire.from_bytes(self._came.pop())
 
     def expect(self, kind: Kind, patience: float = PATIENCE) -> Message:

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import structlog
 
 NO_GPU = "NOT TESTED ON A GPU"
 
@@ -27,11 +28,8 @@ def one_torch_thread():
 @pytest.fixture(scope="session", autouse=True)
 def plain_tracebacks():
     """Where rich is installed, structlog draws the values of all variables beside a traceback: seconds for a model."""
-    if "structlog" in sys.modules:
-        import structlog
-
-        renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-        structlog.configure(processors=[*structlog.get_config()["processors"][:-1], renderer])
+    renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[*structlog.get_config()["processors"][:-1], renderer])
 
 
 def pytest_terminal_summary(terminalreporter):

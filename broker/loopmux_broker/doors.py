@@ -15,6 +15,9 @@ from loopmux_broker.events import AdminSent, ClientSent, FramesSent, Peer, Sent,
 
 _INTRODUCTIONS = frozenset(bytes([kind]) for kind in (Kind.HELLO, Kind.REGISTER))
 _RECEIVE_HWM = 1000
+_FRAMES = 16
+"""Frames, at least, that wait for a client that does not read; each may have 64 KiB. What goes to workers is few, and
+is not to be refused."""
 _PASSED = 64
 """Frames of what has too many that are read at once: they take a tenth of a millisecond."""
 _EVENT = struct.Struct("=Hi")
@@ -93,7 +96,7 @@ class Door:
             zmq.ROUTER_MANDATORY: 1,  # without it a full or lost peer's messages vanish while every send succeeds
             zmq.ROUTER_HANDOVER: 0,
             zmq.MAXMSGSIZE: message_limit(limit),
-            zmq.SNDHWM: 2 * window,
+            zmq.SNDHWM: max(window // 4, _FRAMES) if side is Side.CLIENTS else 2 * window,
             zmq.RCVHWM: _RECEIVE_HWM,
             zmq.IPV6: 1,
             # libzmq ends the process that is to send a heartbeat over a connection which closed while nothing more was

@@ -70,7 +70,7 @@ class ConnectionLost:
 
 @dataclass(frozen=True, slots=True)
 class PushBlocked:
-    """A ``Push`` was not sent, nor any after it to that peer, whose pipe is full; said once of each request."""
+    """The last pushes to a peer, whose pipe is full, were not sent; ``seq`` is the lowest among those of a request."""
 
     peer: Peer
     request: bytes

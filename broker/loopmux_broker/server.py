@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from loopmux_broker.events import (
     Push,
     PushBlocked,
     Send,
+    Sent,
     TimerDue,
 )
 from loopmux_broker.inherited import Listener
@@ -33,8 +35,8 @@ from loopmux_broker.logs import Logger
 from loopmux_broker.zap import Gate, listed
 
 _SLICE = 0.0015
-"""Seconds for which one socket is read in one turn, and to the end of a frame that was begun: a turn is to take about
-5 ms, so that no socket waits longer for another. What is said to one peer meanwhile shares frames."""
+"""Seconds for which one socket is read in one turn: a turn is to take about 5 ms, so that no socket waits longer for
+another. What is said to one peer meanwhile shares frames."""
 _LONGEST_POLL = 1.0
 """Seconds between two signs of life, and two looks at a parent whose death does not wake the poller."""
 _ASKED = 64
@@ -58,6 +60,7 @@ class Server:
         self._config, self._log, self._lifeline, self._pulse = config, log, lifeline, pulse
         self.doors: list[Door] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._unread: list[deque[Sent]] = []  # by door: what is left of a frame that its last turn had no time for
         self._said: dict[Peer, list[Send | Push]] = {}
         self._leaving: dict[Peer, float] = {}
         secret = keys.read(Path(config.key)).secret if config.key else ""
@@ -68,6 +71,7 @@ class Server:
             keyed = secret if endpoints.ipc_path(one.endpoint) is None else ""
             door = Door(self._context, len(self.doors), one.side, config.window, keyed)
             self.doors.append(door)
+            self._unread.append(deque())
             door.serve(one.endpoint, one.descriptor)
         self._epoch = os.urandom(8)
         software = f"loopmux-broker {loopmux.__version__}"
@@ -121,7 +125,7 @@ class Server:
         return readable
 
     def _timeout(self, now: float) -> float:
-        if self._leaving:
+        if self._leaving or any(self._unread):
             return 0.0
         due = self._broker.next_timer()
         # At most half a heartbeat: a longer sleep would hide how long this process was stopped during it.
@@ -147,7 +151,7 @@ class Server:
             if door.lost:
                 self._leaving.update(dict.fromkeys(door.lost, begun + _PATIENCE))
                 door.lost.clear()
-            if door.socket in readable or self._leaving:
+            if door.socket in readable or self._unread[door.number] or self._leaving:
                 gone += self._drain(door)
                 self._flush()
         # Before what judges peers by closed connections and by silence: both may come of this process's own absence.
@@ -172,13 +176,16 @@ class Server:
     def _drain(self, door: Door) -> list[Peer]:
         """Hand over what came in. Returns the connections that are gone and whose last message that was."""
         begun = now = time.monotonic()
-        more = True
+        unread, more = self._unread[door.number], True
         while more and now < begun + _SLICE:
-            received = door.receive()
-            for event in received:
-                self._handle(event, now)
-            # Mostly it is one frame that comes, and asking costs less than to be refused.
-            more = door.amid is not None or (bool(received) and door.readable)
+            if not unread:
+                unread.extend(door.receive())
+            if unread:
+                self._handle(unread.popleft(), now)
+                # Mostly it is one frame that comes, and asking costs less than to be refused.
+                more = bool(unread) or door.readable
+            else:
+                more = door.amid is not None
             now = time.monotonic()
         here = [peer for peer in self._leaving if peer[-1] == door.number] if self._leaving else []
         leaving = [peer for peer in here if not more or self._leaving[peer] <= now]
@@ -208,10 +215,13 @@ class Server:
                     self._refused(peer, actions[taken:])
 
     def _refused(self, peer: Peer, actions: list[Send | Push]) -> None:
-        """A pipe is full: of each request the core takes back what follows the first push that was not sent."""
+        """A pipe is full: of each request the core takes back what follows the first push that was not sent.
+
+        That is the lowest one: a client that asked for something again may be sent it behind what comes later.
+        """
         first: dict[bytes, int] = {}
         for action in actions:
             if isinstance(action, Push):
-                first.setdefault(action.request, action.seq)
+                first[action.request] = min(action.seq, first.get(action.request, action.seq))
         for request, seq in first.items():
             self._handle(PushBlocked(peer, request, seq), time.monotonic())

@@ -41,7 +41,7 @@ WORKER_BODY_LIMIT: Final = 1024 * 1024
 """The same of what a worker or launcher may send."""
 
 FRAME_MESSAGES: Final = 64
-"""Most messages of one frame: a receiver handles a frame as a whole, and others have their turns."""
+"""Most messages of one frame: clients and workers handle a frame as a whole, and timers and callers wait meanwhile."""
 FRAME_BYTES: Final = 64 * 1024
 """Bytes up to which a frame gets another message; what is longer goes alone."""
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from loopmux.claims import BusyError
 from loopmux.errors import ConfigError
 from loopmux.listening import Listening
 from loopmux.wire import Kind
+from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Side
 from loopmux_broker.inherited import Listener, inherited
+from loopmux_broker.listeners import Listeners
 
 ONE = b"1" * 16
 
@@ -135,6 +138,15 @@ def test_what_is_no_listening_socket_is_refused(argument: str, words: str) -> No
     code, written = fails("--listen-fd", argument)
     assert (code, words in written) == (78, True), written
     assert len(written.splitlines()) == 1
+
+
+def test_a_socket_without_a_file_is_refused_as_where_it_is_named() -> None:
+    with socket.socket(socket.AF_UNIX) as nobody_s:
+        nobody_s.bind("\0loopmux-test")
+        nobody_s.listen()
+        [given] = inherited([f"clients={nobody_s.fileno()}"], {})
+        with pytest.raises(ConfigError, match="'ipc://@loopmux-test' is neither ipc:///path/to/socket nor tcp"):
+            Listeners([], [], BrokerConfig(), [replace(given, descriptor=os.dup(given.descriptor))])
 
 
 def test_a_socket_that_does_not_listen() -> None:

@@ -76,10 +76,10 @@ def test_no_common_version(core: Core) -> None:
     [answer] = core.worker(Message(Header(Kind.REGISTER), codec.pack(register), codec.pack({})))
     peer, kind, _, body = failure(answer)
     assert (peer, kind, body.code) == (WORKER, Kind.ERROR, "protocol")
-    assert "speaks 7, 8, the broker 2" in body.message
+    assert "speaks 7, 8, the broker 3" in body.message
     hello = Message(Header(Kind.HELLO), route=codec.pack({"versions": [9], "instance": bytes(16)}))
     [answer] = core.client(hello, b"c9")
-    assert "speaks 9, the broker 2" in failure(answer)[3].message
+    assert "speaks 9, the broker 3" in failure(answer)[3].message
     assert core.counted == {}
 
 

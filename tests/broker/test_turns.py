@@ -55,11 +55,15 @@ def test_a_sleep_amid_a_turn_is_known_before_the_connections_that_closed_in_it(
     assert events == [LoopStalled(5.0), ConnectionLost(PEER)]
 
 
-def test_a_flood_at_one_door_leaves_the_others_their_turns(listeners: list[Listener]) -> None:
-    handled = list[Event]()
+@pytest.mark.parametrize("together", [1, 50], ids=["in frames of their own", "together"])
+def test_a_flood_at_one_door_leaves_the_others_their_turns(
+    listeners: list[Listener], monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    clock, handled = SimpleNamespace(now=100.0), list[Event]()
 
     def handle(event: Event, now: float) -> list[Action]:
         handled.append(event)
+        clock.now += 0.0002
         return []
 
     with Lifeline() as lifeline:
@@ -67,22 +71,24 @@ def test_a_flood_at_one_door_leaves_the_others_their_turns(listeners: list[Liste
         server._broker = SimpleNamespace(handle=handle, next_timer=lambda: None)  # type: ignore[assignment]
         door = server.doors[0]
         with Peer(door.endpoint) as flood:
-            for _ in range(200):
-                flood.send(say(Kind.PING))
+            for _ in range(200 // together):
+                flood.together(*[say(Kind.PING)] * together)
             flood.socket.close(1000)
         until(lambda: bool(door.monitor.poll(0)), "all of it has come in, and the connection closed behind it")
+        monkeypatch.setattr("loopmux_broker.server.time", SimpleNamespace(monotonic=lambda: clock.now))
         turns = []
         while len(handled) < 200:
             before = len(handled)
-            server._turn({door.socket})
+            server._turn(server._wait())
             turns.append(len(handled) - before)
         server.close()
-    assert max(turns) == 64
+    assert max(turns) == 8, "1.5 ms of them"
 
 
 def test_a_full_pipe_is_told_once_of_each_request(listeners: list[Listener], monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of chunks may wait for who never reads: a word of each at every try would leave others no time."""
     pushes: list[Action] = [Push(PEER, b"", request, seq) for request in (b"1", b"2") for seq in range(1_000)]
+    pushes += [Push(PEER, b"", b"again", seq) for seq in (7, 8, 5, 6, 7, 8)]
     events, tried = list[Event](), list[int]()
 
     def handle(event: Event, now: float) -> list[Action]:
@@ -100,8 +106,13 @@ def test_a_full_pipe_is_told_once_of_each_request(listeners: list[Listener], mon
         server._handle(TimerDue(), 0.0)
         server._flush()
         server.close()
-    assert events == [TimerDue(), PushBlocked(PEER, b"1", 1), PushBlocked(PEER, b"2", 0)]
-    assert tried == [2_000]
+    assert events == [
+        TimerDue(),
+        PushBlocked(PEER, b"1", 1),
+        PushBlocked(PEER, b"2", 0),
+        PushBlocked(PEER, b"again", 5),
+    ]
+    assert tried == [2_006]
 
 
 def test_a_bug_in_the_core_is_logged_and_stops_nothing(

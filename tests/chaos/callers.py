@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from loopmux_worker.engine.echo import echo_text, echo_token
 DEADLINE = 90.0
 """Seconds of a request's deadline: far more than any fault may delay it."""
 _WAKES = 8.0
-"""Seconds after a fault in which a pause is put down to it."""
+"""Seconds after a fault in which a pause is put down to it: processes are started again in that time, and more."""
+_ON_ITS_WAY = 0.05
+"""Seconds after a fault in which tokens may come that were made before it."""
 
 
 @dataclass(slots=True)
@@ -65,10 +68,14 @@ class Call:
 
     def pause(self, moment: float | None = None) -> float:
         """The longest time without a token, seconds: of the whole stream, or of what a fault then can be blamed for."""
-        pauses = pairwise(self.seen)
-        if moment is not None:
-            pauses = ((a, b) for a, b in pauses if b > moment and a < moment + _WAKES)
-        return max((b - a for a, b in pauses), default=0.0)
+        return self._longest(-math.inf, math.inf) if moment is None else self._longest(moment, moment + _WAKES)
+
+    def cut(self, moment: float) -> float:
+        """The pause in which a fault found the stream: what it took until tokens came again, and nothing later."""
+        return self._longest(moment, moment + _ON_ITS_WAY)
+
+    def _longest(self, begin: float, end: float) -> float:
+        return max((b - a for a, b in pairwise(self.seen) if b > begin and a < end), default=0.0)
 
 
 async def crowd(endpoint: str, clients: int, lengths: Iterator[int], calls: list[Call]) -> None:

@@ -137,6 +137,8 @@ class House:
         self.broker.kept = True
         self.broker.inherits = tuple(one.fileno() for one in self._listening.values())
         self.workers = [self._worker(f"w{n}", spec) for n, spec in enumerate(specs)]
+        # one connection for all questions: to make one anew each time would cost the callers, whose process this is
+        self._client = loopmux.AsyncClient(self.endpoint, connect_timeout=READY_LIMIT)
 
     def _config(self, settings: dict[str, Any] | None) -> list[str]:
         if settings is None:
@@ -169,6 +171,7 @@ class House:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._client.close()
         await asyncio.gather(*(part.stop() for part in self.parts))
         if error is not None:
             print(self.last_words(), file=sys.stderr)
@@ -177,9 +180,8 @@ class House:
         shutil.rmtree(self.folder)
 
     async def status(self) -> Status:
-        """What the broker says about itself now, asked over a connection of its own."""
-        async with loopmux.AsyncClient(self.endpoint, connect_timeout=READY_LIMIT) as client:
-            return await client.status()
+        """What the broker says about itself now."""
+        return await self._client.status()
 
     async def whole(self) -> None:
         """Wait until every worker serves."""

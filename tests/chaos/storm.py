@@ -35,9 +35,11 @@ class Load:
 class Row:
     """What came of one storm.
 
-    ``hit`` streams were in mid-stream at a strike that concerned them (all streams, where nothing strikes); ``gaps``
-    are their longest pauses in seconds, endless for one that failed. ``memory`` is resident MiB of the broker and of
-    all workers, before and after.
+    ``hit`` streams were in mid-stream at a strike that concerned them (all streams, where nothing strikes). ``gaps``
+    are their longest pauses in seconds, endless for one that failed: within the seconds behind the strike, in which
+    what was killed is started again on the cores that all share. ``cuts`` are the pauses of the strikes themselves,
+    none where nothing strikes.
+    ``memory`` is resident MiB of the broker and of all workers, before and after.
     """
 
     fault: Fault
@@ -49,6 +51,7 @@ class Row:
     strikes: int
     hit: int
     gaps: tuple[float, ...]
+    cuts: tuple[float, ...]
     memory: tuple[tuple[float, float], tuple[float, float]]
     open: dict[str, int]
     died: int
@@ -68,6 +71,10 @@ class Row:
     def gap(self, share: float) -> float:
         """A percentile of the gaps."""
         return percentile(self.gaps, share)
+
+    def cut(self, share: float) -> float:
+        """A percentile of the cuts."""
+        return percentile(self.cuts, share)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -116,7 +123,7 @@ def _row(
     left: dict[str, int],
     house: House,
 ) -> Row:
-    gaps = [gap for call in calls if (gap := _gap(fault, call, moments)) is not None]
+    pauses = [found for call in calls if (found := _pauses(fault, call, moments)) is not None]
     return Row(
         fault=fault,
         requests=len(calls),
@@ -125,8 +132,9 @@ def _row(
         repeated=sum(call.repeated for call in calls),
         wrong=sum(call.wrong for call in calls),
         strikes=len(moments),
-        hit=len(gaps),
-        gaps=tuple(gaps),
+        hit=len(pauses),
+        gaps=tuple(gap for gap, _ in pauses),
+        cuts=tuple(cut for _, cut in pauses if fault.strike is not None),
         memory=memory,
         open=left,
         died=house.unasked_deaths(),
@@ -142,13 +150,13 @@ def _by_kind(errors: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def _gap(fault: Fault, call: Call, moments: list[float]) -> float | None:
-    """The pause that a fault cost a call; None for a call that no strike concerned."""
+def _pauses(fault: Fault, call: Call, moments: list[float]) -> tuple[float, float] | None:
+    """The longest pause that a fault cost a call, and that of the strike itself; None where no strike concerned it."""
     if fault.strike is None:
-        return call.pause()
+        return call.pause(), 0.0
     if call.error:
-        return math.inf
+        return math.inf, math.inf
     if fault.hits == "rerun" and call.attempts == 1:
         return None
     hits = [moment for moment in moments if call.in_midstream(moment)]
-    return max((call.pause(moment) for moment in hits), default=None)
+    return (max(map(call.pause, hits)), max(map(call.cut, hits))) if hits else None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from chaos.storm import Row
 
 _ENOUGH = 200
 """Streams hit in mid-stream from which on a row says something."""
-_TITLES = ("fault", "strikes", "requests", "failed", "lost", "repeated", "wrong", "hit", "gap p50", "gap p99")
-_WIDTHS = (19, 7, 8, 6, 5, 8, 5, 5, 8, 8)
+_COUNTS = ("strikes", "requests", "failed", "lost", "repeated", "wrong", "hit")
+_TITLES = ("fault", *_COUNTS, "cut p50", "cut p99", "gap p50", "gap p99")
+_WIDTHS = (19, 7, 8, 6, 5, 8, 5, 5, 8, 8, 8, 8)
 
 
 def head() -> str:
@@ -18,13 +20,17 @@ def head() -> str:
 
 
 def line(row: Row) -> str:
-    """One row. Gaps are milliseconds."""
+    """One row. Milliseconds: ``cut`` is the pause of the strike itself, ``gap`` the longest one behind it."""
     (broker, workers), (broker_after, workers_after) = row.memory
     memory = f"{broker:.0f} → {broker_after:.0f}, {workers:.0f} → {workers_after:.0f}"
     counts = (row.strikes, row.requests, row.failed, row.lost, row.repeated, row.wrong, row.hit)
-    gaps = tuple(f"{1000 * row.gap(share):.0f}" for share in (0.5, 0.99))
+    pauses = tuple(_milliseconds(of(share)) for of in (row.cut, row.gap) for share in (0.5, 0.99))
     left = ", ".join(f"{name} {size}" for name, size in row.open.items()) or "nothing"
-    return _line((row.fault.name, *map(str, counts), *gaps)) + f"  {memory:27} {left}"
+    return _line((row.fault.name, *map(str, counts), *pauses)) + f"  {memory:27} {left}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return "–" if math.isnan(seconds) else f"{1000 * seconds:.0f}"
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -51,5 +57,6 @@ def verdicts(rows: Sequence[Row]) -> Iterator[tuple[bool, str]]:
 
 def _against(row: Row, usual: float | None) -> str:
     assert row.fault.limit is not None
-    beside = "" if usual is None else f" ({1000 * usual:.0f} ms where nothing is wrong)"
-    return f"gap p99 {1000 * row.gap(0.99):.0f} ms, at most {1000 * row.fault.limit:.0f} wanted{beside}"
+    beside = "" if usual is None else f"; {1000 * usual:.0f} ms where nothing is wrong"
+    gap, cut, limit = (1000 * seconds for seconds in (row.gap(0.99), row.cut(0.99), row.fault.limit))
+    return f"gap p99 {gap:.0f} ms, at most {limit:.0f} wanted ({cut:.0f} ms of the strikes themselves{beside})"

@@ -62,14 +62,16 @@ def test_a_pause_is_put_down_to_the_fault_that_it_followed() -> None:
     assert call.pause(31.0) == 0
     call.seen[-1] = 3.3
     assert call.pause(1.2) == pytest.approx(2.0)
+    assert [call.cut(moment) for moment in (0.9, 1.03, 1.06, 1.2, 3.3)] == pytest.approx([0, 0.1, 2, 2, 0])
     assert [call.in_midstream(moment) for moment in (0.5, 1.2, 4.0)] == [False, True, False]
     call.error = "WorkerLostError"
     assert call.in_midstream(4.0)
 
 
 def row(**changes: object) -> Row:
-    good = {"errors": {}, "lost": 0, "repeated": 0, "wrong": 0, "strikes": 9, "hit": 250, "gaps": (0.02,) * 250}
+    good = {"errors": {}, "lost": 0, "repeated": 0, "wrong": 0, "strikes": 9, "hit": 250}
     rest = {"memory": ((30.0, 31.0), (90.0, 91.0)), "open": {}, "died": 0, "troubles": ()}
+    good |= {"gaps": (0.02,) * 250, "cuts": (0.01,) * 250}
     return Row(fault=FAULTS[1], requests=800, **{**good, **rest, **changes})  # type: ignore[arg-type]
 
 
@@ -96,6 +98,9 @@ def test_the_figures_to_reach() -> None:
     missed = [what for reached, what in table.verdicts([row(hit=3, gaps=(0.9, math.inf))]) if not reached]
     assert ["3 streams hit" in missed[0], "gap p99 inf ms" in missed[1]] == [True, True]
     assert len(table.line(row()).split()) > 10
+    judged = [what for _, what in table.verdicts([row()])][-1]
+    assert "gap p99 20 ms, at most 50 wanted (10 ms of the strikes themselves)" in judged
+    assert table.line(row(cuts=())).split()[9:13] == ["–", "–", "20", "20"]
 
 
 def test_percentiles() -> None:

@@ -183,6 +183,11 @@ def test_the_steps_of_a_request_are_those_of_the_broker() -> None:
 
 
 LIMITS = {
+    "messages of one frame": wire.FRAME_MESSAGES,
+    "a frame from a client or to a worker; who sends a longer one is cut off": wire.message_limit(
+        wire.CLIENT_BODY_LIMIT
+    ),
+    "a frame from a worker, likewise": wire.message_limit(wire.WORKER_BODY_LIMIT),
     "header": wire.HEADER_SIZE,
     "request id, instance, boot": wire.ID_SIZE,
     "ROUTE": wire.ROUTE_LIMIT,

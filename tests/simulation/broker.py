@@ -145,7 +145,8 @@ class BrokerProcess(Process):
                     self.world.story.tell(self, f"{level}: {text} {fields or ''}")
                 case Push(peer, data):
                     if not self._send(peer, data):
-                        self._refuse(peer).setdefault(action.request, action.seq)
+                        refused = self._refuse(peer)
+                        refused[action.request] = min(action.seq, refused.get(action.request, action.seq))
                 case Send(peer, message):
                     if not self._send(peer, action.data, message):
                         self._refuse(peer)
@@ -154,7 +155,7 @@ class BrokerProcess(Process):
     def _refuse(self, peer: bytes) -> dict[bytes, int]:
         """A pipe is full, and until the core hears of it, at the end of the turn, what it says to that peer is lost.
 
-        Returns the first push of each request that was.
+        Returns the lowest push of each request that was.
         """
         if peer not in self._refused:
             self._refused[peer] = {}

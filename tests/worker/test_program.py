@@ -349,11 +349,15 @@ def test_run_adapter_refuses_before_it_loads(tmp_path, arguments, told):
 WITHOUT_WEIGHTS = """
     import sys
     from dataclasses import replace
-    from loopmux_worker import oneshot
+    from loopmux_worker import logs, oneshot
     from loopmux_worker.__main__ import main
     from loopmux_worker.engine.echo import EchoEngine
 
-    oneshot.open_engine = lambda spec, progress: EchoEngine(replace(spec, engine="echo"))
+    def open_engine(spec, progress):
+        logs.warning("looked at", base=spec.base_model)
+        return EchoEngine(replace(spec, engine="echo"))
+
+    oneshot.open_engine = open_engine
     sys.exit(main())
 """
 
@@ -362,14 +366,15 @@ def test_run_adapter_into_a_reader_that_left_or_a_full_disk(tmp_path):
     program = [sys.executable, "-c", textwrap.dedent(WITHOUT_WEIGHTS)]
     command = [*program, "run-adapter", "--prompt", "hi", "--base-model", str(tmp_path)]
     whole = subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
-    assert (whole.returncode, whole.stderr, bool(whole.stdout.strip())) == (0, "", True)
+    assert (whole.returncode, bool(whole.stdout.strip())) == (0, True)
+    assert json.loads(whole.stderr)["base"] == str(tmp_path)
     reader, writer = os.pipe()
     os.close(reader)
     try:
         left = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=3 * PATIENCE)
     finally:
         os.close(writer)
-    assert (left.returncode, left.stderr) == (1, "")
+    assert (left.returncode, json.loads(left.stderr)["event"]) == (1, "looked at")
     with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
         full_disk = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=3 * PATIENCE)
     assert full_disk.returncode == 1

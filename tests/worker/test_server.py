@@ -90,6 +90,26 @@ def test_it_is_ready_without_a_broker_too_after_a_while(endpoint, monkeypatch):
         assert ready.wait(PATIENCE)
 
 
+def test_it_says_that_it_has_a_request_before_that_can_end_it(broker, endpoint, monkeypatch):
+    """The broker blames no request for the end of a worker that has not acknowledged it."""
+
+    def end(driver, command):
+        raise RuntimeError("the end of this worker")
+
+    with serving(endpoint) as worker:
+        broker.welcome()
+        monkeypatch.setattr(Driver, "put", end)
+        broker.run(REQUEST, Generate(prompt="hi"), attempt=2)
+        ended = time.monotonic() + PATIENCE
+        while not worker.outcome:
+            assert time.monotonic() < ended
+            time.sleep(0.01)
+        with pytest.raises(AssertionError, match="no message"):
+            broker.receive(0.5)
+    assert [header.attempt for header in broker.acknowledged] == [2]
+    assert [str(error) for error in worker.outcome] == ["the end of this worker"]
+
+
 def test_a_resumed_request_continues_at_its_prefix(broker, endpoint):
     with serving(endpoint, tokens=20):
         broker.welcome()

@@ -134,8 +134,10 @@ def _probe(options: argparse.Namespace, out: TextIO) -> int:
 
 def _run_adapter(options: argparse.Namespace, out: TextIO) -> int:
     from loopmux.messages import Generate, Sampling
+    from loopmux_worker import logs
     from loopmux_worker.oneshot import one_shot, spec_for
 
+    logs.set_up("warning")
     _check_text("the prompt", options.prompt)
     _check_text("the system prompt", options.system_prompt)
     _prepare_libraries()
@@ -164,9 +166,9 @@ def _serve(options: argparse.Namespace, out: TextIO) -> int:
 
         die_with_parent(options.parent_pid)
     from loopmux.codec import shorten
-    from loopmux_worker.logs import set_up_logs
+    from loopmux_worker import logs
 
-    set_up_logs(options.log_level)
+    logs.set_up(options.log_level)
 
     def progress(phase: str, detail: str, **more: str) -> None:
         line = {"phase": phase, "detail": shorten(detail, _LONGEST_DETAIL), **more}
@@ -215,11 +217,13 @@ def _from_input() -> str:
 def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
     from loopmux.cadence import LEAVE_PATIENTLY
     from loopmux.keys import credentials
+    from loopmux_worker import logs
     from loopmux_worker.engine import freed, memory, open_engine
 
     shown = credentials(spec.endpoint)  # before the engine is opened, which takes long: it may be wrong
     if spec.engine != "echo":
         _prepare_libraries()
+        logs.prepare()
     freed.keep()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     progress("loading", f"engine {spec.engine}")

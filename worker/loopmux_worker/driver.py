@@ -14,16 +14,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
-import structlog
-
 from loopmux.errors import LoopmuxError
 from loopmux.results import Usage
+from loopmux_worker import logs
 from loopmux_worker.causes import device_lost
 from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Load, Output, engine_error
 from loopmux_worker.events import Adapt, Adapted, Cancel, Cancelled, Event, Hint, Stepped, Submit
 from loopmux_worker.preparing import Preparer
-
-_log = structlog.get_logger(__name__)
 
 Command = Submit | Cancel | Hint | Adapt
 """What the engine's thread is told."""
@@ -184,7 +181,7 @@ class Driver:
                 self._engine.unload_adapter(order.name)
         except Exception as error:  # noqa: BLE001 - who asked for it hears of it
             if not isinstance(error, LoopmuxError):
-                _log.exception("adapting failed", adapter=order.name, load=command.load)
+                logs.exception("adapting failed", adapter=order.name, load=command.load)
             return Adapted(command.id, order, None, _survived(error))
         return Adapted(command.id, order, self._engine.describe())
 
@@ -193,7 +190,7 @@ class Driver:
         try:
             outputs = self._engine.step()
         except Exception as error:  # noqa: BLE001 - one bad batch must not end the worker
-            _log.exception("engine step failed", requests=len(self._keys))
+            logs.exception("engine step failed", requests=len(self._keys))
             return self._fail_all(_survived(error))
         for output in outputs:
             if isinstance(output, (Finished, Failed)):

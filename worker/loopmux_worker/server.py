@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 
-import structlog
 import zmq
 
 import loopmux
@@ -21,6 +20,7 @@ from loopmux.keys import Credentials
 from loopmux.messages import Register, WorkerSpec
 from loopmux.sockets import Dealer
 from loopmux.wire import CLIENT_BODY_LIMIT, VERSIONS, from_bytes, message_limit, new_id, to_bytes
+from loopmux_worker import logs
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Description, Engine
 from loopmux_worker.events import (
@@ -42,8 +42,6 @@ from loopmux_worker.events import (
 )
 from loopmux_worker.joining import described
 from loopmux_worker.session import Session
-
-_log = structlog.get_logger(__name__)
 
 _PER_TURN = 64
 """Messages read per turn of the loop, so that a flood cannot keep output from going out."""
@@ -185,7 +183,7 @@ class Worker:
         try:
             actions = self._session.handle(event, time.monotonic())
         except ProtocolError as error:
-            _log.warning("malformed message from the broker", error=error.message)
+            logs.warning("malformed message from the broker", error=error.message)
             return
         for action in actions:
             self._do(action)
@@ -198,6 +196,8 @@ class Worker:
                 self._said.clear()
                 self._unsent.clear()
             case Submit() | Cancel() | Hint() | Adapt():
+                if self._said:
+                    self._flush()  # RUNACK leaves before the request begins, which may be its worker's end
                 self._driver.put(action)
             case Leave():
                 self._left = action
@@ -228,7 +228,7 @@ class Worker:
         try:
             message = from_bytes(data)
         except LoopmuxError as error:
-            _log.warning("malformed message from the broker", error=error.message)
+            logs.warning("malformed message from the broker", error=error.message)
         else:
             self._handle(Received(message))
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import peft
-import structlog
 import torch
 import transformers
 
@@ -14,6 +13,7 @@ from loopmux.errors import AdapterNotFoundError, BadRequestError, ConfigError, L
 from loopmux.madefor import other_base
 from loopmux.messages import LeftOut, ModelSpec, ServedModel, WorkerSpec
 from loopmux.modelfolders import adapter_folder
+from loopmux_worker import logs
 from loopmux_worker.causes import ran_out
 from loopmux_worker.engine import fingerprints, memory, specfolders
 from loopmux_worker.engine.adapterfiles import Adapter
@@ -21,8 +21,6 @@ from loopmux_worker.engine.base import Description, taken
 from loopmux_worker.engine.grammars import matching
 from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, tokenizer_of
 from loopmux_worker.engine.served import Served, family_for
-
-_log = structlog.get_logger(__name__)
 
 
 class AdapterStore(Protocol):
@@ -83,12 +81,12 @@ class Models:
                 if model.adapter_dir is None or ran_out(error):
                     raise  # that is not this adapter's own fault
                 if not isinstance(error, LoopmuxError):
-                    _log.exception("loading an adapter failed", model=model.id)
+                    logs.exception("loading an adapter failed", model=model.id)
                 self._left_out[model.id] = as_config_error(error)
         if not self.served:
             raise specfolders.nothing_left(self._left_out)
         for name, reason in self._left_out.items():
-            _log.error("model left out", model=name, reason=reason.message)
+            logs.error("model left out", model=name, reason=reason.message)
 
     def _add(self, model: ModelSpec) -> None:
         """Take in one model: its tokenizer, and its adapter if it has one."""
@@ -104,7 +102,7 @@ class Models:
                 raise
             base = self._spec.base_model or str(self.loaded.folder)
             if note := other_base(adapter.made_for, base, adapter.folder):
-                _log.warning("adapter of another base", model=model.id, note=note)
+                logs.warning("adapter of another base", model=model.id, note=note)
                 notes.append(f"{model.id}: {note}")
         family, told = family_for(model, tokenizer)
         notes += told

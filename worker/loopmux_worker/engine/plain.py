@@ -12,13 +12,13 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-import structlog
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from loopmux.errors import EngineError
 from loopmux.messages import ServedModel, SessionHint
 from loopmux.results import Usage
+from loopmux_worker import logs
 from loopmux_worker.causes import DeviceLostError
 from loopmux_worker.engine.adapters import Adapters
 from loopmux_worker.engine.base import (
@@ -37,8 +37,6 @@ from loopmux_worker.engine.failures import Failures
 from loopmux_worker.engine.generating import Choose, Read, Task
 from loopmux_worker.engine.models import Models
 from loopmux_worker.engine.requests import Prepared, Requests
-
-_log = structlog.get_logger(__name__)
 
 _WAIT = 0.01
 """Seconds that a step waits for the helper thread: shorter than a token, long enough not to spin."""
@@ -192,7 +190,7 @@ class PlainEngine(Engine):
             with self._model_lock:
                 self._models.unload(leave.name)
         except Exception:  # noqa: BLE001 - requests of others come behind it
-            _log.exception("unloading an adapter failed", adapter=leave.name)
+            logs.exception("unloading an adapter failed", adapter=leave.name)
         finally:
             leave.done.set()
 

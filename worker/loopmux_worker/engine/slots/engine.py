@@ -11,13 +11,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import structlog
 import torch
 from torch import Tensor
 
 from loopmux.errors import EngineError, LoopmuxError
 from loopmux.messages import ServedModel, SessionHint
 from loopmux.results import Usage
+from loopmux_worker import logs
 from loopmux_worker.causes import ran_out
 from loopmux_worker.engine.base import (
     Description,
@@ -39,8 +39,6 @@ from loopmux_worker.engine.slots.forward import Forward
 from loopmux_worker.engine.slots.pace import Pace
 from loopmux_worker.engine.slots.rows import Copy, Rows
 from loopmux_worker.engine.slots.schedule import Plan, Scheduler, Segment, Sequence
-
-_log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -244,7 +242,7 @@ class SlotsEngine(Engine):
         try:
             piece = request.push(pick.token)
         except Exception as error:  # noqa: BLE001 - reading a token is that request's alone
-            _log.exception("reading a token failed", request=key.request.hex())
+            logs.exception("reading a token failed", request=key.request.hex())
             return [self._fail(task, engine_error("the engine", error))]
         task.first = task.first or now
         logprobs = (pick.logprob,) if pick.logprob else ()
@@ -272,7 +270,7 @@ class SlotsEngine(Engine):
         """Rows could not be copied: who was to get them waits again, and computes its beginning itself."""
         short = self._ran_out(error)
         self._scheduler.undo(copies, short=short)
-        _log.warning("copying attention state failed, it is computed", copies=len(copies), exc_info=error)
+        logs.warning("copying attention state failed, it is computed", copies=len(copies), exc_info=error)
 
     def _failed(self, plan: Plan, error: Exception) -> list[Output]:
         """The step raised: short memory costs the youngest its row, anything else is put down to who was alone.
@@ -283,10 +281,10 @@ class SlotsEngine(Engine):
         if self._ran_out(error):
             preempted = self._scheduler.preempt()
             if preempted is not None:
-                _log.warning("out of memory, a request waits again", request=preempted.request.hex())
+                logs.warning("out of memory, a request waits again", request=preempted.request.hex())
                 return []
         guilty = self._scheduler.failed(plan)
-        _log.exception("step failed", requests=len(plan.segments), tokens=plan.tokens, alone=guilty is not None)
+        logs.exception("step failed", requests=len(plan.segments), tokens=plan.tokens, alone=guilty is not None)
         return [] if guilty is None else [self._fail(self._tasks[guilty], engine_error("the engine", error))]
 
     def _ran_out(self, error: Exception) -> bool:

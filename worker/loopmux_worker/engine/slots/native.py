@@ -10,14 +10,12 @@ import ctypes
 import functools
 from typing import Any, NamedTuple
 
-import structlog
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from loopmux_worker import logs
 from loopmux_worker.engine.slots.compiling import Unavailable, library
-
-_log = structlog.get_logger(__name__)
 
 _LANES = 16
 """Numbers of a vector in the kernel."""
@@ -100,7 +98,7 @@ def find(dtype: torch.dtype, size: int, folded: int) -> Kernel | str:
     try:
         return _made(dtype, size, folded)
     except Unavailable as error:
-        _log.warning("attention is computed by torch", reason=str(error))
+        logs.warning("attention is computed by torch", reason=str(error))
         return str(error)
 
 

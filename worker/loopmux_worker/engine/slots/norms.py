@@ -10,13 +10,11 @@ import functools
 import inspect
 from typing import Any
 
-import structlog
 import torch
 from torch import nn
 
+from loopmux_worker import logs
 from loopmux_worker.engine.slots.compiling import Unavailable, library
-
-_log = structlog.get_logger(__name__)
 
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Largest relative difference: a sum in another order may round the other way."""
@@ -58,7 +56,7 @@ def replace(model: nn.Module) -> int:
                 if child in made:
                     setattr(parent, name, made[child])
     except Unavailable as error:
-        _log.warning("norms are computed by torch", reason=str(error))
+        logs.warning("norms are computed by torch", reason=str(error))
     return len(made)
 
 
