@@ -9,7 +9,7 @@ from enum import Enum
 
 import zmq
 
-from loopmux.sockets import COMMON, NOW, readable, send
+from loopmux.sockets import COMMON, NOW, SEAL, readable, send
 from loopmux.wire import CLIENT_BODY_LIMIT, WORKER_BODY_LIMIT, Kind, frames, message_limit, split
 from loopmux_broker.events import AdminSent, ClientSent, FramesSent, Peer, Sent, WorkerSent
 
@@ -95,7 +95,7 @@ class Door:
         options = COMMON | {
             zmq.ROUTER_MANDATORY: 1,  # without it a full or lost peer's messages vanish while every send succeeds
             zmq.ROUTER_HANDOVER: 0,
-            zmq.MAXMSGSIZE: message_limit(limit),
+            zmq.MAXMSGSIZE: message_limit(limit) + (SEAL if secret else 0),
             zmq.SNDHWM: max(window // 4, _FRAMES) if side is Side.CLIENTS else 2 * window,
             zmq.RCVHWM: _RECEIVE_HWM,
             zmq.IPV6: 1,

@@ -28,6 +28,8 @@ COMMON: Final = {
     zmq.HANDSHAKE_IVL: 2000,  # the default of 30 s is a long time to take a port that says nothing for a broker
 }
 """Of both ends; times are milliseconds."""
+SEAL: Final = 64
+"""Bytes, and more, by which a frame is longer over CURVE (33), where its length is compared with the limit."""
 _NEWS = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -104,14 +106,14 @@ class Dealer:
         """``largest`` is the longest message it takes, bytes."""
         self.connected = False
         self.barred = ""
-        self._keyed = credentials is not None
+        self._key = None if credentials is None else credentials.key
         self._endpoint = ""
         self._cut_off: deque[float] | None = deque(maxlen=_CUT_OFF)  # None since a handshake succeeded
         self.socket = context.socket(zmq.DEALER)
         options = COMMON | {
             zmq.RECONNECT_IVL: 10,  # a broker that died is followed by another one in no more time
             zmq.RECONNECT_IVL_MAX: 2000,  # one that stays away costs hundreds of peers little, and is found soon
-            zmq.MAXMSGSIZE: largest,
+            zmq.MAXMSGSIZE: largest + (0 if credentials is None else SEAL),
         }
         for option, value in options.items():
             self.socket.setsockopt(option, value)
@@ -176,19 +178,19 @@ class Dealer:
 
     def _why_barred(self, event: int, value: int) -> str:
         """What a handshake that failed means; empty where the next one may succeed."""
-        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._key:
             return (
-                f"the broker at {self._endpoint} refused the key of $LOOPMUX_KEY: have the public part (`loopmux keys "
-                "show FILE`) entered into its settings for this side, and the broker started again"
+                f"the broker at {self._endpoint} refused the key {self._key.name!r} ($LOOPMUX_KEY): have its public "
+                f"part, {self._key.public}, entered into the broker's settings for this side, and the broker started again"
             )
         if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == _MISMATCH:
             return f"the broker at {self._endpoint} " + (
                 "has no key, and one was expected: unset $LOOPMUX_KEY and $LOOPMUX_SERVER_KEY if that is right"
-                if self._keyed
+                if self._key
                 else "lets in keys only: set $LOOPMUX_KEY to a key file (`loopmux keys new NAME`) and "
                 "$LOOPMUX_SERVER_KEY to the broker's public key"
             )
-        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._keyed and self._cut_off is not None:
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._key and self._cut_off is not None:
             self._cut_off.append(time.monotonic())
             if len(self._cut_off) == _CUT_OFF and self._cut_off[-1] - self._cut_off[0] < _WITHIN:
                 self.socket.disconnect(self._endpoint)

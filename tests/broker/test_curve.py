@@ -90,6 +90,14 @@ def test_a_whole_request_over_tcp_with_keys(house: House) -> None:
         assert worker.expect(Kind.ENDACK).header.attempt == 1
 
 
+def test_the_longest_message_is_not_too_long_because_it_is_sealed(house: House) -> None:
+    with house.peer("desk") as client:
+        client.hello()
+        client.raw(bytes(wire.message_limit(wire.CLIENT_BODY_LIMIT)))
+        assert codec.unpack(Failure, client.expect(Kind.ERROR).body).code == "protocol"
+        assert client.alive()
+
+
 def test_a_worker_process_and_a_client_by_their_variables(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"name": "echo", "endpoint": house.process.workers, "models": [{"id": "echo"}], "engine": "echo"}
     (house.folder / "spec.json").write_text(json.dumps(spec))
@@ -114,7 +122,7 @@ def test_a_key_that_is_not_listed_for_this_side_ends_in_a_clear_error_and_may_tr
         before = other.status().counters.get("keys_refused", 0)
 
         def refused() -> int:
-            with pytest.raises(AuthError, match=r"refused the key of \$LOOPMUX_KEY: have the public part"):
+            with pytest.raises(AuthError, match=r"refused the key .* \(\$LOOPMUX_KEY\): have its public part"):
                 client.generate("hello", timeout=10)
             return other.status().counters["keys_refused"] - before
 
@@ -136,7 +144,7 @@ def test_a_clients_key_opens_no_worker_door(house: House) -> None:
         timeout=30,
         check=False,
     )
-    assert (worker.returncode, "refused the key of $LOOPMUX_KEY" in worker.stderr) == (1, True), worker.stderr
+    assert (worker.returncode, "refused the key 'desk' ($LOOPMUX_KEY)" in worker.stderr) == (1, True), worker.stderr
 
 
 def test_without_a_key_or_with_another_brokers_nobody_comes_in(house: House) -> None:

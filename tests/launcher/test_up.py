@@ -252,7 +252,7 @@ def test_run_serves_a_broker_of_another_host_by_keys(
             run.process.terminate()
             assert run.wait() == 0
         done = launch(*words, LOOPMUX_KEY=str(home / "stranger.key"))
-        assert (done.returncode, "refused the key of $LOOPMUX_KEY" in done.stderr) == (1, True), done.stderr
+        assert (done.returncode, "refused the key 'stranger' ($LOOPMUX_KEY)" in done.stderr) == (1, True), done.stderr
 
 
 def test_a_second_launcher_is_refused_in_the_brokers_words(up: Program, config: Path, endpoint: str) -> None:
