@@ -1,4 +1,4 @@
-"""Clients: who they are over their connections, and what they have here."""
+"""Clients: who they are over their connections, what they have here, and whose account and limits that counts for."""
 
 from __future__ import annotations
 

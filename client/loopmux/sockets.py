@@ -181,7 +181,7 @@ class Dealer:
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._key:
             return (
                 f"the broker at {self._endpoint} refused the key {self._key.name!r} ($LOOPMUX_KEY): have its public "
-                f"part, {self._key.public}, entered into the broker's settings for this side, and the broker started again"
+                f"part, {self._key.public}, entered into its settings for this side, and the broker started again"
             )
         if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == _MISMATCH:
             return f"the broker at {self._endpoint} " + (

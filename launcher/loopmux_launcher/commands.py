@@ -8,7 +8,7 @@ import sys
 import traceback
 
 from loopmux import endpoints, exitcodes
-from loopmux.errors import LoopmuxError
+from loopmux.errors import ConfigError, LoopmuxError
 from loopmux_launcher import config, envcommands, jsonschema, showlogs, tether
 from loopmux_launcher.arguments import Command, parser
 from loopmux_launcher.config import Configuration
@@ -59,6 +59,11 @@ def _up(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     endpoint = options.endpoint or endpoints.default_endpoint()
+    if options.worker_endpoint is None and endpoints.beyond_this_host(endpoint):
+        raise ConfigError(
+            f"{endpoint}: found a broker that may be on another host and no --worker-endpoint, expected where it takes "
+            "workers, too, as in --worker-endpoint tcp://HOST:7751"
+        )
     return _launch(options, _configuration(options), endpoint, options.worker_endpoint)
 
 

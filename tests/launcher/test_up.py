@@ -251,6 +251,8 @@ def test_run_serves_a_broker_of_another_host_by_keys(
             assert client.generate("hello", model="echo").text
             run.process.terminate()
             assert run.wait() == 0
+        lost = launch("run", "--config", str(config), "--endpoint", "tcp://broker.example.org:7750")
+        assert (lost.returncode, "expected where it takes workers, too" in lost.stderr) == (78, True), lost.stderr
         done = launch(*words, LOOPMUX_KEY=str(home / "stranger.key"))
         assert (done.returncode, "refused the key 'stranger' ($LOOPMUX_KEY)" in done.stderr) == (1, True), done.stderr
 
