@@ -74,16 +74,6 @@ class Fleet:
         """The environment of a crew; None is the launcher's own Python."""
         return self.premises[crew.group.environment] if crew.group.environment else None
 
-    def looked(self, beating: Collection[str], now: float) -> Iterator[Action]:
-        """End what hangs. Only what is ready is watched: everything else has its own time to end."""
-        ready = [process.name for process in self.processes() if process.state is State.READY]
-        for name in self._watchdog.hung(ready, beating, now):
-            why = (
-                f"it gave no sign of life for {watchdog.SILENCE:g} s (it hangs, or somebody stopped it) and was killed"
-            )
-            self.process(name).end(why, now)
-            yield KillProcess(name)
-
     # --- what should run
 
     def told(self, demand: Demand, now: float) -> Iterator[Action]:
@@ -162,6 +152,18 @@ class Fleet:
         if runs:
             yield Announce(process.name, f"is stopped: {why}")
             yield StopProcess(process.name, process.patient)
+
+    # --- what hangs
+
+    def looked(self, beating: Collection[str], now: float) -> Iterator[Action]:
+        """End what hangs. Only what is ready is watched: everything else has its own time to end."""
+        ready = [process.name for process in self.processes() if process.state is State.READY]
+        for name in self._watchdog.hung(ready, beating, now):
+            why = (
+                f"it gave no sign of life for {watchdog.SILENCE:g} s (it hangs, or somebody stopped it) and was killed"
+            )
+            self.process(name).end(why, now)
+            yield KillProcess(name)
 
     # --- memory
 

@@ -103,7 +103,7 @@ def test_a_worker_whose_interpreter_stays_locked_is_ended_by_its_launcher(
     words = ("up", "--config", str(config), "--endpoint", endpoint)
     with program(*words, module="launcher.impatient") as up, loopmux.Client(endpoint) as client:
         up.line("ready after")
-        first, second = wait_for(lambda: len(both := up.children("chaos.hanging")) == 2 and both, "both workers")
+        first, second = wait_for(lambda: len(both := up.children("--pulse-fd")) == 2 and both, "both workers")
         began = time.monotonic()
         first.send_signal(signal.SIGUSR2)
         said = up.line("gave no sign of life for")
