@@ -249,6 +249,8 @@ class Broker:
                 self._workers.silent(whose, now)
             case Alarm.CLIENT_BLOCKED if client is not None:
                 self._streams.unblock(client, now)
+            case Alarm.CLIENT_LOST if client is not None:
+                self._ends.detach(client, now)
             case Alarm.CLIENT_GRACE if client is not None:
                 self._ends.abandon(client, now)
             case Alarm.STRIKES if not self.tables.strikes.expired(whose, now):

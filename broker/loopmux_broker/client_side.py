@@ -103,6 +103,7 @@ class ClientSide:
         if moved:
             self._streams.moved(client)
             self._t.timers.cancel((Alarm.CLIENT_GRACE, client.instance, 0))
+            self._t.timers.cancel((Alarm.CLIENT_LOST, client.instance, 0))
             self._t.timers.set((Alarm.CLIENT_SILENT, peer, 0), now + self._t.patience)
         self._t.out.append(welcome(self._t, peer, version, wire.CLIENT_BODY_LIMIT, introduction))
 
@@ -118,7 +119,7 @@ class ClientSide:
             self.lost(client, now)
 
     def lost(self, client: Client, now: float) -> None:
-        """A client's connection is gone, or dead: its requests live on for the grace time."""
+        """A client's connection is gone, or dead: its requests live on for the grace time, if they are to."""
         if client.peer is not None:
             self._t.timers.cancel((Alarm.CLIENT_SILENT, client.peer, 0))
         self._t.counters["clients_lost"] += 1
@@ -127,6 +128,7 @@ class ClientSide:
         fell_silent = now - client.heard > _TALKING * config.heartbeat
         grace = config.grace if fell_silent else config.closed_grace
         self._t.timers.set((Alarm.CLIENT_GRACE, client.instance, 0), now + grace)
+        self._ends.detach(client, now)
 
     # --- requests
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 from loopmux import codec, wire
 from loopmux.errors import CancelledError, DeadlineExceededError, LoopmuxError
 from loopmux.messages import Failure, Submit
@@ -152,19 +150,29 @@ class Ends:
     def abandon(self, client: Client, now: float) -> None:
         """A client is gone for good: end what it has here and tell nobody, some now and the rest soon.
 
-        The newest go first: of many most wait, and would else get the slots of those that run. If it comes back
-        meanwhile, what is left lives on.
+        If it comes back meanwhile, what is left lives on.
         """
         self._t.clients.part(client)
-        for request in list(islice(reversed(client.requests.values()), SLICE)):
-            if request.state is not State.DONE:
-                self.cancel(request, now, "the client went away")
-            self._t.abandon(request)
-            self.forget(request)
+        self._give_up(list(client.requests.values()), now)
         if client.requests:
             self._t.timers.set((Alarm.CLIENT_GRACE, client.instance, 0), now + PAUSE)
         else:
             self._t.clients.forget(client)
+
+    def detach(self, client: Client, now: float) -> None:
+        """A client is lost: end likewise what was not to outlive that; what has ended waits for it as all else does."""
+        hasty = [r for r in client.requests.values() if r.submit.cancel_on_disconnect and r.state is not State.DONE]
+        self._give_up(hasty, now)
+        if len(hasty) > SLICE:
+            self._t.timers.set((Alarm.CLIENT_LOST, client.instance, 0), now + PAUSE)
+
+    def _give_up(self, requests: list[Request], now: float) -> None:
+        """The newest ones go first: of many most wait, and would else get the slots of those that run."""
+        for request in reversed(requests[-SLICE:]):
+            if request.state is not State.DONE:
+                self.cancel(request, now, "the client went away")
+            self._t.abandon(request)
+            self.forget(request)
 
 
 def protocol_failure(peer: Peer, error: LoopmuxError, request_id: bytes = wire.NO_ID) -> Send:

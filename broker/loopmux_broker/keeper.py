@@ -7,13 +7,13 @@ takes milliseconds, shares their memory and the listening sockets, and reads its
 from __future__ import annotations
 
 import gc
-import mmap
 import os
 import signal
 import time
 from collections import deque
 
 from loopmux import exitcodes
+from loopmux.pulse import Pulse
 from loopmux_broker.logs import Logger
 
 _SERVED = 1.0
@@ -28,25 +28,6 @@ _HUNG = 30.0
 """Seconds without a pulse after which a broker is killed: it loops without end, or somebody has stopped it and gone."""
 _LOOKS = 6
 """How often it is looked at in that time. Looks that come late are those of a parent that was stopped itself."""
-
-
-class Pulse:
-    """A byte that parent and broker share: the broker beats, the parent looks whether it has since it looked last.
-
-    Of what could tell the parent this costs the broker least: no call of the system in any turn of its loop.
-    """
-
-    def __init__(self) -> None:
-        self._shared = mmap.mmap(-1, 1)
-
-    def beat(self) -> None:
-        """This process gets on."""
-        self._shared[0] = 1
-
-    def taken(self) -> bool:
-        """Whether there was a beat since this was asked last."""
-        there, self._shared[0] = self._shared[0], 0
-        return there == 1
 
 
 def hold() -> None:

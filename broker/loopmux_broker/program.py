@@ -11,9 +11,10 @@ from pathlib import Path
 import loopmux
 from loopmux import exitcodes
 from loopmux.errors import LoopmuxError
+from loopmux.pulse import Pulse
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.inherited import Listener, inherited, remove_files
-from loopmux_broker.keeper import Pulse, hold, keep
+from loopmux_broker.keeper import hold, keep
 from loopmux_broker.lifeline import Lifeline, Parent
 from loopmux_broker.listeners import Listeners
 from loopmux_broker.logs import LEVELS, Logger

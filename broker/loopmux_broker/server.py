@@ -13,6 +13,7 @@ import zmq
 
 import loopmux
 from loopmux import endpoints, keys
+from loopmux.pulse import Pulse
 from loopmux_broker.broker import Broker
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Door, Side
@@ -29,7 +30,6 @@ from loopmux_broker.events import (
     TimerDue,
 )
 from loopmux_broker.inherited import Listener
-from loopmux_broker.keeper import Pulse
 from loopmux_broker.lifeline import Lifeline
 from loopmux_broker.logs import Logger
 from loopmux_broker.zap import Gate, listed

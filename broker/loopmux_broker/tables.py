@@ -50,6 +50,7 @@ class Alarm(IntEnum):
     ROUND = 17  # model
     HOME = 18  # request
     ADAPTER = 19  # operation
+    CLIENT_LOST = 20  # instance
 
 
 LIVENESS = frozenset(

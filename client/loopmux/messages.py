@@ -71,6 +71,7 @@ class Submit:
         hashes: of the prompt's beginnings, the longest last: who has the same one has begun alike.
         continues: a later turn of a tool loop; goes before first turns of the same priority.
         wait: queue for a model that is not loaded yet instead of failing at once.
+        cancel_on_disconnect: it is not to outlive the loss of its client, not even for the grace time.
         fingerprint: of the weights that ATTACH's tokens came from; it goes on only where they are the same.
     """
 
@@ -85,6 +86,7 @@ class Submit:
     continues: bool = False
     wait: bool = True
     deterministic: bool = False
+    cancel_on_disconnect: bool = False
     trace: str | None = None
     fingerprint: str | None = None
 

@@ -53,6 +53,7 @@ class Defaults(TypedDict, total=False):
     priority: int
     idle_timeout: float | None
     wait: bool
+    cancel_on_disconnect: bool
     tool_choice: str
     parallel_tool_calls: bool
     reasoning: bool | None

@@ -77,6 +77,13 @@ class ProcessExited:
 
 
 @dataclass(frozen=True, slots=True)
+class Looked:
+    """Signs of life were looked for, as every ``watchdog.between()`` seconds: ``beating`` gave one since the last."""
+
+    beating: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class BrokerWelcomed:
     """The broker took our REGISTER and wants to know everything."""
 
@@ -149,6 +156,7 @@ Event = (
     | ProcessReported
     | ModelLeftOut
     | ProcessExited
+    | Looked
     | BrokerWelcomed
     | DemandReported
     | ConfigurationChanged

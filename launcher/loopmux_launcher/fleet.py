@@ -5,17 +5,19 @@ Nothing here knows of the broker's own process, or of stopping for good; that is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
 from loopmux.cadence import HEARTBEAT, SILENT_HEARTBEATS
 from loopmux.messages import Demand
+from loopmux_launcher import watchdog
 from loopmux_launcher.crew import Crew, Premises
 from loopmux_launcher.events import (
     Action,
     Announce,
     BuildEnvironment,
     ConfigurationChanged,
+    KillProcess,
     StartWorker,
     StopBuild,
     StopProcess,
@@ -46,6 +48,7 @@ class Fleet:
         self.budget = budget
         self.notes: dict[str, str] = {}
         self._demand, self._told = Demand(), -_FRESH
+        self._watchdog = watchdog.Watchdog()
         self._cap()
 
     @property
@@ -149,6 +152,18 @@ class Fleet:
         if runs:
             yield Announce(process.name, f"is stopped: {why}")
             yield StopProcess(process.name, process.patient)
+
+    # --- what hangs
+
+    def looked(self, beating: Collection[str], now: float) -> Iterator[Action]:
+        """End what hangs. Only what is ready is watched: everything else has its own time to end."""
+        ready = [process.name for process in self.processes() if process.state is State.READY]
+        for name in self._watchdog.hung(ready, beating, now):
+            why = (
+                f"it gave no sign of life for {watchdog.SILENCE:g} s (it hangs, or somebody stopped it) and was killed"
+            )
+            self.process(name).end(why, now)
+            yield KillProcess(name)
 
     # --- memory
 

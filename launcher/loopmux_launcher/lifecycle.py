@@ -9,11 +9,13 @@
                      ENDING ─exit─▶ PAUSING or PARKED (crash loop, or a bad configuration: it would fail again)
 
     stop: any of them ─▶ STOPPING ─exit─▶ GONE ─start─▶ STARTING, when it is wanted again
+    READY ─no sign of life─▶ ENDING: it hangs, and is killed
     READY ─exit 0─▶ GONE: somebody else told it to leave (an administrator who drains it, a signal)
 """
 
 from __future__ import annotations
 
+import math
 import signal
 from dataclasses import dataclass, field
 from enum import Enum
@@ -49,7 +51,7 @@ class Process:
         explained: the reason is its own word, which the end of its output would only repeat.
         last_lines: the end of its output at its last exit, where that has something to add.
         left_out: models that it could not load, with the reason; it serves the others of its group.
-        started, became_ready: when, on the clock of the events.
+        started, became_ready: when, on the clock of the events; infinity while that is to come.
         outdated: it was started by a former configuration; its next start follows the present one.
         last_of_its_kind: what it runs cannot go on in its successor, whose weights are others.
         patient: it was given the time for what it runs to end.
@@ -66,7 +68,7 @@ class Process:
     last_lines: tuple[str, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     started: float = 0.0
-    became_ready: float = 0.0
+    became_ready: float = math.inf
     outdated: bool = False
     last_of_its_kind: bool = False
     patient: bool = False
@@ -101,6 +103,7 @@ class Process:
         """It is being started."""
         self.state, self.phase, self.detail, self.reason = State.STARTING, "loading", "", ""
         self.started, self.wake, self.left_out, self.explained = now, now + self.start_timeout, {}, False
+        self.became_ready = math.inf
         self.outdated = self.last_of_its_kind = self.patient = False
 
     def got_ready(self, now: float) -> None:
@@ -109,7 +112,7 @@ class Process:
         self.backoff.got_ready()
 
     def end(self, reason: str, now: float, *, explained: bool = False) -> None:
-        """It failed, or took too long; it is asked to end and counts as crashed when it has."""
+        """It failed, took too long or hangs; it is asked to end and counts as crashed when it has."""
         self.state, self.reason, self.wake = State.ENDING, reason, now + STOP_GRACE
         self.explained = explained
 
@@ -130,7 +133,7 @@ class Process:
         if self.state is State.STOPPING or (self.state is State.READY and code == 0):
             self.state, self.wake = State.GONE, None
             return None
-        was_ready = self.state is State.READY
+        was_ready = self.became_ready < math.inf
         self.reason, self.last_lines = self.reason or spell_exit(code), () if self.explained else last_lines
         delay = self.backoff.crashed(now, was_ready=was_ready, ran=now - self.started, draw=draw)
         if code == exitcodes.CONFIG or delay is None:

@@ -32,6 +32,7 @@ from loopmux_launcher.events import (
     Event,
     Finish,
     KillProcess,
+    Looked,
     ModelLeftOut,
     ProcessExited,
     ProcessReported,
@@ -140,6 +141,8 @@ class Plan:
                 yield from self._model_left_out(self._process(name), model, reason)
             case ProcessExited():
                 yield from self._process_exited(self._process(event.name), event, now)
+            case Looked(beating):
+                yield from self.fleet.looked(beating, now)
             case BrokerWelcomed():
                 yield from (ReportPhase(told) for told in self.catalogue(now))
             case AdapterOrdered():

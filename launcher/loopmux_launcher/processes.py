@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from loopmux.pulse import Pulse
 from loopmux_launcher import tether
 from loopmux_launcher.guard import Guard
 from loopmux_launcher.logfile import RotatingLog
@@ -60,6 +61,10 @@ class Child:
         descriptors: of ours that it inherits under the same numbers.
         said: recognises the lines that tell a phase.
         guard: ends its group should this process be killed.
+        pulse: the option that tells it the descriptor of the byte in which it gives signs of life, if it does.
+
+    Attributes:
+        pulse: its signs of life.
 
     Raises:
         OSError: it could not be started.
@@ -76,13 +81,19 @@ class Child:
         descriptors: tuple[int, ...] = (),
         said: Callable[[bytes], Said | None] | None = None,
         guard: Guard | None = None,
+        pulse: str | None = None,
     ) -> None:
         self.name = name
         self._log = RotatingLog(log)
-        self.process: subprocess.Popen[bytes] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(variables),
-            start_new_session=True, bufsize=0, pass_fds=descriptors,
-        )  # fmt: skip
+        with os.fdopen(os.memfd_create("pulse"), "r+b", buffering=0) as byte:
+            byte.truncate(1)
+            self.pulse = Pulse(byte.fileno())
+            if pulse is not None:
+                command, descriptors = [*command, pulse, str(byte.fileno())], (*descriptors, byte.fileno())
+            self.process: subprocess.Popen[bytes] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(variables),
+                start_new_session=True, bufsize=0, pass_fds=descriptors,
+            )  # fmt: skip
         self._guard = guard
         if guard is not None:
             guard.watch(self.pid)

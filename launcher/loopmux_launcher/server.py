@@ -24,7 +24,7 @@ from loopmux.listening import Listening
 from loopmux.messages import Register
 from loopmux.sockets import Dealer
 from loopmux.wire import VERSIONS, WORKER_BODY_LIMIT, Message, from_bytes, message_limit, new_id, to_bytes
-from loopmux_launcher import adapterstore, livelook, places, workercode
+from loopmux_launcher import adapterstore, livelook, places, watchdog, workercode
 from loopmux_launcher.adapters import Added, extended
 from loopmux_launcher.asking import Asking
 from loopmux_launcher.config import Configuration
@@ -47,6 +47,7 @@ from loopmux_launcher.events import (
     Event,
     Finish,
     KillProcess,
+    Looked,
     ModelLeftOut,
     ProcessExited,
     ProcessReported,
@@ -114,6 +115,7 @@ class Launcher:
         self._link = Link(_register())
         self._code = workercode.install(places.usable_data() / "code")
         self._children: dict[str, Child] = {}
+        self._looks_at = 0.0
         self._builds: dict[str, EnvironmentReady | EnvironmentFailed | None] = {}
         self._log_troubles: dict[str, str] = {}  # by process, as they were announced
         self._exit: int | None = None
@@ -184,6 +186,9 @@ class Launcher:
         due = self._plan.next_timer()
         if due is not None and due <= time.monotonic():
             self._handle(TimerFired())
+        if self._looks_at <= time.monotonic():
+            self._looks_at = time.monotonic() + watchdog.between()
+            self._handle(Looked(frozenset(name for name, child in self._children.items() if child.pulse.taken())))
         if self._asking is not None:
             status, picture = self._asking.status, livelook.leaving if self._stopped else livelook.picture
             self._console.show(picture(status) if status else ())
@@ -203,7 +208,7 @@ class Launcher:
             if child.wants_write is not None:
                 poller.register(child.wants_write, zmq.POLLOUT)
         now = time.monotonic()
-        due = [now + _LONGEST_POLL, self._link.next_timer(), *filter(None, [self._plan.next_timer()])]
+        due = [now + _LONGEST_POLL, self._looks_at, self._link.next_timer(), *filter(None, [self._plan.next_timer()])]
         events = poller.poll(int(max(0.0, min(due) - now) * 1000) + 1)  # milliseconds, rounded up
         ready = [(source, event) for source, event in events if isinstance(source, int)]
         readable = {source for source, event in ready if event & ~zmq.POLLOUT}
@@ -291,7 +296,7 @@ class Launcher:
         command = worker_command(action.python or sys.executable, "--spec", "-", "--parent-pid", str(os.getpid()))
         variables = worker_variables(self._code, environment.variables if environment else {})
         handover = json.dumps(plain(action.spec)).encode() + b"\n"
-        self._start(action.name, command, variables, handover)
+        self._start(action.name, command, variables, handover, pulse="--pulse-fd")
         if action.name in self._children:
             serves = ", ".join(model.id for model in action.spec.models)
             text = f"starting, pid {self._children[action.name].pid}, for {serves}, log {self._log(action.name)}"
@@ -304,6 +309,7 @@ class Launcher:
         variables: dict[str, str],
         handover: bytes = b"",
         descriptors: tuple[int, ...] = (),
+        pulse: str | None = None,
     ) -> None:
         said = broker_line if name == BROKER else phase_line
         # broker and builders die with us by SIGTERM, and put their files away first
@@ -311,7 +317,7 @@ class Launcher:
         try:
             self._children[name] = Child(
                 name, command, variables, self._log(name), handover=handover, descriptors=descriptors, said=said,
-                guard=guard,
+                guard=guard, pulse=pulse,
             )  # fmt: skip
         except OSError as error:
             self._never_began(name, f"{command[0]} could not be started: {error.strerror}")

@@ -65,13 +65,14 @@ def test_one_that_is_killed_just_when_it_is_asked_to_end_leaves_nothing_behind(t
 
 SCRIPT = """
 import os, signal, sys, time
+from loopmux.pulse import Pulse
 from loopmux_broker import keeper
 from loopmux_broker.logs import Logger
 
 keeper._SERVED = 0.3
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as some do, and pass on
 began, last = open(sys.argv[1], "a+b", buffering=0), int(sys.argv[2])
-code = keeper.keep(Logger("console", "info"), keeper.Pulse())
+code = keeper.keep(Logger("console", "info"), Pulse())
 if code is None:
     began.write(b".")
     match os.stat(began.fileno()).st_size:
@@ -89,11 +90,12 @@ print("parent ends with", code)
 
 CRASHING = """
 import os
+from loopmux.pulse import Pulse
 from loopmux_broker import keeper
 from loopmux_broker.logs import Logger
 
 keeper._SERVED, keeper._OFTEN = 0.0, 3
-code = keeper.keep(Logger("console", "info"), keeper.Pulse())
+code = keeper.keep(Logger("console", "info"), Pulse())
 if code is None:
     os.abort()
 print("parent ends with", code)

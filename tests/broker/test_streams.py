@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from brokerkit import (
+    BODY,
     CLIENT,
     EPOCH,
     ONE,
@@ -19,12 +22,13 @@ from brokerkit import (
     kinds,
     pushed,
     run,
+    runs,
     stop,
     stopped,
     tok,
 )
 from loopmux import codec, wire
-from loopmux.messages import Welcome
+from loopmux.messages import Submit, Welcome
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import Action, Push, PushBlocked, Send, TimerDue, say
 
@@ -327,11 +331,76 @@ def test_grace_ends_with_the_return(core: Core) -> None:
     assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0), AGAIN)]
 
 
-def crowd(core: Core, count: int) -> list[bytes]:
+# --- a request that is not to outlive its client
+
+
+def test_a_request_that_is_not_to_outlive_its_client_is_stopped_when_that_is_lost(core: Core) -> None:
+    core.running(ONE, cancel_on_disconnect=True)
+    core.running(TWO)
+    assert core.lose(CLIENT) == [stop(ONE, 1)]
+    core.worker(stopped(ONE, 1))
+    assert core.wait(1.75) == []
+    assert core.wait(0.25) == [stop(TWO, 1)]
+    core.worker(stopped(TWO, 1))
+    core.assert_empty()
+    assert core.counted["cancelled"] == 2
+
+
+def test_silence_is_a_loss_too(core: Core) -> None:
+    core.running(ONE, cancel_on_disconnect=True)
+    assert core.wait(2.75, silent=(CLIENT,)) == []
+    assert core.wait(0.5, silent=(CLIENT,)) == [stop(ONE, 1)]
+
+
+def test_one_that_has_ended_waits_for_its_client_as_all_do(core: Core) -> None:
+    core.running(ONE, cancel_on_disconnect=True)
+    core.worker(end(ONE, 0))
+    core.lose(CLIENT)
+    core.hello(AGAIN, instance(CLIENT))
+    assert core.client(credit(ONE, 8, 0), AGAIN) == [pushed(end(ONE, 0), AGAIN)]
+
+
+def test_a_client_that_comes_back_has_it_begun_again(core: Core) -> None:
+    core.running(ONE, cancel_on_disconnect=True)
+    core.lose(CLIENT)
+    core.worker(stopped(ONE, 1))
+    core.hello(AGAIN, instance(CLIENT))
+    assert core.client(credit(ONE, 8, 0), AGAIN) == [Send(AGAIN, say(Kind.WHO, ONE))]
+    route = codec.pack(Submit("m", cancel_on_disconnect=True))
+    core.client(Message(Header(Kind.ATTACH, ONE, arg=8), route, BODY), AGAIN)
+    assert runs(core.wait(0.5)) == [(WORKER, ONE, 2)]
+    assert core.lose(AGAIN) == [stop(ONE, 1, attempt=2)]
+
+
+def test_a_client_whose_broker_was_away_is_not_lost(core: Core) -> None:
+    core.running(ONE, cancel_on_disconnect=True)
+    core.sleep()
+    assert core.lose(CLIENT) == []
+    core.hello(AGAIN, instance(CLIENT))
+    core.client(credit(ONE, 8, 0), AGAIN)
+    assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0), AGAIN)]
+
+
+def test_many_of_them_are_ended_in_slices_unless_the_client_returns(core: Core) -> None:
+    crowd(core, 200, cancel_on_disconnect=True)
+    core.lose(CLIENT)
+    assert len(core.tables.requests) == 136
+    core.now += 0.001
+    core.handle(TimerDue())
+    assert len(core.tables.requests) == 72
+    core.hello(AGAIN, instance(CLIENT))
+    core.at_once()
+    assert len(core.tables.requests) == 72
+
+
+# --- thousands of them
+
+
+def crowd(core: Core, count: int, **route: Any) -> list[bytes]:
     """So many requests of one client; the first four run."""
     requests = [n.to_bytes(16) for n in range(1, count + 1)]
     for request in requests:
-        core.submit(request)
+        core.submit(request, **route)
     for request in requests[:4]:
         core.worker(say(Kind.RUNACK, request, attempt=1))
     return requests

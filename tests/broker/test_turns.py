@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from brokerwire import Peer, until
+from loopmux.pulse import Pulse
 from loopmux.wire import Kind
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.events import Action, ConnectionLost, Event, LoopStalled, Push, PushBlocked, Sent, TimerDue, say
 from loopmux_broker.inherited import Listener
-from loopmux_broker.keeper import Pulse
 from loopmux_broker.lifeline import Lifeline
 from loopmux_broker.listeners import Listeners
 from loopmux_broker.logs import Logger

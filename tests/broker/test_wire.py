@@ -172,6 +172,18 @@ def test_a_client_whose_connection_breaks_loses_its_requests_after_the_grace(run
         worker.expect(Kind.ENDACK)
 
 
+def test_a_request_that_is_not_to_outlive_its_client_is_stopped_at_once(tmp_path: Path) -> None:
+    with broker("--endpoint", f"ipc://{tmp_path}/b.ipc") as process, Peer(process.workers) as worker:
+        worker.register()
+        with Peer(process.clients) as client:
+            client.hello()
+            client.submit(ONE)
+            client.submit(TWO, cancel_on_disconnect=True)
+            assert {worker.take().header.request for _ in range(2)} == {ONE, TWO}
+        stop = worker.expect(Kind.STOP, patience=1)  # the other one has 2 s
+        assert stop.header == Header(Kind.STOP, TWO, arg=1, attempt=1)
+
+
 def test_a_client_goes_on_over_a_new_connection(running: Process) -> None:
     me = wire.new_id()
     with Peer(running.workers) as worker, Peer(running.clients) as first:

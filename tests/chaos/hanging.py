@@ -15,10 +15,15 @@ HANGS = 6.0
 """Seconds: twice the silence after which a worker counts as lost."""
 
 
-def _hang(*_: object) -> None:
-    ctypes.PyDLL(None).poll(None, 0, round(1000 * HANGS))  # of a PyDLL: the lock of the interpreter is kept meanwhile
+def serve(hangs: float = HANGS) -> int:
+    """Be such a worker, that hangs for so many seconds; returns its exit code."""
+
+    def hang(*_: object) -> None:
+        ctypes.PyDLL(None).poll(None, 0, round(1000 * hangs))  # of a PyDLL: the lock of the interpreter is kept
+
+    signal.signal(signal.SIGUSR2, hang)
+    return main()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGUSR2, _hang)
-    sys.exit(main())
+    sys.exit(serve())

@@ -62,6 +62,7 @@ def test_everything_said_arrives() -> None:
         "timeout": 30,
         "idle_timeout": 4,
         "wait": False,
+        "cancel_on_disconnect": True,
         "tool_choice": "none",
         "parallel_tool_calls": False,
         "reasoning": False,
@@ -82,6 +83,7 @@ def test_everything_said_arrives() -> None:
         continues=True,
         wait=False,
         deterministic=True,
+        cancel_on_disconnect=True,
         trace="00-1-2-3",
     )
     assert ready.idle_timeout == 4.0

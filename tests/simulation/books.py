@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loopmux_broker.requests import State
+from loopmux_broker.tables import Alarm
 from simulation.broken import hold
 
 if TYPE_CHECKING:
@@ -46,6 +47,12 @@ def audit(world: World) -> None:
         hold(account.held == body, "the books agree: a client's bodies", lambda: f"{account.held}, {body}")
         hold(
             account.known == len(mine), "the books agree: a client's requests", lambda: f"{account.known}, {len(mine)}"
+        )
+        kin = client.peer is not None or (Alarm.CLIENT_LOST, client.instance, 0) in tables.timers
+        hold(
+            kin or not any(r.submit.cancel_on_disconnect and r.state is not State.DONE for r in mine),
+            "nothing outlives its client that is not to",
+            lambda: f"{client.instance.hex()} is lost",
         )
     for request in requests:
         kept, total, ids = request.output.chunks, request.output.total, len(request.output.ids) // 4

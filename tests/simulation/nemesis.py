@@ -98,6 +98,7 @@ class Nemesis:
         name, dice = f"r{self.asked}", self.dice
         tokens, timeout = dice.choice((1, 8, 20, 60, 200, 600)), dice.uniform(3, 25)
         options: dict = {"priority": dice.choice((0, 0, 0, 1, -1)), "prompt_size": dice.choice((0, 4_000))}
+        options["cancel_on_disconnect"] = self.asked % 5 == 0
         if dice.random() < 0.3:
             options["hashes"] = tuple(bytes([1, dice.randint(1, 2), dice.randint(1, 3)][: n + 1]) for n in range(3))
         if dice.random() < 0.3:

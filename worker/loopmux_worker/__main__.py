@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loopmux.messages import WorkerSpec
+    from loopmux.pulse import Pulse
 
 _SWITCH_INTERVAL = 0.001
 """Seconds after which a computing thread hands the interpreter over: the default 5 ms would delay every message."""
@@ -68,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         "--spec", metavar="FILE", help="what to serve, as JSON (messages.WorkerSpec); - is standard input"
     )
     parser.add_argument("--parent-pid", type=int, metavar="PID", help="end when this process, the parent, has ended")
+    parser.add_argument(
+        "--pulse-fd", type=int, default=-1, metavar="N", help="give signs of life in this inherited file of one byte"
+    )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.set_defaults(run=_serve)
@@ -166,6 +170,7 @@ def _serve(options: argparse.Namespace, out: TextIO) -> int:
 
         die_with_parent(options.parent_pid)
     from loopmux.codec import shorten
+    from loopmux.pulse import Pulse
     from loopmux_worker import logs
 
     logs.set_up(options.log_level)
@@ -176,7 +181,7 @@ def _serve(options: argparse.Namespace, out: TextIO) -> int:
 
     try:
         spec = _read_spec(options.spec)
-        code = _work(spec, progress)
+        code = _work(spec, progress, Pulse(options.pulse_fd))
     except Exception as error:
         progress("failed", _told(error))
         raise
@@ -214,7 +219,7 @@ def _from_input() -> str:
     return sys.stdin.read() if sys.platform == "linux" else sys.stdin.readline()
 
 
-def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
+def _work(spec: WorkerSpec, progress: Callable[..., None], pulse: Pulse) -> int:
     from loopmux.cadence import LEAVE_PATIENTLY
     from loopmux.keys import credentials
     from loopmux_worker import logs
@@ -232,7 +237,7 @@ def _work(spec: WorkerSpec, progress: Callable[..., None]) -> int:
 
         engine = open_engine(spec, progress)
         freed.give_back()
-        worker = Worker(spec, engine, shown)
+        worker = Worker(spec, engine, pulse, shown)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     signal.signal(signal.SIGUSR1, lambda *_: worker.stop(LEAVE_PATIENTLY))

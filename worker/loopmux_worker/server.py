@@ -18,6 +18,7 @@ import loopmux
 from loopmux.errors import AuthError, EngineError, LoopmuxError, ProtocolError
 from loopmux.keys import Credentials
 from loopmux.messages import Register, WorkerSpec
+from loopmux.pulse import Pulse
 from loopmux.sockets import Dealer
 from loopmux.wire import CLIENT_BODY_LIMIT, VERSIONS, from_bytes, message_limit, new_id, to_bytes
 from loopmux_worker import logs
@@ -45,6 +46,8 @@ from loopmux_worker.session import Session
 
 _PER_TURN = 64
 """Messages read per turn of the loop, so that a flood cannot keep output from going out."""
+_LONGEST_POLL = 5.0
+"""Seconds between two signs of life, whatever interval the broker asks for."""
 _ALONE = 1.0
 """Seconds without a broker after which a worker counts as ready all the same: it serves as soon as there is one."""
 _ENGINE_STOP = 1.0
@@ -74,9 +77,15 @@ class Worker:
 
     ``run`` blocks in the calling thread, which does all I/O; ``stop`` may be called from anywhere, signal handlers
     included. Use it as a context manager: leaving the block closes socket, engine and threads.
+
+    Args:
+        engine: handed over.
+        pulse: beats with every turn of the loop in ``run``; nobody looks at the default.
     """
 
-    def __init__(self, spec: WorkerSpec, engine: Engine, credentials: Credentials | None = None) -> None:
+    def __init__(
+        self, spec: WorkerSpec, engine: Engine, pulse: Pulse | None = None, credentials: Credentials | None = None
+    ) -> None:
         description = engine.describe()
         register = registration(spec, description, new_id())
         self._session = Session(register, _about_process() | description.report, time.monotonic())
@@ -92,6 +101,7 @@ class Worker:
         self._unsent: deque[bytes] = deque()
         self._asked: deque[float] = deque()
         self._left: Leave | None = None
+        self._pulse = pulse or Pulse()
 
     def __enter__(self) -> Worker:
         return self
@@ -119,6 +129,7 @@ class Worker:
         alone = time.monotonic() + _ALONE
         said = False
         while self._left is None:
+            self._pulse.beat()
             if not said and (self._session.welcomed or time.monotonic() >= alone):
                 joined()
                 said = True
@@ -128,7 +139,7 @@ class Worker:
             self._flush()
             blocked = self._unsent and self._dealer.connected
             poller.register(self._dealer.socket, zmq.POLLIN | (zmq.POLLOUT if blocked else 0))
-            self._turn({source for source, _ in poller.poll(max(0, math.ceil(left * 1000)))})
+            self._turn({source for source, _ in poller.poll(max(0, math.ceil(min(left, _LONGEST_POLL) * 1000)))})
         self._flush()
         if self._left.error is not None:
             raise self._left.error
