@@ -36,7 +36,12 @@ def main(stage: str, arguments: list[str]) -> int:
     program = importlib.import_module("loopmux_worker.__main__")
     if stage != "bare":
         program._prepare_libraries()
-        for module in ("loopmux_worker.server", "loopmux_worker.engine.opening", "transformers.models.llama"):
+        for module in (
+            "structlog",
+            "loopmux_worker.server",
+            "loopmux_worker.engine.opening",
+            "transformers.models.llama",
+        ):
             importlib.import_module(module)
         threading.stack_size(2**20)  # the default, often 8 MiB, would be all that is left
     tighten(LEFT[stage])
