@@ -19,7 +19,7 @@ from loopmux import __version__, wire
 from loopmux.client import Messages, evict_order, hint_of, load_order, make_request, outcome_of, unload_order
 from loopmux.connection import Connection
 from loopmux.endpoints import default_endpoint, ipc_path
-from loopmux.errors import CancelledError, ConnectionLostError, LoopmuxError
+from loopmux.errors import AuthError, CancelledError, ConnectionLostError, LoopmuxError
 from loopmux.events import (
     Answer,
     Asked,
@@ -76,7 +76,11 @@ class _Driver:
 
     def start(self, event: Submitted | Asked, sink: Sink) -> None:
         """Begin a request or a question whose outcome and events go to ``sink``."""
-        self._sinks[event.request.id if isinstance(event, Submitted) else event.id] = sink
+        id_ = event.request.id if isinstance(event, Submitted) else event.id
+        if self._link.barred:  # as soon as it was made: nothing comes from it any more
+            sink(Fail(id_, AuthError(self._link.barred)))
+            return
+        self._sinks[id_] = sink
         self.post(event)
 
     def post(self, event: ConnectionEvent) -> None:

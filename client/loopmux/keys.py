@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
@@ -25,7 +25,7 @@ class Key:
 
     name: str
     public: str
-    secret: str
+    secret: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,5 +183,5 @@ def _needs_curve() -> None:
     if not zmq.has("curve"):
         raise ConfigError(
             f"libzmq {zmq.zmq_version()} of {zmq.__file__} has no CURVE, which keys need: install pyzmq from its "
-            " wheels, or a libzmq with libsodium"
+            "wheels, or a libzmq with libsodium"
         )

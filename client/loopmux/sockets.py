@@ -30,13 +30,8 @@ COMMON: Final = {
 """Of both ends; times are milliseconds."""
 SEAL: Final = 64
 """Bytes, and more, by which a frame is longer over CURVE (33), where its length is compared with the limit."""
-_NEWS = (
-    zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
+_NEWS = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+_NEWS_OF_KEYS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _MISMATCH = 0x11000002
 """ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH, which pyzmq has no name for."""
 _CUT_OFF, _WITHIN = 10, 2.0
@@ -118,7 +113,7 @@ class Dealer:
         for option, value in options.items():
             self.socket.setsockopt(option, value)
         use_keys(self.socket, credentials)
-        self.monitor = self.socket.get_monitor_socket(_NEWS)
+        self.monitor = self.socket.get_monitor_socket(_NEWS | (0 if credentials is None else _NEWS_OF_KEYS))
 
     def connect(self, endpoint: str) -> None:
         """Begin to connect, and go on until it is closed.
@@ -197,7 +192,8 @@ class Dealer:
                 self._cut_off.clear()
                 return (
                     f"what listens at {self._endpoint} cannot read what is said to it with $LOOPMUX_SERVER_KEY: set it "
-                    "to the public key of the broker there (`loopmux keys show FILE` on its host)"
+                    "to the public key of the broker there (`loopmux keys show FILE` on its host); or it is a tunnel "
+                    "or proxy with no broker behind it: start that one first"
                 )
         return ""
 

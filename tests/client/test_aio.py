@@ -10,6 +10,8 @@ import pytest
 import loopmux
 from fakebroker import FakeBroker, whole_text
 from loopmux import connection
+from loopmux.events import Barred
+from loopmux.link import Link
 from loopmux.wire import Kind
 
 
@@ -235,3 +237,16 @@ def test_what_no_broker_takes_is_refused_beyond_a_number(tmp_path: Path, monkeyp
             one.leave()
 
     run(f"ipc://{tmp_path / 'nobody'}", story)
+
+
+def test_one_that_is_barred_before_its_first_request_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    came = [Barred("no key")]
+    monkeypatch.setattr(Link, "barred", "no key")
+    monkeypatch.setattr(Link, "news", lambda _: came.pop() if came else None)
+
+    async def story(client: loopmux.AsyncClient) -> None:
+        for ask in (client.generate("x"), client.status()):
+            with pytest.raises(loopmux.AuthError, match="no key"):
+                await asyncio.wait_for(ask, 5)
+
+    run(f"ipc://{tmp_path / 'b'}", story)

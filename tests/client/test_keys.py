@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +44,7 @@ def test_a_new_key_is_its_owners_alone_and_printed_as_the_settings_take_it(
     assert main(["keys", "new", "desk"]) == 78
     assert "is there already: choose another name" in capsys.readouterr().err
     assert keys.read(path) == key
+    assert key.secret not in repr(Credentials(key, key.public))
 
 
 @pytest.mark.parametrize("name", ["", ".key", "a/b", "ä", "a" * 65, "a b"])
@@ -122,8 +125,9 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 
 @pytest.fixture
 def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    with zmq.Context() as context:
-        yield context
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield context
+    context.destroy(0)  # where a test has failed, sockets are left
 
 
 def made(name: str) -> Key:
@@ -178,3 +182,64 @@ def test_who_has_no_key_is_told_to_get_one_and_who_has_one_that_none_is_wanted(
     assert "lets in keys only: set $LOOPMUX_KEY" in barred(dealers[1])
     for one in (*dealers, plain, keyed):
         one.close() if isinstance(one, Dealer) else one.close(0)
+
+
+def cut_off(port: int, begun: bytes) -> None:
+    """Take the port, and 15 connections that end amid the handshake, as those to a broker that is killed do."""
+    with socket.create_server(("127.0.0.1", port)) as listening:
+        listening.settimeout(5)
+        for _ in range(15):
+            with listening.accept()[0] as one:
+                one.sendall(begun)
+
+
+def connects(dealer: Dealer, router: zmq.Socket[bytes], port: int) -> None:
+    router.bind(f"tcp://127.0.0.1:{port}")
+    while not dealer.connected:
+        assert dealer.monitor.poll(5000)
+        dealer.news()
+    assert dealer.barred == ""
+
+
+GREETING = b"\xff" + bytes(7) + b"\1\x7f\3\0NULL" + bytes(48)
+
+
+@pytest.mark.parametrize("begun", [b"", GREETING[:14], GREETING], ids=["nothing", "half a greeting", "a greeting"])
+def test_without_a_key_nobody_is_barred_for_being_cut_off(
+    context: zmq.Context[zmq.Socket[bytes]], begun: bytes
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    dealer, router = Dealer(context, 1 << 20), context.socket(zmq.ROUTER)
+    dealer.connect(f"tcp://127.0.0.1:{port}")
+    cut_off(port, begun)
+    seen = set()
+    while dealer.monitor.poll(0):
+        seen.add(struct.unpack("=Hi", dealer.monitor.recv_multipart()[0])[0])
+    assert seen == {zmq.EVENT_DISCONNECTED}
+    connects(dealer, router, port)
+    dealer.close()
+    router.close(0)
+
+
+def test_who_was_let_in_is_not_barred_for_being_cut_off_later(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    broker = made("broker")
+    routers = [context.socket(zmq.ROUTER) for _ in range(2)]
+    for router in routers:
+        router.setsockopt(zmq.CURVE_SERVER, 1)
+        router.setsockopt(zmq.CURVE_SECRETKEY, broker.secret.encode())
+        router.setsockopt(zmq.LINGER, 0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    dealer = Dealer(context, 1 << 20, Credentials(made("desk"), broker.public))
+    dealer.connect(f"tcp://127.0.0.1:{port}")
+    connects(dealer, routers[0], port)
+    routers[0].unbind(f"tcp://127.0.0.1:{port}")
+    routers[0].close()
+    while dealer.connected:
+        assert dealer.monitor.poll(5000)
+        dealer.news()
+    cut_off(port, b"")
+    connects(dealer, routers[1], port)
+    dealer.close()
+    routers[1].close()
