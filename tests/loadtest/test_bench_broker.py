@@ -14,12 +14,12 @@ def test_every_case_is_printed_and_kept(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [case["case"] for case in cases] == ["versions", "core", "round_trip", "chunk_cpu", "chunk_cpu"] + 6 * [
-        "load"
-    ] + 4 * ["ratio"]
+    alone = ["versions", "core", "round_trip", "chunk_cpu", "chunk_cpu", "curve"]
+    assert [case["case"] for case in cases] == alone + 6 * ["load"] + 4 * ["ratio"]
     assert cases[1]["request"] > cases[1]["TOK"] > 0
     assert cases[2]["broker_p50"] > cases[2]["direct_p50"] > 0
     assert [case["paced"] for case in cases[3:5]] == [False, True]
+    assert all(cases[5][f"{side}_us_per_chunk"] > 0 for side in ("clear", "keyed"))
     loads = [case for case in cases if case["case"] == "load"]
     assert {(case["side"], case["clients"]) for case in loads} == {
         (side, clients) for side in ("loopmux", "proxy", "poller") for clients in (1, 8)
