@@ -172,10 +172,11 @@ class ClientSide:
             self._streams.repeat_terminal(request, now)
 
     def _credit(self, client: Client, request: Request | None, header: Header, now: float) -> None:
-        if request is not None:
+        by_worker_alone = request is not None and request.state is State.RECOVERING and request.lease is not None
+        if request is not None and not by_worker_alone:
             self._streams.credit(request, header.seq, header.arg, now)
         elif client.peer is not None:
-            # Given up while the client was away, or never heard of: its ATTACH has all that it takes to go on.
+            # Given up while the client was away, and known again from its worker at most: its ATTACH has all it takes.
             self._t.out.append(Send(client.peer, say(Kind.WHO, header.request)))
 
     def _cancel(self, client: Client, request: Request | None, request_id: bytes, now: float) -> None:

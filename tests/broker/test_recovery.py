@@ -140,6 +140,16 @@ def test_nor_for_ever_if_it_does_not_say(core: Core) -> None:
     assert [a for a in core.wait(0.25) if kinds([a]) == [(WORKER, Kind.RUN)]] != []
 
 
+def test_a_client_that_takes_it_for_known_here_is_asked_for_it(core: Core) -> None:
+    """It brought it once, and was lost; then the worker did."""
+    core.hello()
+    core.register(held=1)
+    held(core, ONE, 0, 9)
+    assert core.client(say(Kind.CREDIT, ONE, seq=1029, arg=5)) == [Send(CLIENT, say(Kind.WHO, ONE))]
+    assert replay(5) in attach(core, ONE, 5)
+    assert "strikes" not in core.counted
+
+
 def test_a_worker_alone_is_stopped_in_the_end(core: Core) -> None:
     core.register(held=1)
     held(core, ONE, 0, 9)
