@@ -212,6 +212,7 @@ class Attempts:
             self._give_up(request, worker.name, why, now)
             return
         self._t.counters[cause.value] += 1
+        request.blamed = lease.attempt if cause is Cause.LOST else 0
         request.alone = request.losses >= max(self._t.config.max_attempts - 1, 1)
         request.move(Step.REQUEUED)
         self.place(request, self.worker_for(request), now)

@@ -168,6 +168,8 @@ class Recovery:
     def _claim(self, request: Request, worker: Worker, header: Header, now: float) -> None:
         if request.state is State.QUEUED:
             self._t.dequeue(request)
+        if request.blamed == header.attempt:  # no worker was lost: this one has it still, and only its connection broke
+            request.losses, request.blamed, request.alone = request.losses - 1, 0, False
         self._t.timers.cancel((Alarm.RECOVERY, request.id, 0))
         request.attempt = header.attempt
         request.lease = self._t.pool.lease(request, worker, now)

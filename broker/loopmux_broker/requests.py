@@ -74,6 +74,7 @@ class Request:
         arrived, deadline: on the broker's clock.
         attempt: number of the last attempt, 0 before the first; never handed out twice, not even by two brokers.
         losses: attempts that ended because a worker was lost. After two the request runs ``alone``.
+        blamed: the last of these attempts, 0 if the last one ended otherwise.
         mishaps: attempts that came to nothing by no fault of the request.
         fingerprint: of the weights that produced its output; it goes on only where they are the same.
         lease: the worker's slot that runs it now.
@@ -96,6 +97,7 @@ class Request:
     state: State = State.QUEUED
     attempt: int = 0
     losses: int = 0
+    blamed: int = 0
     mishaps: int = 0
     alone: bool = False
     fingerprint: str | None = None

@@ -140,6 +140,20 @@ def test_nor_for_ever_if_it_does_not_say(core: Core) -> None:
     assert [a for a in core.wait(0.25) if kinds([a]) == [(WORKER, Kind.RUN)]] != []
 
 
+def test_a_worker_whose_connection_breaks_again_and_again_is_not_lost_by_its_request(core: Core) -> None:
+    core.hello()
+    core.register()
+    core.submit(ONE)
+    for _ in range(5):
+        core.worker(say(Kind.RUNACK, ONE, attempt=1))
+        core.lose(WORKER)
+        core.register(held=1)
+        assert replay(0) in held(core, ONE, 0, 0)
+    request = core.tables.requests[ONE]
+    assert (request.losses, request.alone, request.attempt) == (0, False, 1)
+    goes_on(core, 0)
+
+
 def test_a_client_that_takes_it_for_known_here_is_asked_for_it(core: Core) -> None:
     """It brought it once, and was lost; then the worker did."""
     core.hello()
