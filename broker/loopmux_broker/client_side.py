@@ -147,7 +147,7 @@ class ClientSide:
         submit = codec.unpack(Submit, message.route)
         if request is not None and (request.state is State.DONE or request.body == message.body):
             self._known_already(request, message, now)
-        elif request is not None and request.state is State.RECOVERING and request.lease is not None:
+        elif request is not None and request.orphan:
             self._recovery.join(request, header, submit, message.body, message.tokens, now)
         elif request is not None or header.request in self._t.requests:
             self._t.counters["mismatched"] += 1
@@ -172,8 +172,7 @@ class ClientSide:
             self._streams.repeat_terminal(request, now)
 
     def _credit(self, client: Client, request: Request | None, header: Header, now: float) -> None:
-        by_worker_alone = request is not None and request.state is State.RECOVERING and request.lease is not None
-        if request is not None and not by_worker_alone:
+        if request is not None and not request.orphan:
             self._streams.credit(request, header.seq, header.arg, now)
         elif client.peer is not None:
             # Given up while the client was away, and known again from its worker at most: its ATTACH has all it takes.

@@ -111,6 +111,6 @@ class BrokerConfig:
         return {n: one.weight if isinstance(one, ClientKey) else 1.0 for n, one in self.client_keys.items()}
 
     @property
-    def clients(self) -> dict[str, str]:
+    def listed_clients(self) -> dict[str, str]:
         """The public keys of clients, by name."""
         return {n: one.key if isinstance(one, ClientKey) else one for n, one in self.client_keys.items()}

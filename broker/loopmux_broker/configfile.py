@@ -58,7 +58,7 @@ def _check_numbers(config: Any, path: str) -> None:
 
 def _with_key(config: BrokerConfig, folder: Path) -> BrokerConfig:
     """The settings with the whole path of the broker's key, and all keys checked."""
-    for side, named in (("client_keys", config.clients), ("worker_keys", config.worker_keys)):
+    for side, named in (("client_keys", config.listed_clients), ("worker_keys", config.worker_keys)):
         if named and not config.key:
             raise FieldError(side, f"{len(named)} keys", "none without a `key` of the broker (`loopmux keys new NAME`)")
         _check_keys(side, named)

@@ -13,7 +13,7 @@ import time
 from collections import deque
 
 from loopmux import exitcodes
-from loopmux.pulse import Pulse
+from loopmux.pulse import Pulse, Silence, between
 from loopmux_broker.logs import Logger
 
 _SERVED = 1.0
@@ -26,8 +26,6 @@ _FOR_GOOD = (exitcodes.USAGE, exitcodes.CONFIG)
 _NEWS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGALRM})
 _HUNG = 30.0
 """Seconds without a pulse after which a broker is killed: it loops without end, or somebody has stopped it and gone."""
-_LOOKS = 6
-"""How often it is looked at in that time. Looks that come late are those of a parent that was stopped itself."""
 
 
 def hold() -> None:
@@ -70,16 +68,13 @@ def keep(log: Logger, pulse: Pulse) -> int | None:
 
 def _await_end(broker: int, pulse: Pulse, log: Logger) -> tuple[int, bool]:
     """The exit code of a broker, negative for a signal, and whether it was asked to end."""
-    asked, missing, looked = False, 0, time.monotonic()
+    asked, silence, pause = False, Silence(_HUNG, time.monotonic()), between(_HUNG)
     # Not sigtimedwait: to who was stopped and goes on after that time, Python names a signal that never came.
-    signal.setitimer(signal.ITIMER_REAL, _HUNG / _LOOKS, _HUNG / _LOOKS)
+    signal.setitimer(signal.ITIMER_REAL, pause, pause)
     while True:
         news = signal.sigwait(_NEWS)
         if news == signal.SIGALRM:
-            now = time.monotonic()
-            late, looked = now - looked > 2 * _HUNG / _LOOKS, now
-            missing = 0 if pulse.taken() or late else missing + 1
-            if missing == _LOOKS:
+            if silence.look(beat=pulse.taken(), now=time.monotonic()):
                 log.say("error", "broker hangs", seconds=round(_HUNG, 1), pid=broker)
                 os.kill(broker, signal.SIGKILL)
         elif news == signal.SIGCHLD:

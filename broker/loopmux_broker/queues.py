@@ -1,9 +1,9 @@
 """Who runs next: fair between clients by the tokens they were served, then by rank within each client.
 
-All clients with one key are one here. Each client has an account of the tokens it was served, which counts less the
-more its key weighs. A request's head start (its priority, or that it continues a
-tool loop) counts as that many tokens less. The client with the lowest account comes next, and of its requests the one
-with the best rank: the time it arrived less its head start in seconds, so that waiting ages a request by itself.
+All clients with one key are one here. Each client has an account of the tokens it was served, which count less the
+more its key weighs. A request's head start (its priority, or that it continues a tool loop) counts as that many tokens
+less. The client with the lowest account comes next, and of its requests the one with the best rank: the time it arrived
+less its head start in seconds, so that waiting ages a request by itself.
 
 An account moves when one of its client's requests gets a slot (by what it is expected to cost) and when it gives the
 slot back (by what it did cost). A client that comes, or comes back with nothing queued, starts where the ones being

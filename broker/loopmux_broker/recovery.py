@@ -91,7 +91,7 @@ class Recovery:
     def complete(self, client: Client, now: float) -> None:
         """A client said its first PING, after all its ATTACHes: what only workers have of it, it does not want."""
         client.complete = True
-        for request in [r for r in client.requests.values() if r.state is State.RECOVERING and r.lease is not None]:
+        for request in [r for r in client.requests.values() if r.orphan]:
             self._ends.disown(request, now)
 
     def _let_in(self, request: Request, received: int) -> bool:

@@ -127,6 +127,11 @@ class Request:
         return len(self.body) + self.brought
 
     @property
+    def orphan(self) -> bool:
+        """Whether a worker has brought it after a restart, and its client has not."""
+        return self.state is State.RECOVERING and self.lease is not None
+
+    @property
     def lane(self) -> Lane:
         """The queue it belongs to."""
         return self.submit.model, self.submit.adapter, self.fingerprint

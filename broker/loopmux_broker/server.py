@@ -64,7 +64,7 @@ class Server:
         self._said: dict[Peer, list[Send | Push]] = {}
         self._leaving: dict[Peer, float] = {}
         secret = keys.read(Path(config.key)).secret if config.key else ""
-        names = listed(clients=config.clients, workers=config.worker_keys)
+        names = listed(clients=config.listed_clients, workers=config.worker_keys)
         self._gate = Gate(self._context, names) if secret else None
         for one in listeners:
             config.check_served(one.endpoint, f"{one.side.value[:-1]}_keys", names.get(one.side.value, {}))

@@ -124,11 +124,8 @@ class _Driver:
     def _turn(self) -> None:
         """Take what is there; the descriptor only says that something may have changed."""
         self._again = None
-        taken = 0
-        while taken < _DRAIN and (messages := self._link.receive()):
-            for data in messages:
-                self._handle(Received(data))
-            taken += len(messages)
+        for data in self._link.arrived(_DRAIN):
+            self._handle(Received(data))
         self._settle()
 
     def _watch(self) -> None:

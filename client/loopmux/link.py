@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import zmq
 
 from loopmux.endpoints import ipc_path
@@ -49,11 +51,6 @@ class Link:
         return bool(events & zmq.POLLIN or (events & zmq.POLLOUT and self.blocked))
 
     @property
-    def readable(self) -> bool:
-        """Whether there is something to receive."""
-        return self._dealer.readable
-
-    @property
     def barred(self) -> str:
         """Why the broker will not have this client; another link may try again. Empty as long as it may."""
         return self._dealer.barred
@@ -82,9 +79,9 @@ class Link:
             self._unsent.drop(self._dealer.send(map(to_bytes, self._unsent)))
         self._said.clear()
 
-    def receive(self) -> list[bytes]:
-        """Messages that came, none if there are none now."""
-        return self._dealer.receive()
+    def arrived(self, most: int) -> Iterator[bytes]:
+        """The messages that are there, about ``most``."""
+        return self._dealer.arrived(most)
 
     def news(self) -> Connected | Disconnected | Barred | None:
         """What happened to the connection, one by one; None when that is all."""

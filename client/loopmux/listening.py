@@ -86,8 +86,7 @@ def endpoint_of(listening: socket.socket) -> str:
     """The endpoint that a listening socket is bound to."""
     name = listening.getsockname()
     if listening.family == socket.AF_UNIX:
-        return (
-            f"ipc://{os.fsdecode(name).replace(chr(0), '@')}"  # a name without a file is bytes, and begins with a zero
-        )
+        # A name without a file is bytes, and begins with a zero.
+        return f"ipc://{os.fsdecode(name).replace(chr(0), '@')}"
     host = f"[{name[0]}]" if listening.family == socket.AF_INET6 else name[0]
     return f"tcp://{host}:{name[1]}"

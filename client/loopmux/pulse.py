@@ -1,4 +1,4 @@
-"""A sign of life between two processes that costs the one that gives it no call of the system."""
+"""Signs of life between two processes, which cost the one that gives them no call of the system, and their absence."""
 
 from __future__ import annotations
 
@@ -23,3 +23,28 @@ class Pulse:
         """Whether there was a beat since this was asked last."""
         there, self._shared[0] = self._shared[0], 0
         return there == 1
+
+
+_LOOKS = 6
+
+
+def between(limit: float) -> float:
+    """Seconds from one look to the next where ``limit`` seconds of silence are too many."""
+    return limit / _LOOKS
+
+
+class Silence:
+    """Whether somebody has given no sign of life for too long, as of looks that are ``between(limit)`` seconds apart.
+
+    A look that comes late is that of one who was stopped himself, most likely with all else on the host: it says
+    nothing, and the count begins anew.
+    """
+
+    def __init__(self, limit: float, now: float) -> None:
+        self._late, self._looked, self._missed = 2 * between(limit), now, 0
+
+    def look(self, *, beat: bool, now: float) -> bool:
+        """Take a look in, with whether there was a sign since the last; returns True once it is too long."""
+        late, self._looked = now - self._looked > self._late, now
+        self._missed = 0 if beat or late else self._missed + 1
+        return self._missed == _LOOKS

@@ -172,16 +172,8 @@ class Pump:
         return -1 if math.isinf(left) else max(0, math.ceil(left * 1000))
 
     def _take_messages(self) -> None:
-        taken = 0
-        while taken < _DRAIN:
-            if taken and not self._link.readable:
-                return  # mostly it is one frame that comes, and asking costs less than to be refused
-            messages = self._link.receive()
-            if not messages:
-                return
-            for data in messages:
-                self._handle(Received(data), time.monotonic())
-            taken += len(messages)
+        for data in self._link.arrived(_DRAIN):
+            self._handle(Received(data), time.monotonic())
 
     def _take_news(self) -> None:
         while (event := self._link.news()) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import zmq
@@ -143,15 +143,18 @@ class Dealer:
                 taken += count
         return taken
 
-    def receive(self) -> list[bytes]:
-        """The messages of the next frame, none if there is none now."""
-        frame = receive(self.socket)
-        return [] if frame is None else split(frame)
-
-    @property
-    def readable(self) -> bool:
-        """Whether there is a message to receive."""
-        return readable(self.socket)
+    def arrived(self, most: int) -> Iterator[bytes]:
+        """The messages that are there: about ``most``, to the end of a frame that was begun."""
+        taken = 0
+        while taken < most:
+            if taken and not readable(self.socket):
+                return  # mostly it is one frame that comes, and asking costs less than to be refused
+            frame = receive(self.socket)
+            if frame is None:
+                return
+            messages = split(frame)
+            yield from messages
+            taken += len(messages)
 
     def news(self) -> bool | None:
         """What happened to the connection, in order: True, it is there; False, it is gone or barred; None, no more."""

@@ -395,12 +395,8 @@ class Launcher:
             self._link.connected() if connected else self._link.lost()
         if self._dealer.barred:
             raise AuthError(self._dealer.barred)
-        for _ in range(_PER_TURN):
-            messages = self._dealer.receive()
-            if not messages:
-                return
-            for data in messages:
-                self._take(data)
+        for data in self._dealer.arrived(_PER_TURN):
+            self._take(data)
 
     def _take(self, data: bytes) -> None:
         try:

@@ -1,7 +1,7 @@
 """The worker's log: one JSON line per event on standard error. Prompts and outputs are never logged.
 
-structlog is imported with the first line: most workers write none, and where no torch is loaded its import takes two
-fifths of the processor time of a worker's start, at the cost of those that stream beside it.
+structlog is imported with the first line: most workers write none, and where no torch is loaded its import would be a
+good part of a worker's start, at the cost of those that stream beside it.
 """
 
 from __future__ import annotations

@@ -177,7 +177,8 @@ class Worker:
             if self._dealer.barred:
                 raise AuthError(self._dealer.barred)
         if self._dealer.socket in readable:
-            self._take_messages()
+            for data in self._dealer.arrived(_PER_TURN):
+                self._take(data)
         if isinstance(self._driver.died, LoopmuxError):
             raise self._driver.died
         if self._driver.died is not None:
@@ -222,18 +223,6 @@ class Worker:
         self._said.clear()
         for _ in range(self._dealer.send(self._unsent)):
             self._unsent.popleft()
-
-    def _take_messages(self) -> None:
-        taken = 0
-        while taken < _PER_TURN:
-            if taken and not self._dealer.readable:
-                return  # mostly it is one frame that comes, and asking costs less than to be refused
-            messages = self._dealer.receive()
-            if not messages:
-                return
-            for data in messages:
-                self._take(data)
-            taken += len(messages)
 
     def _take(self, data: bytes) -> None:
         try:
