@@ -67,9 +67,11 @@ def _with_key(config: BrokerConfig, folder: Path) -> BrokerConfig:
             raise FieldError(f"client_keys.{name}.weight", show(weight), "a number above 0")
     if not config.key:
         return config
-    file = folder.absolute() / Path(config.key).expanduser()
     try:
+        file = folder.absolute() / keys.file_named(config.key)
         keys.read(file)
+    except ValueError as error:
+        raise _wrong("key", error) from error
     except ConfigError as error:
         raise FieldError("key", f"{config.key!r} ({error.message})", "the broker's key file") from error
     return replace(config, key=str(file))
@@ -83,9 +85,14 @@ def _check_keys(side: str, named: Mapping[str, str]) -> None:
             keys.check_name(name)
             keys.to_bytes(public)
         except ValueError as error:
-            raise FieldError(f"{side}.{name}", *str(error).removeprefix("found ").split(", expected ", 1)) from error
+            raise _wrong(f"{side}.{name}", error) from error
         if (other := owners.setdefault(public, name)) != name:
             raise FieldError(f"{side}.{name}", f"the key of {other}", "one of its own")
+
+
+def _wrong(path: str, error: ValueError) -> FieldError:
+    """A field that is wrong by the word of ``keys``, which says what was found and what was expected."""
+    return FieldError(path, *str(error).removeprefix("found ").split(", expected ", 1))
 
 
 def _nearest(error: FieldError) -> str:

@@ -48,7 +48,25 @@ def check_name(name: str) -> None:
         ValueError: says what was found and what was expected.
     """
     if not _NAME.fullmatch(name):
-        raise ValueError(f"found {show(name)}, expected up to 64 letters, digits, '.', '-' and '_', a letter first")
+        raise ValueError(
+            f"found {show(name)}, expected up to 64 letters, digits, '.', '-' and '_', a letter or digit first"
+        )
+
+
+def file_named(text: str) -> Path:
+    """The file whose name is given as a key's.
+
+    Raises:
+        ValueError: it is a part of a key itself; says so without the text, which may be the secret one.
+    """
+    path = Path(text).expanduser()
+    try:
+        to_bytes(text)
+    except ValueError:
+        return path
+    if path.exists():
+        return path
+    raise ValueError("found a part of a key itself, expected the name of its file (`loopmux keys new NAME` makes one)")
 
 
 def to_bytes(part: str) -> bytes:
@@ -163,7 +181,11 @@ def credentials(endpoint: str, key: str | Path | None = None, server_key: str | 
     server = server_key or os.environ.get(SERVER_KEY_VARIABLE)
     if file and server:
         _needs_curve()
-        return Credentials(read(Path(file)), public_part(server))
+        try:
+            path = file_named(str(file))
+        except ValueError as error:
+            raise ConfigError(f"{endpoint}: key, ${KEY_VARIABLE}: {error}") from error
+        return Credentials(read(path), public_part(server))
     if file or server or beyond_this_host(endpoint):
         found = f"${KEY_VARIABLE} alone" if file else f"${SERVER_KEY_VARIABLE} alone" if server else "neither"
         raise ConfigError(

@@ -118,6 +118,9 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         keys.credentials("tcp://127.0.0.1:7750", None, key.public)
     with pytest.raises(ConfigError, match="public key: found a text of 7 characters"):
         keys.credentials(BEYOND, path, "nowhere")
+    with pytest.raises(ConfigError, match="found a part of a key itself, expected the name of its file") as caught:
+        keys.credentials(BEYOND, key.secret, key.public)
+    assert key.secret not in str(caught.value)
 
 
 # --- sockets
