@@ -94,7 +94,10 @@ class Attempts:
         return True
 
     def waited(self, request: Request, now: float) -> None:
-        """The worker of its session was busy for too long, or leaves: any other will do."""
+        """It waits no more for the worker of its session, which has a slot, was busy for too long, or leaves.
+
+        If another turn took the session elsewhere meanwhile, it follows where that is free, and waits no second time.
+        """
         self._t.dequeue(request)
         worker = self.worker_for(request)
         if worker is None:
@@ -121,6 +124,9 @@ class Attempts:
                 self._dispatch(alone, worker, now)
             return
         while worker.free > 0 and (request := self._t.queues.next_for(worker)) is not None:
+            if request.awaits:
+                self.waited(request, now)
+                continue
             self._t.dequeue(request)
             if not self._goes_home(request, worker, now):
                 self._dispatch(request, worker, now)

@@ -417,14 +417,15 @@ def test_a_session_of_short_prompts_does_not_wait_for_its_worker(core: Core) -> 
     assert core.submit(TWO, session="s")[0] == run(TWO, SECOND, session="s")
 
 
+OTHER_TURN = b"t" * 16
 LONG = 4_000
 """Characters of a prompt."""
 
 
-def busy_home(core: Core, took: float = 0.4) -> None:
+def busy_home(core: Core, took: float = 0.4, slots: int = 1) -> None:
     """WORKER ran the session s and is full; SECOND is free, and is known to take so long for a LONG prompt."""
     core.register(WORKER)
-    core.register(SECOND)
+    core.register(SECOND, slots=slots)
     for request, worker, route in ((ONE, WORKER, {"session": "s"}), (TWO, SECOND, {})):
         assert receivers(core.submit(request, prompt_size=LONG, **route)) == [worker]
         core.now += took
@@ -453,6 +454,16 @@ def test_and_goes_there_before_others_if_that_has_a_slot_in_time(core: Core) -> 
     core.now += 0.3
     assert receivers(core.worker(end(THREE, 0))) == [WORKER]
     assert receivers(core.wait(0.5)) == []
+
+
+@pytest.mark.parametrize(("slots", "there"), [(1, WORKER), (2, SECOND)])
+def test_and_waits_no_second_time_where_another_turn_took_the_session_meanwhile(
+    core: Core, slots: int, there: bytes
+) -> None:
+    busy_home(core, slots=slots)
+    next_turn(core)
+    assert receivers(core.submit(OTHER_TURN, session="s")) == [SECOND]
+    assert (there, FOUR, 1) in runs(core.worker(end(THREE, 0)))
 
 
 @pytest.mark.parametrize("leaves", [Kind.DRAIN, Kind.BYE, None])
