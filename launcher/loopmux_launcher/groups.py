@@ -27,6 +27,7 @@ class Group:
         idle_timeout: seconds without requests after which one beyond ``fewest`` stops.
         memory: GiB that each takes.
         shares_cores: its number of threads was not asked for: it follows from how many processes the host has.
+        host: where its processes run, if the broker may have launchers of other hosts, with groups of the same names.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Group:
     idle_timeout: float = IDLE_TIMEOUT
     memory: float = 0.0
     shares_cores: bool = False
+    host: str = ""
 
     @property
     def model_ids(self) -> tuple[str, ...]:
@@ -56,7 +58,8 @@ class Group:
 
     def worker_names(self) -> tuple[str, ...]:
         """One name per process that may run."""
-        return tuple(f"{self.name}-{n}" for n in range(1, self.limit + 1))
+        where = f"@{self.host}" if self.host else ""
+        return tuple(f"{self.name}-{n}{where}" for n in range(1, self.limit + 1))
 
     def runs_like(self, other: Group) -> bool:
         """Whether a process of the other one may go on as one of this."""
@@ -103,7 +106,7 @@ def _same_name(new: Group, old: Group) -> bool:
     return new.name == old.name
 
 
-def group(models: Iterable[Model], endpoint: str, cores: int) -> tuple[Group, ...]:
+def group(models: Iterable[Model], endpoint: str, cores: int, host: str = "") -> tuple[Group, ...]:
     """Put models with the same base, environment, quantisation and engine settings together.
 
     A group has as many processes as the most demanding of its models that say how many. Where no thread count is given,
@@ -120,7 +123,7 @@ def group(models: Iterable[Model], endpoint: str, cores: int) -> tuple[Group, ..
     computing = sum(max(_fewest(pack), 1) for pack in packs if pack[0].entry.engine != "echo")
     threads = max(1, cores // computing) if computing else None
     names: set[str] = set()
-    return tuple(_group(pack, _name(pack[0].id, names), endpoint, threads) for pack in packs)
+    return tuple(_group(pack, _name(pack[0].id, names), endpoint, threads, host) for pack in packs)
 
 
 def _fewest(pack: list[Model]) -> int:
@@ -149,7 +152,7 @@ def _key(model: Model) -> tuple[Any, ...]:
     )
 
 
-def _group(pack: list[Model], name: str, endpoint: str, threads: int | None) -> Group:
+def _group(pack: list[Model], name: str, endpoint: str, threads: int | None, host: str) -> Group:
     model = pack[0]
     entry = model.entry
     echo = dataclasses.asdict(entry.echo) if entry.echo else {}
@@ -183,6 +186,7 @@ def _group(pack: list[Model], name: str, endpoint: str, threads: int | None) -> 
         idle_timeout=max((m.entry.idle_timeout for m in pack if m.entry.idle_timeout), default=IDLE_TIMEOUT),
         memory=max(m.entry.memory_gib or 0.0 for m in pack),
         shares_cores=own_threads is None,
+        host=host,
     )
 
 

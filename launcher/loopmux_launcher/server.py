@@ -101,6 +101,7 @@ class Launcher:
         """
         self._configuration, self._console = configuration, console
         self._clients, self._endpoint = endpoint, worker_endpoint or endpoints.worker_endpoint(endpoint)
+        self._host = "" if with_broker or endpoints.ipc_path(self._endpoint) is not None else platform.node()
         self._credentials = credentials(self._endpoint)  # its workers have the same, by their environment
         self._logs = places.usable_logs(endpoint)  # first: where that folder is unusable, it says so best
         self._adapters = places.adapters(endpoint)
@@ -126,7 +127,7 @@ class Launcher:
             self._listen(clients=endpoint, workers=self._endpoint)
 
     def _groups(self) -> tuple[Group, ...]:
-        return group(self._configuration.models.values(), self._endpoint, len(os.sched_getaffinity(0)))
+        return group(self._configuration.models.values(), self._endpoint, len(os.sched_getaffinity(0)), self._host)
 
     def _listen(self, **named: str) -> None:
         try:

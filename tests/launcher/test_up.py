@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import pty
 import re
 import select
@@ -249,6 +250,10 @@ def test_run_serves_a_broker_of_another_host_by_keys(
         with program(*words) as run, loopmux.Client(endpoint) as client:
             run.line("ready after")
             assert client.generate("hello", model="echo").text
+            # the broker's own host may have an echo-1, too
+            assert {worker.name for worker in client.status().workers} == {
+                f"echo-{n}@{platform.node()}" for n in (1, 2)
+            }
             run.process.terminate()
             assert run.wait() == 0
         lost = launch("run", "--config", str(config), "--endpoint", "tcp://broker.example.org:7750")
