@@ -26,14 +26,15 @@ class Listeners:
     def __init__(
         self, clients: Sequence[str], workers: Sequence[str], settings: BrokerConfig, given: Sequence[Listener]
     ) -> None:
-        """Listen where ``clients`` and ``workers`` say, or else the settings; ``given`` are listened on already.
+        """Listen where ``clients`` and ``workers`` say, or else the settings; ``given`` are served besides.
 
         Raises:
             BusyError, ConfigError: an endpoint cannot be had; whatever was taken before is given back.
         """
         self._given, self._own = {one.endpoint: one for one in given}, list[Listening]()
         self._keyed = bool(settings.key)
-        for_clients, for_workers = _named(clients, given, Side.CLIENTS), _named(workers, given, Side.WORKERS)
+        for_clients = _named(clients, given, Side.CLIENTS, settings.endpoints)
+        for_workers = _named(workers, given, Side.WORKERS, settings.worker_endpoints)
         config = settings.with_endpoints(for_clients, for_workers)
         try:
             serving = self._open(Side.CLIENTS, config.endpoints)
@@ -60,6 +61,10 @@ class Listeners:
             own.close()
 
 
-def _named(arguments: Sequence[str], given: Sequence[Listener], side: Side) -> tuple[str, ...]:
-    """The endpoints of one side: those of the command line, and those of sockets that were handed over."""
-    return tuple(dict.fromkeys([*arguments, *(one.endpoint for one in given if one.side is side)]))
+def _named(arguments: Sequence[str], given: Sequence[Listener], side: Side, settings: Sequence[str]) -> tuple[str, ...]:
+    """The endpoints of one side: of the command line or else the settings, and of sockets that were handed over.
+
+    The first one is what those beside it are named after: what was handed over is where its owner looks for them.
+    """
+    handed = (one.endpoint for one in given if one.side is side)
+    return tuple(dict.fromkeys([*arguments, *handed, *(() if arguments else settings)]))

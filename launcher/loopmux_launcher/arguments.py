@@ -36,7 +36,8 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         command.set_defaults(run=commands[words])
         return command
 
-    add("up", "broker, environments and workers, in the foreground", file, endpoint, parent, form)
+    up = add("up", "broker, environments and workers, in the foreground", file, endpoint, parent, form)
+    up.add_argument("--broker-config", type=Path, metavar="FILE", help="the broker's settings, see configs/broker.yaml")
     run = add("run", "environments and workers for a broker that runs already", file, endpoint, parent, form)
     run.add_argument(
         "--worker-endpoint",

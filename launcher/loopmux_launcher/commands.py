@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 from loopmux import endpoints, exitcodes
 from loopmux.errors import ConfigError, LoopmuxError
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _up(options: argparse.Namespace) -> int:
     configuration, endpoint = _configuration(options), options.endpoint or endpoints.default_endpoint()
     with Holder(endpoint):
-        return _launch(options, configuration, endpoint, with_broker=True)
+        return _launch(options, configuration, endpoint, with_broker=True, broker_config=options.broker_config)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -74,12 +75,20 @@ def _launch(
     worker_endpoint: str | None = None,
     *,
     with_broker: bool = False,
+    broker_config: Path | None = None,
 ) -> int:
     with Console(options.log_format) as console:
         console.announce(Announce("launcher", f"{configuration.file} on {endpoint}"))
         for note in configuration.notes:
             console.announce(Announce("launcher", note))
-        launcher = Launcher(configuration, endpoint, console, with_broker=with_broker, worker_endpoint=worker_endpoint)
+        launcher = Launcher(
+            configuration,
+            endpoint,
+            console,
+            with_broker=with_broker,
+            broker_config=broker_config,
+            worker_endpoint=worker_endpoint,
+        )
         return launcher.run(options.parent_pid)
 
 

@@ -92,14 +92,17 @@ class Launcher:
         console: Console,
         *,
         with_broker: bool,
+        broker_config: Path | None = None,
         worker_endpoint: str | None = None,
     ) -> None:
         """``endpoint`` is where clients connect, ``worker_endpoint`` where workers do: if None, what belongs to it.
 
+        ``broker_config`` is the file with the settings of its own broker.
+
         Raises:
             ConfigError: something that this needs cannot be had.
         """
-        self._configuration, self._console = configuration, console
+        self._configuration, self._console, self._broker_config = configuration, console, broker_config
         self._clients, self._endpoint = endpoint, worker_endpoint or endpoints.worker_endpoint(endpoint)
         self._host = "" if with_broker or endpoints.ipc_path(self._endpoint) is not None else platform.node()
         self._credentials = credentials(self._endpoint)  # its workers have the same, by their environment
@@ -280,6 +283,8 @@ class Launcher:
         command = [sys.executable, "-m", "loopmux_broker", "--parent-pid", str(os.getpid()), "--log-format", "json"]
         for name, one in self._listening.items():
             command += ["--listen-fd", f"{name}={one.fileno()}"]
+        if self._broker_config is not None:
+            command += ["--config", str(self._broker_config)]
         return command
 
     def _descriptors(self) -> tuple[int, ...]:

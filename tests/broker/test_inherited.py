@@ -65,6 +65,24 @@ def test_nobody_is_refused_while_the_broker_is_started_again(sockets: tuple[List
                 second.stop()
 
 
+def test_endpoints_of_the_settings_are_served_beside_what_was_handed_over(tmp_path: Path) -> None:
+    path, settings = tmp_path / "b.ipc", tmp_path / "broker.yaml"
+    own = f"ipc://{tmp_path}/own.ipc"
+    settings.write_text(f"endpoints: ['{own}', 'ipc://{path}']\n")
+    clients, workers = Listening(f"ipc://{path}"), Listening(f"ipc://{path}.work")
+    try:
+        words = (*arguments(clients, workers), "--config", str(settings))
+        with broker(*words, descriptors=[clients.fileno(), workers.fileno()]) as running:
+            for endpoint in (own, f"ipc://{path}"):
+                with Peer(endpoint) as client:
+                    client.hello()
+            assert (tmp_path / "b.ipc.admin").is_socket()  # where the owner of the handed over one looks for it
+            assert running.stop()[0] == 0
+    finally:
+        workers.close()
+        clients.close()
+
+
 def test_a_broker_that_ends_leaves_the_socket_s_file_to_its_owner(tmp_path: Path) -> None:
     path = tmp_path / "b.ipc"
     clients, workers = Listening(f"ipc://{path}"), Listening(f"ipc://{path}.work")

@@ -280,6 +280,23 @@ def test_a_socket_held_by_a_lone_broker_ends_up_with_its_reason(config: Path, en
         broker.wait()
 
 
+def test_the_broker_of_up_has_the_settings_of_its_file(config: Path, endpoint: str, home: Path) -> None:
+    settings, also = home / "broker.yaml", f"ipc://{home}/also.ipc"
+    settings.write_text(f"endpoints: ['{also}']\n")
+    words = ("up", "--config", str(config), "--endpoint", endpoint, "--broker-config", str(settings))
+    with program(*words) as up:
+        up.line("ready after")
+        for each in (endpoint, also):
+            with loopmux.Client(each) as client:
+                assert client.generate("hello", model="echo").text
+        up.process.terminate()
+        assert up.wait() == 0
+    settings.write_text("endpoint: x\n")
+    done = launch(*words)
+    assert done.returncode == 78
+    assert f"{settings}:1: endpoint: found an unknown key" in done.stderr
+
+
 def test_bad_configuration_starts_nothing(config: Path, endpoint: str, home: Path) -> None:
     config.write_text("models:\n  a: {engin: echo}\n  b: {base_model: gone}\n")
     done = launch("up", "--config", str(config), "--endpoint", endpoint)
