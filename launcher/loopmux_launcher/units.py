@@ -48,8 +48,9 @@ def unedited(text: str) -> bool:
 def commands(before: Mapping[str, str], after: Mapping[str, str]) -> list[list[str]]:
     """What is to be said to systemd, in this order, once these units are in place of those, each text by its name."""
     said = [["daemon-reload"]]
-    if any(text != after[name] for name, text in before.items()):  # what runs goes on as it was started
-        said.append(["try-restart", *(name for name in after if name.endswith(".service"))])
+    changed = [name for name, text in before.items() if name.endswith(".service") and text != after[name]]
+    if changed:  # what runs goes on as it was started
+        said.append(["try-restart", *changed])
     # The one without an [Install] section is started by its sockets.
     return [*said, ["enable", "--now", *(name for name, text in after.items() if "\n[Install]\n" in text)]]
 
