@@ -26,7 +26,11 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     form = _option("--log-format", choices=("plain", "json", "live"), help="default: live on a terminal, else plain")
     debug = _option("--debug", action="store_true", help="show tracebacks")
     groups = {"": top.add_subparsers(metavar="COMMAND", required=True)}
-    for name, text in (("config", "check a configuration"), ("env", "build and find model environments")):
+    for name, text in (
+        ("config", "check a configuration"),
+        ("env", "build and find model environments"),
+        ("systemd", "have this user's systemd run broker and launcher"),
+    ):
         group = groups[""].add_parser(name, help=text, description=text)
         groups[name] = group.add_subparsers(metavar="ACTION", required=True)
 
@@ -50,6 +54,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     add("config schema", "print the JSON schema of the file, for editors")
     _add_env(add, file, parent, form)
+    _add_systemd(add)
     logs = add("logs", "show the end of a log", endpoint)
     logs.add_argument("name", nargs="?", metavar="NAME", help="a worker, broker, or env-NAME; default: list them all")
     logs.add_argument("-n", "--lines", type=int, default=50, help="how many (%(default)s)")
@@ -77,6 +82,18 @@ def _add_env(
     add("env rollback", "go back to the build that was in use before", file, form, one)
     prune = add("env prune", "remove what no configuration and no process uses", file)
     prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+
+
+def _add_systemd(add: Callable[..., argparse.ArgumentParser]) -> None:
+    file = _option(
+        "--config", type=Path, metavar="FILE", help="the launcher's; default: $LOOPMUX_CONFIG, else what it finds then"
+    )
+    folder = _option("--folder", type=Path, metavar="DIR", help="default: where this user's systemd looks for units")
+    force = _option("--force", action="store_true", help="also units that somebody has edited or put there")
+    add("systemd print", "show the units that `install` writes", file, folder)
+    install = add("systemd install", "write units for this installation", file, folder, force)
+    install.add_argument("--now", action="store_true", help="enable and start them, too")
+    add("systemd uninstall", "stop, disable and remove what `install` wrote", folder, force)
 
 
 def _option(name: str, **settings: Any) -> argparse.ArgumentParser:

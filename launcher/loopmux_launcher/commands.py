@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loopmux import endpoints, exitcodes
 from loopmux.errors import ConfigError, LoopmuxError
-from loopmux_launcher import config, envcommands, jsonschema, showlogs, tether
+from loopmux_launcher import config, envcommands, jsonschema, showlogs, systemdcommands, tether
 from loopmux_launcher.arguments import Command, parser
 from loopmux_launcher.config import Configuration
 from loopmux_launcher.console import Console
@@ -147,4 +147,5 @@ COMMANDS: dict[str, Command] = {
     "config schema": _config_schema,
     "logs": _logs,
     **envcommands.COMMANDS,
+    **systemdcommands.COMMANDS,
 }

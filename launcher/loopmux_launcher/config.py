@@ -84,20 +84,38 @@ class Configuration:
     memory_gib: float | None = None
 
 
+def named(explicit: Path | None) -> Path | None:
+    """The configuration file that is named: the given one, or ``$LOOPMUX_CONFIG``; None where none is.
+
+    Raises:
+        ConfigError: it does not exist.
+    """
+    file = explicit or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
+    if file and not file.is_file():
+        origin = "--config" if explicit else f"${CONFIG_VARIABLE}"
+        raise ConfigError(f"{origin}: found no file {file}, expected a configuration file")
+    return file
+
+
+def user_folder() -> Path:
+    """``$XDG_CONFIG_HOME``, which has folders for the settings of programs."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+
+
+def user_file() -> Path:
+    """The configuration file in the user's folder, there or not."""
+    return user_folder() / "loopmux" / "llm_backends.yaml"
+
+
 def find(explicit: Path | None = None) -> Path:
     """The configuration file: the given one, ``$LOOPMUX_CONFIG``, the working folder's, the user's.
 
     Raises:
         ConfigError: none of them exists.
     """
-    named = explicit or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
-    if named:
-        if not named.is_file():
-            origin = "--config" if explicit else f"${CONFIG_VARIABLE}"
-            raise ConfigError(f"{origin}: found no file {named}, expected a configuration file")
-        return named
-    user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    places = (Path("configs/llm_backends.yaml"), user / "loopmux" / "llm_backends.yaml")
+    if file := named(explicit):
+        return file
+    places = (Path("configs/llm_backends.yaml"), user_file())
     for place in places:
         if place.is_file():
             return place

@@ -28,6 +28,9 @@ PROGRAMS = {
     "env": Program("loopmux_launcher", ("env",), _LAUNCHER, "server", "build, list and find model environments"),
     "config": Program("loopmux_launcher", ("config",), _LAUNCHER, "server", "check a configuration file"),
     "logs": Program("loopmux_launcher", ("logs",), _LAUNCHER, "server", "show a worker's log"),
+    "systemd": Program(
+        "loopmux_launcher", ("systemd",), _LAUNCHER, "server", "have this user's systemd run broker and launcher"
+    ),
     "run-adapter": Program(
         "loopmux_worker",
         ("run-adapter",),

@@ -1,0 +1,68 @@
+"""What systemd's units say for one installation, and whether a unit is still as it was written.
+
+A unit's first line has the digest of the others, so that nobody's edit is overwritten or removed unasked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+from loopmux.errors import ConfigError
+
+_NEVER = re.compile(r"[\"'\\\x00-\x1f\x7f]")
+"""What systemd takes in no program's path, quoted or not."""
+
+
+def render(shipped: str, programs: str, config: str | None) -> str:
+    """The text of a unit.
+
+    Args:
+        shipped: the unit as it lies in ``configs/systemd``, whose program has no path.
+        programs: the folder of the programs.
+        config: the launcher's configuration file, None for what it finds itself.
+
+    Raises:
+        ConfigError: no unit can name that folder.
+    """
+    if _NEVER.search(programs):
+        raise ConfigError(
+            f"the programs are in {programs!r}: found a quote, backslash or control character, expected a folder that "
+            "systemd starts programs from: install Loopmux in another one"
+        )
+    text = shipped
+    if config is not None:
+        word = _word(config)
+        text = re.sub(r"^ExecStart=loopmux-launcher .*", lambda line: f"{line[0]} --config {word}", text, flags=re.M)
+    folder = programs.replace("%", "%%")  # a $ stands for itself there
+    text = re.sub(r"^ExecStart=(\S+)", lambda start: f'ExecStart="{folder}/{start[1]}"', text, flags=re.M)
+    return _signed(text)
+
+
+def unedited(text: str) -> bool:
+    """Whether a unit is one that ``render`` made, for whichever installation, and nobody has changed it since."""
+    return text == _signed(text.partition("\n")[2])
+
+
+def commands(before: Mapping[str, str], after: Mapping[str, str]) -> list[list[str]]:
+    """What is to be said to systemd, in this order, once these units are in place of those, each text by its name."""
+    said = [["daemon-reload"]]
+    changed = [name for name, text in before.items() if name.endswith(".service") and text != after[name]]
+    if changed:  # what runs goes on as it was started
+        said.append(["try-restart", *changed])
+    # The one without an [Install] section is started by its sockets.
+    return [*said, ["enable", "--now", *(name for name, text in after.items() if "\n[Install]\n" in text)]]
+
+
+def _signed(text: str) -> str:
+    # Worded otherwise, every unit that is installed would count as edited.
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"# Written by `loopmux systemd install` ({digest}). Changes belong in `systemctl --user edit`.\n{text}"
+
+
+def _word(text: str) -> str:
+    """An argument in ExecStart=, quoted; nothing in it is an escape, a specifier or a variable."""
+    for sign, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("%", "%%"), ("$", "$$")):
+        text = text.replace(sign, escaped)
+    return f'"{text}"'
