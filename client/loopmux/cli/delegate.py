@@ -28,6 +28,7 @@ PROGRAMS = {
     "env": Program("loopmux_launcher", ("env",), _LAUNCHER, "server", "build, list and find model environments"),
     "config": Program("loopmux_launcher", ("config",), _LAUNCHER, "server", "check a configuration file"),
     "logs": Program("loopmux_launcher", ("logs",), _LAUNCHER, "server", "show a worker's log"),
+    "load": Program("loopmux_loadtest.load", (), (), "", "load test: many requests, what became of them and how fast"),
     "run-adapter": Program(
         "loopmux_worker",
         ("run-adapter",),
