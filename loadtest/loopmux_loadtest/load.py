@@ -18,6 +18,7 @@ import contextlib
 import itertools
 import json
 import math
+import resource
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +37,8 @@ from loopmux_loadtest.tally import Tally, arrivals
 
 _LIVE, _PLAIN = 0.5, 10.0
 """Seconds between two looks at the progress, on a terminal and elsewhere."""
+_FILES, _OTHERS = 10, 64
+"""Files that a connection opens (nine sockets and their like), and that all the rest may have open."""
 _EXAMPLE = '{"prompt": "Hello"}'
 
 Wish = dict[str, Any]
@@ -50,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     wishes, tally = _wishes(options), Tally()
+    _make_room(options.connections)
     seconds, interrupted = asyncio.run(_measure(options, wishes, tally))
     figures = _settings(options) | tally.figures(seconds)
     print(json.dumps(figures, ensure_ascii=False) if options.json else render(figures))
@@ -126,6 +130,21 @@ async def _measure(options: argparse.Namespace, wishes: Sequence[Wish], tally: T
         telling.cancel()
         await asyncio.wait([telling])
         return seconds, interrupted
+
+
+def _make_room(connections: int) -> None:
+    """Let this process open the files that its connections take: libzmq ends a process that may not.
+
+    Raises:
+        BadRequestError: so many are not allowed.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = _FILES * connections + _OTHERS
+    if needed > hard != resource.RLIM_INFINITY:
+        most = max(0, (hard - _OTHERS) // _FILES)
+        raise BadRequestError(f"--connections: found {connections}, expected at most {most} with `ulimit -Hn` {hard}")
+    if needed > soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 async def _run(options: argparse.Namespace, load: Load) -> None:

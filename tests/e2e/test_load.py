@@ -84,6 +84,19 @@ def test_failures_are_counted_by_their_code(
     assert failures.splitlines()[1].startswith("model_not_found  2         model 'nope' is not known")
 
 
+def test_connections_get_the_files_that_they_take_or_are_refused(echo_stack: stacks.Stack) -> None:
+    words = f"{sys.executable} -m loopmux load echo --connections 20 --requests 20 --endpoint {echo_stack.endpoint}"
+
+    def limited(limit: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["sh", "-c", f"{limit}; {words}"], capture_output=True, text=True, timeout=60)
+
+    done = limited("ulimit -Sn 100")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = limited("ulimit -n 164")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "loopmux: --connections: found 20, expected at most 10 with `ulimit -Hn` 164\n"
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress(
     terminal: bool, echo_stack: stacks.Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
