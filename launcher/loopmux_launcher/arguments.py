@@ -21,6 +21,9 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     file = _option(
         "--config", type=Path, metavar="FILE", help="default: $LOOPMUX_CONFIG, ./configs/, the user's folder"
     )
+    broker = _option(
+        "--broker-config", type=Path, metavar="FILE", help="the broker's settings, see configs/broker.yaml"
+    )
     endpoint = _option("--endpoint", metavar="E", help="default: $LOOPMUX_ENDPOINT, else the user's ipc socket")
     parent = _option("--parent-pid", type=int, metavar="PID", help="stop when this process ends")
     form = _option("--log-format", choices=("plain", "json", "live"), help="default: live on a terminal, else plain")
@@ -40,8 +43,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         command.set_defaults(run=commands[words])
         return command
 
-    up = add("up", "broker, environments and workers, in the foreground", file, endpoint, parent, form)
-    up.add_argument("--broker-config", type=Path, metavar="FILE", help="the broker's settings, see configs/broker.yaml")
+    add("up", "broker, environments and workers, in the foreground", file, broker, endpoint, parent, form)
     run = add("run", "environments and workers for a broker that runs already", file, endpoint, parent, form)
     run.add_argument(
         "--worker-endpoint",
@@ -54,7 +56,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     add("config schema", "print the JSON schema of the file, for editors")
     _add_env(add, file, parent, form)
-    _add_systemd(add)
+    _add_systemd(add, broker)
     logs = add("logs", "show the end of a log", endpoint)
     logs.add_argument("name", nargs="?", metavar="NAME", help="a worker, broker, or env-NAME; default: list them all")
     logs.add_argument("-n", "--lines", type=int, default=50, help="how many (%(default)s)")
@@ -84,14 +86,14 @@ def _add_env(
     prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
 
-def _add_systemd(add: Callable[..., argparse.ArgumentParser]) -> None:
+def _add_systemd(add: Callable[..., argparse.ArgumentParser], broker: argparse.ArgumentParser) -> None:
     file = _option(
         "--config", type=Path, metavar="FILE", help="the launcher's; default: $LOOPMUX_CONFIG, else what it finds then"
     )
     folder = _option("--folder", type=Path, metavar="DIR", help="default: where this user's systemd looks for units")
     force = _option("--force", action="store_true", help="also units that somebody has edited or put there")
-    add("systemd print", "show the units that `install` writes", file, folder)
-    install = add("systemd install", "write units for this installation", file, folder, force)
+    add("systemd print", "show the units that `install` writes", file, broker, folder)
+    install = add("systemd install", "write units for this installation", file, broker, folder, force)
     install.add_argument("--now", action="store_true", help="enable and start them, too")
     add("systemd uninstall", "stop, disable and remove what `install` wrote", folder, force)
 

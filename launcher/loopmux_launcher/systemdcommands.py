@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from loopmux.errors import LoopmuxError
+from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.folders import usable
 from loopmux_launcher import config, units
 from loopmux_launcher.arguments import Command
@@ -75,11 +75,15 @@ def _wanted(options: argparse.Namespace) -> dict[Path, str]:
     """What ``install`` writes, by where.
 
     Raises:
-        ConfigError: the configuration that was named is not there, or no unit can name the folder of the programs.
+        ConfigError: a configuration that was named is not there, or no unit can name the folder of the programs.
         LoopmuxError: the programs are not installed.
     """
-    file, programs = config.named(options.config), _programs()
-    named = None if file is None else str(file.absolute())
+    broker: Path | None = options.broker_config
+    if broker is not None and not broker.is_file():
+        raise ConfigError(f"--broker-config: found no file {broker}, expected the broker's settings")
+    files = {"loopmux-launcher": config.named(options.config), "loopmux-broker": broker}
+    named = {program: str(file.absolute()) for program, file in files.items() if file is not None}
+    programs = _programs()
     return {_folder(options) / name: units.render(text, programs, named) for name, text in _shipped().items()}
 
 

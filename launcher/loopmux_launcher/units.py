@@ -15,13 +15,13 @@ _NEVER = re.compile(r"[\"'\\\x00-\x1f\x7f]")
 """What systemd takes in no program's path, quoted or not."""
 
 
-def render(shipped: str, programs: str, config: str | None) -> str:
+def render(shipped: str, programs: str, configs: Mapping[str, str]) -> str:
     """The text of a unit.
 
     Args:
         shipped: the unit as it lies in ``configs/systemd``, whose program has no path.
         programs: the folder of the programs.
-        config: the launcher's configuration file, None for what it finds itself.
+        configs: by program, the configuration file that is named to it.
 
     Raises:
         ConfigError: no unit can name that folder.
@@ -31,13 +31,14 @@ def render(shipped: str, programs: str, config: str | None) -> str:
             f"the programs are in {programs!r}: found a quote, backslash or control character, expected a folder that "
             "systemd starts programs from: install Loopmux in another one"
         )
-    text = shipped
-    if config is not None:
-        word = _word(config)
-        text = re.sub(r"^ExecStart=loopmux-launcher .*", lambda line: f"{line[0]} --config {word}", text, flags=re.M)
     folder = programs.replace("%", "%%")  # a $ stands for itself there
-    text = re.sub(r"^ExecStart=(\S+)", lambda start: f'ExecStart="{folder}/{start[1]}"', text, flags=re.M)
-    return _signed(text)
+
+    def command(line: re.Match[str]) -> str:
+        program, words = line.groups()
+        named = f" --config {_word(configs[program])}" if program in configs else ""
+        return f'ExecStart="{folder}/{program}"{words}{named}'
+
+    return _signed(re.sub(r"^ExecStart=(\S+)(.*)", command, shipped, flags=re.M))
 
 
 def unedited(text: str) -> bool:

@@ -43,6 +43,7 @@ from loopmux_loadtest import middles
 from loopmux_loadtest.bench_core import core
 from loopmux_loadtest.ends import WireCallers, lasting, times, work
 from loopmux_loadtest.middles import Middle, processor_time
+from loopmux_loadtest.tally import percentile
 
 STREAMS = 64
 PACE = 2000
@@ -61,16 +62,11 @@ def round_trip(direct: WireCallers, brokered: WireCallers, rounds: int, count: i
     for _ in range(rounds):
         for name, caller in (("direct", direct), ("broker", brokered)):
             latencies = caller.run(times(count), 1, at_once=1, width=1).latencies
-            found[f"{name}_p50"].append(_percentile(latencies, 0.5))
-            found[f"{name}_p99"].append(_percentile(latencies, 0.99))
+            found[f"{name}_p50"].append(1e3 * percentile(latencies, 0.5))
+            found[f"{name}_p99"].append(1e3 * percentile(latencies, 0.99))
     medians = {name: round(statistics.median(values), 3) for name, values in found.items()}
     added = round(medians["broker_p50"] - medians["direct_p50"], 3)
     return {"case": "round_trip", "unit": "ms", **medians, "added_p50": added}
-
-
-def _percentile(seconds: list[float], share: float) -> float:
-    """Milliseconds."""
-    return 1000 * sorted(seconds)[int(share * (len(seconds) - 1))]
 
 
 def chunk_cpu(broker: int, caller: WireCallers, rounds: int, scale: float, *, rate: int) -> dict[str, Any]:
@@ -95,8 +91,8 @@ def load(middle: Middle, clients: int, seconds: float) -> Figures:
         requests, (spent, forwarded) = len(took.latencies), _since(middle, spent, forwarded)
         found = {
             "requests_per_s": requests / took.seconds,
-            "p50_ms": _percentile(took.latencies, 0.5),
-            "p99_ms": _percentile(took.latencies, 0.99),
+            "p50_ms": 1e3 * percentile(took.latencies, 0.5),
+            "p99_ms": 1e3 * percentile(took.latencies, 0.99),
             "us_per_request": 1e6 * spent / requests,
             "us_per_request_forwarding": 1e6 * forwarded / requests,
         }

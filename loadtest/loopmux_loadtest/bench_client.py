@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 
 from loopmux import AsyncClient, Client, TextDelta
+from loopmux_loadtest.tally import percentile
 
 _WARM_UP = 20
 """Requests whose times do not count: they connect and fill caches."""
@@ -93,9 +94,8 @@ def cost_per_chunk(client: Client) -> float:
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
     """Median and 99th percentile of what came after the warm-up, milliseconds."""
-    ordered = sorted(s * 1e3 for s in seconds[_WARM_UP:])
-    last = len(ordered) - 1
-    return {"p50": round(ordered[last // 2], 3), "p99": round(ordered[math.ceil(last * 0.99)], 3)}
+    counted = seconds[_WARM_UP:]
+    return {name: round(1e3 * percentile(counted, share), 3) for name, share in (("p50", 0.5), ("p99", 0.99))}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from itertools import pairwise
 from chaos.callers import Call, crowd
 from chaos.house import House
 from chaos.nemesis import beside
-from chaos.storm import ABUSED, ECHO, NARROW, Load, percentile
+from chaos.storm import ABUSED, ECHO, NARROW, Load
+from loopmux_loadtest.tally import percentile
 
 _LEAST = 0.05
 """Share by which two runs may differ however equal earlier ones were."""

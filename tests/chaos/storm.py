@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chaos.callers import Call, crowd
 from chaos.house import FAST, MODEL, House
 from chaos.nemesis import Fault, beside, strikes
+from loopmux_loadtest.tally import percentile
 
 ECHO = {"engine": "echo", "models": [{"id": MODEL}], "slots": 64, "echo": {"rate": 50}}
 """A worker: one chunk of one token each 20 ms and stream, as often as a worker sends at all."""
@@ -75,12 +75,6 @@ class Row:
     def cut(self, share: float) -> float:
         """A percentile of the cuts."""
         return percentile(self.cuts, share)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which this share of the values lies; NaN for none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
 
 
 async def storm(fault: Fault, load: Load) -> Row:

@@ -10,7 +10,7 @@ from chaos import neighbours, table
 from chaos.callers import Call
 from chaos.neighbours import Pair
 from chaos.nemesis import FAULTS
-from chaos.storm import Row, percentile
+from chaos.storm import Row
 from loopmux import Result, TextDelta
 from loopmux.results import Timing, Usage
 from loopmux_worker.engine.echo import echo_text, echo_token
@@ -101,12 +101,6 @@ def test_the_figures_to_reach() -> None:
     judged = [what for _, what in table.verdicts([row()])][-1]
     assert "gap p99 20 ms, at most 50 wanted (10 ms of the strikes themselves)" in judged
     assert table.line(row(cuts=())).split()[9:13] == ["–", "–", "20", "20"]
-
-
-def test_percentiles() -> None:
-    values = list(range(1, 101))
-    assert [percentile(values, share) for share in (0.5, 0.99, 1.0)] == [50, 99, 100]
-    assert math.isnan(percentile([], 0.5))
 
 
 def test_neighbours_are_judged_by_how_far_equal_runs_differ() -> None:

@@ -26,8 +26,9 @@ ENABLE = "enable --now loopmux-clients.socket loopmux-launcher.service loopmux-w
 MODELS = "models: {echo: {engine: echo}}\n"
 
 
-def rendered(programs: str = "/opt/loopmux/bin", config: str | None = None) -> dict[str, str]:
-    return {name: units.render(text, programs, config) for name, text in TEXTS.items()}
+def rendered(programs: str = "/opt/loopmux/bin", **configs: str) -> dict[str, str]:
+    named = {f"loopmux-{program}": config for program, config in configs.items()}
+    return {name: units.render(text, programs, named) for name, text in TEXTS.items()}
 
 
 # --- the core ---------------------------------------------------------------------------------------------------------
@@ -35,12 +36,14 @@ def rendered(programs: str = "/opt/loopmux/bin", config: str | None = None) -> d
 
 def test_a_unit_is_the_shipped_one_with_what_this_installation_needs() -> None:
     changed = {
-        "loopmux-broker.service": ['ExecStart="/opt/loopmux/bin/loopmux-broker" --log-format json'],
+        "loopmux-broker.service": [
+            'ExecStart="/opt/loopmux/bin/loopmux-broker" --log-format json --config "/etc/broker.yaml"'
+        ],
         "loopmux-launcher.service": [
             'ExecStart="/opt/loopmux/bin/loopmux-launcher" run --log-format json --config "/etc/models.yaml"'
         ],
     }
-    for name, text in rendered(config="/etc/models.yaml").items():
+    for name, text in rendered(launcher="/etc/models.yaml", broker="/etc/broker.yaml").items():
         first, *rest = text.splitlines()
         assert first.startswith("# Written by `loopmux systemd install`")
         lines = zip(TEXTS[name].splitlines(), rest, strict=True)
@@ -68,12 +71,11 @@ def test_systemd_is_told_what_there_is_to_do() -> None:
 @pytest.mark.parametrize("folder", ['/opt/a"b/bin', "/opt/a'b/bin", "/opt/a\\b/bin", "/opt/a\nb/bin"])
 def test_a_folder_that_systemd_starts_nothing_from_is_refused(folder: str) -> None:
     with pytest.raises(ConfigError, match="expected a folder that systemd starts programs from"):
-        units.render(TEXTS["loopmux-broker.service"], folder, None)
+        units.render(TEXTS["loopmux-broker.service"], folder, {})
 
 
-def test_the_package_has_the_units_of_the_configs_folder_and_no_copy() -> None:
-    links = sorted(systemdcommands._SHIPPED.iterdir())
-    assert [link.resolve() for link in links] == [SHIPPED / name for name in TEXTS]
+def test_the_package_has_the_units_of_the_configs_folder() -> None:
+    assert systemdcommands._shipped() == TEXTS
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -159,6 +161,18 @@ def test_the_services_start_the_programs_of_this_interpreter(place: Path, system
         started, *_ = command(place, service)
         assert started == str(Path(sys.executable).parent / service.removesuffix(".service"))
         assert os.access(started, os.X_OK)
+
+
+def test_the_broker_has_the_settings_that_are_named(
+    place: Path, systemctl: Systemctl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tmp_path / "broker.yaml"
+    assert run("install", "--broker-config", str(settings)) == exitcodes.CONFIG
+    assert f"--broker-config: found no file {settings}" in capsys.readouterr().err
+    settings.write_text("window: 512\n")
+    assert run("install", "--broker-config", str(settings)) == 0
+    _, *words = command(place, "loopmux-broker.service")
+    assert program._parser().parse_args(words).config == settings
 
 
 def test_installed_again_it_is_as_it_was(

@@ -31,6 +31,7 @@ PROGRAMS = {
     "systemd": Program(
         "loopmux_launcher", ("systemd",), _LAUNCHER, "server", "have this user's systemd run broker and launcher"
     ),
+    "load": Program("loopmux_loadtest.load", (), (), "", "load test: many requests, what became of them and how fast"),
     "run-adapter": Program(
         "loopmux_worker",
         ("run-adapter",),

@@ -1,4 +1,4 @@
-"""``loopmux generate``, and the options that it shares with ``chat``."""
+"""``loopmux generate``, and the options that it shares with other commands."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     generate.add_argument("--model", default="default", help="model id (default: default)")
     generate.add_argument("--json", action="store_true", help="print the whole result as JSON when it is complete")
     generate.set_defaults(run=_generate)
+
+
+def common() -> argparse.ArgumentParser:
+    """A parent parser with the options of every command that speaks to a broker."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--endpoint", help="the broker's endpoint; default: $LOOPMUX_ENDPOINT, else the user's ipc socket"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
 
 
 def sampling() -> argparse.ArgumentParser:
