@@ -49,7 +49,8 @@ class Dispatches:
             return
         hold(len(place.leases) <= place.slots, "no more than the slots", lambda: f"{call} → {worker}")
         self._in_time(call, run)
-        self._in_turn(call, worker, tables)
+        if header.attempt == 1:  # who lost an attempt may have the slot of it again, whoever waits
+            self._in_turn(call, worker, tables)
         self._at_home(call, worker, header.attempt, tables)
 
     def _in_time(self, call: Call, run: Run) -> None:
