@@ -118,8 +118,14 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         keys.credentials("tcp://127.0.0.1:7750", None, key.public)
     with pytest.raises(ConfigError, match="public key: found a text of 7 characters"):
         keys.credentials(BEYOND, path, "nowhere")
-    with pytest.raises(ConfigError, match="found a part of a key itself, expected the name of its file") as caught:
-        keys.credentials(BEYOND, key.secret, key.public)
+
+
+@pytest.mark.parametrize("given", ["{secret}", " {secret}\n", "{file}"])
+def test_a_key_that_is_given_for_its_file_s_name_is_not_repeated(given: str, tmp_path: Path) -> None:
+    path, key = keys.new("desk", tmp_path)
+    text = given.format(secret=key.secret, file=path.read_text())
+    with pytest.raises(ConfigError, match="may be a key itself, expected the name of its file") as caught:
+        keys.credentials(BEYOND, text, key.public)
     assert key.secret not in str(caught.value)
 
 
