@@ -182,9 +182,15 @@ def command(*arguments: str) -> list[str]:
 
 
 @contextmanager
-def broker(*arguments: str, descriptors: Sequence[int] = ()) -> Iterator[Process]:
-    """A broker process from its ready line until the end of the block, when it must end well."""
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, pass_fds=descriptors)
+def broker(*arguments: str, descriptors: Sequence[int] = (), open_files: int | None = None) -> Iterator[Process]:
+    """A broker process from its ready line until the end of the block, when it must end well.
+
+    It may have ``open_files`` at most.
+    """
+    words = command(*arguments)
+    if open_files is not None:
+        words = ["sh", "-c", f'ulimit -n {open_files} && exec "$@"', "sh", *words]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, pass_fds=descriptors)
     assert process.stderr is not None
     try:
         line = process.stderr.readline()

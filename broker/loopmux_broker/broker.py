@@ -25,6 +25,7 @@ from loopmux_broker.events import (
     AdminSent,
     ClientSent,
     ConnectionLost,
+    ConnectionsRefused,
     Event,
     FramesSent,
     KeyRefused,
@@ -74,13 +75,14 @@ class Broker:
             self._adapters,
         )
         self._admins = AdminSide(t, self._attempts)
-        self._warn_again_at = now
+        self._warn_again_at: dict[str, float] = {}
         self._handlers: dict[type[Event], Callable[[Any, float], None]] = {
             WorkerSent: self._hear,
             ClientSent: self._hear,
             AdminSent: self._hear,
             FramesSent: self._hear,
-            KeyRefused: self._refused,
+            KeyRefused: self._key_refused,
+            ConnectionsRefused: self._connections_refused,
             PushBlocked: self._blocked,
             TimerDue: self._timer_due,
             ConnectionLost: self._connection_lost,
@@ -142,14 +144,21 @@ class Broker:
             tables.out.append(Log("warning", f"a peer is ignored for {WINDOW:g} s", fields))
         tables.timers.set((Alarm.STRIKES, peer, 0), now + WINDOW)
 
-    def _refused(self, event: KeyRefused, now: float) -> None:
+    def _key_refused(self, event: KeyRefused, now: float) -> None:
+        fields: dict[str, object] = {"side": event.side, "address": event.address, "key": event.key}
+        self._warn("a key was refused", "keys_refused", 1, fields, now)
+
+    def _connections_refused(self, event: ConnectionsRefused, now: float) -> None:
+        fields: dict[str, object] = {"side": event.side, "remedy": "a higher hard limit for open files (LimitNOFILE=)"}
+        self._warn("too many connections", "connections_refused", event.count, fields, now)
+
+    def _warn(self, what: str, counter: str, count: int, fields: dict[str, object], now: float) -> None:
         """Count it, and say so once in a while: whoever can reach a door could else fill the disk."""
         counters = self.tables.counters
-        counters["keys_refused"] += 1
-        if now >= self._warn_again_at:
-            self._warn_again_at = now + WINDOW
-            fields: dict[str, object] = {"side": event.side, "address": event.address, "key": event.key}
-            self.tables.out.append(Log("warning", "a key was refused", fields | {"so_far": counters["keys_refused"]}))
+        counters[counter] += count
+        if now >= self._warn_again_at.get(what, now):
+            self._warn_again_at[what] = now + WINDOW
+            self.tables.out.append(Log("warning", what, fields | {"so_far": counters[counter]}))
 
     def _blocked(self, event: PushBlocked, now: float) -> None:
         client = self.tables.clients.by_peer.get(event.peer)

@@ -11,6 +11,7 @@ import zmq
 
 from loopmux.sockets import COMMON, NOW, SEAL, readable, send
 from loopmux.wire import CLIENT_BODY_LIMIT, WORKER_BODY_LIMIT, Kind, frames, message_limit, split
+from loopmux_broker.descriptors import most, turn_away
 from loopmux_broker.events import AdminSent, ClientSent, FramesSent, Peer, Sent, WorkerSent
 
 _INTRODUCTIONS = frozenset(bytes([kind]) for kind in (Kind.HELLO, Kind.REGISTER))
@@ -86,8 +87,11 @@ class Door:
         self._suffix = bytes([number])
         self._sent = _SENT[side]
         self._descriptors = Descriptors()
+        self._most = most(clients=side is Side.CLIENTS)
         self.lost: list[Peer] = []
         """Introduced peers whose connections have closed, until somebody takes them out."""
+        self.turned_away = 0
+        """Connections that were one too many, until somebody counts them."""
         self.amid: FramesSent | None = None
         """What has several frames that have not all been read."""
         self.socket = context.socket(zmq.ROUTER)
@@ -112,7 +116,7 @@ class Door:
             self.socket.setsockopt(zmq.CURVE_SECRETKEY, secret.encode())
             self.socket.setsockopt(zmq.ZAP_DOMAIN, side.value.encode())
             self.socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without anybody to ask, nobody comes in
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
 
     def serve(self, endpoint: str, descriptor: int) -> None:
         """Serve a socket that listens on an endpoint. The descriptor stays the caller's."""
@@ -181,11 +185,16 @@ class Door:
         return taken
 
     def watch(self) -> None:
-        """Read the monitor: whose connections have closed."""
+        """Read the monitor: whose connections have closed, and whether there are too many."""
         try:
             while True:
-                event, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
-                self._lose(self._descriptors.closed(_EVENT.unpack(event)[1]))
+                frame, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
+                event, descriptor = _EVENT.unpack(frame)
+                if event == zmq.EVENT_DISCONNECTED:
+                    self._lose(self._descriptors.closed(descriptor))
+                elif descriptor >= self._most:
+                    turn_away(descriptor)
+                    self.turned_away += 1
         except zmq.Again:
             return
 

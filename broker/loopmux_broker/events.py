@@ -62,6 +62,14 @@ class KeyRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectionsRefused:
+    """So many connections to a side were closed at once: there are no more descriptors for them."""
+
+    side: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectionLost:
     """A connection closed, and everything that had come in on it was handed over before."""
 
@@ -90,7 +98,7 @@ class LoopStalled:
 
 
 Sent = ClientSent | WorkerSent | AdminSent | FramesSent
-Event = Sent | KeyRefused | ConnectionLost | PushBlocked | TimerDue | LoopStalled
+Event = Sent | KeyRefused | ConnectionsRefused | ConnectionLost | PushBlocked | TimerDue | LoopStalled
 
 # --- actions ----------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import loopmux
 from loopmux import exitcodes
 from loopmux.errors import LoopmuxError
 from loopmux.pulse import Pulse
+from loopmux_broker import descriptors
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.inherited import Listener, inherited, remove_files
 from loopmux_broker.keeper import hold, keep
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         parents = [] if options.parent_pid is None else [Parent(options.parent_pid)]
         keeper, pulse, serving = Parent(os.getpid()), Pulse(), False
         hold()
+        descriptors.allow()
         listeners = Listeners(options.endpoint, options.worker_endpoint, _settings(options.config), given)
         try:
             code = keep(log, pulse)

@@ -19,6 +19,7 @@ from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Door, Side
 from loopmux_broker.events import (
     ConnectionLost,
+    ConnectionsRefused,
     Event,
     Log,
     LoopStalled,
@@ -148,6 +149,9 @@ class Server:
         for door in self.doors:
             if door.monitor in readable:
                 door.watch()
+            if door.turned_away:
+                self._handle(ConnectionsRefused(door.side.value, door.turned_away), begun)
+                door.turned_away = 0
             if door.lost:
                 self._leaving.update(dict.fromkeys(door.lost, begun + _PATIENCE))
                 door.lost.clear()
