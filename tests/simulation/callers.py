@@ -175,7 +175,7 @@ class Callers:
             case "engine":
                 bad = self._promise.hit(call, "bad starts", before=60.0) > 0  # one time of it is long enough to give up
                 return (
-                    bad or self._promise.hit(call, "kill", "stop worker", before=60.0) >= 5
+                    bad or self._promise.hit(call, "kill", "stop worker", "hang", before=60.0) >= 5
                 ) and "start" in error.message
             case "model_not_found":
                 return (
