@@ -160,10 +160,11 @@ class Attempts:
         self._leases.stop(lease, StopReason.SUPERSEDED, now)
         self._lost(lease, f"did not answer within {self._t.config.run_timeout:g} s", now, _blame(lease))
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: Lease, now: float) -> None:
         """A worker gives a slot back."""
         lease.worker.served += 1
         self._leases.end(lease)
+        self._leases.went_on(lease.worker, now)
 
     # --- losses
 

@@ -67,6 +67,12 @@ class Leases:
         if not busy(worker):
             worker.moved = now
 
+    def went_on(self, worker: Worker, now: float) -> None:
+        """A worker has ended an attempt: if it stood still for that one, which has longer, the others begin anew."""
+        stall = self._t.config.stall
+        if now > worker.moved + stall.shortest and (due := stall.due(worker)) is not None and due < now:
+            worker.moved = now
+
     def watch(self, worker: Worker) -> None:
         """See to it that somebody looks whether the engine gets on: as soon as any attempt's budget can be used up.
 

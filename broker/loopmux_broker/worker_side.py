@@ -204,7 +204,7 @@ class WorkerSide:
             return
         if lease.stopping:
             self._t.out.append(Send(worker.peer, say(Kind.ENDACK, header.request, attempt=header.attempt)))
-            self._attempts.release(lease)
+            self._attempts.release(lease, now)
         elif lease.request.state is State.RECOVERING:
             self._t.counters["fenced"] += 1
         else:
@@ -213,7 +213,7 @@ class WorkerSide:
                 self._ends.worker_ended(lease, message.kind, data, now)
             else:
                 self._attempts.ended_short(lease, header.seq, now)
-            self._attempts.release(lease)
+            self._attempts.release(lease, now)
 
     # --- membership
 

@@ -10,18 +10,19 @@ LONGEST_DELAY = 30.0
 """Seconds; someone who repairs the cause should not wait longer for the next try."""
 CRASHES = 5
 WINDOW = 60.0
-"""That many crashes within these seconds are a crash loop."""
+"""How many crashes are a crash loop; of a process that was ready, within these seconds."""
 
 
 @dataclass(slots=True)
 class Backoff:
     """The crashes of one process.
 
-    A crash loop is ``CRASHES`` exits within ``WINDOW`` seconds, or as many starts in a row that never got ready (a
-    model that needs a minute to fail would otherwise be started for ever).
+    A crash loop is ``CRASHES`` starts in a row that never got ready, however long each took. A process that was ready
+    is started again, ever later: what ended it may have been asked of it, by somebody who asks a few times.
 
     Attributes:
-        eager: the first restart comes at once: everybody waits for this process, and no peer takes over.
+        eager: everybody waits for this process, and no peer takes over: its first restart comes at once, and as many
+            exits within ``WINDOW`` seconds are a crash loop, too.
     """
 
     eager: bool = False
@@ -43,7 +44,7 @@ class Backoff:
         self.recent = [then for then in self.recent if now - then < WINDOW] + [now]
         self.failed_starts = 0 if was_ready else self.failed_starts + 1
         self.streak = 1 if was_ready and ran > WINDOW else self.streak + 1
-        if len(self.recent) >= CRASHES or self.failed_starts >= CRASHES:
+        if self.failed_starts >= CRASHES or (self.eager and len(self.recent) >= CRASHES):
             return None
         if self.eager and self.streak == 1:
             return 0.0

@@ -87,6 +87,19 @@ def test_another_request_s_prefill_is_waited_for_too() -> None:
     assert core.wait(0.25)[0] == Send(WORKER, say(Kind.DIE))
 
 
+def test_and_with_its_end_the_time_of_the_others_begins() -> None:
+    core = Core()
+    core.hello()
+    core.register(slots=2)
+    core.running()
+    core.worker(tok(ONE, 0))
+    core.running(TWO)
+    core.wait(50)
+    core.worker(end(TWO, 0))
+    assert Send(WORKER, say(Kind.DIE)) not in core.wait(14.75)
+    assert Send(WORKER, say(Kind.DIE)) in core.wait(0.25)
+
+
 def test_what_a_dispatch_costs_does_not_grow_with_what_the_worker_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     core = Core()
     core.hello()

@@ -29,10 +29,11 @@ def test_a_crash_after_a_long_run_is_the_first_again() -> None:
     assert backoff.crashed(1000.0, was_ready=True, ran=WINDOW + 1, draw=1.0) == FIRST_DELAY
 
 
-def test_crashes_close_together_are_a_loop() -> None:
-    backoff = Backoff()
+@pytest.mark.parametrize("eager", [True, False])
+def test_crashes_close_together_are_a_loop_where_no_peer_takes_over(eager: bool) -> None:
+    backoff = Backoff(eager=eager)
     found = [backoff.crashed(n * WINDOW / CRASHES, was_ready=True, ran=1.0, draw=0.0) for n in range(CRASHES)]
-    assert [delay is None for delay in found] == [False] * (CRASHES - 1) + [True]
+    assert [delay is None for delay in found] == [False] * (CRASHES - 1) + [eager]
 
 
 def test_starts_that_never_get_ready_are_a_loop_however_slow() -> None:

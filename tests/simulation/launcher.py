@@ -159,7 +159,7 @@ class LauncherProcess(Endpoint):
             del self.children[name]
             draw = self.clock.random.random()
             if code and self.plan.fleet.process(name).state is not State.STOPPING:
-                self.world.promise.launches.ended(name)
+                self.world.promise.launches.ended(name, ready=not isinstance(child, _Starting))
             self.later(0.002, lambda: self.handle(events.ProcessExited(name, code, (), draw)))
 
     def stop(self) -> None:

@@ -18,6 +18,7 @@ class Launches:
     def __init__(self, promise: Promise) -> None:
         self._world, self._clock = promise.world, promise.world.clock
         self._ends: dict[str, list[float]] = {}
+        self._failed: dict[str, list[float]] = {}  # ends before it was ready, since it was last
 
     def started(self, launcher: LauncherProcess, name: str) -> None:
         """A launcher starts a process."""
@@ -26,11 +27,14 @@ class Launches:
         if recent:
             pause = self._clock.now - recent[-1]
             hold(pause >= FIRST_DELAY / 2, "a crashed process is not started at once", f"{name} after {pause} s")
-        hold(len(recent) < CRASHES, "a crash loop is given up", f"{name} crashed {len(recent)} times in 60 s")
+        failed = sum(end > launcher.born for end in self._failed.get(name, []))
+        hold(failed < CRASHES, "a crash loop is given up", f"{failed} starts of {name} failed in a row")
 
-    def ended(self, name: str) -> None:
+    def ended(self, name: str, *, ready: bool) -> None:
         """A launcher's child is gone, and nobody told it to."""
         self._ends.setdefault(name, []).append(self._clock.now)
+        failed = self._failed.setdefault(name, [])
+        failed.clear() if ready else failed.append(self._clock.now)
 
     def at_rest(self) -> None:
         """What the launcher believes is so, and the broker has heard it."""
@@ -46,7 +50,6 @@ class Launches:
             waits = (
                 process.runs
                 or process.wake is not None
-                or len(process.backoff.recent) >= CRASHES
                 or process.backoff.failed_starts
                 or (process.dormant and launcher.plan.fleet.crew_of(name).next_to_start() is None)
             )
