@@ -32,7 +32,7 @@ from loopmux.cli.ending import exit_code
 from loopmux.cli.show import table
 from loopmux.errors import BadRequestError
 from loopmux.options import prepare
-from loopmux_loadtest.ends import Again, lasting, times
+from loopmux_loadtest.stopping import Again, lasting, times
 from loopmux_loadtest.tally import Tally, arrivals
 
 _LIVE, _PLAIN = 0.5, 10.0

@@ -13,7 +13,7 @@ import pytest
 
 from loopmux import AsyncClient, TextDelta, Usage, exitcodes
 from loopmux_loadtest import load
-from loopmux_loadtest.ends import times
+from loopmux_loadtest.stopping import times
 from loopmux_loadtest.tally import Tally
 
 # --- the loops --------------------------------------------------------------------------------------------------------
