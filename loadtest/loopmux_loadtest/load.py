@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from loopmux import AsyncClient, LoopmuxError, TextDelta, codec, exitcodes
-from loopmux.cli import talk
-from loopmux.cli.ending import exit_code
+from loopmux.cli import arguments, running
 from loopmux.cli.show import table
 from loopmux.errors import BadRequestError
 from loopmux.options import prepare
@@ -45,10 +44,10 @@ Wish = dict[str, Any]
 """What a request asks for, as options of ``AsyncClient.stream``."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the test and print what was measured: 0 where every request ended well, 130 after Ctrl-C, else 1."""
-    words = sys.argv[1:] if arguments is None else arguments
-    return exit_code(lambda: _main(_parser().parse_args(words)), debug="--debug" in words)
+    words = sys.argv[1:] if argv is None else argv
+    return running.run(lambda: _main(_parser().parse_args(words)), debug="--debug" in words)
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -220,7 +219,9 @@ def render(figures: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="loopmux load", description=__doc__, parents=[talk.common(), talk.sampling()])
+    parser = argparse.ArgumentParser(
+        prog="loopmux load", description=__doc__, parents=[arguments.common(), arguments.sampling()]
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", nargs="?", default="default", metavar="MODEL", help="model id (default: default)")
     how = parser.add_mutually_exclusive_group()
@@ -263,7 +264,7 @@ def _wishes(options: argparse.Namespace) -> list[Wish]:
     Raises:
         BadRequestError: a request could not be sent, or the file holds none.
     """
-    common = {"model": options.model, **talk.given(options), "ignore_eos": options.ignore_eos}
+    common = {"model": options.model, **arguments.given(options), "ignore_eos": options.ignore_eos}
     if options.prompts is None:
         wish = {**common, "prompt": options.prompt}
         prepare(wish)
