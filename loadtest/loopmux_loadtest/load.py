@@ -2,7 +2,8 @@
 
 By default a closed loop: so many requests are always under way, and the next one waits for one that ends, as callers
 do that wait for their answers. With --rate an open loop: requests arrive at random moments, whether others are done or
-not, as from many people; what the stack cannot follow queues, and their times say so.
+not, as from many people; what the stack cannot follow queues, and their times say so. --seed fixes these moments as
+well as the sampling of every request; without it the moments are those of seed 0.
 
 The table: requests that ended well, failed, or were stopped by Ctrl-C; ended ones and tokens a second; the tokens of
 prompts, and how many of them were reused (found in a worker's KV rows). Then milliseconds: from a request to its first
@@ -45,7 +46,7 @@ Wish = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the test and print what was measured: 0 where every request ended well, 130 after Ctrl-C, else 1."""
+    """Run the test and print what was measured: an exit code (``exitcodes``), 1 where a request failed."""
     words = sys.argv[1:] if argv is None else argv
     return running.run(lambda: _main(_parser().parse_args(words)), debug="--debug" in words)
 
@@ -139,10 +140,10 @@ def _make_room(connections: int) -> None:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = _FILES * connections + _OTHERS
-    if needed > hard != resource.RLIM_INFINITY:
+    if hard != resource.RLIM_INFINITY and needed > hard:
         most = max(0, (hard - _OTHERS) // _FILES)
         raise BadRequestError(f"--connections: found {connections}, expected at most {most} with `ulimit -Hn` {hard}")
-    if needed > soft != resource.RLIM_INFINITY:
+    if soft != resource.RLIM_INFINITY and needed > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
