@@ -11,9 +11,9 @@ import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from loopmux import folders
 from loopmux.errors import ConfigError, LoopmuxError
-from loopmux.folders import usable
-from loopmux_launcher import config, units
+from loopmux_launcher import atomic, config, units
 from loopmux_launcher.arguments import Command
 from loopmux_launcher.reader import load
 
@@ -35,10 +35,10 @@ def _install(options: argparse.Namespace) -> int:
             raise LoopmuxError(f"--now: {absence}, expected a systemd that starts the units: leave out --now")
         load(file)
     before = _present(wanted, options)
-    usable(_folder(options), "units", "name another with --folder")
+    folders.usable(_folder(options), "units", "name another with --folder")
     for path, text in wanted.items():
         if text != before.get(path):
-            _write(path, text)
+            atomic.write(path, text)
         print(f"{'written' if text != before.get(path) else 'as it was'}: {path}")
     if not file.is_file():
         print(f"note: there is no {file} yet, which the launcher reads; --config FILE names another")
@@ -88,7 +88,7 @@ def _wanted(options: argparse.Namespace) -> dict[Path, str]:
 
 
 def _folder(options: argparse.Namespace) -> Path:
-    folder: Path = options.folder or config.user_folder() / "systemd" / "user"
+    folder: Path = options.folder or folders.settings() / "systemd" / "user"
     return folder.absolute()
 
 
@@ -124,12 +124,6 @@ def _present(paths: Iterable[Path], options: argparse.Namespace) -> dict[Path, s
             "files stay, then go on with --force; nothing was changed"
         )
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
-    beside.rename(path)
 
 
 def _names(found: Mapping[Path, str]) -> dict[str, str]:
