@@ -22,14 +22,14 @@ _SHIPPED = Path(__file__).parent / "systemd"
 
 
 def _print(options: argparse.Namespace) -> int:
-    for path, text in _wanted(options).items():
+    for path, text in _wanted(options, _models(options)).items():
         print(f"# {path}\n{text}")
     return 0
 
 
 def _install(options: argparse.Namespace) -> int:
-    wanted, absence = _wanted(options), _absence(options)
-    file = config.named(options.config) or config.user_file()
+    file = _models(options)
+    wanted, absence = _wanted(options, file), _absence(options)
     if options.now:
         if absence:
             raise LoopmuxError(f"--now: {absence}, expected a systemd that starts the units: leave out --now")
@@ -71,18 +71,28 @@ def _shipped() -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted(_SHIPPED.iterdir())}
 
 
-def _wanted(options: argparse.Namespace) -> dict[Path, str]:
-    """What ``install`` writes, by where.
+def _models(options: argparse.Namespace) -> Path:
+    """The configuration file that the launcher reads: one that is named, or else the user's, there or not.
+
+    What lies in the working folder, which ``run`` looks for as well, is another file under systemd.
 
     Raises:
-        ConfigError: a configuration that was named is not there, or no unit can name the folder of the programs.
+        ConfigError: one was named that is not there.
+    """
+    return (config.named(options.config) or config.user_file()).absolute()
+
+
+def _wanted(options: argparse.Namespace, models: Path) -> dict[Path, str]:
+    """What ``install`` writes for this configuration of the launcher, by where.
+
+    Raises:
+        ConfigError: the broker's settings are not there, or no unit can name the folder of the programs.
         LoopmuxError: the programs are not installed.
     """
     broker: Path | None = options.broker_config
     if broker is not None and not broker.is_file():
         raise ConfigError(f"--broker-config: found no file {broker}, expected the broker's settings")
-    files = {"loopmux-launcher": config.named(options.config), "loopmux-broker": broker}
-    named = {program: str(file.absolute()) for program, file in files.items() if file is not None}
+    named = {"loopmux-launcher": str(models)} | ({"loopmux-broker": str(broker.absolute())} if broker else {})
     programs = _programs()
     return {_folder(options) / name: units.render(text, programs, named) for name, text in _shipped().items()}
 
