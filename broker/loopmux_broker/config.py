@@ -74,13 +74,13 @@ class BrokerConfig:
     stall: Stall = field(default_factory=Stall)
 
     def with_endpoints(self, clients: tuple[str, ...], workers: tuple[str, ...]) -> BrokerConfig:
-        """The same with endpoints from the command line (where given) and the defaults filled in.
+        """The same with these endpoints; where there are none for clients, or for workers, the default.
 
         Raises:
             ConfigError: an endpoint that is malformed, or tcp that must not be listened on (``check_served``).
         """
-        chosen = clients or self.endpoints or (endpoints.default_endpoint(),)
-        behind = workers or self.worker_endpoints or (endpoints.worker_endpoint(chosen[0]),)
+        chosen = clients or (endpoints.default_endpoint(),)
+        behind = workers or (endpoints.worker_endpoint(chosen[0]),)
         for endpoint in chosen:
             self.check_served(endpoint, "client_keys", self.client_keys)
         for endpoint in behind:

@@ -61,10 +61,13 @@ class Listeners:
             own.close()
 
 
-def _named(arguments: Sequence[str], given: Sequence[Listener], side: Side, settings: Sequence[str]) -> tuple[str, ...]:
+def _named(
+    arguments: Sequence[str], given: Sequence[Listener], side: Side, configured: Sequence[str]
+) -> tuple[str, ...]:
     """The endpoints of one side: of the command line or else the settings, and of sockets that were handed over.
 
-    The first one is what those beside it are named after: what was handed over is where its owner looks for them.
+    The first one is what those beside it are named after: an argument, else one that was handed over, whose owner looks
+    for them there.
     """
     handed = (one.endpoint for one in given if one.side is side)
-    return tuple(dict.fromkeys([*arguments, *handed, *(() if arguments else settings)]))
+    return tuple(dict.fromkeys([*arguments, *handed, *(() if arguments else configured)]))

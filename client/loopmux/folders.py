@@ -1,14 +1,20 @@
-"""Folders that programs of ours write to: made, and seen to be usable before anything relies on them."""
+"""Folders: where a user keeps settings, and those that programs of ours write to, seen to be usable beforehand."""
 
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 from loopmux.errors import ConfigError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says when there is no room."""
+
+
+def settings() -> Path:
+    """``$XDG_CONFIG_HOME``, else ``~/.config``: every program has a folder there."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config").absolute()
 
 
 def usable(folder: Path, purpose: str, remedy: str) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import zmq
 
+from loopmux import folders
 from loopmux.codec import build, plain, show
 from loopmux.endpoints import beyond_this_host
 from loopmux.errors import ConfigError
@@ -37,8 +38,8 @@ class Credentials:
 
 
 def default_folder() -> Path:
-    """``$XDG_CONFIG_HOME/loopmux/keys``."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config").absolute() / "loopmux" / "keys"
+    """``loopmux/keys`` in the user's folder of settings."""
+    return folders.settings() / "loopmux" / "keys"
 
 
 def check_name(name: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from loopmux import folders
 from loopmux.errors import ConfigError
 from loopmux_launcher.schema import ModelEntry
 
@@ -97,14 +98,9 @@ def named(explicit: Path | None) -> Path | None:
     return file
 
 
-def user_folder() -> Path:
-    """``$XDG_CONFIG_HOME``, which has folders for the settings of programs."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-
-
 def user_file() -> Path:
-    """The configuration file in the user's folder, there or not."""
-    return user_folder() / "loopmux" / "llm_backends.yaml"
+    """The configuration file in the user's folder of settings, there or not."""
+    return folders.settings() / "loopmux" / "llm_backends.yaml"
 
 
 def find(explicit: Path | None = None) -> Path:

@@ -12,7 +12,7 @@ from types import FrameType
 
 from loopmux import exitcodes
 from loopmux.errors import ConfigError, LoopmuxError
-from loopmux_launcher import config, environments, envplan, envstore, lockfile, places, tether, workercode
+from loopmux_launcher import atomic, config, environments, envplan, envstore, lockfile, places, tether, workercode
 from loopmux_launcher.arguments import Command
 from loopmux_launcher.config import Configuration, Environment
 from loopmux_launcher.console import Console
@@ -82,9 +82,7 @@ def _lock(options: argparse.Namespace) -> int:
             old = _old_lock(one.lock_file)
             for text in lockfile.changes(old, lock) if old else ():
                 console.announce(Announce(_subject(one), text))
-            beside = one.lock_file.with_name(f".{one.lock_file.name}.new")
-            beside.write_text(lockfile.render(lock), encoding="utf-8")
-            beside.rename(one.lock_file)
+            atomic.write(one.lock_file, lockfile.render(lock))
             console.announce(Announce(_subject(one), f"{len(lock.pins)} packages locked in {one.lock_file}"))
     return 0
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from loopmux_launcher import atomic
 from loopmux_launcher.envplan import Found, State
 
 MARKER = "loopmux.json"
@@ -62,7 +63,7 @@ def read_marker(target: Path) -> Built | None:
 
 def write_marker(built: Built) -> None:
     """Mark an environment as finished."""
-    _write(built.folder / MARKER, json.dumps({**asdict(built), "python": str(built.python)}, indent=2) + "\n")
+    atomic.write(built.folder / MARKER, json.dumps({**asdict(built), "python": str(built.python)}, indent=2) + "\n")
 
 
 def good(home: Path) -> list[str]:
@@ -91,7 +92,7 @@ def write_state(home: Path, state: State) -> None:
     """Remember it."""
     if state != read_state(home):
         values = {"history": list(state.history), "instead": dict(state.instead)}
-        _write(home / _STATE, json.dumps(values, indent=2) + "\n")
+        atomic.write(home / _STATE, json.dumps(values, indent=2) + "\n")
 
 
 def switch(home: Path, folder: str) -> None:
@@ -117,7 +118,7 @@ def note_user(target: Path, file: Path | None) -> None:
     """Remember that a configuration file declares it."""
     known = configurations(target)
     if file is not None and str(file) not in known:
-        _write(target / _USERS, "".join(f"{line}\n" for line in (*known, file)))
+        atomic.write(target / _USERS, "".join(f"{line}\n" for line in (*known, file)))
 
 
 def remove(target: Path) -> None:
@@ -184,9 +185,3 @@ def _running() -> Iterator[tuple[int, bytes]]:
                 yield int(entry.name), (entry / "cmdline").read_bytes() + b"\0" + (entry / "maps").read_bytes()
             except OSError:
                 pass  # it has ended, or is another user's, who has environments of his own
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    beside.rename(path)

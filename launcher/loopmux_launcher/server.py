@@ -104,6 +104,7 @@ class Launcher:
         """
         self._configuration, self._console, self._broker_config = configuration, console, broker_config
         self._clients, self._endpoint = endpoint, worker_endpoint or endpoints.worker_endpoint(endpoint)
+        # Any tcp, not only beyond this host: an ssh tunnel to another host's broker begins at a loopback address.
         self._host = "" if with_broker or endpoints.ipc_path(self._endpoint) is not None else platform.node()
         self._credentials = credentials(self._endpoint)  # its workers have the same, by their environment
         self._logs = places.usable_logs(endpoint)  # first: where that folder is unusable, it says so best

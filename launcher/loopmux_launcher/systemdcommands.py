@@ -11,9 +11,9 @@ import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from loopmux import folders
 from loopmux.errors import ConfigError, LoopmuxError
-from loopmux.folders import usable
-from loopmux_launcher import config, units
+from loopmux_launcher import atomic, config, units
 from loopmux_launcher.arguments import Command
 from loopmux_launcher.reader import load
 
@@ -22,23 +22,23 @@ _SHIPPED = Path(__file__).parent / "systemd"
 
 
 def _print(options: argparse.Namespace) -> int:
-    for path, text in _wanted(options).items():
+    for path, text in _wanted(options, _models(options)).items():
         print(f"# {path}\n{text}")
     return 0
 
 
 def _install(options: argparse.Namespace) -> int:
-    wanted, absence = _wanted(options), _absence(options)
-    file = config.named(options.config) or config.user_file()
+    file = _models(options)
+    wanted, absence = _wanted(options, file), _absence(options)
     if options.now:
         if absence:
             raise LoopmuxError(f"--now: {absence}, expected a systemd that starts the units: leave out --now")
         load(file)
     before = _present(wanted, options)
-    usable(_folder(options), "units", "name another with --folder")
+    folders.usable(_folder(options), "units", "name another with --folder")
     for path, text in wanted.items():
         if text != before.get(path):
-            _write(path, text)
+            atomic.write(path, text)
         print(f"{'written' if text != before.get(path) else 'as it was'}: {path}")
     if not file.is_file():
         print(f"note: there is no {file} yet, which the launcher reads; --config FILE names another")
@@ -71,24 +71,34 @@ def _shipped() -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted(_SHIPPED.iterdir())}
 
 
-def _wanted(options: argparse.Namespace) -> dict[Path, str]:
-    """What ``install`` writes, by where.
+def _models(options: argparse.Namespace) -> Path:
+    """The configuration file that the launcher reads: one that is named, or else the user's, there or not.
+
+    What lies in the working folder, which ``run`` looks for as well, is another file under systemd.
 
     Raises:
-        ConfigError: a configuration that was named is not there, or no unit can name the folder of the programs.
+        ConfigError: one was named that is not there.
+    """
+    return (config.named(options.config) or config.user_file()).absolute()
+
+
+def _wanted(options: argparse.Namespace, models: Path) -> dict[Path, str]:
+    """What ``install`` writes for this configuration of the launcher, by where.
+
+    Raises:
+        ConfigError: the broker's settings are not there, or no unit can name the folder of the programs.
         LoopmuxError: the programs are not installed.
     """
     broker: Path | None = options.broker_config
     if broker is not None and not broker.is_file():
         raise ConfigError(f"--broker-config: found no file {broker}, expected the broker's settings")
-    files = {"loopmux-launcher": config.named(options.config), "loopmux-broker": broker}
-    named = {program: str(file.absolute()) for program, file in files.items() if file is not None}
+    named = {"loopmux-launcher": str(models)} | ({"loopmux-broker": str(broker.absolute())} if broker else {})
     programs = _programs()
     return {_folder(options) / name: units.render(text, programs, named) for name, text in _shipped().items()}
 
 
 def _folder(options: argparse.Namespace) -> Path:
-    folder: Path = options.folder or config.user_folder() / "systemd" / "user"
+    folder: Path = options.folder or folders.settings() / "systemd" / "user"
     return folder.absolute()
 
 
@@ -124,12 +134,6 @@ def _present(paths: Iterable[Path], options: argparse.Namespace) -> dict[Path, s
             "files stay, then go on with --force; nothing was changed"
         )
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
-    beside.rename(path)
 
 
 def _names(found: Mapping[Path, str]) -> dict[str, str]:

@@ -41,8 +41,9 @@ import zmq
 from loopmux import keys
 from loopmux_loadtest import middles
 from loopmux_loadtest.bench_core import core
-from loopmux_loadtest.ends import WireCallers, lasting, times, work
+from loopmux_loadtest.ends import WireCallers, work
 from loopmux_loadtest.middles import Middle, processor_time
+from loopmux_loadtest.stopping import lasting, times
 from loopmux_loadtest.tally import percentile
 
 STREAMS = 64

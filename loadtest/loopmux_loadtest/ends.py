@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from loopmux.keys import Credentials
 from loopmux.messages import End, Hello, Register, ServedModel, Submit, Tok, Welcome
 from loopmux.results import Timing, Usage
 from loopmux.wire import Header, Kind, Message
+from loopmux_loadtest.stopping import Again
 
 CHUNK = 8
 """Tokens of one TOK: what a worker sends at most at once (docs/protocol.md)."""
@@ -156,22 +157,6 @@ class Took:
     seconds: float
     latencies: list[float]
     chunks: int
-
-
-Again = Callable[[], bool]
-"""Asked after each request: whether there is to be another one."""
-
-
-def times(count: int) -> Again:
-    """So many requests in all."""
-    left = iter(range(count))
-    return lambda: next(left, None) is not None
-
-
-def lasting(seconds: float) -> Again:
-    """Requests for that long."""
-    end = time.perf_counter() + seconds
-    return lambda: time.perf_counter() < end
 
 
 class Callers(Protocol):

@@ -2,7 +2,8 @@
 
 By default a closed loop: so many requests are always under way, and the next one waits for one that ends, as callers
 do that wait for their answers. With --rate an open loop: requests arrive at random moments, whether others are done or
-not, as from many people; what the stack cannot follow queues, and their times say so.
+not, as from many people; what the stack cannot follow queues, and their times say so. --seed fixes these moments as
+well as the sampling of every request; without it the moments are those of seed 0.
 
 The table: requests that ended well, failed, or were stopped by Ctrl-C; ended ones and tokens a second; the tokens of
 prompts, and how many of them were reused (found in a worker's KV rows). Then milliseconds: from a request to its first
@@ -27,12 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from loopmux import AsyncClient, LoopmuxError, TextDelta, codec, exitcodes
-from loopmux.cli import talk
-from loopmux.cli.ending import exit_code
+from loopmux.cli import arguments, running
 from loopmux.cli.show import table
 from loopmux.errors import BadRequestError
 from loopmux.options import prepare
-from loopmux_loadtest.ends import Again, lasting, times
+from loopmux_loadtest.stopping import Again, lasting, times
 from loopmux_loadtest.tally import Tally, arrivals
 
 _LIVE, _PLAIN = 0.5, 10.0
@@ -45,10 +45,10 @@ Wish = dict[str, Any]
 """What a request asks for, as options of ``AsyncClient.stream``."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the test and print what was measured: 0 where every request ended well, 130 after Ctrl-C, else 1."""
-    words = sys.argv[1:] if arguments is None else arguments
-    return exit_code(lambda: _main(_parser().parse_args(words)), debug="--debug" in words)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the test and print what was measured: an exit code (``exitcodes``), 1 where a request failed."""
+    words = sys.argv[1:] if argv is None else argv
+    return running.run(lambda: _main(_parser().parse_args(words)), debug="--debug" in words)
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -140,10 +140,10 @@ def _make_room(connections: int) -> None:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = _FILES * connections + _OTHERS
-    if needed > hard != resource.RLIM_INFINITY:
+    if hard != resource.RLIM_INFINITY and needed > hard:
         most = max(0, (hard - _OTHERS) // _FILES)
         raise BadRequestError(f"--connections: found {connections}, expected at most {most} with `ulimit -Hn` {hard}")
-    if needed > soft != resource.RLIM_INFINITY:
+    if soft != resource.RLIM_INFINITY and needed > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
@@ -220,7 +220,9 @@ def render(figures: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="loopmux load", description=__doc__, parents=[talk.common(), talk.sampling()])
+    parser = argparse.ArgumentParser(
+        prog="loopmux load", description=__doc__, parents=[arguments.common(), arguments.sampling()]
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", nargs="?", default="default", metavar="MODEL", help="model id (default: default)")
     how = parser.add_mutually_exclusive_group()
@@ -263,7 +265,7 @@ def _wishes(options: argparse.Namespace) -> list[Wish]:
     Raises:
         BadRequestError: a request could not be sent, or the file holds none.
     """
-    common = {"model": options.model, **talk.given(options), "ignore_eos": options.ignore_eos}
+    common = {"model": options.model, **arguments.given(options), "ignore_eos": options.ignore_eos}
     if options.prompts is None:
         wish = {**common, "prompt": options.prompt}
         prepare(wish)

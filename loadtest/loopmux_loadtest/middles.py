@@ -17,7 +17,8 @@ from pathlib import Path
 import zmq
 
 from loopmux import keys
-from loopmux_loadtest.ends import PATIENCE, Callers, HttpCallers, WireCallers, times
+from loopmux_loadtest.ends import PATIENCE, Callers, HttpCallers, WireCallers
+from loopmux_loadtest.stopping import times
 
 _THIS = "loopmux_loadtest.middles"
 _OURS = ("--parent-pid", str(os.getpid()))

@@ -28,6 +28,7 @@ from loopmux_broker.admission import Limits
 from loopmux_broker.config import ClientKey
 from loopmux_broker.configfile import load
 from loopmux_broker.events import ClientSent, KeyRefused, Log, WorkerSent, say
+from loopmux_broker.listeners import Listeners
 from loopmux_broker.zap import judge, listed
 
 
@@ -205,8 +206,9 @@ def test_an_asyncio_client_hears_it_too_each_time_it_tries(house: House) -> None
 def test_what_is_wrong_with_keys_is_said_before_anything_starts(
     change: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
+    file = furnished(tmp_path, **change)
     with pytest.raises(ConfigError) as caught:
-        load(furnished(tmp_path, **change)).with_endpoints((), ())
+        Listeners([], [], load(file), [])
     assert words in str(caught.value)
     assert "x" * 40 not in str(caught.value)
 

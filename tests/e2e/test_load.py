@@ -36,8 +36,6 @@ def test_a_closed_loop(echo_stack: stacks.Stack, capsys: pytest.CaptureFixture[s
     assert (found["model"], found["at_once"], found["connections"]) == ("echo", 4, 2)
     assert (found["requests"], found["ended"], found["failed"], found["stopped"]) == (30, 30, {}, 0)
     assert (found["tokens"], found["prompt_tokens"], found["reused_tokens"]) == (480, 30 * 4, 0)
-    assert found["requests_per_s"] == pytest.approx(30 / found["seconds"], rel=0.01)
-    assert found["tokens_per_s"] == pytest.approx(480 / found["seconds"], rel=0.01)
     for name in ("first_token_ms", "between_tokens_ms", "latency_ms"):
         assert 0 <= found[name]["p50"] <= found[name]["p90"] <= found[name]["p99"]
     assert 0 < found["first_token_ms"]["p50"] < found["latency_ms"]["p50"]

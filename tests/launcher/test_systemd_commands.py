@@ -61,6 +61,11 @@ def test_any_edit_is_noticed() -> None:
     assert not units.unedited("")  # a unit that is masked
 
 
+def test_units_that_were_installed_before_count_as_unedited() -> None:
+    first = "# Written by `loopmux systemd install` (ae6c63cff33bcfa3). Changes belong in `systemctl --user edit`."
+    assert units.unedited(f"{first}\n[Unit]\n")
+
+
 def test_systemd_is_told_what_there_is_to_do() -> None:
     after, enable = rendered(), ENABLE.split()
     assert units.commands({}, after) == [["daemon-reload"], enable]
@@ -305,13 +310,13 @@ def test_the_launcher_gets_the_configuration_that_was_named(
     parsers = {"loopmux-broker": program._parser(), "loopmux-launcher": parser(COMMANDS)}
     monkeypatch.chdir(models.parent)
     odd = models.rename(models.with_name("""my 100% "$HOME" \\n'models'.yaml"""))
-    for named in ([], ["--config", odd.name]):
+    for named, expected in (([], place.parents[1] / "loopmux" / "llm_backends.yaml"), (["--config", odd.name], odd)):
         assert run("install", *named) == 0
         for service in SERVICES:
             started, *words = command(place, service)
             name = Path(started).name
             options = parsers[name].parse_args(words)
-            assert options.config == (odd if named and name == "loopmux-launcher" else None)
+            assert options.config == (expected if name == "loopmux-launcher" else None)
     written = content(place)
     monkeypatch.setenv("LOOPMUX_CONFIG", odd.name)
     assert run("install") == 0

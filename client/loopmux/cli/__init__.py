@@ -10,20 +10,19 @@ import argparse
 import sys
 
 import loopmux
-from loopmux.cli import adapters, chat, delegate, drain, keys, show, talk
-from loopmux.cli.ending import exit_code
+from loopmux.cli import adapters, arguments, chat, delegate, drain, keys, running, show, talk
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code (``exitcodes``)."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code(lambda: _run(arguments), debug="--debug" in arguments)
+    words = sys.argv[1:] if argv is None else argv
+    return running.run(lambda: _run(words), debug="--debug" in words)
 
 
-def _run(arguments: list[str]) -> int:
-    if arguments and arguments[0] in delegate.PROGRAMS:
-        return delegate.run(arguments[0], arguments[1:])
-    options = _parser().parse_args(arguments)
+def _run(words: list[str]) -> int:
+    if words and words[0] in delegate.PROGRAMS:
+        return delegate.run(words[0], words[1:])
+    options = _parser().parse_args(words)
     code: int = options.run(options)
     return code
 
@@ -35,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Programs of other parts: " + "; ".join(f"{n}: {p.help}" for n, p in delegate.PROGRAMS.items()),
     )
     parser.add_argument("--version", action="version", version=f"loopmux {loopmux.__version__}")
-    common = talk.common()
+    common = arguments.common()
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     talk.add_commands(commands, common)
     chat.add_commands(commands, common)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import loopmux
-from loopmux.cli import talk, toolfile
+from loopmux.cli import arguments, toolfile
 from loopmux.cli.printing import Printer
 from loopmux.errors import BadRequestError, LoopmuxError, failed_to_start, unknown_model
 from loopmux.loopevents import ChatMessage, Decision, Deny, Run
@@ -35,7 +35,7 @@ Ctrl-C stops an answer, an empty line or Ctrl-D ends the chat. A question that b
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add ``chat`` to the parser's subcommands."""
-    chat = commands.add_parser("chat", parents=[common, talk.sampling()], help="talk to a model, streamed")
+    chat = commands.add_parser("chat", parents=[common, arguments.sampling()], help="talk to a model, streamed")
     chat.add_argument("model", nargs="?", default="default", metavar="MODEL", help="model id (default: default)")
     chat.add_argument("--system", help="system prompt")
     chat.add_argument(
@@ -68,7 +68,7 @@ def _chat(options: argparse.Namespace) -> int:
             logging.getLogger("mcp").addHandler(logging.NullHandler())
             sources += [servers.enter_context(MCPServer(target)) for target in options.mcp]
         system = [{"role": "system", "content": options.system}] if options.system else []
-        chat = Chat(client, options.model, collect(sources), talk.given(options), system, options.yes)
+        chat = Chat(client, options.model, collect(sources), arguments.given(options), system, options.yes)
         chat.run()
     return 0
 

@@ -1,4 +1,4 @@
-"""How a command ends: errors of ours, and of whoever reads its output, as one line and an exit code."""
+"""Running a command: errors of ours, and of whoever reads its output, become one line and an exit code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loopmux import exitcodes
 from loopmux.errors import LoopmuxError
 
 
-def exit_code(command: Callable[[], int], *, debug: bool) -> int:
+def run(command: Callable[[], int], *, debug: bool) -> int:
     """Run a command: what it returns, or the code (``exitcodes``) for what it raised; ``debug`` shows tracebacks."""
     try:
         code = command()
