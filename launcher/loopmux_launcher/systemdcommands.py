@@ -108,7 +108,9 @@ def _programs() -> str:
     Raises:
         LoopmuxError: ours are in neither.
     """
-    schemes = sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user")
+    schemes = [sysconfig.get_default_scheme()]
+    if sys.prefix == sys.base_prefix:  # a virtual environment has its own
+        schemes.append(sysconfig.get_preferred_scheme("user"))
     folders = [sysconfig.get_path("scripts", scheme) for scheme in schemes]
     found = shutil.which("loopmux-launcher", path=os.pathsep.join(folders))
     if found is None:

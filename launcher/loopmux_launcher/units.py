@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from loopmux.errors import ConfigError
 
@@ -46,12 +46,12 @@ def unedited(text: str) -> bool:
     return text == _signed(text.partition("\n")[2])
 
 
-def commands(before: Mapping[str, str], after: Mapping[str, str]) -> list[list[str]]:
-    """What is to be said to systemd, in this order, once these units are in place of those, each text by its name."""
+def commands(before: Iterable[str], after: Mapping[str, str]) -> list[list[str]]:
+    """What is to be said to systemd, in this order, once these units, texts by name, are in place of those names."""
     said = [["daemon-reload"]]
-    changed = [name for name, text in before.items() if name.endswith(".service") and text != after[name]]
-    if changed:  # what runs goes on as it was started
-        said.append(["try-restart", *changed])
+    services = [name for name in before if name.endswith(".service")]
+    if services:  # what runs was started by units that may have been others
+        said.append(["try-restart", *services])
     # The one without an [Install] section is started by its sockets.
     return [*said, ["enable", "--now", *(name for name, text in after.items() if "\n[Install]\n" in text)]]
 

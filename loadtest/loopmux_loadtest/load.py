@@ -7,8 +7,9 @@ well as the sampling of every request; without it the moments are those of seed 
 
 The table: requests that ended well, failed, or were stopped by Ctrl-C; ended ones and tokens a second; the tokens of
 prompts, and how many of them were reused (found in a worker's KV rows). Then milliseconds: from a request to its first
-token, from one token to the next (those that come together share the time since the one before), from a request to its
-end. With --rate a request begins when it was to arrive; `sent late` is by how much this program itself was behind.
+token, from one token to the next (those of one piece share the time since the one before), from a request to its end,
+each with the number of times that it is about: a request without a token is in none of the first two. With --rate a
+request begins when it was to arrive; `sent late` is by how much this program itself was behind.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from loopmux.options import prepare
 from loopmux_loadtest.stopping import Again, lasting, times
 from loopmux_loadtest.tally import Tally, arrivals
 
+_AT_ONCE, _REQUESTS = 8, 100
+"""Requests under way and in all, unless said otherwise."""
 _LIVE, _PLAIN = 0.5, 10.0
 """Seconds between two looks at the progress, on a terminal and elsewhere."""
 _FILES, _OTHERS = 10, 64
@@ -149,10 +152,10 @@ def _make_room(connections: int) -> None:
 
 async def _run(options: argparse.Namespace, load: Load) -> None:
     if options.rate is None:
-        again = lasting(options.seconds) if options.seconds else times(options.requests)
-        await load.closed(options.at_once, again)
+        again = lasting(options.seconds) if options.seconds else times(options.requests or _REQUESTS)
+        await load.closed(options.at_once or _AT_ONCE, again)
     else:
-        count, end = (None, options.seconds) if options.seconds else (options.requests, math.inf)
+        count, end = (None, options.seconds) if options.seconds else (options.requests or _REQUESTS, math.inf)
         await load.open(arrivals(options.rate, options.seed or 0, requests=count, seconds=end))
 
 
@@ -182,7 +185,7 @@ async def _tell(tally: Tally) -> None:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    how = {"rate": options.rate} if options.rate else {"at_once": options.at_once}
+    how = {"rate": options.rate} if options.rate else {"at_once": options.at_once or _AT_ONCE}
     return {"model": options.model, "connections": options.connections, **how}
 
 
@@ -204,13 +207,15 @@ def render(figures: dict[str, Any]) -> str:
     if "rate" in figures:
         rows["sent late"] = "late_ms"
     spreads = [
-        (name, *(f"{ms:.2f}" for ms in spread.values())) for name, key in rows.items() if (spread := figures[key])
+        (name, str(spread["count"]), *(f"{spread[share]:.2f}" for share in ("p50", "p90", "p99")))
+        for name, key in rows.items()
+        if (spread := figures[key])
     ]
     first = {code: message.replace("\n", " ") for code, message in figures["errors"].items()}
     failures = [(code, str(count), first[code]) for code, count in figures["failed"].items()]
     parts = [
         table(tuple(counts), [tuple(map(str, counts.values()))]),
-        table(("MILLISECONDS", "P50", "P90", "P99"), spreads) if spreads else "",
+        table(("MILLISECONDS", "COUNT", "P50", "P90", "P99"), spreads) if spreads else "",
         table(("FAILURE", "REQUESTS", "THE FIRST ONE"), failures) if failures else "",
     ]
     return "\n\n".join(part for part in parts if part)
@@ -226,10 +231,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", nargs="?", default="default", metavar="MODEL", help="model id (default: default)")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--at-once", type=count, default=8, metavar="N", help="requests under way (%(default)s)")
+    how.add_argument("--at-once", type=count, metavar="N", help=f"requests under way ({_AT_ONCE})")
     how.add_argument("--rate", type=amount, metavar="R", help="requests that arrive a second, at moments by --seed")
     limit = parser.add_mutually_exclusive_group()
-    limit.add_argument("--requests", type=count, default=100, metavar="N", help="requests in all (%(default)s)")
+    limit.add_argument("--requests", type=count, metavar="N", help=f"requests in all ({_REQUESTS})")
     limit.add_argument("--seconds", type=amount, metavar="S", help="begin requests for that long instead")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", default="Tell me a story.", metavar="TEXT", help="of every request (%(default)s)")
@@ -280,7 +285,7 @@ def _wishes(options: argparse.Namespace) -> list[Wish]:
 def _wish(line: bytes, common: Wish, where: str) -> Wish:
     try:
         said = json.loads(line)
-    except ValueError as error:  # also where it is not UTF-8
+    except (ValueError, RecursionError) as error:  # also where it is not UTF-8
         raise BadRequestError(f"{where}: {error}; expected a JSON object such as {_EXAMPLE}") from error
     if not isinstance(said, dict):
         raise BadRequestError(f"{where}: found {codec.show(said)}, expected a JSON object such as {_EXAMPLE}")

@@ -83,7 +83,10 @@ class Tally:
         return Request(self, due)
 
     def figures(self, seconds: float) -> dict[str, Any]:
-        """The report, in JSON values: counts, rates over the ``seconds`` of the test, percentiles in milliseconds."""
+        """The report, in JSON values: counts, rates over the ``seconds`` of the test, percentiles in milliseconds.
+
+        Each spread has its own ``count``: a request without a token is in no time to the first one.
+        """
         return {
             "seconds": round(seconds, 3),
             "requests": self.begun,
@@ -106,7 +109,8 @@ class Tally:
 def _spread(seconds: Sequence[float]) -> dict[str, float] | None:
     if not seconds:
         return None
-    return {name: round(1e3 * percentile(seconds, share), 3) for name, share in _SHARES.items()}
+    spread = {name: round(1e3 * percentile(seconds, share), 3) for name, share in _SHARES.items()}
+    return {"count": len(seconds), **spread}
 
 
 @dataclass(slots=True)

@@ -137,7 +137,7 @@ def test_a_line_goes_before_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["--rate 0", "--rate nan", "--at-once 0", "--seconds inf", "--rate 2 --at-once 2", "--requests 2 --seconds 2"],
+    ["--rate 0", "--rate nan", "--at-once 0", "--seconds inf", "--rate 2 --at-once 8", "--requests 100 --seconds 2"],
 )
 def test_a_test_that_means_nothing_is_a_usage_error(words: str) -> None:
     with pytest.raises(SystemExit) as ended:

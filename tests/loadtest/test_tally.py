@@ -70,8 +70,8 @@ def test_the_report_counts_every_request_once() -> None:
         "tokens_per_s": 1.0,
         "prompt_tokens": 10,
         "reused_tokens": 4,
-        "first_token_ms": {"p50": 1000.0, "p90": 1000.0, "p99": 1000.0},
+        "first_token_ms": {"count": 1, "p50": 1000.0, "p90": 1000.0, "p99": 1000.0},
         "between_tokens_ms": None,
-        "latency_ms": {"p50": 100.0, "p90": 100.0, "p99": 100.0},
-        "late_ms": {"p50": 0.0, "p90": 0.0, "p99": 0.0},
+        "latency_ms": {"count": 1, "p50": 100.0, "p90": 100.0, "p99": 100.0},
+        "late_ms": {"count": 5, "p50": 0.0, "p90": 0.0, "p99": 0.0},
     }
