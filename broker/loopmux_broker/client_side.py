@@ -172,6 +172,8 @@ class ClientSide:
             self._streams.repeat_terminal(request, now)
 
     def _credit(self, client: Client, request: Request | None, header: Header, now: float) -> None:
+        if request is not None and request.state is State.DONE and header.arg > request.output.total:
+            return  # it was cancelled before it was brought here: this broker never knew what its client has of it
         if request is not None and not request.orphan:
             self._streams.credit(request, header.seq, header.arg, now)
         elif client.peer is not None:

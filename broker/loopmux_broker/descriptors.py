@@ -11,8 +11,9 @@ import socket
 
 _MOST = 65_536
 """Enough for anybody, and what the unit for systemd says; some hosts allow a billion."""
-_RESERVE, _SHARE = 1024, 4
-"""Descriptors that are kept free for those that libzmq accepts until this process hears of it, at most that share."""
+_RESERVE, _SHARE = 2048, 4
+"""Descriptors that are kept free for those that libzmq accepts until this process hears of it, at most that share:
+libzmq waits when so many are to be heard of (the pipe of a door's monitor holds 2 000)."""
 
 
 def allow() -> None:

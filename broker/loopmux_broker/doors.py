@@ -21,6 +21,8 @@ _FRAMES = 16
 is not to be refused."""
 _PASSED = 64
 """Frames of what has too many that are read at once: they take a tenth of a millisecond."""
+_NEWS = 2001
+"""News of a monitor that are read at once: all that its pipe can hold."""
 _EVENT = struct.Struct("=Hi")
 """First frame of a monitor's message: event number and descriptor."""
 
@@ -187,7 +189,7 @@ class Door:
     def watch(self) -> None:
         """Read the monitor: whose connections have closed, and whether there are too many."""
         try:
-            while True:
+            for _ in range(_NEWS):
                 frame, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
                 event, descriptor = _EVENT.unpack(frame)
                 if event == zmq.EVENT_DISCONNECTED:

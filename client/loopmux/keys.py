@@ -17,6 +17,8 @@ from loopmux.errors import ConfigError
 KEY_VARIABLE, SERVER_KEY_VARIABLE = "LOOPMUX_KEY", "LOOPMUX_SERVER_KEY"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LENGTH = 40
+_BETWEEN = re.compile(r"[^0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]+")
+"""What is not in Z85."""
 _FORM = f"{_LENGTH} characters of Z85, as `loopmux keys show FILE` prints them"
 
 
@@ -60,11 +62,11 @@ def file_named(text: str) -> Path:
     Raises:
         ValueError: there is none, and the text may be a key itself; says so without the text.
     """
-    path, bare = os.path.expanduser(text), text.strip()  # noqa: PTH111 - raises nothing, whoever ~name is
+    path = os.path.expanduser(text)  # noqa: PTH111 - raises nothing, whoever ~name is
     known = os.path.exists(path)  # noqa: PTH110 - likewise, of whatever length
-    if not known and (len(bare) == _LENGTH or "\n" in bare or '"' in bare):
+    if not known and any(len(piece) == _LENGTH for piece in _BETWEEN.split(text)):
         raise ValueError(
-            f"found {len(bare)} characters that name no file and may be a key itself, expected the name of its file "
+            f"found {len(text)} characters that name no file and may hold a key itself, expected the name of its file "
             "(`loopmux keys new NAME` makes one)"
         )
     return Path(path)

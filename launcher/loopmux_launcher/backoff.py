@@ -8,6 +8,8 @@ FIRST_DELAY = 0.5
 """Seconds before the first restart: a single crash costs little, a peer may already have taken over."""
 LONGEST_DELAY = 30.0
 """Seconds; someone who repairs the cause should not wait longer for the next try."""
+_DOUBLINGS = 10
+"""More than it takes to the longest; a power of 2 must not overflow, however often a process crashes."""
 CRASHES = 5
 WINDOW = 60.0
 """How many crashes are a crash loop; of a process that was ready, within these seconds."""
@@ -48,4 +50,5 @@ class Backoff:
             return None
         if self.eager and self.streak == 1:
             return 0.0
-        return min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** (self.streak - 1)) * (0.5 + draw / 2)
+        doublings = min(self.streak - 1, _DOUBLINGS)
+        return min(LONGEST_DELAY, FIRST_DELAY * 2.0**doublings) * (0.5 + draw / 2)

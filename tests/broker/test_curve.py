@@ -195,7 +195,7 @@ def test_an_asyncio_client_hears_it_too_each_time_it_tries(house: House) -> None
     [
         ({"key": ""}, "found 2 keys, expected none without a `key` of the broker"),
         ({"key": "nowhere.key"}, "key: found 'nowhere.key' (cannot read the key file"),
-        ({"key": "x" * 40}, "key: found 40 characters that name no file and may be a key itself, expected the name"),
+        ({"key": "x" * 40}, "key: found 40 characters that name no file and may hold a key itself, expected the name"),
         ({"worker_keys": {}}, "found no worker_keys in the settings, expected the public key of everybody"),
         ({"client_keys": {"desk": "short"}}, "client_keys.desk: found a text of 5 characters that is no part of a key"),
         ({"client_keys": {"a b": "x" * 40}}, "client_keys.a b: found 'a b' (str), expected up to 64 letters"),

@@ -93,6 +93,7 @@ def heard(door: Door) -> bytes:
 
 def disconnect(socket: zmq.Socket[bytes], door: Door) -> None:
     """Close a connection. The news of it are there, unread."""
+    door.watch()  # that it is open was news, too
     socket.disconnect(door.endpoint)
 
     def heard_of() -> bool:

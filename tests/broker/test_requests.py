@@ -16,6 +16,7 @@ from brokerkit import (
     accepted,
     end,
     failure,
+    held,
     kinds,
     pushed,
     run,
@@ -344,6 +345,18 @@ def test_cancel_of_what_is_not_here_refuses_it_when_it_comes(core: Core) -> None
     assert again == answer
     core.client(say(Kind.ENDACK, ONE))
     core.assert_empty()
+
+
+@pytest.mark.parametrize("held_by_a_worker", [True, False])
+def test_credit_behind_a_cancel_that_a_new_broker_hears_first_is_no_offence(held_by_a_worker: bool) -> None:
+    core = Core(settle=3.0)
+    core.hello()
+    core.register(held=1)
+    if held_by_a_worker:
+        held(core, ONE, 0, 200)
+    core.client(say(Kind.CANCEL, ONE))
+    assert core.client(say(Kind.CREDIT, ONE, seq=160, arg=96)) == []
+    assert "strikes" not in core.counted
 
 
 def test_cancel_of_anothers_request_does_nothing_to_it(core: Core) -> None:

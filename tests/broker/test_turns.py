@@ -73,6 +73,8 @@ def test_a_flood_at_one_door_leaves_the_others_their_turns(
         with Peer(door.endpoint) as flood:
             for _ in range(200 // together):
                 flood.together(*[say(Kind.PING)] * together)
+            until(lambda: bool(door.monitor.poll(0)), "the connection is there")
+            door.watch()
             flood.socket.close(1000)
         until(lambda: bool(door.monitor.poll(0)), "all of it has come in, and the connection closed behind it")
         monkeypatch.setattr("loopmux_broker.server.time", SimpleNamespace(monotonic=lambda: clock.now))

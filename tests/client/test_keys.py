@@ -120,11 +120,11 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         keys.credentials(BEYOND, path, "nowhere")
 
 
-@pytest.mark.parametrize("given", ["{secret}", " {secret}\n", "{file}"])
+@pytest.mark.parametrize("given", ["{secret}", " {secret}\n", "'{secret}',", "secret: {secret}", "{file}"])
 def test_a_key_that_is_given_for_its_file_s_name_is_not_repeated(given: str, tmp_path: Path) -> None:
     path, key = keys.new("desk", tmp_path)
     text = given.format(secret=key.secret, file=path.read_text())
-    with pytest.raises(ConfigError, match="may be a key itself, expected the name of its file") as caught:
+    with pytest.raises(ConfigError, match="may hold a key itself, expected the name of its file") as caught:
         keys.credentials(BEYOND, text, key.public)
     assert key.secret not in str(caught.value)
 

@@ -173,10 +173,8 @@ class Callers:
             case "overloaded":
                 return self._world.profile.narrow
             case "engine":
-                bad = self._promise.hit(call, "bad starts", before=60.0) > 0  # one time of it is long enough to give up
-                return (
-                    bad or self._promise.hit(call, "kill", "stop worker", "hang", before=60.0) >= 5
-                ) and "start" in error.message
+                # One time of it is long enough to give up. Who was ready once is never given up.
+                return self._promise.hit(call, "bad starts", before=60.0) > 0 and "start" in error.message
             case "model_not_found":
                 return (
                     self._promise.hit(call, "kill launcher", "stop launcher", "kill broker", "freeze", before=15.0) > 0

@@ -28,6 +28,7 @@ class Dispatches:
         self._world = world
         self._known: set[tuple[bytes, int, float]] = set()
         self._home: dict[tuple[str, str, str], tuple[str, float]] = {}
+        self._at: dict[bytes, str] = {}  # where requests ran last
         self._awaited: dict[bytes, str] = {}  # requests that waited for their session's worker, while others were free
 
     def run(self, worker: Endpoint, peer: bytes, message: Message) -> None:
@@ -49,8 +50,9 @@ class Dispatches:
             return
         hold(len(place.leases) <= place.slots, "no more than the slots", lambda: f"{call} → {worker}")
         self._in_time(call, run)
-        if header.attempt == 1:  # who lost an attempt may have the slot of it again, whoever waits
+        if self._at.get(call.id) != worker.name:  # who lost an attempt may have the slot of it again, whoever waits
             self._in_turn(call, worker, tables)
+        self._at[call.id] = worker.name
         self._at_home(call, worker, header.attempt, tables)
 
     def _in_time(self, call: Call, run: Run) -> None:

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from simulation.promise import Promise
 
 
+_MOST = 9
+"""Ends of one process within ``WINDOW`` seconds, by the shortest that the pauses between them can be."""
+
+
 class Launches:
     """Watches the launcher and its processes."""
 
@@ -27,6 +31,7 @@ class Launches:
         if recent:
             pause = self._clock.now - recent[-1]
             hold(pause >= FIRST_DELAY / 2, "a crashed process is not started at once", f"{name} after {pause} s")
+        hold(len(recent) <= _MOST, "a crashed process is started ever later", f"{name}: {len(recent)} ends in 60 s")
         failed = sum(end > launcher.born for end in self._failed.get(name, []))
         hold(failed < CRASHES, "a crash loop is given up", f"{failed} starts of {name} failed in a row")
 

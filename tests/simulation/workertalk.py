@@ -97,7 +97,8 @@ class WorkerTalk:
         in_order = stream.end in (None, header.seq) or stream.stopped
         hold(in_order, "a worker's output has no gap", lambda: f"{what}, said until {stream.end}")
         # Of one that was stopped the end is said without the rest, which follows where the client comes back for it.
-        hold(stream.terminal is None or stream.stopped, "P2 nothing new follows a terminal", what)
+        rest = stream.terminal and stream.stopped and header.seq + header.arg <= stream.terminal[1]
+        hold(stream.terminal is None or rest, "P2 nothing new follows a terminal", what)
         self._let_go(stream, header, what)
         if stream.end is not None and header.arg < FULL and now - stream.last < SOONEST - 1e-6:
             stream.hasty = now
