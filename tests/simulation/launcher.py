@@ -133,6 +133,7 @@ class LauncherProcess(Endpoint):
                 self.child_ended(name, child, _CRASHED)
             else:
                 self.children[name] = WorkerProcess(self.world, self, spec)
+                self.world.promise.launches.ready(name)
                 self.handle(events.ProcessReported(name, "ready"))
 
         self.later(dice.uniform(*_LOADING), up)
@@ -159,7 +160,7 @@ class LauncherProcess(Endpoint):
             del self.children[name]
             draw = self.clock.random.random()
             if code and self.plan.fleet.process(name).state is not State.STOPPING:
-                self.world.promise.launches.ended(name, ready=not isinstance(child, _Starting))
+                self.world.promise.launches.ended(name)
             self.later(0.002, lambda: self.handle(events.ProcessExited(name, code, (), draw)))
 
     def stop(self) -> None:

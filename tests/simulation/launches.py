@@ -22,11 +22,13 @@ class Launches:
     def __init__(self, promise: Promise) -> None:
         self._world, self._clock = promise.world, promise.world.clock
         self._ends: dict[str, list[float]] = {}
+        self._ready: set[str] = set()
         self._failed: dict[str, list[float]] = {}  # ends before it was ready, since it was last
 
     def started(self, launcher: LauncherProcess, name: str) -> None:
         """A launcher starts a process."""
         hold(name not in launcher.children, "one process of a name", f"{name} runs already")
+        self._ready.discard(name)
         recent = [end for end in self._ends.get(name, []) if end > self._clock.now - WINDOW and end > launcher.born]
         if recent:
             pause = self._clock.now - recent[-1]
@@ -35,11 +37,16 @@ class Launches:
         failed = sum(end > launcher.born for end in self._failed.get(name, []))
         hold(failed < CRASHES, "a crash loop is given up", f"{failed} starts of {name} failed in a row")
 
-    def ended(self, name: str, *, ready: bool) -> None:
+    def ready(self, name: str) -> None:
+        """A launcher's child is ready."""
+        self._ready.add(name)
+        self._failed.pop(name, None)
+
+    def ended(self, name: str) -> None:
         """A launcher's child is gone, and nobody told it to."""
         self._ends.setdefault(name, []).append(self._clock.now)
-        failed = self._failed.setdefault(name, [])
-        failed.clear() if ready else failed.append(self._clock.now)
+        if name not in self._ready:
+            self._failed.setdefault(name, []).append(self._clock.now)
 
     def at_rest(self) -> None:
         """What the launcher believes is so, and the broker has heard it."""
