@@ -159,7 +159,9 @@ class Callers:
                 slow = "slow_client" in error.message and (call.slow or self._promise.hit(call, *LUMPS) > 0)
                 return min(call.cancelled, call.client.gone) <= self._clock.now or slow
             case "bad_request":  # who may queue no more requests may cancel no unknown ones either
-                return call.cancelled <= self._clock.now and self._world.profile.narrow
+                crowded = call.cancelled <= self._clock.now and self._world.profile.narrow
+                # A new broker keeps the id for who names it first.
+                return crowded or (call.meddled and self._promise.hit(call, "kill broker") > 0)
             case "deadline":
                 quiet = call.idle_timeout is not None and self._clock.now >= call.came + call.idle_timeout - TICK
                 return quiet or self._clock.now >= call.deadline - TICK

@@ -33,6 +33,7 @@ class Call:
         read_in: seconds the reader takes over what it reports on; infinite for one that never reads.
         attempt: of the token that came last.
         attached: it was brought to a broker that was started again.
+        meddled: another client, which cannot know its id, has cancelled it.
         moved, came: when anything, and when a token, came last.
         dealt: when it last came to a worker's turn, on its way there or there, or was over for the broker; of one that
             collects, also when its worker or its client last had more of it than before.
@@ -63,6 +64,7 @@ class Call:
     ended: float = math.inf
     attempt: int = 0
     attached: bool = False
+    meddled: bool = False
     moved: float = 0.0
     came: float = 0.0
     dealt: float = 0.0

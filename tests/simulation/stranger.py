@@ -63,6 +63,7 @@ class Stranger(Endpoint):
                 Message(Header(Kind.SUBMIT, call.id), submit, call.body),
             )
         )
+        call.meddled |= told.kind is Kind.CANCEL
         self.world.story.tell(self, f"says {told.kind.name} about {call}")
         self.put(told)
 
