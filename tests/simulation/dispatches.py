@@ -67,12 +67,15 @@ class Dispatches:
     def _in_turn(self, call: Call, worker: Endpoint, tables: Tables) -> None:
         """Nobody of the same client waits who came before and has no less right.
 
-        Who waits for its session's worker goes first there for a while: slots of others were left for it. And one whose
-        session is not elsewhere may pass one whose is, if it came little later.
+        Who waits for its session's worker goes first there for a while: slots of others were left for it; who is to run
+        alone has a worker emptied for it. And one whose session is not elsewhere may pass one whose is, if it came
+        little later.
         """
-        mine = call.submit
+        mine, one = call.submit, tables.requests.get(call.id)
         if (
-            self._awaited.get(call.id) == worker.name
+            one is None
+            or one.alone
+            or self._awaited.get(call.id) == worker.name
             or call.attached
             or self._world.clock.now < self._world.broker.born + _RECOVERY
         ):
@@ -90,7 +93,6 @@ class Dispatches:
                 or theirs.attached
             ):
                 continue
-            one = tables.requests[call.id]
             behind = other.rank[0] - one.rank[0]
             waited = self._world.clock.now - one.arrived
             elsewhere = other.home not in ("", worker.name) and one.home in ("", worker.name) and behind <= _PASSED
