@@ -37,5 +37,5 @@ def turn_away(descriptor: int) -> None:
     try:
         with socket.socket(fileno=os.dup(descriptor)) as connection:
             connection.shutdown(socket.SHUT_RDWR)
-    except OSError:  # its other end was faster
+    except OSError:  # its other end was faster; or there is no descriptor to do it with, and libzmq finds none either
         return

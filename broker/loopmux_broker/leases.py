@@ -68,7 +68,7 @@ class Leases:
             worker.moved = now
 
     def went_on(self, worker: Worker, now: float) -> None:
-        """A worker has ended an attempt: if it stood still for that one, which has longer, the others begin anew."""
+        """A worker has ended an attempt. Where only that one's larger budget let it stand still, others begin anew."""
         stall = self._t.config.stall
         if now > worker.moved + stall.shortest and (due := stall.due(worker)) is not None and due < now:
             worker.moved = now

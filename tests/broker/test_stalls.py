@@ -76,25 +76,26 @@ def test_slow_but_moving_is_not_hung(core: Core) -> None:
     assert "stalled" not in core.counted
 
 
-def test_another_request_s_prefill_is_waited_for_too() -> None:
+def prefilling_beside_a_stream() -> Core:
+    """One worker decodes ONE and has just been given TWO."""
     core = Core()
     core.hello()
     core.register(slots=2)
     core.running()
     core.worker(tok(ONE, 0))
     core.running(TWO)
+    return core
+
+
+def test_another_request_s_prefill_is_waited_for_too() -> None:
+    core = prefilling_beside_a_stream()
     assert core.wait(59.75) == []
     assert core.wait(0.25)[0] == Send(WORKER, say(Kind.DIE))
 
 
 def test_and_with_its_end_the_time_of_the_others_begins() -> None:
-    core = Core()
-    core.hello()
-    core.register(slots=2)
-    core.running()
-    core.worker(tok(ONE, 0))
-    core.running(TWO)
-    core.wait(50)
+    core = prefilling_beside_a_stream()
+    assert core.wait(50) == []
     core.worker(end(TWO, 0))
     assert Send(WORKER, say(Kind.DIE)) not in core.wait(14.75)
     assert Send(WORKER, say(Kind.DIE)) in core.wait(0.25)

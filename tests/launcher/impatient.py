@@ -11,13 +11,14 @@ import sys
 from loopmux_launcher import server, watchdog
 from loopmux_launcher.__main__ import main
 
-SILENCE = 1.2
-_WORKER = """
+SILENCE, POLL = 1.2, 0.1
+"""Seconds without a sign of life that are too many, and the most from one to the next."""
+_WORKER = f"""
 import sys
 from chaos import hanging
 from loopmux_worker import server
 
-server._LONGEST_POLL = 0.1
+server._LONGEST_POLL = {POLL}
 sys.exit(hanging.serve(600.0))
 """
 
