@@ -13,8 +13,8 @@ the same, over ipc where it is not said. Nothing of the client or the engine is 
 - ``load``: with 1, 64 and 1 000 clients, each with a connection of its own and a request always under way: requests per
   second with their latency, streamed chunks per second, processor time, resident memory. For our broker; for ``proxy``
   (``zmq.proxy``) and ``poller`` (the same in Python), which only pass on, between the same two ends; and with
-  ``--peers PYTHON``, an environment with fastapi, uvicorn, litserve, mosec and ray[serve],
-  for HTTP servers that echo.
+  ``--peers PYTHON``, an environment with fastapi, uvicorn, litserve, mosec and ray[serve], for HTTP servers that echo;
+  ``replaced`` is the one that Loopmux replaces, FastAPI around a ``generate()`` with a lock.
 - ``ratio``: ours divided by each of the others.
 """
 
@@ -52,7 +52,8 @@ PACE = 2000
 CLIENTS = (1, 64, 1000)
 CHUNKS = 32
 """Chunks of a stream under load: 256 tokens, what a request makes by default."""
-SERVERS = ("fastapi", "litserve", "mosec", "ray")
+SERVERS = ("replaced", "fastapi", "litserve", "mosec", "ray")
+PACKAGES = ("fastapi", "uvicorn", "litserve", "mosec", "ray")
 
 Figures = dict[str, float]
 
@@ -199,9 +200,8 @@ def _versions(peers: str | None) -> dict[str, Any]:
     found = {"python": sys.version.split()[0], "pyzmq": zmq.__version__, "libzmq": zmq.zmq_version()}
     if peers:
         ask = "import importlib.metadata as m, sys; print(*(m.version(name) for name in sys.argv[1:]))"
-        names = (*SERVERS, "uvicorn")
-        done = subprocess.run([peers, "-c", ask, *names], capture_output=True, text=True, check=True)
-        found |= dict(zip(names, done.stdout.split(), strict=True))
+        done = subprocess.run([peers, "-c", ask, *PACKAGES], capture_output=True, text=True, check=True)
+        found |= dict(zip(PACKAGES, done.stdout.split(), strict=True))
     return {"case": "versions", **found, "cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
 
 
