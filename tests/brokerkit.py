@@ -121,16 +121,20 @@ class Core:
         fingerprint: str = "f",
         held: int = 0,
         introduction: int = 0,
+        host: str = "",
     ) -> list[Action]:
         served = tuple(ServedModel(m, fingerprint) for m in models) if role == "worker" else ()
         without = tuple(LeftOut(model, reason) for model, reason in (left_out or {}).items())
         common = (role, name or peer.decode(), boot or instance(peer), wire.VERSIONS)
-        register = Register(*common, models=served, slots=slots, adapters=adapters, left_out=without, held=held)
+        offers = {"models": served, "slots": slots, "adapters": adapters, "left_out": without}
+        register = Register(*common, **offers, held=held, host=host)
         header = Header(Kind.REGISTER, seq=introduction)
         return self.worker(Message(header, codec.pack(register), codec.pack({})), peer)
 
-    def launcher(self, peer: bytes = LAUNCHER, name: str = "host", boot: bytes | None = None) -> list[Action]:
-        return self.register(peer, name=name, role="launcher", slots=0, boot=boot)
+    def launcher(
+        self, peer: bytes = LAUNCHER, name: str = "host", boot: bytes | None = None, *, host: str = ""
+    ) -> list[Action]:
+        return self.register(peer, name=name, role="launcher", slots=0, boot=boot, host=host)
 
     def declare(self, model: str, phase: Any, peer: bytes = LAUNCHER, **details: Any) -> list[Action]:
         route = codec.pack(Catalogue(model, phase, **details))

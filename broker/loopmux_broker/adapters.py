@@ -295,11 +295,12 @@ class Adapters:
     def _sweep(self, worker: Worker, now: float) -> None:
         """What a worker has and no launcher knows goes, where some launcher knows its other models.
 
-        Not while a launcher declares its models, one after the other: what it comes to last is unknown until then.
+        Not without its own launcher, the one of its host, nor while that declares its models, one after the other: what
+        it comes to last is unknown until then.
         """
-        pool = self._t.pool
-        heard_out = self._t.settled and all(launcher.declared for launcher in pool.launchers.values())
-        if not heard_out or worker.draining or not any(map(pool.launchers_of, worker.models)):
+        pool, host = self._t.pool, worker.register.host
+        heard_out = any(one.declared for one in pool.launchers.values() if one.register.host == host)
+        if not (self._t.settled and heard_out) or worker.draining or not any(map(pool.launchers_of, worker.models)):
             return
         for name in worker.register.adapters:
             if not pool.launchers_of(name) and not self._under_way(name, worker):

@@ -405,6 +405,29 @@ def test_what_a_worker_has_stays_while_its_launcher_declares_its_models(declared
     assert set(told(core.wait(5.5), Kind.UNLOAD)) == (set() if declared else {WORKER})
 
 
+def test_it_stays_when_the_launcher_is_lost_before_it_has_declared_all_until_that_is_back() -> None:
+    core = Core()
+    core.launcher()
+    core.declare("m", "ready")
+    core.lose(LAUNCHER)
+    came = core.register(WORKER, models=("m", "loud"), adapters=("loud",))
+    assert told(came + core.wait(20.0), Kind.UNLOAD) == {}
+    core.launcher(b"l2", boot=instance(LAUNCHER))
+    core.declare("m", "ready", b"l2")
+    assert set(told(core.wait(5.5), Kind.UNLOAD)) == {WORKER}
+
+
+def test_only_the_launcher_of_its_host_says_that_nobody_remembers_what_a_worker_has() -> None:
+    core = Core()
+    core.launcher(name="alpha", host="alpha")
+    core.declare("m", "ready")
+    core.register(WORKER, models=("m", "loud"), adapters=("loud",), host="beta")
+    assert told(core.wait(20.0), Kind.UNLOAD) == {}
+    core.launcher(b"l2", "beta", host="beta")
+    core.declare("m", "ready", b"l2")
+    assert set(told(core.wait(5.5), Kind.UNLOAD)) == {WORKER}
+
+
 @pytest.mark.parametrize(
     ("model", "name", "code", "words"),
     [
