@@ -405,11 +405,11 @@ class Adapters:
                 self._serves(worker, op.done[worker.name], now)
         content = next((done.content for done in op.done.values() if done.content), "")
         failure = _told(op, "was not unloaded everywhere") if op.failures else None
-        self._end(op, Done(failure, content, None, tuple(sorted(op.done)), bool(op.remembered)))
+        self._end(op, Done(failure, content, None, tuple(sorted(op.done)), bool(op.remembered)), now)
 
     def _fail(self, op: _Operation, now: float) -> None:
         """Take back what was done, and say why."""
-        self._end(op, Done(_told(op, "was loaded nowhere" if op.load else "was not unloaded")), undone=op.load)
+        self._end(op, Done(_told(op, "was loaded nowhere" if op.load else "was not unloaded")), now, undone=op.load)
         if not op.load:
             return
         if op.asker is None:
@@ -422,11 +422,13 @@ class Adapters:
         if back := [stage for stage in stages if stage[1]]:
             self._by_itself(Kind.UNLOAD, op.order, back, now, single=False)
 
-    def _end(self, op: _Operation, answer: Done, *, undone: bool = False) -> None:
+    def _end(self, op: _Operation, answer: Done, now: float, *, undone: bool = False) -> None:
         del self._operations[op.id]
         self._t.timers.cancel((Alarm.ADAPTER, op.id, 0))
         for worker in self._t.pool.workers.values():
-            worker.loading -= {op.id}
+            if op.id in worker.loading:
+                worker.loading -= {op.id}
+                self._look_at(worker, now)
         self._ended[op.id] = _Ended(answer, undone, op.had)
         while len(self._ended) > _KEPT:
             self._ended.popitem(last=False)
@@ -434,6 +436,12 @@ class Adapters:
             self._answer(op.asker, op.id, answer)
         if answer.failure is not None:
             self._t.out.append(Log("warning", answer.failure.message))
+
+    def _look_at(self, worker: Worker, now: float) -> None:
+        """A worker that was to load an adapter may not stand still for as long any more."""
+        alarm = (Alarm.STALL, worker.peer, 0)
+        if alarm in self._t.timers:
+            self._t.timers.set(alarm, now)
 
     def _catch_up(self, op: _Operation, now: float) -> None:
         """Workers that came when it was too late to take part are held to what is remembered."""

@@ -307,6 +307,16 @@ def test_an_engine_that_loads_is_not_taken_for_one_that_hangs(core: Core) -> Non
     assert WORKER not in core.tables.pool.workers
 
 
+def test_one_that_hangs_over_it_is_lost_as_soon_as_it_is_not_waited_for_any_more(core: Core) -> None:
+    core.running(TWO)
+    load(core)
+    done(core, SECOND)
+    core.wait(core.config.stall.adapter - 1)
+    assert WORKER in core.tables.pool.workers
+    assert "did not answer within 120 s" in why(core.wait(1.5)).message
+    assert WORKER not in core.tables.pool.workers
+
+
 # --- what launchers remember
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 CONNECT_TIMEOUT = 5.0
+_PATIENCE = 16.0
+"""Seconds for loading an adapter: more than its workers and then its launcher get."""
 
 
 @dataclass
@@ -139,6 +141,14 @@ class ClientProcess(Endpoint):
         self.questions[id_] = self.clock.now + patience
         self.act(lambda: self.handle(events.Asked(id_, self.questions[id_])))
 
+    def order(self, kind: wire.Kind, order: messages.AdapterOrder) -> None:
+        """Have an adapter loaded or unloaded."""
+        id_ = self.clock.random.randbytes(16)
+        self.questions[id_] = self.clock.now + _PATIENCE
+        self.world.promise.adapters.asked(self, id_, order, kind is wire.Kind.LOAD)
+        asked = events.Asked(id_, self.questions[id_], kind, codec.pack(order), _PATIENCE)
+        self.act(lambda: self.handle(asked))
+
     def close(self) -> None:
         """The program leaves properly."""
         if self.running:
@@ -219,6 +229,9 @@ class ClientProcess(Endpoint):
                     self.later(call.read_in, lambda: self._read(call, report))
             case events.Finish(id_, outcome) | events.Fail(id_, outcome) if id_ in self.calls:
                 promise.callers.ended(self.calls[id_], outcome)
+            case events.Answer(id_, outcome) | events.Fail(id_, outcome) if promise.adapters.known(id_):
+                self.questions.pop(id_, None)
+                promise.adapters.answered(self, id_, outcome)
             case events.Answer(id_) | events.Fail(id_):
                 promise.callers.answered(self, id_, action.status if isinstance(action, events.Answer) else None)
 

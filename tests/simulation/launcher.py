@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from loopmux import wire
 from loopmux.messages import Register, WorkerSpec
 from loopmux_launcher import events
+from loopmux_launcher.adapters import Added, extended
 from loopmux_launcher.groups import Group
 from loopmux_launcher.lifecycle import State
-from loopmux_launcher.link import Demanded, Link, Refused, Welcomed
+from loopmux_launcher.link import Demanded, Link, Ordered, Refused, Welcomed
 from loopmux_launcher.plan import Plan
 from simulation.process import Endpoint
 from simulation.worker import WorkerProcess
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 _LOADING = (0.1, 1.0)
 _CRASHED = 1
+FULL = "the disk is full"
+_FULL = 0.05
+"""The chance that the file of adapters cannot be written."""
 
 
 class _Starting:
@@ -37,6 +41,8 @@ class LauncherProcess(Endpoint):
     def __init__(self, world: World, groups: list[Group]) -> None:
         super().__init__(world, "launcher")
         self.groups = groups
+        self.saved: tuple[Added, ...] = ()
+        """What its file of adapters has; it outlives the process."""
         self.children: dict[str, WorkerProcess | _Starting] = {}
         self.fail_starts = 0.0
         """The chance that a start fails."""
@@ -47,7 +53,8 @@ class LauncherProcess(Endpoint):
 
     def start(self) -> None:
         self.alive, self.frozen_since, self.line, self.born = True, None, None, self.clock.now
-        self.plan = Plan(self.groups, with_broker=False)
+        groups, idle = extended(self.groups, self.saved)
+        self.plan = Plan(groups, with_broker=False, added=self.saved, idle=idle)
         self.link = Link(Register("launcher", "host", self.clock.random.randbytes(16), wire.VERSIONS))
         self.connect()
         self.handle(events.Began())
@@ -98,6 +105,8 @@ class LauncherProcess(Endpoint):
             self.handle(events.BrokerWelcomed())
         elif isinstance(news, Demanded):
             self.handle(events.DemandReported(news.demand))
+        elif isinstance(news, Ordered):
+            self.handle(events.AdapterOrdered(news.id, news.order, news.load))
         self.look()
 
     # --- processes
@@ -114,12 +123,23 @@ class LauncherProcess(Endpoint):
                 case events.ReportPhase(catalogue):
                     for message in self.link.report(catalogue):
                         self._tell(message)
+                case events.SaveAdapters(id_, added):
+                    self._save(id_, added)
+                case events.AnswerOrder(id_, trouble):
+                    for message in self.link.answer(id_, trouble):
+                        self._tell(message)
                 case events.Announce(subject, text, level) if level != "progress":
                     self.world.story.tell(self, f"{subject}: {text}")
                 case events.Finish():
                     self._finished()
                     return
         self.look()
+
+    def _save(self, id_: bytes, added: tuple[Added, ...]) -> None:
+        full = self.clock.random.random() < _FULL
+        if not full:
+            self.saved = added
+        self.handle(events.AdaptersSaved(id_, FULL if full else ""))
 
     def _start_child(self, name: str, spec: WorkerSpec) -> None:
         self.world.promise.launches.started(self, name)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import random
 
-from loopmux.messages import SessionHint
+from loopmux.messages import AdapterOrder, SessionHint
+from loopmux.wire import Kind
 from simulation.broken import hold
 from simulation.broker import BrokerProcess
 from simulation.census import grown
 from simulation.client import Call, ClientProcess, plain_call, scripted_call
 from simulation.lines import Line, Pipe
 from simulation.process import Endpoint, Process
-from simulation.profile import ADAPTER, ECHO, FAIL_AT, FLAKY, draw
+from simulation.profile import ADAPTER, ECHO, FAIL_AT, FLAKY, LOOSE, SPOILED, draw
 from simulation.stranger import Stranger, StrangeWorker
 from simulation.worker import WorkerProcess
 from simulation.world import World
@@ -31,6 +32,8 @@ _ENCORE = 16
 """Requests after the end of all faults."""
 _STREAMS_WITHIN = 1.0
 """Seconds that a fault waits for a stream that it can harm."""
+_ADAPTED = 0.12
+"""The share of orders for adapters among what callers do, and of those they load among the ones that are named."""
 _IDLE = 3.0
 """Seconds that are listened to after that."""
 
@@ -70,6 +73,9 @@ class Nemesis:
         if not world.living:
             world.new_client()
         client = dice.choice(world.living)
+        if self.profile.adapters and dice.random() < _ADAPTED:
+            self._order(client)
+            return
         match dice.choices(("ask", "turn", "flood", "cancel", "status", "hint", "stranger"), (20, 3, 1, 3, 1, 1, 1))[0]:
             case "stranger":
                 self._stranger()
@@ -105,6 +111,9 @@ class Nemesis:
             options |= {"session": f"s{dice.randint(1, 3)}", "continues": dice.random() < 0.5}
         if dice.random() < 0.2:
             options |= dice.choice(({"adapter": ADAPTER}, {"model": ADAPTER}))
+        elif self.profile.adapters and dice.random() < _ADAPTED:
+            options |= dice.choice(({"adapter": LOOSE[0]}, {"model": LOOSE[0]}, {"model": LOOSE[1]}))
+            options["may_fail"] = frozenset({"adapter_not_found", "model_not_found"})  # it may be gone, or come later
         match dice.choices(("prompt", "collect", "slow", "never", "odd", "regret"), (60, 15, 6, 3, 6, 6))[0]:
             case "collect":
                 options["collect"] = True
@@ -122,6 +131,12 @@ class Nemesis:
         if options.get("model") == FLAKY and tokens <= FAIL_AT:
             options["must_fail"] = False
         return client.ask(plain_call(client, name, tokens, timeout, **options))
+
+    def _order(self, client: ClientProcess) -> None:
+        """Have an adapter loaded, or unloaded."""
+        name, load = self.dice.choice((*LOOSE, *LOOSE, SPOILED)), self.dice.random() < 0.6
+        order = AdapterOrder(ECHO, name, f"/adapters/{name}" if load else "")
+        client.order(Kind.LOAD if load else Kind.UNLOAD, order)
 
     def _stranger(self) -> None:
         """Somebody who is none of ours comes, says things and leaves."""

@@ -52,6 +52,8 @@ _FOREMOST = "kill broker"
 
 ECHO, FLAKY = "echo", "flaky"
 ADAPTER = "tuned"
+LOOSE, SPOILED = ("loose-1", "loose-2"), "spoiled"
+"""Adapters that are loaded and unloaded at run time; the last one cannot be."""
 FAIL_AT = 20
 """Position at which the flaky model fails, or raises."""
 
@@ -81,6 +83,8 @@ class Profile:
     """Whether limits are so low that requests are refused."""
     faults: tuple[str, ...] = ()
     bursts: int = 3
+    adapters: bool = False
+    """Whether adapters are loaded and unloaded at run time."""
 
 
 def draw(seed: int) -> Profile:
@@ -98,7 +102,7 @@ def draw(seed: int) -> Profile:
         closed_grace=dice.choice((0.5, 2.0)),
         # shorter than a user's: what runs out after a minute would otherwise be in few runs
         orphan_grace=4.0,
-        stall=Stall(decode=4.0, prefill=6.0, per_size=0.0),
+        stall=Stall(decode=4.0, prefill=6.0, per_size=0.0, adapter=6.0),
     )
     rate = dice.choice((50.0, 100.0, 200.0))
     made = groups(
@@ -115,4 +119,5 @@ def draw(seed: int) -> Profile:
         narrow=narrow,
         faults=tuple(chosen) if dice.random() < 0.9 else (),
         bursts=dice.randint(1, 3),
+        adapters=dice.random() < 0.3,
     )

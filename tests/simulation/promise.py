@@ -1,7 +1,8 @@
 """Everything that must hold in a world: each part watches its own, here they are put together.
 
 ``callers`` what goes to callers · ``talk`` what processes say, ``answers`` what they owe each other · ``engines`` what
-runs · ``launches`` what is started · ``books`` whether the broker's tables agree.
+runs · ``adapters`` what is loaded at run time · ``launches`` what is started · ``books`` whether the broker's tables
+agree.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from simulation import books
+from simulation.adapters import Adapters
 from simulation.answers import Answers
 from simulation.broken import hold
 from simulation.callers import Callers
@@ -38,6 +40,7 @@ class Promise:
         self.answers = Answers(self)
         self.engines = Engines(self)
         self.launches = Launches(self)
+        self.adapters = Adapters(self)
 
     def hit(self, call: Call, *kinds: str, before: float = 0.0) -> int:
         """How many faults of these kinds were at work during a call, or shortly ``before`` it."""
@@ -66,6 +69,7 @@ class Promise:
             hold(not client.questions, "P2 every question is answered", client)
         books.at_rest(self.world)
         self.launches.at_rest()
+        self.adapters.at_rest(self.world.launcher)
         for worker in self.world.workers:
             hold(worker.core.welcomed, "everybody is with the broker", worker)
             hold(worker.core.requests == 0, "nothing is left in a worker", worker)

@@ -47,7 +47,7 @@ class Talk:
             return
         call = client.calls.get(header.request)
         hold(
-            call is not None or header.kind is Kind.REPORT,
+            call is not None or header.kind in (Kind.REPORT, Kind.DONE),
             "P7 nobody sees another's traffic",
             lambda: f"{client} got {header}",
         )

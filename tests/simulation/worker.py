@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loopmux import wire
-from loopmux.errors import LoopmuxError, ProtocolError
-from loopmux.messages import Register, SessionHint, WorkerSpec
+from loopmux.errors import ConfigError, LoopmuxError, ProtocolError
+from loopmux.messages import Register, ServedModel, SessionHint, WorkerSpec
 from loopmux_worker import events, session
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Job, Key, Load, Output, Produced
 from loopmux_worker.engine.echo import EchoEngine
 from simulation.broken import broken
 from simulation.process import Endpoint
+from simulation.profile import SPOILED
 
 if TYPE_CHECKING:
     from simulation.launcher import LauncherProcess
@@ -44,6 +45,15 @@ class MarkedEcho(EchoEngine):
 
     def hint(self, hint: SessionHint) -> None:
         self._worker.world.promise.engines.hinted(self._worker, hint)
+
+    def load_adapter(self, name: str, directory: str, like: str = "") -> ServedModel:
+        if directory.endswith(SPOILED):
+            raise ConfigError(f"adapter {name!r} does not fit")
+        return super().load_adapter(name, directory, like)
+
+    def unload_adapter(self, name: str) -> None:
+        self._worker.world.promise.adapters.unloads(self._worker, name)
+        super().unload_adapter(name)
 
     def step(self) -> list[Output]:
         self._turns += 1
@@ -120,7 +130,7 @@ class WorkerProcess(Endpoint):
                     self.put(message, lasting=lasting)
                 case events.Unsend():
                     self.unsend()
-                case events.Submit() | events.Cancel() | events.Hint():
+                case events.Submit() | events.Cancel() | events.Hint() | events.Adapt():
                     self.driver.put(action)
                     self._commanded = True
                 case events.Leave(error):

@@ -738,6 +738,22 @@ def test_more_than_can_be_announced_is_unloaded_again():
     assert unpack(Register, again.message.route) == REGISTER
 
 
+def test_what_was_loaded_since_register_was_sent_is_said_in_another_one_and_the_first_is_not_answered():
+    session = joined()
+    session.handle(ordered(), 1.0)
+    session.handle(Disconnected(), 1.5)
+    [_, first] = session.handle(Connected(), 2.0)
+    assert unpack(Register, first.message.route).models == (ServedModel("m", "f"),)
+    assert session.handle(adapted(LOUD), 2.1) == []
+    assert session.next_timer() <= 2.1
+    session.handle(welcome(session, to=first.message.header.seq), 2.1)
+    assert not session.welcomed
+    [_, again] = session.handle(Woke(), 2.1)
+    assert unpack(Register, again.message.route).models == (ServedModel("m", "f"), LOUD)
+    session.handle(welcome(session), 2.2)
+    assert session.welcomed
+
+
 def test_an_adapter_that_was_loaded_while_the_broker_was_away_is_in_the_next_introduction():
     session = joined()
     session.handle(ordered(), 1.0)

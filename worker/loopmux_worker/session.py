@@ -146,7 +146,7 @@ class Session:
             case Cancelled(key, usage):
                 return self._cancelled(key, usage, now)
             case Adapted():
-                return self._adapted(event)
+                return self._adapted(event, now)
             case Asked(within):
                 return self._asked(within, now)
             case Woke():
@@ -445,7 +445,7 @@ class Session:
         self._adapting.add(id_)
         return [Adapt(id_, order, message.kind is Kind.LOAD)]
 
-    def _adapted(self, event: Adapted) -> list[Action]:
+    def _adapted(self, event: Adapted, now: float) -> list[Action]:
         """Tell the broker. Where it is away, REGISTER says what is served, and it asks again for what it wants."""
         self._adapting.discard(event.id)
         error, done, undo = event.error, Done(), list[Action]()
@@ -460,8 +460,10 @@ class Session:
         if error is not None:
             reason = shorten(error.message, _REASON)
             done = Done(Failure(error.code, reason, error.retryable, event.order.model or None, self._name))
-        answer = Message(Header(Kind.DONE, event.id), body=pack(done))
-        return undo + ([Send(answer)] if self._welcomed else [])
+        if self._welcomed:
+            return [*undo, Send(Message(Header(Kind.DONE, event.id), body=pack(done)))]
+        self._lost(now)  # REGISTER may be on its way, and says what was served before
+        return undo
 
     def _serves(self, name: str) -> Done:
         """DONE for a model that is served, or no longer."""
