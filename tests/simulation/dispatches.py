@@ -118,7 +118,8 @@ class Dispatches:
         key = (call.client.name, session, call.submit.model)
         home, since = self._home.get(key, ("", -1.0))
         if home and home != worker.name and attempt == 1 and since >= self._world.broker.born:
-            free = [w for w in tables.pool.workers.values() if w.name == home and w.free > 0]
+            asked = call.submit.model, call.submit.adapter
+            free = [w for w in tables.pool.workers.values() if w.name == home and w.free > 0 and w.serves(*asked)]
             hold(
                 not free,
                 "a session stays where its state is",
