@@ -6,8 +6,10 @@ less. The client with the lowest account comes next, and of its requests the one
 less its head start in seconds, so that waiting ages a request by itself.
 
 An account moves when one of its client's requests gets a slot (by what it is expected to cost) and when it gives the
-slot back (by what it did cost). A client that comes, or comes back with nothing queued, starts where the ones being
-served are: time away is no credit.
+slot back (by what it did cost). A client that comes, or comes back with nothing queued, starts where the ones are that
+compete with it, what they are only expected to cost left out: time away is no credit, and nobody who comes waits for
+what others never got. These are those that wait for the same; where nobody does, whoever was given a slot last by a
+worker that it can run on. What clients take of other workers, where nobody has to wait, is no matter of theirs.
 """
 
 from __future__ import annotations
@@ -107,13 +109,15 @@ class Queues:
         self._awaiting: dict[str, dict[bytes, Request]] = {}  # by the name of the worker that they wait for
         self._waiting: dict[str, int] = {}  # how many wait for each model
         self._count = self._turns = 0
-        self._level = 0.0  # the account of the client that was given a slot last
         self.length = 0
 
     # --- who waits
 
-    def push(self, request: Request) -> None:
-        """Queue a request; one that was queued before gets its old place."""
+    def push(self, request: Request, level: float = 0.0) -> None:
+        """Queue a request; one that was queued before gets its old place.
+
+        ``level`` is the account at which slots were given away last, by workers that it can run on.
+        """
         if request.rank == (0.0, 0):
             self._count += 1
             request.rank = (self._head_start.of(request) - request.arrived, -self._count)
@@ -122,7 +126,7 @@ class Queues:
         elif request.awaits:
             self._awaiting.setdefault(request.awaits, {})[request.id] = request
         else:
-            self._line_up(request)
+            self._line_up(request, level)
         self._note(request.submit.model, 1)
 
     def remove(self, request: Request) -> None:
@@ -143,10 +147,10 @@ class Queues:
         else:
             del self._waiting[model]
 
-    def _line_up(self, request: Request) -> None:
+    def _line_up(self, request: Request, level: float) -> None:
         principal, lane = request.client.principal, request.lane
-        self._lift(principal)
         queue = self._models.setdefault(lane[0], {}).setdefault(lane, _Queue())
+        self._lift(principal, queue.next()[-1].principal.settled if queue.lines else level)
         line = queue.lines.get(principal)
         if line is None:
             line = queue.lines[principal] = _Line(principal)
@@ -218,13 +222,13 @@ class Queues:
 
     # --- accounts
 
-    def charge(self, request: Request) -> None:
+    def charge(self, request: Request, worker: Worker) -> None:
         """A request gets a slot: its client is charged what the whole of it may cost, until its end shows more.
 
         What it was charged for an attempt before is part of that: nobody pays twice because a worker was lost.
         """
-        self._lift(request.client.principal)
-        self._level = max(self._level, request.client.principal.served)
+        self._lift(request.client.principal, worker.level)
+        worker.level = request.client.principal.settled
         self._bill(request, max(request.submit.max_new_tokens, request.output.total))
 
     def settle(self, request: Request) -> None:
@@ -235,6 +239,9 @@ class Queues:
     def _bill(self, request: Request, tokens: int) -> None:
         """Let a request have cost so much: at least 1, so that a thousand that produce nothing are not one turn."""
         principal, cost = request.client.principal, max(request.submit.prompt_size // _SIZE_PER_TOKEN + tokens, 1)
+        expected = tokens - request.output.total
+        principal.expected += (expected - request.expected) / principal.weight
+        request.expected = expected
         if cost == request.charged:
             return
         principal.served += (cost - request.charged) / principal.weight
@@ -242,9 +249,9 @@ class Queues:
         for lane, line in self._principals.get(principal, {}).items():
             self._set_turn(self._models[lane[0]][lane], line)
 
-    def _lift(self, principal: Principal) -> None:
+    def _lift(self, principal: Principal, level: float) -> None:
         if principal not in self._principals:
-            principal.served = max(principal.served, self._level)
+            principal.served = max(principal.served, level)
 
     # --- what people see
 

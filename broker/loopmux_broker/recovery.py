@@ -179,7 +179,7 @@ class Recovery:
         request.move(Step.CLAIMED)
         self._t.counters["recovered"] += 1
         lease.acknowledged, lease.prefix = True, request.output.total
-        self._t.queues.charge(request)
+        self._t.queues.charge(request, lease.worker)
         self._t.affinity.ran(request, lease.worker.name)
         lease.worker.moved = now
         self._leases.replay(lease)

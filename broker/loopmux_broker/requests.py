@@ -69,7 +69,7 @@ class Request:
 
     Attributes:
         body: BODY of SUBMIT, kept until the end because another attempt needs it.
-        charged: tokens that its client was charged for it.
+        charged: tokens that its client was charged for it, ``expected`` of them for what it has not produced yet.
         brought: bytes of the tokens that its client came back with.
         arrived, deadline: on the broker's clock.
         attempt: number of the last attempt, 0 before the first; never handed out twice, not even by two brokers.
@@ -102,6 +102,7 @@ class Request:
     alone: bool = False
     fingerprint: str | None = None
     charged: int = 0
+    expected: int = 0
     brought: int = 0
     lease: Lease | None = None
     avoid: str = ""

@@ -176,7 +176,7 @@ def operations_per_dispatch(queued: int, clients: int, dispatches: int = 50) -> 
             request = queues.next_for(worker)
             assert request is not None
             queues.remove(request)
-            queues.charge(request)
+            queues.charge(request, worker)
             request.output.total = 10
             queues.settle(request)
     finally:
@@ -215,7 +215,7 @@ def test_a_queue_gives_everybody_exactly_once_whatever_is_taken_out_in_between()
             mine = [r for r in waiting.values() if r.client is taken.client]
             assert all(r.rank < taken.rank for r in mine)
             queues.remove(taken)
-            queues.charge(taken)
+            queues.charge(taken, worker)
             taken.output.total = dice.randint(0, 300)
             queues.settle(taken)
         assert queues.length == queues.waiting("m") == len(waiting)
@@ -310,6 +310,59 @@ def test_time_away_is_no_credit(core: Core) -> None:
         core.submit(pair[1], OTHER, max_new_tokens=100)
     owners = ["theirs" if request in theirs else "mine" for request in order(core, 6)]
     assert sorted(owners[:2]) == sorted(owners[2:4]) == ["mine", "theirs"]
+
+
+def test_who_comes_does_not_wait_for_what_others_were_expected_to_cost_and_did_not(core: Core) -> None:
+    core.register(slots=2)
+    for n in range(2):
+        core.submit(b"long" + n.to_bytes(12), max_new_tokens=4096)
+    for n in range(50):
+        core.submit(b"many" + n.to_bytes(12), max_new_tokens=16)
+    short(core)  # of an answer that might have been long
+    core.hello(OTHER)
+    core.submit(ONE, OTHER, max_new_tokens=16)
+    assert ONE in [short(core) for _ in range(4)]
+
+
+def test_what_others_take_of_another_model_where_nobody_waits_is_not_waited_for(core: Core) -> None:
+    """Else a client that has waited all the time would first get as much as another one did where nobody waited."""
+    core.hello(OTHER)
+    core.hello(b"third")
+    core.register()
+    core.register(SECOND, models=("other",))
+    for n in range(50):
+        core.submit(b"many" + n.to_bytes(12), max_new_tokens=16)
+    core.submit(TWO, OTHER, model="other", max_new_tokens=16)
+    core.worker(tok(TWO, 0, 10_000), SECOND)
+    core.worker(end(TWO, 10_000), SECOND)
+    core.submit(THREE, OTHER, model="other", max_new_tokens=16)
+    core.submit(ONE, b"third", max_new_tokens=16)
+    assert ONE in [short(core) for _ in range(3)]
+
+
+def test_nor_is_who_comes_while_no_worker_is_there_ahead_of_those_who_wait(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "ready")
+    core.register()
+    core.submit(TWO, max_new_tokens=16)
+    core.worker(tok(TWO, 0, 10_000))
+    core.worker(end(TWO, 10_000))
+    core.lose(WORKER)
+    core.submit(THREE, max_new_tokens=16)
+    core.hello(OTHER)
+    for n in range(50):
+        core.submit(b"many" + n.to_bytes(12), OTHER, max_new_tokens=16)
+    core.register(SECOND)
+    assert THREE in [short(core, SECOND) for _ in range(2)]
+
+
+def short(core: Core, worker: bytes = WORKER) -> bytes:
+    """What a worker has had longest, which ends there with 16 tokens."""
+    lease = next(iter(core.tables.pool.workers[worker].leases.values()))
+    request, attempt = lease.key
+    core.worker(tok(request, 0, 16, attempt=attempt), worker)
+    core.worker(end(request, 16, attempt=attempt), worker)
+    return request
 
 
 def test_priority_counts_between_clients_and_does_not_starve_them(core: Core) -> None:
