@@ -132,9 +132,9 @@ class Core:
         return self.worker(Message(header, codec.pack(register), codec.pack({})), peer)
 
     def launcher(
-        self, peer: bytes = LAUNCHER, name: str = "host", boot: bytes | None = None, *, host: str = ""
+        self, peer: bytes = LAUNCHER, name: str = "host", boot: bytes | None = None, **more: Any
     ) -> list[Action]:
-        return self.register(peer, name=name, role="launcher", slots=0, boot=boot, host=host)
+        return self.register(peer, name=name, role="launcher", slots=0, boot=boot, **more)
 
     def declare(self, model: str, phase: Any, peer: bytes = LAUNCHER, **details: Any) -> list[Action]:
         route = codec.pack(Catalogue(model, phase, **details))

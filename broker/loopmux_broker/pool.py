@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 LeaseKey = tuple[bytes, int]
 """(request id, attempt): no two leases ever share it."""
+Registration = tuple[bytes, int]
+"""A process (boot id), and which of its REGISTERs (number of the introduction)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +77,11 @@ class Member:
     def name(self) -> str:
         """Unique among the living of its role."""
         return self.register.name
+
+    @property
+    def registration(self) -> Registration:
+        """Its last one: boot id, and which one of that process."""
+        return self.register.boot, self.introduction
 
     def renew(self, peer: Peer, register: Register, introduction: int, now: float) -> None:
         """The same process registered again, perhaps over another connection."""
@@ -180,7 +187,7 @@ class Worker(Member):
 class Declared:
     """One launcher's word about one model, or that of a worker that left it out."""
 
-    boot: bytes
+    registration: Registration
     entry: Catalogue
     since: float
 
@@ -241,7 +248,7 @@ class Pool:
             for model in member.models:
                 self._serving.setdefault(model, {})[member.peer] = member
             for one in member.register.left_out:
-                word = Declared(member.register.boot, Catalogue(one.id, "failed", detail=one.reason), member.since)
+                word = Declared(member.registration, Catalogue(one.id, "failed", detail=one.reason), member.since)
                 self._left_out.setdefault(one.id, {})[member.peer] = word
         else:
             self.launchers[member.peer] = member
@@ -331,12 +338,12 @@ class Pool:
             self._withdraw(entry.model, launcher.name)
             return
         self.withdrawn.discard(entry.model)
-        declared = Declared(launcher.register.boot, entry, now)
+        declared = Declared(launcher.registration, entry, now)
         self._declared.setdefault(entry.model, {})[launcher.name] = declared
 
-    def withdraw(self, name: str, *, keep_boot: bytes | None = None) -> list[str]:
-        """Take out what a launcher of this name declared, unless by the process ``keep_boot``. Returns the models."""
-        gone = [m for m, by in self._declared.items() if name in by and by[name].boot != keep_boot]
+    def withdraw(self, name: str, *, keep: Registration | None = None) -> list[str]:
+        """Take out what a launcher of this name declared, unless behind the REGISTER ``keep``. Returns the models."""
+        gone = [m for m, by in self._declared.items() if name in by and by[name].registration != keep]
         for model in gone:
             self._withdraw(model, name)
         return gone

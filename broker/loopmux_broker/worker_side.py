@@ -16,7 +16,7 @@ from loopmux_broker.ends import Ends, protocol_failure
 from loopmux_broker.entry import Entry
 from loopmux_broker.events import Log, Peer, Send, say
 from loopmux_broker.leases import Leases
-from loopmux_broker.pool import Launcher, Lease, Worker
+from loopmux_broker.pool import Launcher, Lease, Registration, Worker
 from loopmux_broker.recovery import Recovery
 from loopmux_broker.report import demand
 from loopmux_broker.requests import State
@@ -295,15 +295,15 @@ class WorkerSide:
             self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + _REDECLARE)
 
     def redeclared(self, name: str, now: float) -> None:
-        """A launcher has had its time to declare its models: what only its predecessor declared is taken out."""
+        """A launcher has had its time to declare its models: what it has not named since it registered is taken out."""
         launcher = next((x for x in self._t.pool.launchers.values() if x.name == name), None)
         if launcher is not None:
             launcher.declared = True
-            self._withdraw(name, launcher.register.boot, now)
+            self._withdraw(name, launcher.registration, now)
             self._adapters.settled(now)
 
-    def _withdraw(self, name: str, keep_boot: bytes | None, now: float) -> None:
-        for model in self._t.pool.withdraw(name, keep_boot=keep_boot):
+    def _withdraw(self, name: str, keep: Registration | None, now: float) -> None:
+        for model in self._t.pool.withdraw(name, keep=keep):
             self._waiting.model_withdrawn(model, now)
 
     def silent(self, peer: Peer, now: float) -> None:

@@ -427,6 +427,18 @@ def test_it_stays_when_the_launcher_is_lost_before_it_has_declared_all_until_tha
     assert set(told(core.wait(5.5), Kind.UNLOAD)) == {WORKER}
 
 
+def test_what_a_launcher_does_not_name_any_more_when_it_is_back_is_not_remembered_though_it_never_said_so() -> None:
+    core = Core()
+    core.launcher()
+    core.declare("m", "ready")
+    core.declare("loud", "ready", onto="m", folder="/adapters/loud")
+    core.register(WORKER, models=("m", "loud"), adapters=("loud",))
+    core.lose(LAUNCHER)  # with its word that it has forgotten it
+    core.launcher(b"l2", boot=instance(LAUNCHER), introduction=1)
+    core.declare("m", "ready", b"l2")
+    assert set(told(core.wait(5.5), Kind.UNLOAD)) == {WORKER}
+
+
 def test_only_the_launcher_of_its_host_says_that_nobody_remembers_what_a_worker_has() -> None:
     core = Core()
     core.launcher(name="alpha", host="alpha")
