@@ -58,7 +58,9 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_env(add, file, parent, form)
     _add_systemd(add, broker)
     logs = add("logs", "show the end of a log", endpoint)
-    logs.add_argument("name", nargs="?", metavar="NAME", help="a worker, broker, or env-NAME; default: list them all")
+    logs.add_argument(
+        "name", nargs="?", metavar="NAME", help="a worker, broker, environment-NAME; default: list them all"
+    )
     logs.add_argument("-n", "--lines", type=int, default=50, help="how many (%(default)s)")
     logs.add_argument("-f", "--follow", action="store_true", help="print what is added, until Ctrl-C")
     return top
@@ -88,7 +90,10 @@ def _add_env(
 
 def _add_systemd(add: Callable[..., argparse.ArgumentParser], broker: argparse.ArgumentParser) -> None:
     file = _option(
-        "--config", type=Path, metavar="FILE", help="the launcher's; default: $LOOPMUX_CONFIG, else what it finds then"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the launcher's; default: $LOOPMUX_CONFIG, else ~/.config/loopmux/llm_backends.yaml",
     )
     folder = _option("--folder", type=Path, metavar="DIR", help="default: where this user's systemd looks for units")
     force = _option("--force", action="store_true", help="also units that somebody has edited or put there")

@@ -248,7 +248,7 @@ class Fleet:
     def configure(self, event: ConfigurationChanged, now: float) -> Iterator[Action]:
         """Go over to another configuration, leaving alone what it does not change."""
         self.budget, before = event.budget, self.crews
-        self.crews, restarted, added = {}, [], []
+        self.crews, restarted, resized, added = {}, [], [], []
         for group, former in succeed([crew.group for crew in before.values()], event.groups):
             crew = self.crews[group.name] = Crew(group)
             if former is None:
@@ -258,6 +258,8 @@ class Fleet:
                 if not group.runs_like(former):
                     _outdate(crew, last_of_its_kind=not group.takes_over_from(former))
                     restarted.append(group.name)
+                if (group.fewest, group.limit) != (former.fewest, former.limit):
+                    resized.append(group.name)
             for process in crew.parked if event.retry else ():
                 process.forgive()
         for crew in before.values():
@@ -267,7 +269,8 @@ class Fleet:
         self._cap()
         yield from self._move(event)
         renewed = [name for name in event.environments if name in self.premises]
-        said = {"added": added, "changed": restarted, "removed": list(before), "environments changed": renewed}
+        said = {"added": added, "changed": restarted, "number of processes": resized, "removed": list(before)}
+        said["environments changed"] = renewed
         text = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in said.items() if names)
         yield Announce("launcher", f"configuration read again: {text or 'what runs stays as it is'}")
 

@@ -103,7 +103,7 @@ class Launcher:
             ConfigError: something that this needs cannot be had.
         """
         self._configuration, self._console, self._broker_config = configuration, console, broker_config
-        self._clients, self._endpoint = endpoint, worker_endpoint or endpoints.worker_endpoint(endpoint)
+        self._endpoint = worker_endpoint or endpoints.worker_endpoint(endpoint)
         # Any tcp, not only beyond this host: an ssh tunnel to another host's broker begins at a loopback address.
         self._host = "" if with_broker or endpoints.ipc_path(self._endpoint) is not None else platform.node()
         self._credentials = credentials(self._endpoint)  # its workers have the same, by their environment
@@ -127,6 +127,8 @@ class Launcher:
         self._guard: Guard | None = None
         # They are the launcher's, so that connections wait instead of being refused while a broker is started again.
         self._listening: dict[str, Listening] = {}
+        # Its own broker is asked where no key is needed.
+        self._asked = endpoints.admin_endpoint(endpoint) if with_broker else endpoint
         if with_broker:
             self._listen(clients=endpoint, workers=self._endpoint)
 
@@ -160,7 +162,7 @@ class Launcher:
             ending.callback(self._abandon)
             signals = ending.enter_context(Signals(parent))
             if self._console.form == "live":
-                self._asking = ending.enter_context(Asking(self._clients))
+                self._asking = ending.enter_context(Asking(self._asked))
             self._dealer.connect(self._endpoint)
             self._handle(Began())
             while self._exit is None:

@@ -62,6 +62,13 @@ def test_what_did_not_change_is_left_alone() -> None:
     assert lines(actions, "info") == ["configuration read again: what runs stays as it is"]
 
 
+def test_how_many_processes_there_are_is_a_change_that_is_told() -> None:
+    core = begun(make("a", processes=2), make("b"))
+    actions = change(core, make("a"), make("b"))
+    assert stopped(actions) == ["a-2"]
+    assert lines(actions, "info")[-1] == "configuration read again: number of processes: a"
+
+
 def test_a_model_is_added_and_another_taken_out() -> None:
     core = begun(make("a"), make("b"))
     actions = change(core, make("a"), make("c"))

@@ -576,3 +576,17 @@ def test_a_launcher_that_cannot_watch_for_signals_says_so_and_leaves_nothing(
     with pytest.raises(OSError, match="no descriptor is left"):
         launcher.run()
     assert list((home / "s").iterdir()) == [] if (home / "s").exists() else True
+
+
+def test_the_live_view_needs_no_key_where_clients_do(config: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over tcp clients have to show keys; that of this launcher's own host is for another broker, and alone."""
+    public = {name: keys.new(name, home)[1].public for name in ("broker", "desk")}
+    settings = home / "broker.yaml"
+    settings.write_text(json.dumps({"key": "broker.key", "client_keys": {"desk": public["desk"]}}))  # JSON is YAML
+    monkeypatch.setenv("LOOPMUX_KEY", str(home / "desk.key"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    words = ("--config", str(config), "--endpoint", endpoint, "--broker-config", str(settings))
+    with program("up", *words, "--log-format", "live") as up:
+        up.line("0 running, 0 queued, 0 tokens/s, 2 workers")
