@@ -156,8 +156,7 @@ class Core:
         while self.now < end:
             self.now = min(end, self.now + 0.25)
             self.keep_alive(silent)
-            due = self.broker.next_timer()
-            if due is not None and due <= self.now:
+            while (due := self.broker.next_timer()) is not None and due <= self.now:
                 actions += self.handle(TimerDue())
         return actions
 

@@ -87,7 +87,7 @@ class PushBlocked:
 
 @dataclass(frozen=True, slots=True)
 class TimerDue:
-    """The time that ``Broker.next_timer`` named has come."""
+    """The time that ``Broker.next_timer`` named has come. Not all that is due rings at once: it names the next."""
 
 
 @dataclass(frozen=True, slots=True)

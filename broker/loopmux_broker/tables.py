@@ -24,6 +24,8 @@ SLICE = 64
 else up."""
 PAUSE = 0.001
 """Seconds between two of these, for others to be heard."""
+PLENTY = 4 * SLICE
+"""Actions, or requests dealt with, after which the rest of what one event brings has time until the next turn."""
 _ABANDONED = 10_000
 """Requests of lost clients whose last attempts are remembered, the longest forgotten first."""
 

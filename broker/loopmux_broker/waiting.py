@@ -16,7 +16,7 @@ from loopmux_broker.events import Send
 from loopmux_broker.intake import TAKEN_BACK, gone, unknown_adapter
 from loopmux_broker.pool import Standing
 from loopmux_broker.requests import Request, State
-from loopmux_broker.tables import PAUSE, SLICE, Alarm, Tables
+from loopmux_broker.tables import PAUSE, PLENTY, SLICE, Alarm, Tables
 
 _ASKED_FOR = "it is started because of this request"
 _UNLIKE = "the request goes on where the same weights are loaded that began it"
@@ -42,7 +42,10 @@ class Waiting:
             return len(part) < SLICE
 
         self._rounds[model] = some
-        self.go_on(model, now)
+        if len(self._t.out) < PLENTY:
+            self.go_on(model, now)
+        else:  # a worker may have 64 models
+            self._t.timers.set((Alarm.ROUND, model, 0), now)
 
     def go_on(self, model: str, now: float) -> None:
         """Look at the next of those who wait for a model."""

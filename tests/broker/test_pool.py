@@ -550,6 +550,20 @@ def test_who_waits_is_told_in_slices() -> None:
     assert sorted(told) == waiting
 
 
+def test_who_waits_for_one_of_many_models_is_told_in_slices_of_them_all() -> None:
+    core = Core()
+    core.hello()
+    models = tuple(f"m{n}" for n in range(60))
+    core.register(models=models)
+    waiting = [n.to_bytes(16) for n in range(1, 60 * 20)]
+    for request in waiting:
+        core.submit(request, model=models[request[-1] % 60])
+    rounds = [core.lose(WORKER), *core.at_once()]
+    assert max(map(len, rounds)) < 256 + 64
+    told = [a.message.header.request for r in rounds for a in r if isinstance(a, Send)]
+    assert sorted(told) == waiting
+
+
 def test_unknown_models_are_refused_one_by_one() -> None:
     core = Core(settle=3.0)
     core.hello()

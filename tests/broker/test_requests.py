@@ -28,8 +28,9 @@ from loopmux import codec, wire
 from loopmux.messages import Failure, Submit
 from loopmux.results import Usage
 from loopmux.wire import Header, Kind, Message
+from loopmux_broker.admission import Limits
 from loopmux_broker.clients import Client, Principal
-from loopmux_broker.events import Send, say
+from loopmux_broker.events import Send, TimerDue, say
 from loopmux_broker.output import Output
 from loopmux_broker.requests import TRANSITIONS, Request, State, Step
 
@@ -368,8 +369,6 @@ def test_cancel_of_anothers_request_does_nothing_to_it(core: Core) -> None:
 
 
 def test_tombstones_of_unknown_cancels_are_bounded() -> None:
-    from loopmux_broker.admission import Limits
-
     core = Core(limits=Limits(client_queued=2))
     core.hello()
     for n in range(5):
@@ -387,6 +386,23 @@ def test_a_deadline_in_the_queue(core: Core) -> None:
     peer, kind, seq, body = failure(answer)
     assert (peer, kind, seq, body.code) == (CLIENT, Kind.EXPIRED, 0, "deadline")
     assert core.counted["expired"] == 1
+
+
+def test_very_many_deadlines_at_once_are_seen_to_some_at_a_time(core: Core) -> None:
+    """Ten thousand together would hold everybody else up for a sixth of a second."""
+    core = Core(limits=Limits(queued=1_000, client_queued=1_000))
+    core.hello()
+    core.register()
+    waiting = [n.to_bytes(16) for n in range(1, 1_001)]
+    for request in waiting:
+        core.submit(request, timeout=2)
+    core.now += 2
+    told = [len(core.handle(TimerDue()))]
+    core.submit(ONE, timeout=2)  # who comes in between is heard
+    told += map(len, core.at_once())
+    assert max(told) <= 257
+    assert sum(told) == 1_000 + 1, "the request that ran is stopped, too"
+    assert [r.id for r in core.tables.requests.values() if r.state is not State.DONE] == [ONE]
 
 
 def test_a_deadline_mid_stream(core: Core) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,18 @@ from brokerwire import Peer, until
 from loopmux.pulse import Pulse
 from loopmux.wire import Kind
 from loopmux_broker.config import BrokerConfig
-from loopmux_broker.events import Action, ConnectionLost, Event, LoopStalled, Push, PushBlocked, Sent, TimerDue, say
+from loopmux_broker.events import (
+    Action,
+    ClientSent,
+    ConnectionLost,
+    Event,
+    LoopStalled,
+    Push,
+    PushBlocked,
+    Sent,
+    TimerDue,
+    say,
+)
 from loopmux_broker.inherited import Listener
 from loopmux_broker.lifeline import Lifeline
 from loopmux_broker.listeners import Listeners
@@ -85,6 +97,27 @@ def test_a_flood_at_one_door_leaves_the_others_their_turns(
             turns.append(len(handled) - before)
         server.close()
     assert max(turns) == 8, "1.5 ms of them"
+
+
+def test_while_very_many_timers_ring_what_comes_in_is_heard(listeners: list[Listener]) -> None:
+    rings, handled = iter(range(1, 6)), list[Event | int]()
+
+    def handle(event: Event, now: float) -> list[Action]:
+        handled.append(next(rings) if event == TimerDue() else event)
+        return []
+
+    with Lifeline() as lifeline:
+        server = Server(BrokerConfig(), Logger("json", "error"), lifeline, listeners, Pulse())
+        server._broker = SimpleNamespace(handle=handle, next_timer=lambda: 0.0)  # type: ignore[assignment]
+        with Peer(server.doors[0].endpoint) as client:
+            client.send(say(Kind.PING))
+            until(lambda: server.doors[0].readable, "it has come in")
+            begun = time.monotonic()
+            while 5 not in handled:
+                server._turn(server._wait())
+        server.close()
+    assert time.monotonic() - begun < 0.5, "it does not sleep where a timer is due"
+    assert [type(event) for event in handled] == [ClientSent, int, int, int, int, int]
 
 
 def test_a_full_pipe_is_told_once_of_each_request(listeners: list[Listener], monkeypatch: pytest.MonkeyPatch) -> None:
