@@ -148,7 +148,7 @@ class Broker:
             fields: dict[str, object] = {"peer": peer.hex()}
             if wire.foreign(data):
                 fields["reason"] = error.message  # it cannot read the answer
-            tables.out.append(Log("warning", f"a peer is ignored for {WINDOW:g} s", fields))
+            self._warn(f"a peer is ignored for {WINDOW:g} s", "ignored", 1, fields, now)
         tables.timers.set((Alarm.STRIKES, peer, 0), now + WINDOW)
 
     def _key_refused(self, event: KeyRefused, now: float) -> None:

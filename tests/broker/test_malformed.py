@@ -186,6 +186,17 @@ def test_three_strikes_and_the_peer_is_ignored_for_a_minute(core: Core) -> None:
     assert core.tables.strikes.records == {}
 
 
+def test_very_many_that_are_ignored_are_counted_and_seldom_said() -> None:
+    core = Core()
+    for minute in range(3):
+        for n in range(100):
+            for _ in range(3):
+                core.handle(ClientSent(bytes([minute, n]), b"junk"))
+        core.now += 60.0
+    assert [line.fields["so_far"] for line in core.logged] == [1, 101, 201]
+    assert core.counted["ignored"] == 300
+
+
 def test_strikes_far_apart_do_not_add_up(core: Core) -> None:
     for _ in range(6):
         assert len(core.handle(ClientSent(CLIENT, b"junk"))) == 1
