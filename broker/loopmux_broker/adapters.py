@@ -263,8 +263,15 @@ class Adapters:
             self._sweep(worker, now)
 
     def declared(self, entry: Catalogue, now: float) -> None:
-        """A launcher remembers an adapter: workers of its model that do not have it are to load it."""
-        if entry.onto is not None and not entry.removed:
+        """A launcher remembers an adapter: workers of its model that do not have it are to load it.
+
+        Or it forgets one: then nobody needs to know any more that a worker could not load it.
+        """
+        if entry.removed:
+            if not self._t.pool.launchers_of(entry.model):
+                for worker in self._t.pool.left_out_by(entry.model):
+                    self._gone_from(worker, entry.model, now)
+        elif entry.onto is not None:
             for worker in self._t.pool.serving(entry.onto):
                 self._complete(worker, entry, now)
 
@@ -305,6 +312,9 @@ class Adapters:
         for name in worker.register.adapters:
             if not pool.launchers_of(name) and not self._under_way(name, worker):
                 self._one(Kind.UNLOAD, AdapterOrder("", name), worker, now)
+        for left_out in worker.register.left_out:
+            if not pool.launchers_of(left_out.id):
+                self._gone_from(worker, left_out.id, now)
 
     def _under_way(self, name: str, worker: Worker) -> bool:
         """Whether an operation will decide about an adapter of a worker."""
@@ -413,7 +423,7 @@ class Adapters:
         if not op.load:
             return
         if op.asker is None:
-            for worker in self._workers(op.failures):
+            for worker in self._workers(op.failures if self._t.pool.launchers_of(op.order.name) else ()):
                 self._t.pool.leave_out(worker, op.order.name, op.failures[worker.name].message)
                 self._waiting.model_changed(op.order.name, now)
             return
@@ -465,7 +475,10 @@ class Adapters:
         self._waiting.model_changed(done.served.id, now)
 
     def _gone_from(self, worker: Worker, name: str, now: float) -> None:
-        """What runs there with it goes on to its end; what waits for it may wait in vain."""
+        """A worker has an adapter no more, or no failure to load it: what waits for it may wait in vain.
+
+        What runs there with it goes on to its end.
+        """
         self._t.pool.strip(worker, name)
         if not self._t.pool.knows(name):
             self._waiting.model_withdrawn(name, now, "it was unloaded")

@@ -201,6 +201,9 @@ class Standing:
     detail: str = ""
 
 
+_WITHDRAWN = 1000
+"""Names of models without a launcher that are kept, if need be, beside those that workers still serve: one whose
+connection broke may come back with another one."""
 _UNANSWERED = "its launcher calls it ready, but the broker has no word from its workers"
 _PHASES: tuple[ModelPhase, ...] = ("ready", "warming", "loading", "building", "queued", "idle", "failed")
 """The phase of a model that several launchers declare is the most hopeful one."""
@@ -217,7 +220,7 @@ class Pool:
         self._declared: dict[str, dict[str, Declared]] = {}
         self._left_out: dict[str, dict[Peer, Declared]] = {}
         self.withdrawn: set[str] = set()
-        """Models that a launcher declared once and that none declares any more."""
+        """Models that a launcher declared once and that none declares any more; of very many those with a worker."""
 
     # --- membership
 
@@ -356,6 +359,8 @@ class Pool:
         if model in self._declared:
             _take_out(self._declared, model, name)
             if model not in self._declared:
+                if len(self.withdrawn) >= _WITHDRAWN:
+                    self.withdrawn.intersection_update(self._serving)
                 self.withdrawn.add(model)
 
     def declared(self, model: str) -> Declared | None:
@@ -396,6 +401,10 @@ class Pool:
         """The adapters that launchers remember, for all workers of the model that they were loaded for."""
         words = (word.entry for by in self._declared.values() for word in by.values())
         return [entry for entry in words if entry.onto is not None]
+
+    def left_out_by(self, model: str) -> list[Worker]:
+        """The workers that left a model out."""
+        return [self.workers[peer] for peer in self._left_out.get(model, {})]
 
     def adapters(self, model: str) -> list[str]:
         """The adapters that a request for the model may name, sorted."""

@@ -337,6 +337,28 @@ def test_one_that_cannot_load_it_has_left_it_out_and_is_not_asked_again(core: Co
     assert any("it does not fit" in line.event for line in core.logged)
 
 
+@pytest.mark.parametrize("how", ["it is unloaded", "its launcher comes without it", "it is forgotten meanwhile"])
+def test_one_that_a_worker_could_not_load_is_unknown_once_nobody_remembers_it(core: Core, how: str) -> None:
+    core.declare("loud", "ready", onto="m", folder=ORDER.folder)
+    core.lose(SECOND)
+    [(_, id_)] = told(core.register(THIRD), Kind.LOAD).items()
+    match how:
+        case "it is unloaded":
+            done(core, THIRD, id_, FAILED)
+            unloaded(core)
+        case "its launcher comes without it":
+            done(core, THIRD, id_, FAILED)
+            core.lose(LAUNCHER)
+            core.launcher(b"l2", boot=instance(LAUNCHER), introduction=1)
+            core.declare("m", "ready", b"l2")
+            core.wait(5.5)
+        case _:
+            core.declare("loud", "idle", removed=True)
+            done(core, THIRD, id_, FAILED)
+    assert core.tables.pool.known() == ["m"]
+    assert refusal(core.submit(THREE, model="loud")).code == "model_not_found"
+
+
 def test_a_broker_that_was_started_again_learns_it_from_launcher_and_workers() -> None:
     core = Core()
     core.hello()

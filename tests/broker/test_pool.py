@@ -303,6 +303,18 @@ def test_with_a_launcher_that_stays_who_waits_goes_on_waiting_while_the_worker_l
     assert core.tables.queues.length == 2
 
 
+def test_names_that_were_taken_back_are_not_kept_for_ever(core: Core) -> None:
+    core.launcher()
+    core.register(models=("kept",))
+    for name in ("kept", *map(str, range(3_000))):
+        core.declare(name, "ready")
+        core.declare(name, "ready", removed=True)
+    assert len(core.tables.pool.withdrawn) <= 1_001
+    assert core.tables.pool.known() == ["kept"]
+    core.worker(say(Kind.DRAIN))
+    assert failure(core.submit(ONE, model="kept")[0])[3].code == "model_not_found"
+
+
 def test_a_removed_model(core: Core) -> None:
     core.launcher()
     core.declare("m", "idle")
