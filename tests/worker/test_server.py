@@ -1,10 +1,11 @@
+import sys
 import threading
 import time
 from contextlib import contextmanager
 
 import pytest
 
-from loopmux.codec import unpack
+from loopmux.codec import Limits, decode, unpack
 from loopmux.errors import ConfigError, ProtocolError
 from loopmux.messages import End, Failure, Generate, Heartbeat, ModelSpec, Tok, WorkerSpec
 from loopmux.wire import Header, Kind, unpack_tokens
@@ -71,6 +72,15 @@ def test_register_run_stream_end(broker, endpoint):
         assert (end.kind, end.header.seq, end.header.attempt) == (Kind.END, 50, 1)
         ended = unpack(End, end.body)
         assert (ended.finish_reason, ended.model, ended.worker) == ("stop", "echo", "w1")
+
+
+def test_a_long_search_path_and_one_that_is_no_text_keep_nobody_from_registering(broker, endpoint, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path, "/caf\udce9", *(f"/{n}" for n in range(300))])
+    with serving(endpoint):
+        register = broker.expect(Kind.REGISTER)
+    paths = decode(register.body, Limits(array=256, map=256, size=16 * 1024))["sys_path"]  # as the broker does
+    assert "/caf�" in paths
+    assert len(paths) == 250
 
 
 def test_it_is_ready_when_the_broker_knows_it(broker, endpoint, monkeypatch):

@@ -50,6 +50,8 @@ _LONGEST_POLL = 5.0
 """Seconds between two signs of life, whatever interval the broker asks for."""
 _ALONE = 1.0
 """Seconds without a broker after which a worker counts as ready all the same: it serves as soon as there is one."""
+_PATHS = 250
+"""Entries of the module search path that are told; the broker takes a report with 256 in one list."""
 _ENGINE_STOP = 1.0
 """Seconds that the engine has to end its step; with the farewell this stays within the 2 s that a stop may take."""
 
@@ -243,7 +245,12 @@ def _about_process() -> dict[str, object]:
     """Which Python this is and where it looks for packages: how ``status`` shows that environments are apart."""
     return {
         "python": platform.python_version(),
-        "executable": sys.executable,
-        "prefix": sys.prefix,
-        "sys_path": list(sys.path),
+        "executable": _text(sys.executable),
+        "prefix": _text(sys.prefix),
+        "sys_path": [_text(path) for path in sys.path[:_PATHS]],
     }
+
+
+def _text(path: str) -> str:
+    """A path as it can be sent: its name may be no UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
