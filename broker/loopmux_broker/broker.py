@@ -45,7 +45,6 @@ from loopmux_broker.tables import LIVENESS, PLENTY, SLICE, Alarm, Identity, Tabl
 from loopmux_broker.waiting import Waiting
 from loopmux_broker.worker_side import WorkerSide
 
-
 _IN_SLICES = frozenset({Alarm.ROUND, Alarm.CLIENT_LOST, Alarm.CLIENT_GRACE})
 """Timers that deal with many requests each."""
 

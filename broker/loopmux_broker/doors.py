@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 from collections.abc import Callable, Iterable
@@ -76,6 +77,15 @@ def _newer(one: Peer, other: Peer) -> bool:
     return 0 < ahead % 2**32 < 2**31
 
 
+def _throw_dice() -> None:
+    """Have libzmq begin to count the next socket's connections at a number that nobody can guess.
+
+    It takes that from ``rand``, without a seed: the same one in each process. And it ends the process when it comes to
+    a number that a peer has brought as its own routing id ("Assertion failed: ok", socket_base.cpp).
+    """
+    ctypes.CDLL(None).srand(ctypes.c_uint(int.from_bytes(os.urandom(4))))
+
+
 class Door:
     """A ROUTER socket and its monitor. The last byte of each ``Peer`` is ``number``, the rest its routing id."""
 
@@ -96,10 +106,14 @@ class Door:
         """Connections that were one too many, until somebody counts them."""
         self.amid: FramesSent | None = None
         """What has several frames that have not all been read."""
+        _throw_dice()
         self.socket = context.socket(zmq.ROUTER)
         limit = CLIENT_BODY_LIMIT if side is Side.CLIENTS else WORKER_BODY_LIMIT
         options = COMMON | {
             zmq.ROUTER_MANDATORY: 1,  # without it a full or lost peer's messages vanish while every send succeeds
+            # Who brings a routing id that another one has is not heard, and what it sends is kept until the door closes
+            # (libzmq never reads it). With 1 it would take the other's connection over, and anybody may bring any id,
+            # the counted ones of ours included.
             zmq.ROUTER_HANDOVER: 0,
             zmq.MAXMSGSIZE: message_limit(limit) + (SEAL if secret else 0),
             zmq.SNDHWM: max(window // 4, _FRAMES) if side is Side.CLIENTS else 2 * window,

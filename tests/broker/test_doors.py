@@ -198,6 +198,67 @@ print("unharmed")
 """
 
 
+GUESSED = """
+import ctypes
+import sys
+
+import zmq
+
+from loopmux.listening import Listening
+from loopmux_broker.doors import Door, Side
+
+libc = ctypes.CDLL(None)
+libc.srand(1)
+guesses = [libc.rand() for _ in range(40)]
+libc.srand(1)
+door = Door(zmq.Context(), 0, Side.CLIENTS, 16)
+listening = Listening(sys.argv[1])
+door.serve(listening.endpoint, listening.fileno())
+stay = []
+
+
+def come(own=b""):
+    peer = context.socket(zmq.DEALER)
+    stay.append(peer)
+    if own:
+        peer.setsockopt(zmq.ROUTING_ID, own)
+    peer.connect(sys.argv[1])
+    peer.send(b"")
+    door.socket.poll(10_000)
+    door.receive()
+
+
+with zmq.Context() as context:
+    for low, high in zip(guesses, guesses[1:]):
+        come(bytes(1) + ((low | high << 31) + 60 & 0xFFFFFFFF).to_bytes(4))
+    for _ in range(100):
+        come()
+    print("unharmed")
+    context.destroy(0)
+"""
+
+
+def test_nobody_guesses_the_routing_id_of_a_connection_to_come(tmp_path: Path) -> None:
+    """A peer that brings it ends the process, so it is one of its own here."""
+    command = [sys.executable, "-c", GUESSED, f"ipc://{tmp_path}/door.ipc"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.returncode) == ("unharmed\n", 0), done.stderr
+
+
+def test_who_brings_the_routing_id_of_another_one_takes_nothing_over(door: Door) -> None:
+    with Peer(door.endpoint) as client, zmq.Context() as context, context.socket(zmq.DEALER) as thief:
+        client.send(say(Kind.PING))
+        peer = heard(door)
+        thief.setsockopt(zmq.ROUTING_ID, peer[:-1])
+        thief.connect(door.endpoint)
+        thief.send(wire.to_bytes(say(Kind.PING)))
+        assert not door.socket.poll(200)
+        assert door.send(peer, [wire.to_bytes(say(Kind.WHO))]) == 1
+        assert client.receive().kind is Kind.WHO
+        assert not thief.poll(0)
+        thief.close(0)
+
+
 def test_a_flood_that_is_killed_takes_no_broker_along(tmp_path: Path) -> None:
     """libzmq may end the process, so it is one of its own here."""
     command = [sys.executable, "-c", KILLED, f"ipc://{tmp_path}/door.ipc"]
