@@ -312,6 +312,30 @@ def test_time_away_is_no_credit(core: Core) -> None:
     assert sorted(owners[:2]) == sorted(owners[2:4]) == ["mine", "theirs"]
 
 
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_who_allows_for_long_answers_and_gets_short_ones_has_as_many(core: Core, at_once: int) -> None:
+    core.hello(OTHER)
+    core.register(slots=at_once)
+    for n in range(300):
+        core.submit(b"a" + n.to_bytes(15), max_new_tokens=8192)
+        core.submit(b"b" + n.to_bytes(15), OTHER, max_new_tokens=64)
+    ran = [short(core)[:1] for _ in range(200)]
+    assert abs(ran.count(b"a") - ran.count(b"b")) <= 2 * at_once
+
+
+def test_an_answer_that_is_longer_than_usual_is_expected_of_the_next_at_once(core: Core) -> None:
+    core.register()
+    account = core.tables.clients.by_peer[CLIENT].principal
+    for n, (made, expected) in enumerate([(10, 1000), (500, 10), (0, 500), (0, 400)]):
+        request = b"r" + n.to_bytes(15)
+        before = account.served
+        core.submit(request, max_new_tokens=1000)
+        assert account.served - before == expected
+        if made:
+            core.worker(tok(request, 0, made))
+        core.worker(end(request, made))
+
+
 def test_who_comes_does_not_wait_for_what_others_were_expected_to_cost_and_did_not(core: Core) -> None:
     core.register(slots=2)
     for n in range(2):
