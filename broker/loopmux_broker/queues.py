@@ -6,11 +6,11 @@ less. The client with the lowest account comes next, and of its requests the one
 less its head start in seconds, so that waiting ages a request by itself.
 
 An account moves when one of its client's requests gets a slot (by what it is expected to cost, going by those before
-it) and when it gives the slot back (by what it did cost). A client that comes, or comes back with nothing queued, starts
-where the ones are that compete with it, what they are only expected to cost left out: time away is no credit, and
-nobody who comes waits for what others never got. These are those that wait for the same; where nobody does, whoever was
-given a slot last by a worker that it can run on. What clients take of other workers, where nobody has to wait, is no
-matter of theirs.
+it) and when it gives the slot back (by what it did cost). A client that comes, or comes back with nothing queued,
+starts where the ones are that compete with it, what they are only expected to cost left out: time away is no credit,
+and nobody who comes waits for what others never got. These are those that wait for the same; where nobody does, whoever
+was given a slot last by a worker that it can run on. What clients take of other workers, where nobody has to wait, is
+no matter of theirs.
 """
 
 from __future__ import annotations
