@@ -221,6 +221,17 @@ def test_an_unreadable_body_is_an_error_for_its_sender_alone():
     assert session.handle(run(request=OTHER), 0.0) != []
 
 
+@pytest.mark.parametrize("field", [b"\xa6prompt", b"\xa8messages\x91\x81\xa7content", b"\xa5tools\x91\x81\xa4type"])
+@pytest.mark.parametrize("levels", [80, 1000])
+def test_a_body_that_is_nested_without_end_is_an_error_for_its_sender_alone(field, levels):
+    session = joined()
+    body = b"\x81" + field + b"\x91" * levels + b"\xc0"
+    deep = Message(Header(Kind.RUN, REQUEST, attempt=1), route=pack(Run("m")), body=body)
+    (error,) = sent(session.handle(Received(deep), 0.0))
+    assert unpack(Failure, error.body).code == "bad_request"
+    assert session.handle(run(request=OTHER), 0.0) != []
+
+
 def test_the_first_token_goes_at_once_then_eight_or_twenty_milliseconds():
     session = running(0.9)
     assert [(m.header.seq, m.header.arg) for m in sent(session.handle(stepped(produced(0, 1)), 1.0))] == [(0, 1)]
