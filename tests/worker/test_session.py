@@ -558,11 +558,12 @@ def test_requests_of_a_broker_that_stays_away_are_given_up_after_a_minute():
     assert session.requests == 0
 
 
-def test_refusal_at_registration_ends_the_process_with_the_reason():
+@pytest.mark.parametrize("reason", ["no common version", "the worker name 'w' is taken " * 500])
+def test_refusal_at_registration_ends_the_process_with_the_reason(reason):
     session = Session(REGISTER, {}, 0.0)
-    (leave,) = session.handle(Received(message(Kind.ERROR, body=Failure("protocol", "no common version"))), 0.1)
+    (leave,) = session.handle(Received(message(Kind.ERROR, body=Failure("protocol", reason))), 0.1)
     assert isinstance(leave, Leave)
-    assert "no common version" in leave.error.message
+    assert reason in leave.error.message
 
 
 def test_asked_to_end_with_nothing_to_do_it_says_goodbye():
