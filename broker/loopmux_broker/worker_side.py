@@ -26,6 +26,8 @@ from loopmux_broker.waiting import Waiting
 
 _REPORT_LIMITS = codec.Limits(array=256, map=256, size=16 * 1024)
 """A worker's report is for people; the broker decodes it, so it takes no more than a page of text in one field."""
+_LONGEST_REPORT = 32 * 1024
+"""Bytes of it: the broker keeps it, and whoever asks for STATUS gets those of all workers in one message."""
 _REDECLARE = 5.0
 """Seconds for which a new launcher process may repeat what the last one declared, before the rest is taken out."""
 _ENDS = wire.TERMINALS - {Kind.EXPIRED}
@@ -354,7 +356,9 @@ class WorkerSide:
 
 
 def _report(body: bytes) -> dict[str, Any]:
-    report = codec.decode(body, _REPORT_LIMITS) if body else {}
-    if not isinstance(report, dict):
-        raise ProtocolError(f"REGISTER: found a report that is {codec.show(report)}, expected a map")
-    return report
+    if len(body) > _LONGEST_REPORT:
+        raise ProtocolError(f"REGISTER has a report of {len(body)} bytes, at most {_LONGEST_REPORT} are accepted")
+    try:
+        return codec.build(dict[str, Any], codec.decode(body, _REPORT_LIMITS) if body else {}, "report")
+    except codec.FieldError as error:
+        raise ProtocolError(f"REGISTER: {error}") from error

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loopmux import cadence, codec, errors, messages, options, results, stream, wire
+from loopmux import cadence, codec, errors, messages, results, stream, wire
 from loopmux.errors import BadRequestError
 from loopmux.messages import Generate, Sampling, Submit
 from loopmux.wire import PARTS, Kind, Part
@@ -200,7 +200,7 @@ LIMITS = {
     "BODY: entries of one array": codec.BODY_LIMITS.array,
     "BODY: entries of one map": codec.BODY_LIMITS.map,
     "BODY: one text or blob": codec.BODY_LIMITS.size,
-    "messages, tools, schemas: depth": options._DEEPEST,
+    "messages, tools, schemas, reports: depth": codec.DEEPEST,
     "token id": messages.TOKEN_LIMIT,
     "highest attempt in ATTACH and HELD": recovery._LAST_ATTEMPT,
     "heartbeat, unless WELCOME says otherwise": cadence.HEARTBEAT,

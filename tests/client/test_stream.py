@@ -223,6 +223,13 @@ def test_a_chunk_across_the_position_is_a_protocol_error() -> None:
     assert story.error.partial_text == "0.1."
 
 
+def test_a_chunk_that_is_nested_without_end_is_a_protocol_error() -> None:
+    story = begun()
+    body = b"\x81\xa4text" + b"\x91" * 1000 + b"\xc0"
+    story.do(Arrived(Message(Header(Kind.TOK, ID, 0, 1, 1), body=body, tokens=pack_tokens([7]))))
+    assert isinstance(story.error, errors.ProtocolError)
+
+
 def test_a_terminal_below_the_position_is_a_protocol_error() -> None:
     story = begun()
     story.do(tok(0, 2))

@@ -221,6 +221,17 @@ def test_an_unreadable_body_is_an_error_for_its_sender_alone():
     assert session.handle(run(request=OTHER), 0.0) != []
 
 
+@pytest.mark.parametrize("field", [b"\xa6prompt", b"\xa8messages\x91\x81\xa7content", b"\xa5tools\x91\x81\xa4type"])
+@pytest.mark.parametrize("levels", [80, 1000])
+def test_a_body_that_is_nested_without_end_is_an_error_for_its_sender_alone(field, levels):
+    session = joined()
+    body = b"\x81" + field + b"\x91" * levels + b"\xc0"
+    deep = Message(Header(Kind.RUN, REQUEST, attempt=1), route=pack(Run("m")), body=body)
+    (error,) = sent(session.handle(Received(deep), 0.0))
+    assert unpack(Failure, error.body).code == "bad_request"
+    assert session.handle(run(request=OTHER), 0.0) != []
+
+
 def test_the_first_token_goes_at_once_then_eight_or_twenty_milliseconds():
     session = running(0.9)
     assert [(m.header.seq, m.header.arg) for m in sent(session.handle(stepped(produced(0, 1)), 1.0))] == [(0, 1)]
@@ -547,11 +558,12 @@ def test_requests_of_a_broker_that_stays_away_are_given_up_after_a_minute():
     assert session.requests == 0
 
 
-def test_refusal_at_registration_ends_the_process_with_the_reason():
+@pytest.mark.parametrize("reason", ["no common version", "the worker name 'w' is taken " * 500])
+def test_refusal_at_registration_ends_the_process_with_the_reason(reason):
     session = Session(REGISTER, {}, 0.0)
-    (leave,) = session.handle(Received(message(Kind.ERROR, body=Failure("protocol", "no common version"))), 0.1)
+    (leave,) = session.handle(Received(message(Kind.ERROR, body=Failure("protocol", reason))), 0.1)
     assert isinstance(leave, Leave)
-    assert "no common version" in leave.error.message
+    assert reason in leave.error.message
 
 
 def test_asked_to_end_with_nothing_to_do_it_says_goodbye():

@@ -199,7 +199,7 @@ class Session:
                 self._lost(now)
                 return self._introduce(now)
             case Kind.ERROR if header.request == NO_ID and not self._welcomed:
-                failure = unpack(Failure, message.body)
+                failure = unpack(Failure, message.body, BODY_LIMITS)
                 return [Leave(ProtocolError(f"the broker refused this worker: {failure.message}"))]
             case Kind.RUN if self._welcomed:
                 return self._run(message, now)
