@@ -202,6 +202,7 @@ LIMITS = {
     "BODY: one text or blob": codec.BODY_LIMITS.size,
     "messages, tools, schemas: depth": options._DEEPEST,
     "token id": messages.TOKEN_LIMIT,
+    "tokens of one request, and the highest `limit`": wire.MOST_TOKENS,
     "highest attempt": attempts.LAST_ATTEMPT,
     "heartbeat, unless WELCOME says otherwise": cadence.HEARTBEAT,
     "heartbeats of silence until a peer is lost": cadence.SILENT_HEARTBEATS,
