@@ -7,7 +7,7 @@ from typing import Any
 from loopmux import codec, wire
 from loopmux.errors import BadRequestError, ProtocolError
 from loopmux.messages import Catalogue, Heartbeat, Held, Register
-from loopmux.wire import ID_SIZE, WORKER_BODY_LIMIT, Header, Kind, Message
+from loopmux.wire import ID_SIZE, MOST_TOKENS, WORKER_BODY_LIMIT, Header, Kind, Message
 from loopmux_broker.adapters import Adapters
 from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import agree, another_key, no_common_version, welcome
@@ -160,8 +160,9 @@ class WorkerSide:
     def _tok(self, worker: Worker, message: Message, data: bytes, now: float) -> None:
         header = message.header
         seq, count = header.seq, header.arg
-        if count == 0 or len(message.tokens) != 4 * count:
-            raise ProtocolError(f"TOK announces {count} tokens and has {len(message.tokens)} bytes of them")
+        if count == 0 or len(message.tokens) != 4 * count or seq + count > MOST_TOKENS:
+            found = f"TOK announces {count} tokens behind {seq} and has {len(message.tokens)} bytes of them"
+            raise ProtocolError(f"{found}: a request has at most {MOST_TOKENS} tokens")
         lease = self._t.pool.leases.get((header.request, header.attempt))
         if lease is None or lease.worker is not worker or lease.stopping:
             if lease is None or not lease.stopping:

@@ -124,8 +124,8 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     idle = None if idle is None else _seconds("idle_timeout", idle)
     _normalise(given)
     generate = _generate(given)
-    submit = _submit(given, timeout, generate)
-    return Prepared(submit, _pack(generate, submit.model), idle)
+    body = _pack(generate, str(given["model"]))
+    return Prepared(_submit(given, timeout, generate), body, idle)
 
 
 def _unknown(name: str) -> str:

@@ -82,10 +82,23 @@ def test_higher_priority_first(core: Core) -> None:
     assert order(core, 3) == [FOUR, THREE, TWO]
 
 
-def test_an_impossible_priority(core: Core) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("priority", 101, "from -100 to 100"),
+        ("prompt_size", 2**62, "from 0 to 4194304"),
+        ("prompt_size", -1, "from 0 to 4194304"),
+        ("max_new_tokens", 2**62, "from 1 to 2147483647"),
+        ("max_new_tokens", -(2**62), "from 1 to 2147483647"),
+    ],
+)
+def test_numbers_that_no_request_can_have(core: Core, field: str, value: int, expected: str) -> None:
+    """They would be its client's account, and the time for which its worker's engine may stand still."""
     core.register()
-    [answer] = core.submit(ONE, priority=101)
-    assert failure(answer)[3].message == "priority: found 101, expected a value from -100 to 100"
+    [answer] = core.submit(ONE, **{field: value})
+    assert failure(answer)[3].code == "bad_request"
+    assert failure(answer)[3].message == f"{field}: found {value}, expected a value {expected}"
+    core.assert_empty()
 
 
 def test_a_continuing_turn_goes_before_a_first_turn(core: Core) -> None:

@@ -103,6 +103,7 @@ def test_what_a_client_may_not_send(core: Core, data: bytes) -> None:
         wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 0, 1))),
         wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 3, 1), tokens=bytes(8))),
         wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 1, 1), tokens=bytes(4)))[:-1],
+        wire.to_bytes(Message(Header(Kind.TOK, ONE, 2**32 - 1, 1, 1), tokens=bytes(4))),
         wire.to_bytes(Message(Header(Kind.EXPIRED, ONE, attempt=1))),
         wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 1, 1), body=bytes(MOST + 1), tokens=bytes(4))),
         wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, MOST // 4 + 1, 1), tokens=bytes(MOST + 4))),

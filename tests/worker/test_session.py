@@ -491,7 +491,35 @@ def test_without_a_broker_output_is_kept_up_to_a_limit(monkeypatch):
     session.handle(Disconnected(), 1.1)
     assert session.full
     session.handle(welcome(session, NEXT_EPOCH), 1.2)
+    assert session.full  # it has not said yet what it wants
+    session.handle(Received(message(Kind.REPLAY, REQUEST, seq=0, arg=0)), 1.3)
     assert not session.full
+
+
+def test_what_nobody_claims_keeps_the_engine_waiting_for_a_second_at_most(monkeypatch):
+    """It would stop for up to 30 s else, with all that runs there, and be taken for hung."""
+    monkeypatch.setattr("loopmux_worker.session.BUFFER", 600)
+    session = running()
+    session.handle(run(OTHER), 0.0)
+    small = Key(OTHER, 1)
+    session.handle(Received(message(Kind.WHO)), 1.0)
+    assert kinds(session.handle(welcome(session, NEXT_EPOCH), 1.1)) == [Kind.HELD, Kind.HELD]
+    session.handle(stepped(produced(0, 8, "x" * 300)), 1.2)
+    session.handle(stepped(produced(0, 8, "x" * 100, small)), 1.2)
+    assert not session.full
+    session.handle(stepped(produced(8, 8, "x" * 300)), 1.3)
+    assert session.full
+    assert session.next_timer() <= 2.1
+    assert kinds(session.handle(Woke(), 2.09)) == []
+    actions = [a for a in session.handle(Woke(), 2.1) if not (isinstance(a, Send) and a.message.kind is Kind.HB)]
+    assert actions[0] == Cancel(KEY)
+    assert sent(actions) == [message(Kind.RESET, REQUEST), session._held(session._requests[small]).message]
+    assert not session.full
+    assert session.handle(stepped(produced(16, 8, "x" * 300)), 2.2) == []  # until the engine hears of it
+    [tok] = sent(session.handle(Received(message(Kind.REPLAY, OTHER, seq=0, arg=0)), 2.3))
+    assert tok.kind is Kind.TOK
+    [not_here] = sent(session.handle(Received(message(Kind.REPLAY, REQUEST, seq=0, arg=0)), 2.4))
+    assert not_here.kind is Kind.RESET
 
 
 def test_who_makes_the_worker_introduce_itself():
