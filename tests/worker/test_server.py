@@ -5,12 +5,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from loopmux.codec import Limits, decode, unpack
+from loopmux.codec import Limits, decode, pack, unpack
 from loopmux.errors import ConfigError, ProtocolError
 from loopmux.messages import End, Failure, Generate, Heartbeat, ModelSpec, Tok, WorkerSpec
 from loopmux.wire import Header, Kind, unpack_tokens
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine import open_engine
+from loopmux_worker.engine.base import fitting
 from loopmux_worker.engine.echo import EchoEngine, echo_text, echo_token
 from loopmux_worker.server import Worker
 from workerpeer import PATIENCE, FakeBroker
@@ -75,12 +76,19 @@ def test_register_run_stream_end(broker, endpoint):
 
 
 def test_a_long_search_path_and_one_that_is_no_text_keep_nobody_from_registering(broker, endpoint, monkeypatch):
-    monkeypatch.setattr("sys.path", [*sys.path, "/caf\udce9", *(f"/{n}" for n in range(300))])
+    monkeypatch.setattr("sys.path", ["/caf\udce9", *sys.path, *(f"/{n}" for n in range(300)), "/long" * 10_000])
     with serving(endpoint):
-        register = broker.expect(Kind.REGISTER)
-    paths = decode(register.body, Limits(array=256, map=256, size=16 * 1024))["sys_path"]  # as the broker does
-    assert "/caf�" in paths
+        report = broker.expect(Kind.REGISTER).body
+    paths = decode(report, Limits(array=256, map=256, size=16 * 1024))["sys_path"]  # as the broker does
+    assert paths[0] == "/caf�"
     assert len(paths) == 250
+
+
+def test_what_a_list_of_the_report_has_no_room_for_is_left_out():
+    notes = [f"{n}: " + "é" * 100 for n in range(100)]
+    told = fitting(notes, 8192)
+    assert told == notes[: len(told)]
+    assert 8192 - 300 < len(pack(told)) <= 8192 + 3
 
 
 def test_it_is_ready_when_the_broker_knows_it(broker, endpoint, monkeypatch):

@@ -23,7 +23,7 @@ from loopmux.sockets import Dealer
 from loopmux.wire import CLIENT_BODY_LIMIT, VERSIONS, from_bytes, message_limit, new_id, to_bytes
 from loopmux_worker import logs
 from loopmux_worker.driver import Driver
-from loopmux_worker.engine.base import Description, Engine
+from loopmux_worker.engine.base import Description, Engine, fitting
 from loopmux_worker.events import (
     STOP_WITHIN,
     Action,
@@ -50,8 +50,8 @@ _LONGEST_POLL = 5.0
 """Seconds between two signs of life, whatever interval the broker asks for."""
 _ALONE = 1.0
 """Seconds without a broker after which a worker counts as ready all the same: it serves as soon as there is one."""
-_PATHS = 250
-"""Entries of the module search path that are told; the broker takes a report with 256 in one list."""
+_PATHS = 4096
+"""Bytes of the module search path that are told."""
 _ENGINE_STOP = 1.0
 """Seconds that the engine has to end its step; with the farewell this stays within the 2 s that a stop may take."""
 
@@ -243,14 +243,10 @@ class Worker:
 
 def _about_process() -> dict[str, object]:
     """Which Python this is and where it looks for packages: how ``status`` shows that environments are apart."""
+    executable, prefix = (os.fsencode(path).decode(errors="replace") for path in (sys.executable, sys.prefix))
     return {
         "python": platform.python_version(),
-        "executable": _text(sys.executable),
-        "prefix": _text(sys.prefix),
-        "sys_path": [_text(path) for path in sys.path[:_PATHS]],
+        "executable": executable,
+        "prefix": prefix,
+        "sys_path": fitting(sys.path, _PATHS),
     }
-
-
-def _text(path: str) -> str:
-    """A path as it can be sent: its name may be no UTF-8."""
-    return os.fsencode(path).decode(errors="replace")

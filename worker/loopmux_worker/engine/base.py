@@ -7,13 +7,19 @@ strings, tool-call parsing) is the engine's, because stopping depends on it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from loopmux.errors import BadRequestError, EngineError, LoopmuxError
 from loopmux.messages import Generate, LeftOut, Run, ServedModel, SessionHint
 from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
 from loopmux_worker.causes import in_words, ran_out
+
+_MOST_TEXTS = 250
+_BESIDE_TEXT = 3
+"""Bytes that MessagePack puts before a text, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,22 @@ class Description:
     adapters: tuple[str, ...] = ()
     report: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
+
+
+def fitting(texts: Iterable[str], size: int) -> list[str]:
+    """The first of some texts for the report that take at most ``size`` bytes together.
+
+    The broker takes 32 KiB of all that is reported, and 256 entries of a list. What is no UTF-8, as paths may be, is
+    replaced.
+    """
+    taken = []
+    for text in islice(texts, _MOST_TEXTS):
+        encoded = text.encode(errors="surrogateescape")
+        size -= len(encoded) + _BESIDE_TEXT
+        if size < 0:
+            break
+        taken.append(encoded.decode(errors="replace"))
+    return taken
 
 
 @dataclass(frozen=True, slots=True)

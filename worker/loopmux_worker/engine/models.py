@@ -17,10 +17,13 @@ from loopmux_worker import logs
 from loopmux_worker.causes import ran_out
 from loopmux_worker.engine import fingerprints, memory, specfolders
 from loopmux_worker.engine.adapterfiles import Adapter
-from loopmux_worker.engine.base import Description, taken
+from loopmux_worker.engine.base import Description, fitting, taken
 from loopmux_worker.engine.grammars import matching
 from loopmux_worker.engine.loading import Loaded, Progress, as_config_error, tokenizer_of
 from loopmux_worker.engine.served import Served, family_for
+
+_NOTES = 8192
+"""Bytes of notes that are reported; there may be some about each of many models."""
 
 
 class AdapterStore(Protocol):
@@ -204,6 +207,7 @@ class Models:
 
     def _report(self) -> dict[str, Any]:
         loaded = self.loaded
+        notes = [*loaded.notes, *(note for served in self.served.values() for note in served.notes)]
         return {
             "base_model": str(loaded.folder),
             "torch": torch.__version__,
@@ -221,5 +225,5 @@ class Models:
                 name: served.family.name for name, served in self.served.items() if served.spec.model_type == "instruct"
             },
             "unloading": sorted(self._leaving),
-            "notes": [*loaded.notes, *(note for served in self.served.values() for note in served.notes)],
+            "notes": fitting(notes, _NOTES),
         }
