@@ -147,7 +147,7 @@ class Attempts:
         if number > LAST_ATTEMPT:
             self._used_up(request, now)
             return
-        request.attempt = number
+        request.attempt = request.given = number
         self._leases.begins(worker, now)
         cold = self._t.affinity.cold(request, worker)
         lease = request.lease = self._t.pool.lease(request, worker, now)

@@ -160,6 +160,8 @@ class Recovery:
             waits
             and request.client.instance == held.client
             and header.attempt >= request.attempt
+            # Of a number that was given out here another worker's may come from a broker that did not know of this one.
+            and (header.attempt != request.given or held.epoch == self._t.identity.epoch)
             and header.seq <= request.output.total <= header.arg
             and worker.serves(*request.lane)
         )
@@ -210,10 +212,14 @@ class Recovery:
         self._t.out.append(Send(worker.peer, say(Kind.RESET, header.request, attempt=header.attempt)))
 
     def introduced(self, worker: Worker, now: float) -> None:
-        """A worker has said what it has, or has had its time to: what it did not name of its own it has no more."""
+        """A worker has said what it has, or has had its time to: what it did not name of its own it has no more.
+
+        What it was told to stop since is waited for: its name may be late, and the end of it must not be taken for
+        another one's.
+        """
         worker.expected = 0
         self._t.vacant[worker] = None
-        for lease in [x for x in worker.leases.values() if x.missing]:
+        for lease in [x for x in worker.leases.values() if x.missing and x.stopping is None]:
             self._attempts.not_there(lease, now)
 
 

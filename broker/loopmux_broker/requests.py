@@ -73,6 +73,7 @@ class Request:
         brought: bytes of the tokens that its client came back with.
         arrived, deadline: on the broker's clock.
         attempt: number of the last attempt, 0 before the first; never handed out twice, not even by two brokers.
+        given: number of the last attempt that this broker gave out, 0 if none.
         losses: attempts that ended because a worker was lost. After two the request runs ``alone``.
         blamed: the last of these attempts, 0 if the last one ended otherwise.
         mishaps: attempts that came to nothing by no fault of the request.
@@ -96,6 +97,7 @@ class Request:
     output: Output
     state: State = State.QUEUED
     attempt: int = 0
+    given: int = 0
     losses: int = 0
     blamed: int = 0
     mishaps: int = 0

@@ -149,7 +149,7 @@ def test_a_worker_whose_connection_breaks_again_and_again_is_not_lost_by_its_req
         core.worker(say(Kind.RUNACK, ONE, attempt=1))
         core.lose(WORKER)
         core.register(held=1)
-        assert replay(0) in held(core, ONE, 0, 0)
+        assert replay(0) in held(core, ONE, 0, 0, epoch=EPOCH)
     request = core.tables.requests[ONE]
     assert (request.losses, request.alone, request.attempt) == (0, False, 1)
     goes_on(core, 0)
@@ -639,6 +639,32 @@ def test_a_number_that_two_brokers_gave_out_belongs_to_who_has_it_here(core: Cor
     assert held(core, ONE, 0, 9, worker=SECOND)[0] == reset(worker=SECOND)
     assert core.worker(stopped(ONE))[0] == Send(WORKER, say(Kind.ENDACK, ONE, attempt=1))
     assert not any(lease.stopping for worker in core.tables.pool.workers.values() for lease in worker.leases.values())
+
+
+@pytest.mark.parametrize("epoch", [b"former!!", EPOCH])
+def test_of_a_number_that_was_given_out_here_another_broker_s_attempt_is_another_one(core: Core, epoch: bytes) -> None:
+    """Its output would go on where another worker's ended, which was made without it."""
+    core.hello()
+    core.register()
+    core.running()
+    core.worker(tok(ONE, 0, 8))
+    core.lose(WORKER)
+    core.register(SECOND, held=1)
+    answer = held(core, ONE, 0, 9, worker=SECOND, epoch=epoch)[0]
+    assert answer == (replay(8, worker=SECOND, acknowledged=0) if epoch == EPOCH else reset(worker=SECOND))
+
+
+def test_what_is_stopped_while_its_worker_introduces_itself_is_no_new_attempt_when_its_name_comes(core: Core) -> None:
+    core.hello()
+    core.register(slots=2)
+    core.running()
+    core.wait(1.0)
+    core.register(slots=2, held=1, introduction=1)
+    core.client(say(Kind.BYE))
+    core.wait(core.config.claim_wait + 0.1)
+    core.hello()
+    attach(core, ONE, 0, attempt=0)
+    assert held(core, ONE, 0, 9)[0] == stop(ONE, 1)
 
 
 def test_a_client_may_say_submit_for_what_only_its_worker_knew(core: Core) -> None:
