@@ -15,7 +15,7 @@ import pytest
 
 import loopmux
 from fakebroker import FakeBroker, wait_until, whole_text
-from loopmux import codec, connection, keys, wire
+from loopmux import codec, connection, keys, pump, wire
 from loopmux.messages import Generate, SessionHint, Submit
 from loopmux.wire import Kind, Message
 
@@ -31,6 +31,10 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeBroke
 def ipc_broker(tmp_path: Path) -> Iterator[FakeBroker]:
     with FakeBroker(f"ipc://{tmp_path / 'b'}") as fake:
         yield fake
+
+
+def _threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "loopmux-client"]
 
 
 @pytest.fixture
@@ -270,7 +274,7 @@ def test_closing_is_final_and_harmless(ipc_broker: FakeBroker) -> None:
     ipc_broker.wait_for(Kind.BYE)
     with pytest.raises(loopmux.ConnectionLostError, match="closed: make another"):
         client.generate("x")
-    assert not [t for t in threading.enumerate() if t.name == "loopmux-client"]
+    assert not _threads()
 
 
 def test_an_unclosed_client_is_cleaned_up_when_collected(ipc_broker: FakeBroker) -> None:
@@ -279,7 +283,7 @@ def test_an_unclosed_client_is_cleaned_up_when_collected(ipc_broker: FakeBroker)
     del client
     gc.collect()
     ipc_broker.wait_for(Kind.BYE)
-    wait_until(lambda: not [t for t in threading.enumerate() if t.name == "loopmux-client"], "thread gone")
+    wait_until(lambda: not _threads(), "thread gone")
 
 
 def test_an_unclosed_client_does_not_hang_the_interpreter(ipc_broker: FakeBroker) -> None:
@@ -295,6 +299,72 @@ def test_an_unclosed_client_does_not_hang_the_interpreter(ipc_broker: FakeBroker
     )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, whole_text(2).strip(), "")
     ipc_broker.wait_for(Kind.BYE)
+
+
+def test_one_that_gets_no_thread_leaves_nothing_that_hangs(tmp_path: Path) -> None:
+    program = f"""
+        import gc, threading, loopmux
+        client = loopmux.Client("ipc://{tmp_path / "nobody"}")
+        with_threads, threading.Thread.start = threading.Thread.start, lambda _: 1 / 0
+        try:
+            client.status()
+        except ZeroDivisionError:
+            print("no thread")
+        threading.Thread.start = with_threads
+        gc.collect()
+        try:
+            client.with_options().generate("x", timeout=0.1)
+        except loopmux.DeadlineExceededError:
+            print("deadline")
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "no thread\ndeadline\n", "")
+
+
+@pytest.mark.parametrize("instant", ["before the thread", "with the thread"])
+def test_a_keyboard_interrupt_in_the_first_call_leaves_nothing_behind(
+    ipc_broker: FakeBroker, monkeypatch: pytest.MonkeyPatch, instant: str
+) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if instant == "with the thread":
+            start(thread)
+        raise KeyboardInterrupt
+
+    with loopmux.Client(ipc_broker.endpoint, max_new_tokens=2) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                client.generate("x")
+        assert client.generate("x").text == whole_text(2)
+        assert len(_threads()) == 1
+    assert not _threads()
+
+
+@pytest.mark.parametrize("instant", [(pump, "Link"), (threading.Thread, "start")])
+def test_a_handler_of_a_signal_may_close_the_client_in_its_first_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instant: tuple[object, str]
+) -> None:
+    client = loopmux.Client(f"ipc://{tmp_path / 'nobody'}")
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        real = getattr(*instant)
+        monkeypatch.setattr(*instant, lambda *args: (client.close(), real(*args))[1])
+        try:
+            client.status()
+        except loopmux.LoopmuxError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    with monkeypatch.context() as monkeypatch:
+        thread.start()
+        thread.join(5)
+    assert [type(error) for error in errors] == [loopmux.ConnectionLostError]
+    assert not _threads()
 
 
 def test_a_keyboard_interrupt_leaves_the_client_usable(ipc_broker: FakeBroker) -> None:
