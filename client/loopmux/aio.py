@@ -41,7 +41,7 @@ from loopmux.events import (
 from loopmux.keys import Credentials, credentials
 from loopmux.link import Link
 from loopmux.messages import DEFAULT_TIMEOUT, AdapterStatus, Done, ModelStatus, Status
-from loopmux.options import Defaults, Options, PromptOptions, merge
+from loopmux.options import Defaults, Options, PromptOptions, merge, seconds
 from loopmux.pump import Sink, dispatch
 from loopmux.results import Result, StreamEvent, TextDelta
 
@@ -329,7 +329,8 @@ class AsyncStream:
 class AsyncClient:
     """``Client`` for asyncio: the same methods, awaited. Belongs to the event loop it is first used in.
 
-    One that is dropped unclosed is closed, with a ResourceWarning. Cancelling a task that awaits a call cancels the request in the engine.
+    Cancelling a task that awaits a call cancels the request in the engine. One that is dropped unclosed is closed, with
+    a ResourceWarning.
     """
 
     def __init__(
@@ -345,7 +346,8 @@ class AsyncClient:
         self.endpoint = endpoint or default_endpoint()
         ipc_path(self.endpoint)
         self._options = merge(options, {"timeout": timeout})
-        self._channel = _Channel(self.endpoint, connect_timeout, credentials(self.endpoint, key, server_key))
+        patience = seconds("connect_timeout", connect_timeout, forever=True)
+        self._channel = _Channel(self.endpoint, patience, credentials(self.endpoint, key, server_key))
         self._owner = True
 
     async def __aenter__(self) -> Self:

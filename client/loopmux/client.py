@@ -29,7 +29,7 @@ from loopmux.messages import (
     SessionHint,
     Status,
 )
-from loopmux.options import Defaults, Options, PromptOptions, merge, prepare
+from loopmux.options import Defaults, Options, PromptOptions, merge, prepare, seconds
 from loopmux.pump import Channel, Pump
 from loopmux.results import Result, StreamEvent, TextDelta
 from loopmux.wire import Kind
@@ -158,7 +158,7 @@ class Client:
 
     Raises:
         ConfigError: the endpoint is not one, or the keys are not what it needs.
-        BadRequestError: an unknown option.
+        BadRequestError: an unknown option, or a ``connect_timeout`` that is no time.
     """
 
     def __init__(
@@ -174,7 +174,8 @@ class Client:
         self.endpoint = endpoint or default_endpoint()
         ipc_path(self.endpoint)
         self._options = merge(options, {"timeout": timeout})
-        self._channel = Channel(self.endpoint, connect_timeout, credentials(self.endpoint, key, server_key))
+        patience = seconds("connect_timeout", connect_timeout, forever=True)
+        self._channel = Channel(self.endpoint, patience, credentials(self.endpoint, key, server_key))
         self._owner = True
 
     def __enter__(self) -> Self:

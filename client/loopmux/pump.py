@@ -40,8 +40,6 @@ Sink = Callable[[Deliver | Finish | Fail | Answer], object]
 
 _DRAIN = 64
 """Messages taken from the socket before callers and timers get their turn again."""
-_LONGEST_NAP = 3600.0
-"""Seconds; a poller takes no number of milliseconds that is much larger."""
 _STOP_WITHIN = 2.0
 """Seconds that closing waits for the thread; it needs a millisecond, and an exit must not hang on it."""
 
@@ -63,9 +61,10 @@ def dispatch(actions: list[Action], link: Link, sinks: dict[bytes, Sink]) -> Non
 
 
 class Pump:
-    """One connection and its thread, from ``begin`` on. Every method but the thread's own may be called from any thread.
+    """One connection and its thread, which runs from ``begin`` on.
 
-    It has ``ended`` when it was stopped, or the broker would not have it: then another one may try.
+    Every method but the thread's own may be called from any thread. It has ``ended`` when it was stopped, or the broker
+    would not have it: then another one may try.
     """
 
     def __init__(self, endpoint: str, connect_timeout: float, credentials: Credentials | None) -> None:
@@ -186,7 +185,7 @@ class Pump:
         if self._posted:
             return 0
         left = self._core.next_timer() - time.monotonic()
-        return -1 if math.isinf(left) else max(0, math.ceil(min(left, _LONGEST_NAP) * 1000))
+        return -1 if math.isinf(left) else max(0, math.ceil(left * 1000))
 
     def _take_messages(self) -> None:
         for data in self._link.arrived(_DRAIN):
@@ -256,7 +255,7 @@ class Channel:
             raise _closed()
 
     def _open(self) -> None:
-        """Ctrl-C, or a handler that uses or closes the client, may come anywhere in here: what was begun gets stopped."""
+        """Ctrl-C, or a handler that closes the client, may come anywhere in here: what was begun gets stopped."""
         self._stop()
         pump = Pump(self._endpoint, self.connect_timeout, self._credentials)
         self._finalizer = finalizer = weakref.finalize(self, pump.stop)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -409,6 +409,20 @@ def test_a_forked_child_has_a_connection_of_its_own(ipc_broker: FakeBroker) -> N
 def test_endpoints_that_are_none(endpoint: str) -> None:
     with pytest.raises(loopmux.ConfigError):
         loopmux.Client(endpoint)
+
+
+@pytest.mark.parametrize("time", [None, "5", float("nan"), True, 0, -1])
+@pytest.mark.parametrize("kind", [loopmux.Client, loopmux.AsyncClient])
+def test_a_connect_timeout_that_is_no_time(kind: Callable[..., object], time: object) -> None:
+    with pytest.raises(loopmux.BadRequestError, match=r"^connect_timeout: found .*, expected a number of seconds"):
+        kind(connect_timeout=time)
+
+
+@pytest.mark.parametrize("time", [1e308, float("inf")])
+def test_a_connect_timeout_may_be_any(tmp_path: Path, time: float) -> None:
+    with loopmux.Client(f"ipc://{tmp_path / 'b'}", connect_timeout=time) as client:
+        with client.stream("x", max_new_tokens=2) as stream, FakeBroker(client.endpoint):
+            assert stream.result.text == whole_text(2)
 
 
 def test_an_endpoint_that_zeromq_refuses(tmp_path: Path) -> None:
