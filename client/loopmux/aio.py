@@ -433,6 +433,9 @@ class AsyncClient:
         The worker that ran it may have to give its attention state up for others: for a session that waits it counts
         double when it is expected (without ``expected`` now), half as much for every minute before or after; for one
         that is ``done`` a fiftieth.
+
+        Raises:
+            BadRequestError: a field is of the wrong type or too long, or the state unknown.
         """
         self._channel.driver().post(Hinted(hint_of(session, state, expected)))
 

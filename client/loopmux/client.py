@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 from loopmux import wire
-from loopmux.codec import FieldError, build, pack
+from loopmux.codec import FieldError, build, pack, show
 from loopmux.endpoints import default_endpoint, ipc_path
 from loopmux.errors import BadRequestError, CancelledError, ConnectionLostError, LoopmuxError, from_code
 from loopmux.events import Answer, Asked, CancelAsked, Consumed, Deliver, Fail, Finish, Hinted, Request, Submitted
@@ -29,7 +29,7 @@ from loopmux.messages import (
     SessionHint,
     Status,
 )
-from loopmux.options import Defaults, Options, PromptOptions, merge, prepare, seconds
+from loopmux.options import Defaults, Options, PromptOptions, check_plain, merge, prepare, seconds
 from loopmux.pump import Channel, Pump
 from loopmux.results import Result, StreamEvent, TextDelta
 from loopmux.wire import Kind
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 _ADAPTER_PATIENCE = 300.0
 """Seconds for the answer about an adapter: workers and launchers get 120 each from the broker."""
+
+_Order = TypeVar("_Order", SessionHint, AdapterOrder, Evict)
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: role/content maps as chat templates take them."""
@@ -257,6 +259,9 @@ class Client:
         The worker that ran it may have to give its attention state up for others: for a session that waits it counts
         double when it is expected (without ``expected`` now), half as much for every minute before or after; for one
         that is ``done`` a fiftieth.
+
+        Raises:
+            BadRequestError: a field is of the wrong type or too long, or the state unknown.
         """
         self._channel.pump().post(Hinted(hint_of(session, state, expected)))
 
@@ -290,6 +295,7 @@ class Client:
             worker of a model on demand it is only that: the next one loads it, and finds out whether it can.
 
         Raises:
+            BadRequestError: a field is of the wrong type or too long.
             LoopmuxError: it was loaded nowhere; the message has each worker's reason.
         """
         return outcome_of(self._ask(load_order(model, name, folder, self._give_up_at())))
@@ -315,7 +321,7 @@ class Client:
         starts it again.
 
         Raises:
-            BadRequestError: no worker has this name.
+            BadRequestError: no worker has this name, or a field is of the wrong type or out of range.
             ProtocolError: the client is not one of the admin endpoint.
             ConnectionLostError: no answer within ``connect_timeout``.
         """
@@ -357,28 +363,66 @@ def hint_of(session: str, state: str, expected: float | None) -> SessionHint:
     """A checked SESSION hint.
 
     Raises:
-        BadRequestError: a field is of the wrong type or the state unknown.
+        BadRequestError: a field is of the wrong type or too long, or the state unknown.
     """
-    try:
-        return build(SessionHint, {"session": session, "state": state, "expected": expected})
-    except FieldError as error:
-        raise BadRequestError(str(error)) from error
+    return _checked(SessionHint, session=session, state=state, expected=expected)
 
 
 def load_order(model: str, name: str, folder: str | Path, give_up_at: float) -> Asked:
-    """LOAD, as a question; a relative folder is one of this process's."""
-    order = AdapterOrder(model, name, str(Path(folder).expanduser().absolute()))
+    """LOAD, as a question; a relative folder is one of this process's.
+
+    Raises:
+        BadRequestError: a field is of the wrong type or too long.
+    """
+    try:
+        path = str(Path(folder).expanduser().absolute())
+    except (TypeError, RuntimeError) as error:
+        raise BadRequestError(f"folder: found {show(folder)}, expected a path: {error}") from error
+    order = _checked(AdapterOrder, model=model, name=name, folder=path)
     return Asked(wire.new_id(), give_up_at, Kind.LOAD, pack(order), _ADAPTER_PATIENCE)
 
 
 def unload_order(model: str, name: str, give_up_at: float) -> Asked:
-    """UNLOAD, as a question."""
-    return Asked(wire.new_id(), give_up_at, Kind.UNLOAD, pack(AdapterOrder(model, name)), _ADAPTER_PATIENCE)
+    """UNLOAD, as a question.
+
+    Raises:
+        BadRequestError: a field is of the wrong type or too long.
+    """
+    order = _checked(AdapterOrder, model=model, name=name)
+    return Asked(wire.new_id(), give_up_at, Kind.UNLOAD, pack(order), _ADAPTER_PATIENCE)
 
 
 def evict_order(worker: str, within: float, give_up_at: float) -> Asked:
-    """EVICT, as a question."""
-    return Asked(wire.new_id(), give_up_at, Kind.EVICT, pack(Evict(worker, within)))
+    """EVICT, as a question.
+
+    Raises:
+        BadRequestError: a field is of the wrong type or too long, or ``within`` out of range.
+    """
+    order = _checked(Evict, worker=worker, within=within)
+    order.check()
+    return Asked(wire.new_id(), give_up_at, Kind.EVICT, pack(order))
+
+
+def _checked(kind: type[_Order], **fields: object) -> _Order:
+    """What a caller wants of the broker, refused here where the broker would count it as malformed.
+
+    Raises:
+        BadRequestError: naming the field, what was found and what was expected.
+    """
+    try:
+        order = build(kind, fields)
+    except FieldError as error:
+        raise BadRequestError(str(error)) from error
+    for name, value in fields.items():
+        check_plain(value, name, 0)
+    if (size := len(pack(order))) > wire.SUBMIT_ROUTE_LIMIT:
+        texts = {name: len(value) for name, value in fields.items() if isinstance(value, str)}
+        longest = max(texts, key=texts.__getitem__)
+        raise BadRequestError(
+            f"{longest}: found a text of {texts[longest]} characters, expected a shorter one: "
+            f"{', '.join(fields)} take {size} bytes, at most {wire.SUBMIT_ROUTE_LIMIT} fit"
+        )
+    return order
 
 
 def outcome_of(answer: Status | Done) -> Done:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -244,6 +246,50 @@ def test_hints_reach_the_broker(client: loopmux.Client, ipc_broker: FakeBroker) 
     )
     with pytest.raises(loopmux.BadRequestError, match="one of waiting_on_tool, done"):
         client.hint("s1", "sleeping")  # type: ignore[arg-type]
+
+
+_LONG, _NO_TEXT = "n" * 5000, "bad\ud800"
+MISTAKEN: list[tuple[str, tuple[object, ...], str]] = [
+    ("hint", (_LONG, "done"), "session: found a text of 5000 characters"),
+    ("hint", (_NO_TEXT, "done"), "session: found the lone surrogate"),
+    ("hint", (None, "done"), "session: found None, expected a text"),
+    ("hint", ("s", "done", "5"), "expected: found '5' (str), expected a number or nothing"),
+    ("load_adapter", (5, "n", "/x"), "model: found 5 (int), expected a text"),
+    ("load_adapter", ("m", None, "/x"), "name: found None, expected a text"),
+    ("load_adapter", ("m", _LONG, "/x"), "name: found a text of 5000 characters"),
+    ("load_adapter", ("m", _NO_TEXT, "/x"), "name: found the lone surrogate"),
+    ("load_adapter", ("m", "n", f"/{_LONG}"), "folder: found a text of 5001 characters"),
+    ("load_adapter", ("m", "n", None), "folder: found None, expected a path"),
+    ("load_adapter", ("m", "n", "~nobody-of-this-name/x"), "folder: found '~nobody-of-this-name/x' (str), expected a"),
+    ("unload_adapter", ("m", None), "name: found None, expected a text"),
+    ("unload_adapter", (_LONG, "n"), "model: found a text of 5000 characters"),
+    ("drain", (None,), "worker: found None, expected a text"),
+    ("drain", (_LONG,), "worker: found a text of 5000 characters"),
+]
+
+
+@pytest.mark.parametrize(("method", "arguments", "says"), MISTAKEN)
+def test_what_a_broker_would_take_for_malformed_is_refused_at_its_caller(
+    client: loopmux.Client, ipc_broker: FakeBroker, method: str, arguments: tuple[object, ...], says: str
+) -> None:
+    with client.stream("x", max_new_tokens=200) as stream:
+        next(stream)
+        with pytest.raises(loopmux.BadRequestError, match=f"^{re.escape(says)}"):
+            getattr(client, method)(*arguments)
+        assert stream.result.text == whole_text(200)
+
+    async def other() -> None:
+        async with loopmux.AsyncClient(ipc_broker.endpoint) as client:
+            await getattr(client, method)(*arguments)
+
+    with pytest.raises(loopmux.BadRequestError, match=f"^{re.escape(says)}"):
+        asyncio.run(other())
+
+
+@pytest.mark.parametrize("within", ["60", None, float("nan"), -1])
+def test_a_worker_gets_no_impossible_time_to_leave(client: loopmux.Client, within: object) -> None:
+    with pytest.raises(loopmux.BadRequestError, match=r"^within: found "):
+        client.drain("w", within=within)  # type: ignore[arg-type]
 
 
 def test_options_travel(client: loopmux.Client, ipc_broker: FakeBroker) -> None:
