@@ -49,6 +49,23 @@ Messages = Sequence[Mapping[str, Any]]
 """A conversation: role/content maps as chat templates take them."""
 
 
+class _Inbox:
+    """What came for one request. The outcome stays: what has just been taken out is lost where Ctrl-C comes then."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Deliver | Finish | Fail | Answer] = queue.SimpleQueue()
+        self._outcome: Finish | Fail | None = None
+
+    def put(self, item: Deliver | Finish | Fail | Answer) -> None:
+        if isinstance(item, (Finish, Fail)):
+            self._outcome = item
+        self._queue.put(item)
+
+    def get(self) -> Deliver | Finish | Fail | Answer:
+        """The next item, which is waited for; behind the last one the outcome, again."""
+        return self._outcome if self._outcome and self._queue.empty() else self._queue.get()
+
+
 class Stream:
     """A generation that is being received: iterate over its events, once, in one thread.
 
@@ -60,7 +77,7 @@ class Stream:
         self.request_id = request.id.hex()
         self._pump = pump
         self._id = request.id
-        self._inbox: queue.SimpleQueue[Deliver | Finish | Fail | Answer] = queue.SimpleQueue()
+        self._inbox = _Inbox()
         self._texts: list[str] = []
         self._outcome: Result | LoopmuxError | None = None
         self._raised = False

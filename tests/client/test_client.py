@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import loopmux
 from fakebroker import FakeBroker, wait_until, whole_text
 from loopmux import codec, connection, keys, pump, wire
+from loopmux.events import Finish
 from loopmux.messages import Generate, SessionHint, Submit
 from loopmux.wire import Kind, Message
 
@@ -424,6 +426,30 @@ def test_a_keyboard_interrupt_leaves_the_client_usable(ipc_broker: FakeBroker) -
         interrupt.join()
         ipc_broker.wait_for(Kind.CANCEL)
         assert client.generate("x", max_new_tokens=2).text == whole_text(2)
+
+
+def test_a_keyboard_interrupt_as_the_outcome_comes_does_not_lose_it(
+    client: loopmux.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(queue.SimpleQueue[object]):
+        interrupted = False
+
+        def get(self) -> object:  # type: ignore[override]
+            item = super().get()
+            if isinstance(item, Finish) and not self.interrupted:
+                self.interrupted = True
+                raise KeyboardInterrupt
+            return item
+
+    monkeypatch.setattr(queue, "SimpleQueue", Interrupted)
+    stream = client.stream("x", max_new_tokens=20)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    results: list[loopmux.Result] = []
+    reader = threading.Thread(target=lambda: results.append(stream.result), daemon=True)
+    reader.start()
+    reader.join(5)
+    assert [result.text for result in results] == [whole_text(20)]
 
 
 def test_a_forked_child_has_a_connection_of_its_own(ipc_broker: FakeBroker) -> None:
