@@ -247,12 +247,12 @@ class Channel:
         """
         self._ours()
         with self._lock:
-            while not self._closed:
-                if self._pump is not None and not self._pump.ended:
-                    return self._pump
+            if not self._closed and (self._pump is None or self._pump.ended):
                 self._open()
-            self._stop()  # what was begun while a handler closed it
-            raise _closed()
+            if self._closed or self._pump is None:
+                self._stop()  # what was begun while a handler closed it
+                raise _closed()
+            return self._pump
 
     def _open(self) -> None:
         """Ctrl-C, or a handler that closes the client, may come anywhere in here: what was begun gets stopped."""
