@@ -23,6 +23,7 @@ from loopmux.errors import (
     LoopmuxError,
     OverloadedError,
     ProtocolError,
+    listed,
     unknown_model,
 )
 from loopmux.messages import AdapterOrder, Catalogue, Done, Failure
@@ -183,7 +184,7 @@ class Adapters:
             )
         having = {w.name for w in pool.serving(name) if name in w.register.adapters} & workers
         if not having and not remembered:
-            known = ", ".join(pool.adapters(model)) or "none"
+            known = listed(pool.adapters(model))
             raise AdapterNotFoundError(f"model {model!r} has no adapter {name!r}, loaded are: {known}")
         return having
 
@@ -481,8 +482,7 @@ def _told(op: _Operation, what: str) -> Failure:
     """The failures of all members as one: the first one's code, and who said what."""
     first = next(iter(op.failures.values()))
     said = "; ".join(f"{name}: {shorten(f.message, _REASON)}" for name, f in _by_reason(op.failures).items())
-    back = sorted(op.fresh) if op.load else []
-    undone = f"; taken back from {', '.join(back)}" if back else ""
+    undone = f"; taken back from {listed(op.fresh)}" if op.load and op.fresh else ""
     retryable = all(failure.retryable for failure in op.failures.values())
     return Failure(first.code, f"adapter {op.order.name!r} {what}: {said}{undone}", retryable, op.order.model)
 
@@ -492,4 +492,4 @@ def _by_reason(failures: Mapping[str, Failure]) -> dict[str, Failure]:
     names: dict[str, list[str]] = {}
     for name in sorted(failures):
         names.setdefault(failures[name].message, []).append(name)
-    return {", ".join(said): failures[said[0]] for said in names.values()}
+    return {listed(said): failures[said[0]] for said in names.values()}

@@ -20,6 +20,9 @@ from loopmux_broker.requests import Request, State, Step
 from loopmux_broker.tables import Alarm, Tables
 from loopmux_broker.waiting import Waiting
 
+LAST_ATTEMPT = 60_000
+"""The highest number of an attempt: it has to fit into a header, and so has what peers answer. Nobody may claim to have
+seen a higher one."""
 _MISHAPS = 10
 """Attempts at one request that may come to nothing by no fault of its own. Only many workers that go together, or a
 fault of a peer or of ours, bring it there; it must not go on until the deadline, as fast as messages travel."""
@@ -137,10 +140,14 @@ class Attempts:
         self._t.vacant[worker] = None
 
     def _dispatch(self, request: Request, worker: Worker, now: float) -> None:
-        request.attempt += 1
-        while (request.id, request.attempt) in self._t.pool.leases:
-            request.attempt += 1  # one that is still being stopped, of which the client has heard nothing
+        number = request.attempt + 1
+        while (request.id, number) in self._t.pool.leases:
+            number += 1  # one that is still being stopped, of which the client has heard nothing
         request.move(Step.DISPATCHED)
+        if number > LAST_ATTEMPT:
+            self._used_up(request, now)
+            return
+        request.attempt = number
         self._leases.begins(worker, now)
         cold = self._t.affinity.cold(request, worker)
         lease = request.lease = self._t.pool.lease(request, worker, now)
@@ -242,6 +249,15 @@ class Attempts:
                 retryable=False,
             )
         self._ends.end(request, Kind.ERROR, error, now, worker=worker, usage=Usage(0, request.output.total))
+
+    def _used_up(self, request: Request, now: float) -> None:
+        """There is no number for another attempt. A client or worker that names a high one brings a request there."""
+        error = EngineError(
+            f"no attempt may have a number above {LAST_ATTEMPT}, and the last one at this request has "
+            f"{request.attempt}: submit it again under another id",
+            retryable=True,
+        )
+        self._ends.end(request, Kind.ERROR, error, now, usage=Usage(0, request.output.total))
 
     # --- leaving in good order
 

@@ -33,6 +33,7 @@ from loopmux_broker.events import (
     LoopStalled,
     Peer,
     PushBlocked,
+    SendFailed,
     Sent,
     TimerDue,
     WorkerSent,
@@ -84,6 +85,7 @@ class Broker:
             KeyRefused: self._key_refused,
             ConnectionsRefused: self._connections_refused,
             PushBlocked: self._blocked,
+            SendFailed: self._send_failed,
             TimerDue: self._timer_due,
             ConnectionLost: self._connection_lost,
             LoopStalled: self._stalled,
@@ -165,6 +167,9 @@ class Broker:
         request = self.tables.requests.get(event.request)
         if client is not None and request is not None and request.client is client:
             self._streams.block(client, request, event.seq, now)
+
+    def _send_failed(self, event: SendFailed, _: float) -> None:
+        raise event.error  # where a bug is counted and logged, whoever meets it
 
     def _timer_due(self, _: TimerDue, now: float) -> None:
         for key in self.tables.timers.due(now):

@@ -77,7 +77,10 @@ class ClientSide:
 
     def _own(self, client: Client, request_id: bytes) -> Request | None:
         request = self._t.requests.get(request_id)
-        return request if request is not None and request.client is client else None
+        if request is None or request.client is client:
+            return request
+        self._t.counters["foreign_ids"] += 1
+        return None
 
     # --- the connection
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ class Principal:
             ones.
         served, expected: tokens it was served, by its weight, as `queues` keeps account of them, and how many of them
             what runs has yet to produce.
+        usual: tokens that a request of it may be expected to have, by those that ended; infinite before the first.
     """
 
     name: str = ""
@@ -29,6 +31,7 @@ class Principal:
     held: int = 0
     served: float = 0.0
     expected: float = 0.0
+    usual: float = math.inf
 
     @property
     def settled(self) -> float:

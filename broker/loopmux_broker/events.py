@@ -86,6 +86,13 @@ class PushBlocked:
 
 
 @dataclass(frozen=True, slots=True)
+class SendFailed:
+    """What the core said to a peer does not fit into a message, which is a bug; nothing of that turn was sent to it."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
 class TimerDue:
     """The time that ``Broker.next_timer`` named has come."""
 
@@ -98,7 +105,7 @@ class LoopStalled:
 
 
 Sent = ClientSent | WorkerSent | AdminSent | FramesSent
-Event = Sent | KeyRefused | ConnectionsRefused | ConnectionLost | PushBlocked | TimerDue | LoopStalled
+Event = Sent | KeyRefused | ConnectionsRefused | ConnectionLost | PushBlocked | SendFailed | TimerDue | LoopStalled
 
 # --- actions ----------------------------------------------------------------------------------------------------------
 

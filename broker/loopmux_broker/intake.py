@@ -9,6 +9,7 @@ from loopmux.errors import (
     ModelNotFoundError,
     OverloadedError,
     failed_to_start,
+    listed,
     unknown_model,
 )
 from loopmux_broker.admission import Admission
@@ -61,7 +62,7 @@ def unknown_adapter(pool: Pool, request: Request) -> LoopmuxError | None:
     model, adapter = request.submit.model, request.submit.adapter
     if adapter is None or any(worker.serves(model, adapter) for worker in pool.serving(model)):
         return None
-    known = ", ".join(pool.adapters(model)) or "none"
+    known = listed(pool.adapters(model))
     declared = pool.declared(adapter)  # an adapter that was configured is a model id of its own too
     reason = f"; {adapter!r} failed: {declared.entry.detail}" if declared and declared.entry.phase == "failed" else ""
     return AdapterNotFoundError(f"model {model!r} has no adapter {adapter!r}, loaded are: {known}{reason}")

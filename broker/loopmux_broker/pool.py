@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from loopmux.errors import BadRequestError
+from loopmux.errors import BadRequestError, listed
 from loopmux.messages import Catalogue, Heartbeat, LeftOut, ModelPhase, Register, ServedModel
 from loopmux.wire import StopReason
 from loopmux_broker.events import Peer
@@ -238,7 +238,7 @@ class Pool:
         """
         named = {worker.name: worker for worker in self.workers.values()}
         if name not in named:
-            raise BadRequestError(f"worker: found {name!r}, expected one of {', '.join(sorted(named)) or 'none'}")
+            raise BadRequestError(f"worker: found {name!r}, expected one of {listed(named)}")
         return named[name]
 
     def join(self, member: Worker | Launcher) -> None:

@@ -5,24 +5,26 @@ more its key weighs. A request's head start (its priority, or that it continues 
 less. The client with the lowest account comes next, and of its requests the one with the best rank: the time it arrived
 less its head start in seconds, so that waiting ages a request by itself.
 
-An account moves when one of its client's requests gets a slot (by what it is expected to cost) and when it gives the
-slot back (by what it did cost). A client that comes, or comes back with nothing queued, starts where the ones are that
-compete with it, what they are only expected to cost left out: time away is no credit, and nobody who comes waits for
-what others never got. These are those that wait for the same; where nobody does, whoever was given a slot last by a
-worker that it can run on. What clients take of other workers, where nobody has to wait, is no matter of theirs.
+An account moves when one of its client's requests gets a slot (by what it is expected to cost, going by those before
+it) and when it gives the slot back (by what it did cost). A client that comes, or comes back with nothing queued,
+starts where the ones are that compete with it, what they are only expected to cost left out: time away is no credit,
+and nobody who comes waits for what others never got. These are those that wait for the same; where nobody does, whoever
+was given a slot last by a worker that it can run on. What clients take of other workers, where nobody has to wait, is
+no matter of theirs.
 """
 
 from __future__ import annotations
 
 import bisect
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from loopmux_broker.clients import Principal
 from loopmux_broker.pool import Worker
-from loopmux_broker.requests import Lane, Request
+from loopmux_broker.requests import Lane, Request, State
 
 Rank = tuple[float, int]
 _Turn = tuple[float, float, int, int, "_Line"]
@@ -33,6 +35,9 @@ _SIZE_PER_TOKEN = 4
 """Characters of a prompt that count as one token: an estimate, the broker reads no prompts."""
 _SLACK = 64
 """Turns that no longer count and may lie in a heap before it is swept."""
+
+_SHORTER = 0.2
+"""Weight of an answer that is shorter than was expected in what is expected next."""
 
 _PASSED = 2.0
 """Seconds: a turn whose session is with another worker lets others pass that came up to so much later. In a full house
@@ -223,18 +228,23 @@ class Queues:
     # --- accounts
 
     def charge(self, request: Request, worker: Worker) -> None:
-        """A request gets a slot: its client is charged what the whole of it may cost, until its end shows more.
+        """A request gets a slot: its client is charged what it may be expected to cost, until its end shows more.
 
-        What it was charged for an attempt before is part of that: nobody pays twice because a worker was lost.
+        That is all of ``max_new_tokens`` only as long as the client's requests have as many: who allows for long
+        answers and gets short ones has no less of the slots for it. What it was charged for an attempt before is part
+        of that: nobody pays twice because a worker was lost.
         """
         self._lift(request.client.principal, worker.level)
         worker.level = request.client.principal.settled
-        self._bill(request, max(request.submit.max_new_tokens, request.output.total))
+        usual = min(request.submit.max_new_tokens, request.client.principal.usual)
+        self._bill(request, max(math.ceil(usual), request.output.total))
 
     def settle(self, request: Request) -> None:
         """It gives the slot back with the tokens that it has."""
         if request.charged:
             self._bill(request, request.output.total)
+            if request.state is State.DONE:
+                _note_usual(request.client.principal, request.output.total)
 
     def _bill(self, request: Request, tokens: int) -> None:
         """Let a request have cost so much: at least 1, so that a thousand that produce nothing are not one turn."""
@@ -284,6 +294,12 @@ class Queues:
     def models(self) -> Iterator[str]:
         """The models that anybody waits for."""
         return iter(list(self._waiting))
+
+
+def _note_usual(principal: Principal, tokens: int) -> None:
+    """Longer answers count at once, shorter ones little by little: to expect too little would give slots away."""
+    longer = tokens >= principal.usual or math.isinf(principal.usual)
+    principal.usual = tokens if longer else principal.usual + (tokens - principal.usual) * _SHORTER
 
 
 def _rank(entry: tuple[float, int, Request]) -> Rank:

@@ -15,7 +15,7 @@ import math
 from loopmux.errors import OverloadedError, ProtocolError
 from loopmux.messages import Held, Submit
 from loopmux.wire import Header, Kind, StopReason
-from loopmux_broker.attempts import Attempts
+from loopmux_broker.attempts import LAST_ATTEMPT, Attempts
 from loopmux_broker.clients import Client
 from loopmux_broker.ends import Ends
 from loopmux_broker.entry import Entry
@@ -28,8 +28,6 @@ from loopmux_broker.requests import Request, State, Step
 from loopmux_broker.tables import Alarm, Tables
 from loopmux_broker.waiting import Waiting
 
-_LAST_ATTEMPT = 60_000
-"""The highest number that anybody may claim to have seen: the next ones have to fit into a header, too."""
 _MOST_LANES = 1_000
 """Lanes of one model, above which what a client calls its weights makes no new one: each dispatch looks at them all."""
 _MOST_HELD = 256
@@ -54,9 +52,10 @@ class Recovery:
         output = Output(header.arg)
         output.restore(ids)
         request = Request(header.request, client, submit, body, now, now + submit.timeout, output, State.RECOVERING)
-        request.attempt = max(_numbered(header), self._t.abandoned.pop(request.id, 0))
+        request.attempt = max(_numbered(header), self._t.abandoned.get(request.id, 0))
         request.brought, request.fingerprint = len(ids), submit.fingerprint
         if self._let_in(request, header.seq):
+            self._t.abandoned.pop(request.id, None)
             self._t.counters["attached"] += 1
             self._t.timers.set((Alarm.RECOVERY, request.id, 0), now + self._t.config.claim_wait)
             self._entry.accept(request)
@@ -224,7 +223,7 @@ def _numbered(header: Header) -> int:
     Raises:
         ProtocolError: no request was ever tried so often.
     """
-    if header.attempt > _LAST_ATTEMPT:
-        found = f"{header.kind.name}: found attempt {header.attempt}, expected at most {_LAST_ATTEMPT}"
+    if header.attempt > LAST_ATTEMPT:
+        found = f"{header.kind.name}: found attempt {header.attempt}, expected at most {LAST_ATTEMPT}"
         raise ProtocolError(found)
     return header.attempt

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from loopmux import codec
 from loopmux.messages import AdapterStatus, Demand, ModelStatus, Status, WorkerLoad, WorkerStatus
-from loopmux.wire import Header, Kind, Message
+from loopmux.wire import CLIENT_BODY_LIMIT, Header, Kind, Message
 from loopmux_broker.events import Peer, Send
 from loopmux_broker.pool import Pool, Worker, contents
 from loopmux_broker.tables import Tables
@@ -18,8 +19,12 @@ _LATE = 1.5
 
 
 def reported(tables: Tables, peer: Peer, question: bytes, now: float) -> Send:
-    """The answer to a question."""
-    return Send(peer, Message(Header(Kind.REPORT, question), body=codec.pack(report(tables, now))))
+    """The answer to a question. What workers say of themselves is left out where not all of it can be sent."""
+    status = report(tables, now)
+    body = codec.pack(status)
+    if len(body) > CLIENT_BODY_LIMIT:
+        body = codec.pack(replace(status, workers=tuple(replace(worker, report={}) for worker in status.workers)))
+    return Send(peer, Message(Header(Kind.REPORT, question), body=body))
 
 
 def report(tables: Tables, now: float) -> Status:

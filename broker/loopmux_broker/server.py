@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from loopmux_broker.events import (
     Push,
     PushBlocked,
     Send,
+    SendFailed,
     Sent,
     TimerDue,
 )
@@ -215,6 +217,9 @@ class Server:
                     taken = self.doors[peer[-1]].send(peer, [action.data for action in actions])
                 except LookupError:
                     self._leaving.setdefault(peer, time.monotonic() + _PATIENCE)
+                except struct.error as error:  # a number too large for its place; what matters is said again
+                    self._handle(SendFailed(error), time.monotonic())
+                    self._refused(peer, actions)
                 else:
                     self._refused(peer, actions[taken:])
 

@@ -10,7 +10,7 @@ from itertools import islice
 from loopmux import codec
 from loopmux.errors import ModelNotFoundError, failed_to_start, unknown_model
 from loopmux.messages import Phase
-from loopmux.wire import Header, Kind, Message
+from loopmux.wire import ROUTE_LIMIT, Header, Kind, Message
 from loopmux_broker.ends import Ends
 from loopmux_broker.events import Send
 from loopmux_broker.intake import TAKEN_BACK, gone, unknown_adapter
@@ -19,6 +19,8 @@ from loopmux_broker.requests import Request, State
 from loopmux_broker.tables import PAUSE, SLICE, Alarm, Tables
 
 _ASKED_FOR = "it is started because of this request"
+_LONGEST_DETAIL = ROUTE_LIMIT - 128
+"""Bytes: CATALOGUE may have more than PHASE has room for beside the rest."""
 _UNLIKE = "the request goes on where the same weights are loaded that began it"
 
 
@@ -116,7 +118,8 @@ class Waiting:
             how = Standing("queued", now - request.arrived, _ASKED_FOR)
         if self._unlike(request):
             how = replace(how, phase="queued", detail=_UNLIKE)
-        phase = Phase(how.phase, self._t.queues.position(request), round(how.elapsed, 3), how.detail)
+        detail = codec.shorten(how.detail, _LONGEST_DETAIL)
+        phase = Phase(how.phase, self._t.queues.position(request), round(how.elapsed, 3), detail)
         self._t.out.append(Send(peer, Message(Header(Kind.PHASE, request.id), route=codec.pack(phase))))
 
     def _unlike(self, request: Request) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from loopmux import codec, wire
 from loopmux.errors import BadRequestError, ProtocolError
 from loopmux.messages import Catalogue, Heartbeat, Held, Register
-from loopmux.wire import ID_SIZE, WORKER_BODY_LIMIT, Header, Kind, Message
+from loopmux.wire import ID_SIZE, MOST_TOKENS, WORKER_BODY_LIMIT, Header, Kind, Message
 from loopmux_broker.adapters import Adapters
 from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import agree, another_key, no_common_version, welcome
@@ -26,6 +26,8 @@ from loopmux_broker.waiting import Waiting
 
 _REPORT_LIMITS = codec.Limits(array=256, map=256, size=16 * 1024)
 """A worker's report is for people; the broker decodes it, so it takes no more than a page of text in one field."""
+_LONGEST_REPORT = 32 * 1024
+"""Bytes of it: the broker keeps it, and whoever asks for STATUS gets those of all workers in one message."""
 _REDECLARE = 5.0
 """Seconds for which a new launcher process may repeat what the last one declared, before the rest is taken out."""
 _ENDS = wire.TERMINALS - {Kind.EXPIRED}
@@ -158,8 +160,9 @@ class WorkerSide:
     def _tok(self, worker: Worker, message: Message, data: bytes, now: float) -> None:
         header = message.header
         seq, count = header.seq, header.arg
-        if count == 0 or len(message.tokens) != 4 * count:
-            raise ProtocolError(f"TOK announces {count} tokens and has {len(message.tokens)} bytes of them")
+        if count == 0 or len(message.tokens) != 4 * count or seq + count > MOST_TOKENS:
+            found = f"TOK announces {count} tokens behind {seq} and has {len(message.tokens)} bytes of them"
+            raise ProtocolError(f"{found}: a request has at most {MOST_TOKENS} tokens")
         lease = self._t.pool.leases.get((header.request, header.attempt))
         if lease is None or lease.worker is not worker or lease.stopping:
             if lease is None or not lease.stopping:
@@ -354,7 +357,9 @@ class WorkerSide:
 
 
 def _report(body: bytes) -> dict[str, Any]:
-    report = codec.decode(body, _REPORT_LIMITS) if body else {}
-    if not isinstance(report, dict):
-        raise ProtocolError(f"REGISTER: found a report that is {codec.show(report)}, expected a map")
-    return report
+    if len(body) > _LONGEST_REPORT:
+        raise ProtocolError(f"REGISTER has a report of {len(body)} bytes, at most {_LONGEST_REPORT} are accepted")
+    try:
+        return codec.build(dict[str, Any], codec.decode(body, _REPORT_LIMITS) if body else {}, "report")
+    except codec.FieldError as error:
+        raise ProtocolError(f"REGISTER: {error}") from error

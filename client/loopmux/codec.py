@@ -11,7 +11,7 @@ import functools
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any, TypeVar
@@ -52,15 +52,49 @@ ROUTE_LIMITS = Limits(array=64, map=64, size=4 * 1024)
 BODY_LIMITS = Limits(array=64 * 1024, map=4 * 1024, size=4 * 1024 * 1024)
 """Endpoints decode the bodies of peers that the broker let through."""
 
+DEEPEST = 72
+"""Levels of lists and maps in a field that may hold anything: messages, schemas, reports. Real ones have under ten, and
+whoever handles them calls itself for each. Workers read calls with arguments of 64 levels, which lie five deeper in a
+message."""
+
 _LONGEST_SHOWN = 80
 
 
 def show(value: object) -> str:
-    """A value for an error message: its text and type, shortened."""
-    text = repr(value)
-    if len(text) > _LONGEST_SHOWN:
-        text = text[: _LONGEST_SHOWN - 1] + "…"
+    """A value for an error message: its text and type, shortened. Raises nothing and reads no more than it shows."""
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > _LONGEST_SHOWN:
+            text = text[: _LONGEST_SHOWN - 1] + "…"
+            break
     return text if value is None else f"{text} ({type(value).__name__})"
+
+
+def _pieces(value: object) -> Iterator[str]:
+    """What ``repr`` says, bit by bit. Each level begins with a bracket, so who has read enough is not deep yet."""
+    kind = type(value)
+    if isinstance(value, dict) and kind is dict:
+        yield "{"
+        for i, (key, entry) in enumerate(value.items()):
+            yield ", " if i else ""
+            yield from _pieces(key)
+            yield ": "
+            yield from _pieces(entry)
+        yield "}"
+    elif isinstance(value, (list, tuple)) and kind in (list, tuple):
+        yield "[" if kind is list else "("
+        for i, entry in enumerate(value):
+            yield ", " if i else ""
+            yield from _pieces(entry)
+        yield "]" if kind is list else ",)" if len(value) == 1 else ")"
+    elif isinstance(value, (str, bytes)) and kind in (str, bytes):
+        yield repr(value[:_LONGEST_SHOWN])
+    else:
+        try:
+            yield repr(value)
+        except Exception:  # noqa: BLE001 - what a program hands over may be of any class
+            yield object.__repr__(value)
 
 
 def shorten(text: str, limit: int) -> str:
@@ -138,7 +172,7 @@ def unpack(cls: type[T], data: bytes, limits: Limits = ROUTE_LIMITS) -> T:
     """Decode untrusted bytes into a dataclass. Unknown fields are ignored: a newer peer may know more.
 
     Raises:
-        ProtocolError: undecodable, or a field is missing or of the wrong type.
+        ProtocolError: undecodable, or a field is missing, of the wrong type or nested too deep.
     """
     value = decode(data, limits)
     try:
@@ -151,8 +185,8 @@ def build(cls: type[T], value: Any, path: str = "", *, strict: bool = False) -> 
     """Turn plain values into ``cls`` (a dataclass or any annotated type it may use), checking every field.
 
     Supported: ``None``, bool, int, float (whole numbers accepted), str, bytes, Literal, Enum, Optional and unions,
-    list, tuple[X, ...], tuple[X, Y], dict[str, X], dataclasses, and Any (taken as it is). With ``strict`` an unknown
-    key is an error.
+    list, tuple[X, ...], tuple[X, Y], dict[str, X], dataclasses, and Any (taken as it is, up to ``DEEPEST`` levels of
+    it). With ``strict`` an unknown key is an error.
 
     Raises:
         FieldError: naming the path, what was found and what was expected.
@@ -190,7 +224,7 @@ def _default(field: Any) -> Any:
 def _builder(kind: Any) -> Builder:
     """The checker for one annotated type, made once."""
     if kind is Any or kind is object:
-        return lambda value, path, strict: value  # noqa: ARG005
+        return _check_depth
     if isinstance(kind, type) and is_dataclass(kind):
         return _dataclass_builder(kind)
     if isinstance(kind, type) and issubclass(kind, Enum):
@@ -249,6 +283,22 @@ def _scalar_builder(kind: Any) -> Builder:
         raise FieldError(_spell(path), show(value), describe(kind))
 
     return check
+
+
+def _check_depth(value: Any, path: Path, strict: bool) -> Any:  # noqa: ARG001
+    """Anything is taken as it is, unless it is nested too deep."""
+    if type(value) not in _NESTS:
+        return value
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = [outer.values() if type(outer) is dict else outer for outer in level]
+        level = [entry for entries in inner for entry in entries if type(entry) in _NESTS]
+        if not level:
+            return value
+    raise FieldError(_spell(path), f"lists and maps nested more than {DEEPEST} levels deep", "fewer levels")
+
+
+_NESTS = frozenset({dict, list, tuple})
 
 
 def _choice_builder(choices: dict[Any, Any]) -> Builder:

@@ -277,7 +277,7 @@ class Connection:
             case Kind.ERROR if message.header.request in self._questions:
                 return self._rejected(message)
             case Kind.ERROR if message.header.request == wire.NO_ID:
-                return self._turned_away(codec.unpack(Failure, message.body)) if self.state is State.GREETING else []
+                return self._turned_away(_failure(message)) if self.state is State.GREETING else []
             case kind if kind in wire.TERMINALS:  # our ENDACK was lost
                 return [Send(Message(Header(Kind.ENDACK, message.header.request)))]
         return []
@@ -292,7 +292,7 @@ class Connection:
             return [Fail(id_, error)]
 
     def _rejected(self, message: Message) -> list[Action]:
-        failure = codec.unpack(Failure, message.body)
+        failure = _failure(message)
         del self._questions[message.header.request]
         error = from_code(failure.code, failure.message, retryable=failure.retryable)
         return [Fail(message.header.request, error)]
@@ -408,6 +408,10 @@ class Connection:
             elif now >= question.resend_at:
                 actions.append(question.ask(now))
         return actions
+
+
+def _failure(message: Message) -> Failure:
+    return codec.unpack(Failure, message.body, codec.BODY_LIMITS)
 
 
 def _attached(welcome: Welcome, *, fresh: bool) -> Attached:

@@ -201,7 +201,14 @@ def from_code(code: str, message: str, **details: Any) -> LoopmuxError:
 
 
 _LISTED = 50
-"""Models that are named to who asked for another one."""
+"""Names that are told to who asked for another one."""
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names that there are, for an error message, in order; some of very many."""
+    there = sorted(names)
+    more = f" and {len(there) - _LISTED} more" if len(there) > _LISTED else ""
+    return ", ".join(there[:_LISTED]) + more or "none"
 
 
 def unknown_model(model: str, known: Iterable[str]) -> ModelNotFoundError:
@@ -211,9 +218,7 @@ def unknown_model(model: str, known: Iterable[str]) -> ModelNotFoundError:
         text = f"model {model!r} is not known: no launcher and no worker has joined the broker"
     else:
         hint = did_you_mean(model, there)
-        more = f" and {len(there) - _LISTED} more" if len(there) > _LISTED else ""
-        listed = ", ".join(there[:_LISTED]) + more
-        text = f"model {model!r} is not known, expected one of {listed}{hint and f'; {hint}'}"
+        text = f"model {model!r} is not known, expected one of {listed(there)}{hint and f'; {hint}'}"
     return ModelNotFoundError(text, model=model)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from loopmux.errors import BadRequestError, ConfigError, LoopmuxError
 from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
+from loopmux.wire import CLIENT_BODY_LIMIT
 
 DEFAULT_TIMEOUT = 600.0
 """Total deadline of a request that names none, seconds."""
@@ -23,6 +24,10 @@ TOKEN_LIMIT = 2**32
 _DIGITS = len(str(TOKEN_LIMIT))
 MOST_STOPS = 256
 """Stop strings of a request: each is looked for behind every token, while all other requests wait."""
+MOST_NEW_TOKENS = 2**31 - 1
+"""Of one request; no context of a model is longer."""
+LONGEST_PROMPT = CLIENT_BODY_LIMIT
+"""Characters or token ids of a prompt: each takes a byte of BODY at least."""
 PRIORITY_LIMIT = 100
 """Priorities go from -100 to 100: at the broker's 30 s a step, more than an hour's head start is never meant."""
 
@@ -99,6 +104,8 @@ class Submit:
         if not 0 < self.timeout < math.inf:  # false for NaN
             raise BadRequestError(f"timeout: found {self.timeout}, expected seconds above 0")
         _in_range("priority", self.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT)
+        _in_range("max_new_tokens", self.max_new_tokens, 1, MOST_NEW_TOKENS)
+        _in_range("prompt_size", self.prompt_size, 0, LONGEST_PROMPT)
 
 
 @dataclass(slots=True)
@@ -213,7 +220,7 @@ class Generate:
             raise BadRequestError("messages: found an empty list, expected at least one message")
         if self.prompt_token_ids is not None and (not self.prompt_token_ids or len(self.prompt_token_ids) % 4):
             raise BadRequestError("prompt_token_ids: expected at least one token id")
-        _in_range("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
+        _in_range("max_new_tokens", self.max_new_tokens, 1, MOST_NEW_TOKENS)
         if len(self.stop) > MOST_STOPS:
             raise BadRequestError(f"stop: found {len(self.stop)} texts, expected at most {MOST_STOPS}")
         if any(not s for s in self.stop):

@@ -18,9 +18,6 @@ from loopmux.errors import BadRequestError, PayloadTooLargeError, ProtocolError
 from loopmux.messages import DEFAULT_TIMEOUT, Generate, Sampling, Submit
 from loopmux.nearest import did_you_mean
 
-_DEEPEST = 72
-"""Nesting of messages and schemas; real ones stay under ten, and decoders recurse. Workers read calls with arguments of
-64 levels, which lie five deeper in a message."""
 _HASHED = 32
 """Messages at the beginning, and at the end, of a conversation that the broker is told the hashes of."""
 _ROUTE_LIMIT = wire.SUBMIT_ROUTE_LIMIT - 128
@@ -128,8 +125,8 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     idle = None if idle is None else seconds("idle_timeout", idle)
     _normalise(given)
     generate = _generate(given)
-    submit = _submit(given, timeout, generate)
-    return Prepared(submit, _pack(generate, submit.model), idle)
+    body = _pack(generate, str(given["model"]))
+    return Prepared(_submit(given, timeout, generate), body, idle)
 
 
 def _unknown(name: str) -> str:
@@ -216,8 +213,8 @@ def check_plain(value: object, path: str, depth: int) -> None:
     Raises:
         BadRequestError: naming the path, what was found and what was expected.
     """
-    if depth > _DEEPEST:
-        raise BadRequestError(f"{path}: nested more than {_DEEPEST} levels deep")
+    if depth > codec.DEEPEST:
+        raise BadRequestError(f"{path}: nested more than {codec.DEEPEST} levels deep")
     if isinstance(value, str):
         _check_text(value, path)
     elif isinstance(value, Mapping):

@@ -154,7 +154,7 @@ class Exchange:
         if event.fresh and self.stage is not Stage.WAITING:
             return [self._reattach(now)]
         if self.stage is Stage.WAITING:
-            self._limit = event.window
+            self._limit = self._allowed()
         return [self._submit(now) if self.stage in (Stage.WAITING, Stage.SUBMITTED) else self._credit()]
 
     def _reattach(self, now: float) -> Send:
@@ -173,12 +173,16 @@ class Exchange:
         route = codec.pack(submit)
         if not self._attaching:
             return Send(Message(Header(Kind.SUBMIT, self.request.id), route, self.request.body))
-        self._limit = self._consumed + self._window
+        self._limit = self._allowed()
         header = Header(Kind.ATTACH, self.request.id, self.received, self._limit, self._attempt)
         return Send(Message(header, route, self.request.body, wire.pack_tokens(self._ids)))
 
+    def _allowed(self) -> int:
+        """The first index that the broker may not send, whatever window it has."""
+        return min(self._consumed + self._window, wire.MOST_TOKENS)
+
     def _credit(self) -> Send:
-        self._limit = self._consumed + self._window
+        self._limit = self._allowed()
         return Send(Message(Header(Kind.CREDIT, self.request.id, seq=self._limit, arg=self.received)))
 
     def _bare(self, kind: Kind) -> Send:

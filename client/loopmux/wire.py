@@ -40,6 +40,9 @@ CLIENT_BODY_LIMIT: Final = 4 * 1024 * 1024
 WORKER_BODY_LIMIT: Final = 1024 * 1024
 """The same of what a worker or launcher may send."""
 
+MOST_TOKENS: Final = 2**32 - 1
+"""Of one request: ``seq`` and ``arg`` count them."""
+
 FRAME_MESSAGES: Final = 64
 """Most messages of one frame: clients and workers handle a frame as a whole, and timers and callers wait meanwhile."""
 FRAME_BYTES: Final = 64 * 1024

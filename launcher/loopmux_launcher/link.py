@@ -11,8 +11,8 @@ from loopmux.errors import ProtocolError
 from loopmux.messages import AdapterOrder, Catalogue, Demand, Done, Failure, Heartbeat, Register, Welcome
 from loopmux.wire import Header, Kind, Message
 
-_NOTE_LIMIT = 2_000
-"""Bytes of a note in HB: its ROUTE has room for 4 KiB."""
+_LONGEST = 2_000
+"""Bytes of a note in HB, and of a reason in DONE: the broker reads texts of up to 4 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Link:
             self._next = now + INTRODUCE_AGAIN
             return [Message(Header(Kind.REGISTER, seq=self._introduction), pack(self._register), pack({}))]
         self._next = now + self._heartbeat
-        return [Message(Header(Kind.HB), pack(Heartbeat(note=shorten(self.note, _NOTE_LIMIT))))]
+        return [Message(Header(Kind.HB), pack(Heartbeat(note=shorten(self.note, _LONGEST))))]
 
     def next_timer(self) -> float:
         """When ``due`` has something to say."""
@@ -124,7 +124,7 @@ class Link:
 
     def answer(self, id_: bytes, trouble: str) -> list[Message]:
         """What came of an order; the broker repeats it until it hears this."""
-        done = Done(Failure("config", trouble)) if trouble else Done()
+        done = Done(Failure("config", shorten(trouble, _LONGEST))) if trouble else Done()
         heard = self.welcome and not self._left
         return [Message(Header(Kind.DONE, id_), body=pack(done))] if heard else []
 

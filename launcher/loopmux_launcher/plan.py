@@ -51,8 +51,8 @@ from loopmux_launcher.remembered import Remembered, answer
 BROKER = "broker"
 _BROKER_START_TIMEOUT = 30.0
 """Seconds; it binds sockets and nothing else, so only a machine in trouble needs more than one."""
-_DETAIL_LIMIT = 2_000
-"""Bytes of a detail in a CATALOGUE: its ROUTE has room for 4 KiB."""
+_DETAIL_LIMIT = 1_500
+"""Bytes of a detail in a CATALOGUE: its ROUTE has room for 4 KiB, of which an adapter's folder may take 2 000."""
 
 
 class Plan:

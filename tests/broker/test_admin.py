@@ -99,6 +99,13 @@ def test_a_worker_that_is_not_there(core: Core) -> None:
     assert failure(core.evict("w1")[0])[3].message == "worker: found 'w1', expected one of none"
 
 
+def test_of_very_many_workers_some_are_named(core: Core) -> None:
+    for i in range(300):
+        core.register(b"x%d" % i, name=f"qwen2.5-7b@host{i:03d}-1")
+    [answer] = core.evict("w3")
+    assert failure(answer)[3].message.endswith(", qwen2.5-7b@host049-1 and 252 more")
+
+
 @pytest.mark.parametrize("within", [-1.0, 1e9, float("nan")])
 def test_a_time_that_is_none(core: Core, within: float) -> None:
     [answer] = core.evict("w1", within)

@@ -82,10 +82,23 @@ def test_higher_priority_first(core: Core) -> None:
     assert order(core, 3) == [FOUR, THREE, TWO]
 
 
-def test_an_impossible_priority(core: Core) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("priority", 101, "from -100 to 100"),
+        ("prompt_size", 2**62, "from 0 to 4194304"),
+        ("prompt_size", -1, "from 0 to 4194304"),
+        ("max_new_tokens", 2**62, "from 1 to 2147483647"),
+        ("max_new_tokens", -(2**62), "from 1 to 2147483647"),
+    ],
+)
+def test_numbers_that_no_request_can_have(core: Core, field: str, value: int, expected: str) -> None:
+    """They would be its client's account, and the time for which its worker's engine may stand still."""
     core.register()
-    [answer] = core.submit(ONE, priority=101)
-    assert failure(answer)[3].message == "priority: found 101, expected a value from -100 to 100"
+    [answer] = core.submit(ONE, **{field: value})
+    assert failure(answer)[3].code == "bad_request"
+    assert failure(answer)[3].message == f"{field}: found {value}, expected a value {expected}"
+    core.assert_empty()
 
 
 def test_a_continuing_turn_goes_before_a_first_turn(core: Core) -> None:
@@ -310,6 +323,30 @@ def test_time_away_is_no_credit(core: Core) -> None:
         core.submit(pair[1], OTHER, max_new_tokens=100)
     owners = ["theirs" if request in theirs else "mine" for request in order(core, 6)]
     assert sorted(owners[:2]) == sorted(owners[2:4]) == ["mine", "theirs"]
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_who_allows_for_long_answers_and_gets_short_ones_has_as_many(core: Core, at_once: int) -> None:
+    core.hello(OTHER)
+    core.register(slots=at_once)
+    for n in range(300):
+        core.submit(b"a" + n.to_bytes(15), max_new_tokens=8192)
+        core.submit(b"b" + n.to_bytes(15), OTHER, max_new_tokens=64)
+    ran = [short(core)[:1] for _ in range(200)]
+    assert abs(ran.count(b"a") - ran.count(b"b")) <= 2 * at_once
+
+
+def test_an_answer_that_is_longer_than_usual_is_expected_of_the_next_at_once(core: Core) -> None:
+    core.register()
+    account = core.tables.clients.by_peer[CLIENT].principal
+    for n, (made, expected) in enumerate([(10, 1000), (500, 10), (0, 500), (0, 400)]):
+        request = b"r" + n.to_bytes(15)
+        before = account.served
+        core.submit(request, max_new_tokens=1000)
+        assert account.served - before == expected
+        if made:
+            core.worker(tok(request, 0, made))
+        core.worker(end(request, made))
 
 
 def test_who_comes_does_not_wait_for_what_others_were_expected_to_cost_and_did_not(core: Core) -> None:

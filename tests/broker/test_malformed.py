@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from brokerkit import BODY, CLIENT, LAUNCHER, ONE, WORKER, Core, end, failure, pushed, run, stopped, tok
 from loopmux import codec, wire
-from loopmux.messages import Catalogue, Evict, Held, Submit
+from loopmux.messages import Catalogue, Evict, Held, Register, ServedModel, Submit
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import (
     AdminSent,
@@ -43,6 +43,11 @@ def submit(route: bytes, body: bytes = BODY) -> bytes:
     return wire.to_bytes(Message(Header(Kind.SUBMIT, ONE), route, body))
 
 
+def registered(report: bytes) -> bytes:
+    route = Register("worker", "w1", bytes(16), wire.VERSIONS, models=(ServedModel("m", "f"),), slots=1)
+    return wire.to_bytes(Message(Header(Kind.REGISTER), codec.pack(route), report))
+
+
 @pytest.fixture
 def core() -> Core:
     core = Core()
@@ -68,6 +73,7 @@ def core() -> Core:
         submit(codec.pack({"model": 1})),
         submit(codec.pack({})),
         submit(codec.pack({"model": "m" * 5000})),
+        submit(b"\x81\xa5model" + b"\x91" * 1000 + b"\xc0"),
         submit(codec.pack({"model": "m", "hashes": [b""] * 65})),
         submit(ROUTE, bytes(wire.CLIENT_BODY_LIMIT + 1)),
         wire.to_bytes(Message(Header(Kind.SUBMIT), ROUTE, BODY)),
@@ -97,6 +103,7 @@ def test_what_a_client_may_not_send(core: Core, data: bytes) -> None:
         wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 0, 1))),
         wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 3, 1), tokens=bytes(8))),
         wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 1, 1), tokens=bytes(4)))[:-1],
+        wire.to_bytes(Message(Header(Kind.TOK, ONE, 2**32 - 1, 1, 1), tokens=bytes(4))),
         wire.to_bytes(Message(Header(Kind.EXPIRED, ONE, attempt=1))),
         wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, 1, 1), body=bytes(MOST + 1), tokens=bytes(4))),
         wire.to_bytes(Message(Header(Kind.TOK, ONE, 0, MOST // 4 + 1, 1), tokens=bytes(MOST + 4))),
@@ -104,6 +111,9 @@ def test_what_a_client_may_not_send(core: Core, data: bytes) -> None:
         wire.to_bytes(Message(Header(Kind.HB), route=b"\xc1")),
         wire.to_bytes(Message(Header(Kind.CATALOGUE), route=codec.pack(Catalogue("m", "ready")))),
         wire.to_bytes(Message(Header(Kind.REGISTER), route=b"")),
+        registered(b"\x91\x01"),
+        registered(b"\x81\xa1r" + b"\x91" * 600 + b"\xc0"),
+        registered(codec.pack({"r": ["x" * 9999] * 7})),
     ],
     ids=sized,
 )
@@ -226,6 +236,7 @@ DEEP_MAP = b"\x81\xa1a" * 1300 + b"\x00"
         b"junk" * 1000,
         submit(NESTED),
         submit(DEEP_MAP),
+        submit(b"\x81\xa5model" + b"\x91" * 1000 + b"\xc0"),
         submit(WIDE, bytes(wire.CLIENT_BODY_LIMIT)),
         submit(bytes(1024 * 1024)),
         submit(b"\xdd\xff\xff\xff\xff"),

@@ -409,6 +409,26 @@ def test_a_request_for_an_adapter_goes_where_it_is(core: Core) -> None:
     assert core.submit(THREE)[0] == run(THREE)
 
 
+def test_a_long_reason_fits_into_what_the_client_reads_of_the_phase(core: Core) -> None:
+    core.launcher()
+    detail = "building: " + "x" * 4030 + ": nearly done"
+    core.declare("m", "building", detail=detail)
+    core.now += 1.5
+    said = [wire.from_bytes(a.data) for a in core.submit(ONE) if isinstance(a, Send)]
+    [told] = [codec.unpack(Phase, m.route).detail for m in said if m.kind is Kind.PHASE]
+    assert (told[:10], told[-14:]) == (detail[:10], detail[-14:])
+
+
+def test_what_workers_say_of_themselves_is_left_out_where_all_of_it_is_too_long(core: Core) -> None:
+    report = codec.pack({"notes": ["x" * 16_000] * 2})
+    for i in range(140):
+        route = Register("worker", f"w{i}", i.to_bytes(16), wire.VERSIONS, models=(ServedModel("m", "f"),), slots=1)
+        core.worker(Message(Header(Kind.REGISTER), codec.pack(route), report), b"w%d" % i)
+        if i in (9, 139):
+            assert {bool(worker.report) for worker in status_of(core).workers} == {i == 9}
+    assert len(status_of(core).workers) == 140
+
+
 def test_an_unknown_adapter(core: Core) -> None:
     core.register(adapters=("shout", "tools"))
     [answer] = core.submit(ONE, adapter="shuot")

@@ -15,6 +15,7 @@ from brokerkit import (
     ONE,
     OTHER,
     SECOND,
+    THIRD,
     TWO,
     WORKER,
     Core,
@@ -34,7 +35,7 @@ from loopmux import codec
 from loopmux.messages import Submit
 from loopmux.wire import Header, Kind, Message, pack_tokens
 from loopmux_broker.admission import Limits
-from loopmux_broker.events import Action, LoopStalled, Send, TimerDue, say
+from loopmux_broker.events import Action, LoopStalled, Push, Send, TimerDue, say
 
 
 @pytest.fixture
@@ -511,6 +512,89 @@ def test_nobody_has_seen_an_attempt_whose_next_one_has_no_number(core: Core, num
     held(core, TWO, 0, 9, attempt=number)
     assert not core.tables.requests
     core.assert_empty()
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_a_request_whose_numbers_are_used_up_ends_and_says_so(core: Core, free: bool) -> None:
+    core.hello()
+    core.register()
+    if not free:
+        core.running(TWO)
+    attach(core, ONE, 3, attempt=60_000)
+    actions = core.wait(0.3) if free else core.wait(0.3) + core.worker(end(TWO, 0))
+    [ended] = [a for a in actions if isinstance(a, Push) and a.request == ONE]
+    _, kind, seq, why = failure(ended)
+    assert (kind, seq, why.code, why.retryable) == (Kind.ERROR, 3, "engine", True)
+    assert "number above 60000" in why.message
+    assert "another id" in why.message
+    assert not runs([a for a in actions if isinstance(a, Send) and a.message.header.request == ONE])
+    core.client(say(Kind.ENDACK, ONE))
+    core.client(say(Kind.ENDACK, TWO))
+    core.assert_empty()
+
+
+def test_nobody_uses_numbers_up_by_leaving_and_coming_back(core: Core) -> None:
+    """Whenever a client is given up the last number is remembered: RUN had 65536 in the end, which no header holds."""
+    core.hello()
+    core.register()
+    attach(core, ONE, 0, attempt=59_998)
+    actions = core.wait(0.3)
+    given = []
+    while runs(actions):
+        [(_, _, attempt)] = runs(actions)
+        given.append(attempt)
+        core.client(say(Kind.BYE))
+        core.worker(stopped(ONE, attempt=attempt))
+        core.hello()
+        actions = core.submit(ONE)
+    assert given == [59_999, 60_000]
+    [ended] = actions
+    assert failure(ended)[3].code == "engine"
+    core.client(say(Kind.BYE))
+    core.hello()
+    [again] = core.submit(ONE)
+    assert failure(again)[3].code == "engine"
+
+
+def test_nor_by_a_worker_that_names_a_high_one(core: Core) -> None:
+    core.hello()
+    core.register(slots=2)
+    core.running()
+    core.register(SECOND, held=1)
+    held(core, ONE, 0, 9, attempt=60_000, worker=SECOND)
+    [ended] = [a for a in core.lose(WORKER) if isinstance(a, Push)]
+    assert failure(ended)[3].code == "engine"
+
+
+def test_nor_does_a_worker_stay_emptied_for_it(core: Core) -> None:
+    core.hello()
+    for worker in (WORKER, SECOND, THIRD):
+        core.register(worker)
+    attach(core, ONE, 0, attempt=59_998)
+    actions = core.wait(0.3)
+    for attempt in (59_999, 60_000):
+        [(worker, _, given)] = runs(actions)
+        assert given == attempt
+        core.worker(say(Kind.RUNACK, ONE, attempt=attempt), worker)
+        actions = core.lose(worker)
+    assert core.tables.requests[ONE].alone
+    [ended] = actions
+    assert failure(ended)[3].code == "engine"
+    assert core.tables.queues.length == 0
+    assert len(runs(core.submit(TWO))) == 1
+
+
+def test_a_refused_return_keeps_the_number_of_who_was_given_up() -> None:
+    core = Core(limits=Limits(client_held=len(BODY)))
+    core.hello()
+    core.register()
+    core.running()
+    core.client(say(Kind.BYE))
+    core.worker(stopped(ONE))
+    core.hello()
+    [answer] = core.client(Message(Header(Kind.ATTACH, ONE), codec.pack(Submit("m")), BODY + BODY))
+    assert failure(answer)[3].code == "overloaded"
+    assert runs(core.submit(ONE)) == [(WORKER, ONE, 2)]
 
 
 def test_the_tokens_that_a_request_comes_back_with_are_counted() -> None:

@@ -359,12 +359,32 @@ def test_credit_behind_a_cancel_that_a_new_broker_hears_first_is_no_offence(held
     assert "strikes" not in core.counted
 
 
-def test_cancel_of_anothers_request_does_nothing_to_it(core: Core) -> None:
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        (Kind.SUBMIT, [Kind.ERROR]),
+        (Kind.ATTACH, [Kind.ERROR]),
+        (Kind.CREDIT, [Kind.WHO]),
+        (Kind.CANCEL, [Kind.ERROR]),
+        (Kind.ENDACK, []),
+    ],
+)
+def test_what_is_said_about_anothers_request_is_counted_and_does_nothing_to_it(
+    core: Core, kind: Kind, answer: list[Kind], ended: bool
+) -> None:
     core.hello(OTHER)
     core.running()
-    [answer] = core.client(say(Kind.CANCEL, ONE), OTHER)
-    assert failure(answer)[:2] == (OTHER, Kind.ERROR)
-    assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0))]
+    if ended:
+        core.worker(end(ONE, 0))
+    parts = (codec.pack(Submit("m")), BODY) if kind in (Kind.SUBMIT, Kind.ATTACH) else ()
+    assert kinds(core.client(Message(Header(kind, ONE), *parts), OTHER)) == [(OTHER, one) for one in answer]
+    assert core.counted["foreign_ids"] == 1
+    if ended:
+        assert core.submit(ONE) == [pushed(end(ONE, 0))]
+    else:
+        assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0))]
+    assert core.counted["foreign_ids"] == 1
 
 
 def test_tombstones_of_unknown_cancels_are_bounded() -> None:

@@ -13,14 +13,25 @@ from brokerwire import Peer, until
 from loopmux.pulse import Pulse
 from loopmux.wire import Kind
 from loopmux_broker.config import BrokerConfig
-from loopmux_broker.events import Action, ConnectionLost, Event, LoopStalled, Push, PushBlocked, Sent, TimerDue, say
+from loopmux_broker.events import (
+    Action,
+    ConnectionLost,
+    Event,
+    LoopStalled,
+    Push,
+    PushBlocked,
+    Send,
+    Sent,
+    TimerDue,
+    say,
+)
 from loopmux_broker.inherited import Listener
 from loopmux_broker.lifeline import Lifeline
 from loopmux_broker.listeners import Listeners
 from loopmux_broker.logs import Logger
 from loopmux_broker.server import Server
 
-PEER = b"\0peer\1"
+PEER, OTHER = b"\0peer\1", b"\0other\1"
 
 
 @pytest.fixture
@@ -139,3 +150,24 @@ def test_a_line_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     log.say("warning", "loop stalled", seconds=2.5)
     [line] = capsys.readouterr().err.splitlines()
     assert line.endswith("Z warning loop stalled  seconds=2.5")
+
+
+def test_a_message_that_cannot_be_made_costs_its_peer_a_turn_and_is_logged_and_counted(
+    listeners: list[Listener], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[Peer] = []
+    blocked: list[Event] = []
+    with Lifeline() as lifeline:
+        server = Server(BrokerConfig(), Logger("json", "info"), lifeline, listeners, Pulse())
+        monkeypatch.setitem(server._broker._handlers, PushBlocked, lambda event, _: blocked.append(event))
+        monkeypatch.setattr(server.doors[1], "send", lambda peer, messages: sent.append(peer) or len(messages))
+        bad = Send(PEER, say(Kind.STOP, b"1" * 16, attempt=65_536))
+        server._said = {PEER: [bad, Push(PEER, b"tok", b"1", 7)], OTHER: [Send(OTHER, say(Kind.PONG))]}
+        server._flush()
+        assert server._broker.tables.counters["internal_errors"] == 1
+        server.close()
+    assert sent == [OTHER]
+    assert blocked == [PushBlocked(PEER, b"1", 7)]
+    [line] = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["event"] == "internal error"
+    assert "struct.error" in json.loads(line)["traceback"]

@@ -23,7 +23,7 @@ _NAMES = ", ".join((*(fault.name for fault in FAULTS), *_OTHERS))
 
 async def _storms(only: list[str], load: Load) -> list[Row]:
     rows = []
-    faults = [fault for fault in FAULTS if _wanted(only, fault.name)]
+    faults = [fault for fault in FAULTS if _wanted(only, fault.name) and not (load.keyed and fault.pest)]
     print(table.head() if faults else "")
     for fault in faults:
         rows.append(await storm(fault, load))
@@ -51,13 +51,16 @@ def main() -> int:
     parser.add_argument("only", nargs="*", help=f"only what has this word in its name: {_NAMES}")
     parser.add_argument("--requests", type=int, default=usual.requests)
     parser.add_argument("--clients", type=int, default=usual.clients)
+    parser.add_argument(
+        "--keys", action="store_true", help="over tcp with keys; bad neighbours and the demo are left out"
+    )
     options = parser.parse_args()
     began = time.monotonic()
-    rows = asyncio.run(_storms(options.only, Load(options.clients, options.requests)))
+    rows = asyncio.run(_storms(options.only, Load(options.clients, options.requests, keyed=options.keys)))
     print()
     # so few that two cores have room for all of it: else what is measured is who of them gets one
     few = Load(max(1, options.clients // 4), max(1, options.clients // 2))
-    others = list(_others(options.only, few))
+    others = [] if options.keys else list(_others(options.only, few))
     print()
     for reached, what in [*table.verdicts(rows), *(other[1:] for other in others)]:
         print("reached    " if reached else "NOT reached", what)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import loopmux
-from chaos.house import MODEL
+from chaos.house import MODEL, House
 from loopmux_worker.engine.echo import echo_text, echo_token
 
 DEADLINE = 90.0
@@ -78,11 +78,11 @@ class Call:
         return max((b - a for a, b in pairwise(self.seen) if b > begin and a < end), default=0.0)
 
 
-async def crowd(endpoint: str, clients: int, lengths: Iterator[int], calls: list[Call]) -> None:
+async def crowd(house: House, clients: int, lengths: Iterator[int], calls: list[Call]) -> None:
     """So many clients, each with a connection of its own, share requests of these lengths; each has one at a time."""
 
     async def one() -> None:
-        async with loopmux.AsyncClient(endpoint, model=MODEL, timeout=DEADLINE, connect_timeout=DEADLINE) as client:
+        async with house.client(model=MODEL, timeout=DEADLINE, connect_timeout=DEADLINE) as client:
             for length in lengths:
                 call = Call(length, time.monotonic())
                 calls.append(call)

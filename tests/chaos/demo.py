@@ -103,7 +103,7 @@ async def demo(workers: int, streams: int, tokens: int, faults: Sequence[Fault] 
 
 
 def _client(house: House) -> loopmux.AsyncClient:
-    return loopmux.AsyncClient(house.endpoint, timeout=300, connect_timeout=60, deterministic=True)
+    return house.client(timeout=300, connect_timeout=60, deterministic=True)
 
 
 def _questions(examples: dict[str, Any], streams: int, tokens: int) -> list[Asked]:

@@ -24,6 +24,8 @@ from typing import Any, Self
 import psutil
 
 import loopmux
+from loopmux import keys
+from loopmux.keys import KEY_VARIABLE, SERVER_KEY_VARIABLE
 from loopmux.listening import Listening
 from loopmux.messages import Status
 from loopmux_launcher.backoff import FIRST_DELAY
@@ -56,6 +58,7 @@ class Part:
     ends: int = 0
     killed: int = 0
     inherits: tuple[int, ...] = ()
+    variables: dict[str, str] = field(default_factory=dict)
     kept: bool = False
     _task: asyncio.Task[None] | None = field(default=None, repr=False)
 
@@ -67,7 +70,7 @@ class Part:
         while True:
             with self.log.open("ab") as log:
                 self.process = await asyncio.create_subprocess_exec(
-                    *self.command, stdout=log, stderr=log, env=_VARIABLES, pass_fds=self.inherits
+                    *self.command, stdout=log, stderr=log, env=_VARIABLES | self.variables, pass_fds=self.inherits
                 )
             await self.process.wait()
             self.ends += 1
@@ -124,21 +127,40 @@ class House:
     """The processes, and a client of our own that asks the broker how it is.
 
     ``specs`` are what the workers' specifications have beside name and endpoint (``WorkerSpec``), ``settings`` what the
-    broker's file has.
+    broker's file has. ``keyed``: over tcp with keys, else over ipc.
     """
 
-    def __init__(self, specs: Sequence[dict[str, Any]], settings: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, specs: Sequence[dict[str, Any]], settings: dict[str, Any] | None = None, *, keyed: bool = False
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lmx-"))  # short: socket paths are limited
-        self.endpoint = f"ipc://{self.folder / 'b'}"
+        front, back = (
+            ("tcp://127.0.0.1:0",) * 2 if keyed else (f"ipc://{self.folder / name}" for name in ("b", "b.work"))
+        )
         # they are ours, as a service manager's: connections wait while the broker is started again
-        self._listening = {"clients": Listening(self.endpoint), "workers": Listening(f"{self.endpoint}.work")}
+        self._listening = {"clients": Listening(front, keyed=keyed), "workers": Listening(back, keyed=keyed)}
+        self.endpoint, self.worker_endpoint = (one.endpoint for one in self._listening.values())
+        self._keys: dict[str, str] = {}
+        if keyed:
+            settings = (settings or {}) | self._make_keys()
         handed = [word for who, one in self._listening.items() for word in ("--listen-fd", f"{who}={one.fileno()}")]
         self.broker = self._part("broker", "loopmux_broker", *handed, *self._config(settings))
         self.broker.kept = True
         self.broker.inherits = tuple(one.fileno() for one in self._listening.values())
         self.workers = [self._worker(f"w{n}", spec) for n, spec in enumerate(specs)]
         # one connection for all questions: to make one anew each time would cost the callers, whose process this is
-        self._client = loopmux.AsyncClient(self.endpoint, connect_timeout=READY_LIMIT)
+        self._client = self.client(connect_timeout=READY_LIMIT)
+
+    def client(self, **options: Any) -> loopmux.AsyncClient:
+        """A client of the broker, with the key that it needs."""
+        return loopmux.AsyncClient(self.endpoint, **self._keys, **options)
+
+    def _make_keys(self) -> dict[str, Any]:
+        """One for the broker, one for everybody else; the broker's settings with both."""
+        (broker, server), (other, shown) = (keys.new(name, self.folder) for name in ("broker", "other"))
+        self._keys = {"key": str(other), "server_key": server.public}
+        known = {"other": shown.public}
+        return {"key": str(broker), "client_keys": known, "worker_keys": known}
 
     def _config(self, settings: dict[str, Any] | None) -> list[str]:
         if settings is None:
@@ -154,8 +176,11 @@ class House:
 
     def _worker(self, name: str, spec: dict[str, Any]) -> Part:
         file = self.folder / f"{name}.json"
-        file.write_text(json.dumps({**spec, "name": name, "endpoint": f"{self.endpoint}.work"}))
-        return self._part(name, "chaos.hanging", "--spec", str(file))
+        file.write_text(json.dumps({**spec, "name": name, "endpoint": self.worker_endpoint}))
+        worker = self._part(name, "chaos.hanging", "--spec", str(file))
+        if self._keys:
+            worker.variables = {KEY_VARIABLE: self._keys["key"], SERVER_KEY_VARIABLE: self._keys["server_key"]}
+        return worker
 
     @property
     def parts(self) -> list[Part]:

@@ -36,7 +36,7 @@ async def pairs(load: Load, count: int) -> list[Pair]:
         for _ in range(count):
             alone = await _run(house, load)
             async with beside(house, "stuck"):
-                await crowd(house.endpoint, load.clients, iter([load.tokens] * load.clients), [])  # until all is full
+                await crowd(house, load.clients, iter([load.tokens] * load.clients), [])  # until all is full
                 found.append(Pair(alone, await _run(house, load)))
             print(found[-1], flush=True)
     return found
@@ -44,7 +44,7 @@ async def pairs(load: Load, count: int) -> list[Pair]:
 
 async def _run(house: House, load: Load) -> float:
     calls: list[Call] = []
-    await crowd(house.endpoint, load.clients, iter([load.tokens] * load.requests), calls)
+    await crowd(house, load.clients, iter([load.tokens] * load.requests), calls)
     errors = [call.error for call in calls if call.error]
     assert not errors, errors
     gaps = [1000 * (b - a) for call in calls for a, b in pairwise(call.seen)]

@@ -123,7 +123,7 @@ async def beside(house: House, pest: str | None) -> AsyncIterator[None]:
     if pest is None:
         yield
         return
-    command = [sys.executable, "-m", "chaos.pests", pest, house.endpoint, f"{house.endpoint}.work"]
+    command = [sys.executable, "-m", "chaos.pests", pest, house.endpoint, house.worker_endpoint]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
     try:

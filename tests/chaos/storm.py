@@ -23,12 +23,16 @@ NARROW = {"window": 128, "request_output": 65_536}
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much a storm has: clients at once, requests in all, tokens of the shortest, workers."""
+    """How much a storm has: clients at once, requests in all, tokens of the shortest, workers; over what.
+
+    ``keyed``: over tcp with keys, else over ipc.
+    """
 
     clients: int = 64
     requests: int = 800
     tokens: int = 150
     workers: int = 3
+    keyed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,9 @@ class Row:
 async def storm(fault: Fault, load: Load) -> Row:
     """Run it."""
     abused = fault.pest == "stuck"
-    async with House([ECHO] * load.workers + [ABUSED] * abused, NARROW if abused else None) as house:
-        await crowd(house.endpoint, load.clients, iter([8] * load.clients), [])  # memory as it is in use
+    specs = [ECHO] * load.workers + [ABUSED] * abused
+    async with House(specs, NARROW if abused else None, keyed=load.keyed) as house:
+        await crowd(house, load.clients, iter([8] * load.clients), [])  # memory as it is in use
         before = house.memory()
         calls: list[Call] = []
         moments: list[float] = []
@@ -92,7 +97,7 @@ async def storm(fault: Fault, load: Load) -> Row:
             striking = None
             if fault.strike is not None:
                 striking = asyncio.create_task(strikes(house, fault.strike, calls, moments))
-            await crowd(house.endpoint, load.clients, lengths, calls)
+            await crowd(house, load.clients, lengths, calls)
             if striking is not None:
                 await _finish(striking, house)
         left = await house.left_open()

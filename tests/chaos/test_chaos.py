@@ -22,6 +22,13 @@ def test_every_token_once_and_nothing_left(fault: Fault) -> None:
     assert row.hit
 
 
+def test_likewise_over_tcp_with_keys() -> None:
+    fault = next(fault for fault in FAULTS if fault.name == "both killed")
+    row = asyncio.run(storm(fault, replace(LOAD, keyed=True)))
+    assert row.exact, f"\n{table.head()}\n{table.line(row)}\n{row.errors} {row.troubles}"
+    assert row.hit
+
+
 @pytest.mark.timeout(300)  # torch is loaded four times, on whatever is left of a busy machine
 def test_the_demo_model_says_the_same_whatever_is_killed() -> None:
     for outcome in asyncio.run(demo.demo(workers=2, streams=8, tokens=80, faults=demo.STRIKES[:2])):

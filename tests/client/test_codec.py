@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopmux import codec, messages
-from loopmux.codec import BODY_LIMITS, ROUTE_LIMITS, FieldError, build, decode, pack, plain, shorten, unpack
+from loopmux.codec import BODY_LIMITS, DEEPEST, ROUTE_LIMITS, FieldError, build, decode, pack, plain, shorten, unpack
 from loopmux.errors import ProtocolError
 
 
@@ -109,6 +109,46 @@ def test_a_shortened_text_keeps_its_ends_and_its_limit(text: str, limit: int) ->
         assert len(first) + len(last) < len(text)
 
 
+def nested(levels: int, inner: Any = None) -> Any:
+    """A value in that many lists and maps, which take turns."""
+    for level in range(levels):
+        inner = [inner] if level % 2 else {"k": inner}
+    return inner
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("value", [nested(100_000), "y" * 10**7, [[0] * 10**6] * 2, Unspeakable()])
+def test_whatever_is_found_can_be_said(value: Any) -> None:
+    with pytest.raises(FieldError, match="expected a whole number") as caught:
+        build(Inner, {"n": value})
+    assert len(str(caught.value)) < 200
+
+
+def test_a_value_is_shown_as_python_writes_it() -> None:
+    scalars = (None, True, -1.5, b"\0", "it's")
+    for value in (*scalars, [], [1, "a"], (), (1,), (1, 2), {}, {"a": [None], b"b": {"c": (1,)}}):
+        assert codec.show(value).startswith(repr(value))
+
+
+def test_what_may_be_anything_is_not_nested_without_end() -> None:
+    whole = Outer("x", Inner(1), anything=nested(DEEPEST))
+    assert unpack(Outer, pack(whole)) == whole
+    for deep in (nested(DEEPEST + 1), nested(100_000)):
+        with pytest.raises(FieldError, match=f"anything: found lists and maps nested more than {DEEPEST} levels deep"):
+            build(Outer, {"name": "x", "inner": {"n": 1}, "anything": deep})
+    assert unpack(Outer, pack({"name": "x", "inner": {"n": 1}, "new": nested(400)})) == Outer("x", Inner(1))
+
+
+@pytest.mark.parametrize("value", [nested(600), nested(100_000), Outer("x", Inner(1), anything=nested(100_000))])
+def test_what_is_nested_too_deep_has_no_wire_form(value: Any) -> None:
+    with pytest.raises(ProtocolError, match="cannot encode"):
+        pack(value)
+
+
 def test_whole_numbers_are_numbers() -> None:
     assert build(Inner, {"n": 1, "ratio": 2}).ratio == 2.0
 
@@ -142,6 +182,21 @@ def test_what_a_decoder_refuses(data: bytes) -> None:
 
 
 MESSAGES = [c for c in vars(messages).values() if isinstance(c, type) and c.__module__ == messages.__name__]
+
+
+@pytest.mark.parametrize("cls", MESSAGES)
+def test_however_deep_a_field_is_nested_the_message_is_malformed_at_worst(cls: Any) -> None:
+    """Up to 1 023 levels are decoded; a thousand are about as many as Python calls itself."""
+    for name in cls.__slots__:
+        for level in (b"\x91", b"\x81\xa1k"):
+            for levels in (80, *range(900, 1024, 3)):
+                try:
+                    value = unpack(cls, b"\x81" + msgpack.packb(name) + levels * level + b"\xc0", BODY_LIMITS)
+                except ProtocolError:
+                    continue
+                assert unpack(cls, pack(value), BODY_LIMITS) == value  # it was in an unknown field
+
+
 wire_values = st.recursive(
     st.none()
     | st.booleans()

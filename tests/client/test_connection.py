@@ -231,6 +231,18 @@ def test_a_refused_hello_fails_what_waits_and_the_next_request_tries_anew() -> N
     assert story.kinds(Submitted(Request(b"3" * 16, Submit("m"), b"", story.now + 9))) == [Kind.HELLO]
 
 
+def test_a_refusal_may_have_many_words() -> None:
+    words = ", ".join(f"worker-{i}" for i in range(3000))
+    story = ready()
+    story.do(Asked(QUESTION, story.now + 5, Kind.EVICT))
+    story.get(Kind.ERROR, Failure("bad_request", words), request=QUESTION)
+    assert str(story.error(QUESTION)) == words
+    greeting = Story()
+    id_ = greeting.submit()
+    greeting.get(Kind.ERROR, Failure("auth", words))
+    assert str(greeting.error(id_)) == words
+
+
 @pytest.mark.parametrize("welcome", [{"heartbeat": 0.0}, {"heartbeat": -1.0}])
 def test_an_impossible_welcome_is_refused(welcome: dict[str, float]) -> None:
     story = Story()

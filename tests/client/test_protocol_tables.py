@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from loopmux import cadence, codec, errors, messages, options, results, stream, wire
+from loopmux import cadence, codec, errors, messages, results, stream, wire
 from loopmux.errors import BadRequestError
 from loopmux.messages import Generate, Sampling, Submit
 from loopmux.wire import PARTS, Kind, Part
-from loopmux_broker import recovery
+from loopmux_broker import attempts
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.requests import TRANSITIONS
 from protocolpages import CLIENT, WORKER, Table, table, tables
@@ -200,9 +200,10 @@ LIMITS = {
     "BODY: entries of one array": codec.BODY_LIMITS.array,
     "BODY: entries of one map": codec.BODY_LIMITS.map,
     "BODY: one text or blob": codec.BODY_LIMITS.size,
-    "messages, tools, schemas: depth": options._DEEPEST,
+    "messages, tools, schemas, reports: depth": codec.DEEPEST,
     "token id": messages.TOKEN_LIMIT,
-    "highest attempt in ATTACH and HELD": recovery._LAST_ATTEMPT,
+    "tokens of one request, and the highest `limit`": wire.MOST_TOKENS,
+    "highest attempt": attempts.LAST_ATTEMPT,
     "heartbeat, unless WELCOME says otherwise": cadence.HEARTBEAT,
     "heartbeats of silence until a peer is lost": cadence.SILENT_HEARTBEATS,
     "HELLO, REGISTER again": cadence.INTRODUCE_AGAIN,

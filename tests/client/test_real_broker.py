@@ -16,7 +16,11 @@ from pathlib import Path
 import pytest
 
 import loopmux
+from brokerwire import Peer
 from fakebroker import wait_until
+from loopmux import codec, wire
+from loopmux.messages import Failure, Submit
+from loopmux.wire import Header, Kind, Message
 from loopmux_worker.engine.echo import echo_token
 
 ENDLESS = 10_000_000
@@ -125,6 +129,22 @@ def test_an_argument_of_a_megabyte_reaches_its_tool_and_the_loop_goes_on(client:
     out = client.run_tools(script, tools=[keep], max_new_tokens=ENDLESS)
     assert got == [big]
     assert out.text == "done"
+
+
+def test_a_request_that_is_nested_without_end_is_refused_and_ends_nobody(stack: Stack, client: loopmux.Client) -> None:
+    deep = b"\x91" * 1000 + b"\xc0"
+    with Peer(stack.endpoint) as peer:
+        peer.hello()
+        for field in (b"\xa6prompt", b"\xa8messages\x91\x81\xa7content"):
+            request = wire.new_id()
+            peer.send(Message(Header(Kind.SUBMIT, request), codec.pack(Submit("echo")), b"\x81" + field + deep))
+            assert codec.unpack(Failure, peer.expect(Kind.ERROR).body).code == "bad_request"
+        peer.send(Message(Header(Kind.SUBMIT, wire.new_id()), b"\x81\xa5model" + deep, b"\x80"))
+        assert codec.unpack(Failure, peer.expect(Kind.ERROR).body).code == "protocol"
+    status = client.status()
+    assert [status.counters.get(name, 0) for name in ("workers_lost", "requeued", "internal_errors")] == [0, 0, 0]
+    assert [worker.poll() for worker in stack.workers] == [None, None]
+    assert client.generate("x", max_new_tokens=3).usage.completion_tokens == 3
 
 
 def test_one_turn_with_a_tool_and_a_whole_loop(client: loopmux.Client) -> None:

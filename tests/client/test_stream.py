@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loopmux import codec, errors
+from loopmux import codec, errors, wire
 from loopmux.cadence import KEPT, RESEND
 from loopmux.events import (
     Action,
@@ -223,6 +223,13 @@ def test_a_chunk_across_the_position_is_a_protocol_error() -> None:
     assert story.error.partial_text == "0.1."
 
 
+def test_a_chunk_that_is_nested_without_end_is_a_protocol_error() -> None:
+    story = begun()
+    body = b"\x81\xa4text" + b"\x91" * 1000 + b"\xc0"
+    story.do(Arrived(Message(Header(Kind.TOK, ID, 0, 1, 1), body=body, tokens=pack_tokens([7]))))
+    assert isinstance(story.error, errors.ProtocolError)
+
+
 def test_a_terminal_below_the_position_is_a_protocol_error() -> None:
     story = begun()
     story.do(tok(0, 2))
@@ -303,6 +310,19 @@ def test_a_pong_repeats_the_credit_of_a_quiet_stream_only() -> None:
     assert credits_of(story.do(Ponged())) == [(16, 1)]
     story.do(tok(1))
     assert story.do(Ponged()) == []
+
+
+def test_credit_names_no_more_tokens_than_a_header_has_room_for() -> None:
+    story = Story(collect=True)
+    wide = Attached(window=2**40, max_body=1000, fresh=True)
+    assert story.kinds(wide) == [Kind.SUBMIT]
+    story.do(tok(0, 3))
+    [attach] = story.do(wide)
+    assert (attach.header.seq, attach.header.arg) == (3, 2**32 - 1)
+    story.do(accepted())
+    [credit] = story.do(Attached(window=2**40, max_body=1000, fresh=False))
+    assert (credit.header.seq, credit.header.arg) == (2**32 - 1, 3)
+    assert wire.from_bytes(wire.to_bytes(credit)) == credit
 
 
 def test_a_window_of_one_token_still_flows() -> None:

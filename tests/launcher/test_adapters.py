@@ -252,5 +252,7 @@ def test_orders_come_over_the_link_and_are_answered() -> None:
     failure = unpack(Done, failed.body).failure
     assert failure is not None
     assert failure.message == "the disk is full"
+    [long] = link.answer(ID, "/folder" * 1000)
+    unpack(Done, long.body)  # the broker would take nothing longer
     link.lost()
     assert link.answer(ID, "") == []  # it asks again

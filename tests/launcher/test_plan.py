@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from launcher.plankit import lines, make, of, plan, ready, told
 from loopmux.cadence import LEAVE_PATIENTLY
 from loopmux.codec import pack
@@ -295,7 +297,7 @@ def test_a_long_reason_fits_into_a_message() -> None:
     core = plan(make("m", environment="x"), make("e"))
     core.handle(Began(), 0.0)
     entry = told(core.handle(EnvironmentFailed("x", "first " + "é" * 9000 + " last"), 1.0))["m"]
-    assert len(pack(entry)) < ROUTE_LIMIT
+    assert len(pack(replace(entry, onto="m" * 300, folder="/" + "f" * 1999))) < ROUTE_LIMIT  # of an adapter
     assert entry.detail.startswith("first")
     assert entry.detail.endswith("last")
 

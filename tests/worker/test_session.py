@@ -221,6 +221,17 @@ def test_an_unreadable_body_is_an_error_for_its_sender_alone():
     assert session.handle(run(request=OTHER), 0.0) != []
 
 
+@pytest.mark.parametrize("field", [b"\xa6prompt", b"\xa8messages\x91\x81\xa7content", b"\xa5tools\x91\x81\xa4type"])
+@pytest.mark.parametrize("levels", [80, 1000])
+def test_a_body_that_is_nested_without_end_is_an_error_for_its_sender_alone(field, levels):
+    session = joined()
+    body = b"\x81" + field + b"\x91" * levels + b"\xc0"
+    deep = Message(Header(Kind.RUN, REQUEST, attempt=1), route=pack(Run("m")), body=body)
+    (error,) = sent(session.handle(Received(deep), 0.0))
+    assert unpack(Failure, error.body).code == "bad_request"
+    assert session.handle(run(request=OTHER), 0.0) != []
+
+
 def test_the_first_token_goes_at_once_then_eight_or_twenty_milliseconds():
     session = running(0.9)
     assert [(m.header.seq, m.header.arg) for m in sent(session.handle(stepped(produced(0, 1)), 1.0))] == [(0, 1)]
@@ -480,7 +491,35 @@ def test_without_a_broker_output_is_kept_up_to_a_limit(monkeypatch):
     session.handle(Disconnected(), 1.1)
     assert session.full
     session.handle(welcome(session, NEXT_EPOCH), 1.2)
+    assert session.full  # it has not said yet what it wants
+    session.handle(Received(message(Kind.REPLAY, REQUEST, seq=0, arg=0)), 1.3)
     assert not session.full
+
+
+def test_what_nobody_claims_keeps_the_engine_waiting_for_a_second_at_most(monkeypatch):
+    """It would stop for up to 30 s else, with all that runs there, and be taken for hung."""
+    monkeypatch.setattr("loopmux_worker.session.BUFFER", 600)
+    session = running()
+    session.handle(run(OTHER), 0.0)
+    small = Key(OTHER, 1)
+    session.handle(Received(message(Kind.WHO)), 1.0)
+    assert kinds(session.handle(welcome(session, NEXT_EPOCH), 1.1)) == [Kind.HELD, Kind.HELD]
+    session.handle(stepped(produced(0, 8, "x" * 300)), 1.2)
+    session.handle(stepped(produced(0, 8, "x" * 100, small)), 1.2)
+    assert not session.full
+    session.handle(stepped(produced(8, 8, "x" * 300)), 1.3)
+    assert session.full
+    assert session.next_timer() <= 2.1
+    assert kinds(session.handle(Woke(), 2.09)) == []
+    actions = [a for a in session.handle(Woke(), 2.1) if not (isinstance(a, Send) and a.message.kind is Kind.HB)]
+    assert actions[0] == Cancel(KEY)
+    assert sent(actions) == [message(Kind.RESET, REQUEST), session._held(session._requests[small]).message]
+    assert not session.full
+    assert session.handle(stepped(produced(16, 8, "x" * 300)), 2.2) == []  # until the engine hears of it
+    [tok] = sent(session.handle(Received(message(Kind.REPLAY, OTHER, seq=0, arg=0)), 2.3))
+    assert tok.kind is Kind.TOK
+    [not_here] = sent(session.handle(Received(message(Kind.REPLAY, REQUEST, seq=0, arg=0)), 2.4))
+    assert not_here.kind is Kind.RESET
 
 
 def test_who_makes_the_worker_introduce_itself():
@@ -547,11 +586,12 @@ def test_requests_of_a_broker_that_stays_away_are_given_up_after_a_minute():
     assert session.requests == 0
 
 
-def test_refusal_at_registration_ends_the_process_with_the_reason():
+@pytest.mark.parametrize("reason", ["no common version", "the worker name 'w' is taken " * 500])
+def test_refusal_at_registration_ends_the_process_with_the_reason(reason):
     session = Session(REGISTER, {}, 0.0)
-    (leave,) = session.handle(Received(message(Kind.ERROR, body=Failure("protocol", "no common version"))), 0.1)
+    (leave,) = session.handle(Received(message(Kind.ERROR, body=Failure("protocol", reason))), 0.1)
     assert isinstance(leave, Leave)
-    assert "no common version" in leave.error.message
+    assert reason in leave.error.message
 
 
 def test_asked_to_end_with_nothing_to_do_it_says_goodbye():

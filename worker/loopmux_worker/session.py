@@ -57,7 +57,8 @@ from loopmux_worker.keeping import OutputStream
 DEADLINE_GRACE = 1.0
 """Seconds that the broker is given to stop a request at its deadline before the worker does."""
 BUFFER = 64 * 1024 * 1024
-"""Bytes of output that are kept while no broker takes them; then the engine has to wait."""
+"""Bytes of output that are kept while no broker takes them; then the engine has to wait, but not long for one that is
+there and does not know whether it wants them."""
 ACKNOWLEDGE_WITHIN = 0.05
 """Seconds until RUNACK of a first attempt, unless output goes out before and says as much; far below ``RESEND``."""
 _REASON = 2000
@@ -182,7 +183,7 @@ class Session:
     @property
     def full(self) -> bool:
         """Whether so much output waits for a broker that the engine is to wait too."""
-        return not self._welcomed and sum(r.stream.held for r in self._requests.values()) > BUFFER
+        return sum(r.stream.held for r in self._requests.values() if not self._flows(r)) > BUFFER
 
     def _flows(self, request: _Request) -> bool:
         """Whether a request's output may be sent as it comes."""
@@ -199,7 +200,7 @@ class Session:
                 self._lost(now)
                 return self._introduce(now)
             case Kind.ERROR if header.request == NO_ID and not self._welcomed:
-                failure = unpack(Failure, message.body)
+                failure = unpack(Failure, message.body, BODY_LIMITS)
                 return [Leave(ProtocolError(f"the broker refused this worker: {failure.message}"))]
             case Kind.RUN if self._welcomed:
                 return self._run(message, now)
@@ -282,10 +283,19 @@ class Session:
         held = Held(run.client, run.model, run.adapter, request.epoch)
         return Send(Message(header, route=pack(held)), lasting=False)
 
+    def _give_up_the_largest(self) -> list[Action]:
+        """What the broker does not claim must not keep the engine waiting: others run here, whom it does."""
+        given_up: list[Action] = []
+        while self.full:
+            offered = [request.stream for request in self._requests.values() if request.offered]
+            key = max(offered, key=lambda stream: stream.held).key
+            given_up += [*self._drop(key), _not_here(key)]
+        return given_up
+
     def _replay(self, header: Header, now: float) -> list[Action]:
         request = self._requests.get(Key(header.request, header.attempt))
         if request is None:
-            return self._unless_stale([_not_here(header)])
+            return self._unless_stale([_not_here(Key(header.request, header.attempt))])
         self._wanted(request)
         request.stream.acknowledge(header.arg)
         return self._send(request, request.stream.resend(header.seq, now))
@@ -335,7 +345,7 @@ class Session:
             self._wanted(known)
             return [_acknowledged(known), *self._send(known, known.stream.resend(len(prefix), now))]
         if known is not None:  # numbered alike by two brokers that did not know of each other: another number, please
-            return [*self._drop(key), _not_here(header)]
+            return [*self._drop(key), _not_here(key)]
         acknowledge_at = now + ACKNOWLEDGE_WITHIN
         request = _Request(OutputStream(key, len(prefix)), Run(model=""), math.inf, self._epoch, acknowledge_at)
         self._requests[key] = request
@@ -487,6 +497,7 @@ class Session:
             if now >= self._beat_at:
                 actions.append(self._beat(now))
             if now >= self._offer_at:
+                actions += self._give_up_the_largest()
                 actions += self._offer(now)
         if self._leave_at is not None:
             if now >= self._leave_at:
@@ -527,6 +538,6 @@ def _acknowledged(request: _Request) -> Send:
     return Send(Message(Header(Kind.RUNACK, key.request, attempt=key.attempt)))
 
 
-def _not_here(header: Header) -> Send:
+def _not_here(key: Key) -> Send:
     """The broker is to give this attempt to somebody else."""
-    return Send(Message(Header(Kind.RESET, header.request, attempt=header.attempt)))
+    return Send(Message(Header(Kind.RESET, key.request, attempt=key.attempt)))
