@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import math
 import os
+import warnings
+import weakref
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +41,7 @@ from loopmux.events import (
 from loopmux.keys import Credentials, credentials
 from loopmux.link import Link
 from loopmux.messages import DEFAULT_TIMEOUT, AdapterStatus, Done, ModelStatus, Status
-from loopmux.options import Defaults, Options, PromptOptions, merge
+from loopmux.options import Defaults, Options, PromptOptions, merge, seconds
 from loopmux.pump import Sink, dispatch
 from loopmux.results import Result, StreamEvent, TextDelta
 
@@ -64,6 +66,7 @@ class _Driver:
         self.loop = asyncio.get_running_loop()
         self.pid = os.getpid()
         self.closed = False
+        self._endpoint = endpoint
         self._core = Connection(endpoint, wire.new_id(), connect_timeout, f"loopmux {__version__}")
         self._link = Link(endpoint, credentials)
         self._sinks: dict[bytes, Sink] = {}
@@ -118,6 +121,20 @@ class _Driver:
                     handle.cancel()
         self._link.close()
 
+    def drop(self) -> None:
+        """Close it as nobody has its client any more; from any thread, as the collector may run in any."""
+        if self.closed or self.pid != os.getpid():
+            return
+        try:
+            self.loop.call_soon_threadsafe(self.close)
+        except RuntimeError:  # the loop is closed
+            self.close()
+        warnings.warn(
+            f"an AsyncClient of {self._endpoint} was not closed: use `async with`, or `await client.close()`",
+            ResourceWarning,
+            stacklevel=2,
+        )
+
     def _handle(self, event: ConnectionEvent) -> None:
         dispatch(self._core.handle(event, self.loop.time()), self._link, self._sinks)
 
@@ -162,13 +179,17 @@ class _Driver:
 
 
 class _Channel:
-    """The way to a broker that a client and its ``with_options`` copies share; opened at the first use in a loop."""
+    """The way to a broker that a client and its ``with_options`` copies share; opened at the first use in a loop.
+
+    After a fork the child opens its own. The loop holds the driver, nobody but clients and streams the channel: an
+    unclosed one that is collected closes itself.
+    """
 
     def __init__(self, endpoint: str, connect_timeout: float, credentials: Credentials | None) -> None:
         self._endpoint, self._credentials = endpoint, credentials
         self.connect_timeout = connect_timeout
         self._driver: _Driver | None = None
-        self._inherited: list[_Driver] = []
+        self._finalizer: weakref.finalize[..., _Channel] | None = None
         self._closed = False
 
     def driver(self) -> _Driver:
@@ -181,15 +202,18 @@ class _Channel:
         if self._closed:
             raise ConnectionLostError("the client is closed: make another one", retryable=False)
         if self._driver is not None and self._driver.pid != os.getpid():
-            self._inherited.append(self._driver)  # a forked child: kept, for the parent's sockets are not ours to close
-            self._driver = None
+            self._driver = self._finalizer = None  # a forked child: the parent's stays in the registry of finalizers
         if self._driver is not None and self._driver.loop is not asyncio.get_running_loop():
             if not self._driver.loop.is_closed():
                 raise RuntimeError("this AsyncClient is used by another event loop: make one client per loop")
             self._driver.close()
             self._driver = None
         if self._driver is None or self._driver.closed:
+            if self._finalizer is not None:
+                self._finalizer.detach()
             self._driver = _Driver(self._endpoint, self.connect_timeout, self._credentials)
+            self._finalizer = weakref.finalize(self, self._driver.drop)
+            self._finalizer.atexit = False  # what is left at exit is no leak
         return self._driver
 
     def close(self) -> None:
@@ -205,8 +229,9 @@ class AsyncStream:
     As an async context manager it cancels the request in the engine when the block is left before the end.
     """
 
-    def __init__(self, driver: _Driver, request: Request) -> None:
+    def __init__(self, channel: _Channel, driver: _Driver, request: Request) -> None:
         self.request_id = request.id.hex()
+        self._channel = channel  # which stays open for as long as anybody reads
         self._driver = driver
         self._id = request.id
         self._inbox = _Inbox()
@@ -304,7 +329,8 @@ class AsyncStream:
 class AsyncClient:
     """``Client`` for asyncio: the same methods, awaited. Belongs to the event loop it is first used in.
 
-    Cancelling a task that awaits a call cancels the request in the engine.
+    Cancelling a task that awaits a call cancels the request in the engine. One that is dropped unclosed is closed, with
+    a ResourceWarning.
     """
 
     def __init__(
@@ -320,7 +346,8 @@ class AsyncClient:
         self.endpoint = endpoint or default_endpoint()
         ipc_path(self.endpoint)
         self._options = merge(options, {"timeout": timeout})
-        self._channel = _Channel(self.endpoint, connect_timeout, credentials(self.endpoint, key, server_key))
+        patience = seconds("connect_timeout", connect_timeout, forever=True)
+        self._channel = _Channel(self.endpoint, patience, credentials(self.endpoint, key, server_key))
         self._owner = True
 
     async def __aenter__(self) -> Self:
@@ -406,6 +433,9 @@ class AsyncClient:
         The worker that ran it may have to give its attention state up for others: for a session that waits it counts
         double when it is expected (without ``expected`` now), half as much for every minute before or after; for one
         that is ``done`` a fiftieth.
+
+        Raises:
+            BadRequestError: a field is of the wrong type or too long, or the state unknown.
         """
         self._channel.driver().post(Hinted(hint_of(session, state, expected)))
 
@@ -459,4 +489,4 @@ class AsyncClient:
     def _begin(self, options: Mapping[str, Any], prompt: str | None, *, collect: bool) -> AsyncStream:
         driver = self._channel.driver()
         request = make_request(merge(self._options, options, {"prompt": prompt}), driver.loop.time(), collect=collect)
-        return AsyncStream(driver, request)
+        return AsyncStream(self._channel, driver, request)

@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 from loopmux import wire
-from loopmux.codec import FieldError, build, pack
+from loopmux.codec import FieldError, build, pack, show
 from loopmux.endpoints import default_endpoint, ipc_path
 from loopmux.errors import BadRequestError, CancelledError, ConnectionLostError, LoopmuxError, from_code
 from loopmux.events import Answer, Asked, CancelAsked, Consumed, Deliver, Fail, Finish, Hinted, Request, Submitted
@@ -29,7 +29,7 @@ from loopmux.messages import (
     SessionHint,
     Status,
 )
-from loopmux.options import Defaults, Options, PromptOptions, merge, prepare
+from loopmux.options import Defaults, Options, PromptOptions, check_plain, merge, prepare, seconds
 from loopmux.pump import Channel, Pump
 from loopmux.results import Result, StreamEvent, TextDelta
 from loopmux.wire import Kind
@@ -43,8 +43,27 @@ if TYPE_CHECKING:
 _ADAPTER_PATIENCE = 300.0
 """Seconds for the answer about an adapter: workers and launchers get 120 each from the broker."""
 
+_Order = TypeVar("_Order", SessionHint, AdapterOrder, Evict)
+
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: role/content maps as chat templates take them."""
+
+
+class _Inbox:
+    """What came for one request. The outcome stays: what has just been taken out is lost where Ctrl-C comes then."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Deliver | Finish | Fail | Answer] = queue.SimpleQueue()
+        self._outcome: Finish | Fail | None = None
+
+    def put(self, item: Deliver | Finish | Fail | Answer) -> None:
+        if isinstance(item, (Finish, Fail)):
+            self._outcome = item
+        self._queue.put(item)
+
+    def get(self) -> Deliver | Finish | Fail | Answer:
+        """The next item, which is waited for; behind the last one the outcome, again."""
+        return self._outcome if self._outcome and self._queue.empty() else self._queue.get()
 
 
 class Stream:
@@ -58,7 +77,7 @@ class Stream:
         self.request_id = request.id.hex()
         self._pump = pump
         self._id = request.id
-        self._inbox: queue.SimpleQueue[Deliver | Finish | Fail | Answer] = queue.SimpleQueue()
+        self._inbox = _Inbox()
         self._texts: list[str] = []
         self._outcome: Result | LoopmuxError | None = None
         self._raised = False
@@ -158,7 +177,7 @@ class Client:
 
     Raises:
         ConfigError: the endpoint is not one, or the keys are not what it needs.
-        BadRequestError: an unknown option.
+        BadRequestError: an unknown option, or a ``connect_timeout`` that is no time.
     """
 
     def __init__(
@@ -174,7 +193,8 @@ class Client:
         self.endpoint = endpoint or default_endpoint()
         ipc_path(self.endpoint)
         self._options = merge(options, {"timeout": timeout})
-        self._channel = Channel(self.endpoint, connect_timeout, credentials(self.endpoint, key, server_key))
+        patience = seconds("connect_timeout", connect_timeout, forever=True)
+        self._channel = Channel(self.endpoint, patience, credentials(self.endpoint, key, server_key))
         self._owner = True
 
     def __enter__(self) -> Self:
@@ -256,6 +276,9 @@ class Client:
         The worker that ran it may have to give its attention state up for others: for a session that waits it counts
         double when it is expected (without ``expected`` now), half as much for every minute before or after; for one
         that is ``done`` a fiftieth.
+
+        Raises:
+            BadRequestError: a field is of the wrong type or too long, or the state unknown.
         """
         self._channel.pump().post(Hinted(hint_of(session, state, expected)))
 
@@ -289,6 +312,7 @@ class Client:
             worker of a model on demand it is only that: the next one loads it, and finds out whether it can.
 
         Raises:
+            BadRequestError: a field is of the wrong type or too long.
             LoopmuxError: it was loaded nowhere; the message has each worker's reason.
         """
         return outcome_of(self._ask(load_order(model, name, folder, self._give_up_at())))
@@ -314,7 +338,7 @@ class Client:
         starts it again.
 
         Raises:
-            BadRequestError: no worker has this name.
+            BadRequestError: no worker has this name, or a field is of the wrong type or out of range.
             ProtocolError: the client is not one of the admin endpoint.
             ConnectionLostError: no answer within ``connect_timeout``.
         """
@@ -356,28 +380,66 @@ def hint_of(session: str, state: str, expected: float | None) -> SessionHint:
     """A checked SESSION hint.
 
     Raises:
-        BadRequestError: a field is of the wrong type or the state unknown.
+        BadRequestError: a field is of the wrong type or too long, or the state unknown.
     """
-    try:
-        return build(SessionHint, {"session": session, "state": state, "expected": expected})
-    except FieldError as error:
-        raise BadRequestError(str(error)) from error
+    return _checked(SessionHint, session=session, state=state, expected=expected)
 
 
 def load_order(model: str, name: str, folder: str | Path, give_up_at: float) -> Asked:
-    """LOAD, as a question; a relative folder is one of this process's."""
-    order = AdapterOrder(model, name, str(Path(folder).expanduser().absolute()))
+    """LOAD, as a question; a relative folder is one of this process's.
+
+    Raises:
+        BadRequestError: a field is of the wrong type or too long.
+    """
+    try:
+        path = str(Path(folder).expanduser().absolute())
+    except (TypeError, RuntimeError) as error:
+        raise BadRequestError(f"folder: found {show(folder)}, expected a path: {error}") from error
+    order = _checked(AdapterOrder, model=model, name=name, folder=path)
     return Asked(wire.new_id(), give_up_at, Kind.LOAD, pack(order), _ADAPTER_PATIENCE)
 
 
 def unload_order(model: str, name: str, give_up_at: float) -> Asked:
-    """UNLOAD, as a question."""
-    return Asked(wire.new_id(), give_up_at, Kind.UNLOAD, pack(AdapterOrder(model, name)), _ADAPTER_PATIENCE)
+    """UNLOAD, as a question.
+
+    Raises:
+        BadRequestError: a field is of the wrong type or too long.
+    """
+    order = _checked(AdapterOrder, model=model, name=name)
+    return Asked(wire.new_id(), give_up_at, Kind.UNLOAD, pack(order), _ADAPTER_PATIENCE)
 
 
 def evict_order(worker: str, within: float, give_up_at: float) -> Asked:
-    """EVICT, as a question."""
-    return Asked(wire.new_id(), give_up_at, Kind.EVICT, pack(Evict(worker, within)))
+    """EVICT, as a question.
+
+    Raises:
+        BadRequestError: a field is of the wrong type or too long, or ``within`` out of range.
+    """
+    order = _checked(Evict, worker=worker, within=within)
+    order.check()
+    return Asked(wire.new_id(), give_up_at, Kind.EVICT, pack(order))
+
+
+def _checked(kind: type[_Order], **fields: object) -> _Order:
+    """What a caller wants of the broker, refused here where the broker would count it as malformed.
+
+    Raises:
+        BadRequestError: naming the field, what was found and what was expected.
+    """
+    try:
+        order = build(kind, fields)
+    except FieldError as error:
+        raise BadRequestError(str(error)) from error
+    for name, value in fields.items():
+        check_plain(value, name, 0)
+    if (size := len(pack(order))) > wire.SUBMIT_ROUTE_LIMIT:
+        texts = {name: len(value) for name, value in fields.items() if isinstance(value, str)}
+        longest = max(texts, key=texts.__getitem__)
+        raise BadRequestError(
+            f"{longest}: found a text of {texts[longest]} characters, expected a shorter one: "
+            f"{', '.join(fields)} take {size} bytes, at most {wire.SUBMIT_ROUTE_LIMIT} fit"
+        )
+    return order
 
 
 def outcome_of(answer: Status | Done) -> Done:

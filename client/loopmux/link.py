@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Iterator
 
 import zmq
@@ -14,13 +16,16 @@ from loopmux.outbox import Outbox
 from loopmux.sockets import Dealer
 from loopmux.wire import CLIENT_BODY_LIMIT, Message, message_limit, to_bytes
 
+_inherited: list[tuple[Dealer, zmq.Context[zmq.Socket[bytes]]]] = []
+"""A forked child keeps what its parent has open: it is not the child's to close."""
+
 
 class Link:
     """A DEALER connected to an endpoint; belongs to one thread at a time.
 
     What is said waits here in order for ``flush``, which whoever drives the link calls once it has no more to say for
     the moment; what the socket does not take then (no connection, full pipe) waits for the next time.
-    ``monitor`` is readable when there is ``news``.
+    ``monitor`` is readable when there is ``news``. One that is collected unclosed is closed.
 
     Raises:
         ConfigError: the endpoint is not one that can be connected to.
@@ -28,8 +33,11 @@ class Link:
 
     def __init__(self, endpoint: str, credentials: Credentials | None = None) -> None:
         ipc_path(endpoint)
-        self._context = zmq.Context()
-        self._dealer = Dealer(self._context, message_limit(CLIENT_BODY_LIMIT), credentials)
+        context = zmq.Context()
+        self._dealer = Dealer(context, message_limit(CLIENT_BODY_LIMIT), credentials)
+        # Left to the collector, the context may come first, and wait for ever for sockets that it cannot name any more.
+        self._finalizer = weakref.finalize(self, _close, self._dealer, context, os.getpid())
+        self._finalizer.atexit = False  # a thread that still runs may be using it
         self.socket, self.monitor = self._dealer.socket, self._dealer.monitor
         self._said: list[Message] = []
         self._unsent = Outbox()
@@ -93,5 +101,12 @@ class Link:
     def close(self) -> None:
         """Close the socket, letting what was said leave first."""
         self.flush()
-        self._dealer.close()
-        self._context.term()
+        self._finalizer()
+
+
+def _close(dealer: Dealer, context: zmq.Context[zmq.Socket[bytes]], pid: int) -> None:
+    if pid != os.getpid():
+        _inherited.append((dealer, context))
+        return
+    dealer.close()
+    context.term()

@@ -7,6 +7,7 @@ texts that are not text, requests that are too large.
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -119,9 +120,9 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     """
     given = merge(options)
     given.setdefault("model", "default")
-    timeout = _seconds("timeout", given.pop("timeout", DEFAULT_TIMEOUT))
+    timeout = seconds("timeout", given.pop("timeout", DEFAULT_TIMEOUT))
     idle = given.pop("idle_timeout", None)
-    idle = None if idle is None else _seconds("idle_timeout", idle)
+    idle = None if idle is None else seconds("idle_timeout", idle)
     _normalise(given)
     generate = _generate(given)
     body = _pack(generate, str(given["model"]))
@@ -133,8 +134,14 @@ def _unknown(name: str) -> str:
     return f"unknown option {name!r}: {hint}"
 
 
-def _seconds(name: str, value: object) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
+def seconds(name: str, value: object, *, forever: bool = False) -> float:
+    """A time that a caller named; infinite only where it may last for ever.
+
+    Raises:
+        BadRequestError: naming it, what was found and what was expected.
+    """
+    longest = math.inf if forever else sys.float_info.max
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= longest:
         return float(value)
     raise BadRequestError(f"{name}: found {codec.show(value)}, expected a number of seconds above 0")
 

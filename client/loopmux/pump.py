@@ -61,9 +61,10 @@ def dispatch(actions: list[Action], link: Link, sinks: dict[bytes, Sink]) -> Non
 
 
 class Pump:
-    """One connection and its thread. Every method but the thread's own may be called from any thread.
+    """One connection and its thread, which runs from ``begin`` on.
 
-    It has ``ended`` when it was stopped, or the broker would not have it: then another one may try.
+    Every method but the thread's own may be called from any thread. It has ``ended`` when it was stopped, or the broker
+    would not have it: then another one may try.
     """
 
     def __init__(self, endpoint: str, connect_timeout: float, credentials: Credentials | None) -> None:
@@ -78,7 +79,15 @@ class Pump:
         self._bell, self._button = socket.socketpair()
         self._bell.setblocking(False)
         self._button.setblocking(False)
+        self._owned = threading.Lock()  # taken by whoever ends it: its thread, or who stops it before that runs
         self._thread = threading.Thread(target=self._run, name="loopmux-client", daemon=True)
+
+    def begin(self) -> None:
+        """Start the thread; after ``stop`` it ends at once.
+
+        Raises:
+            RuntimeError: the system has no thread left.
+        """
         self._thread.start()
 
     def start(self, event: Submitted | Asked, sink: Sink) -> None:
@@ -106,7 +115,9 @@ class Pump:
             return
         self._posted.append(Closed())
         self._ring()
-        if threading.current_thread() is not self._thread:  # the collector may run finalizers in any thread
+        if self._owned.acquire(blocking=False):  # begin() failed or was interrupted
+            self._end()
+        elif threading.current_thread() is not self._thread:  # the collector may run finalizers in any thread
             self._thread.join(_STOP_WITHIN)
 
     def _ring(self) -> None:
@@ -119,6 +130,8 @@ class Pump:
                 raise
 
     def _run(self) -> None:
+        if not self._owned.acquire(blocking=False):
+            return
         try:
             self._turn_until_closed()
         except BaseException as cause:
@@ -127,13 +140,16 @@ class Pump:
             )
             raise  # threading.excepthook prints it; callers get the error above
         finally:
-            self.ended = True
-            for id_ in list(self._sinks):
-                if sink := self._sinks.pop(id_, None):
-                    sink(Fail(id_, self._why_ended))
-            self._link.close()
-            self._bell.close()
-            self._button.close()
+            self._end()
+
+    def _end(self) -> None:
+        self.ended = True
+        for id_ in list(self._sinks):
+            if sink := self._sinks.pop(id_, None):
+                sink(Fail(id_, self._why_ended))
+        self._link.close()
+        self._bell.close()
+        self._button.close()
 
     def _turn_until_closed(self) -> None:
         poller = zmq.Poller()
@@ -205,11 +221,22 @@ class Channel:
     def __init__(self, endpoint: str, connect_timeout: float, credentials: Credentials | None) -> None:
         self._endpoint, self._credentials = endpoint, credentials
         self.connect_timeout = connect_timeout
+        self._closed = False
+        self._reset()
+
+    def _reset(self) -> None:
         self._pump: Pump | None = None
         self._finalizer: weakref.finalize[..., Channel] | None = None
-        self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may close the client wherever its thread is
         self._pid = os.getpid()
+
+    def _ours(self) -> None:
+        """A forked child has no thread of its parent's, whose lock may be taken for ever.
+
+        The parent's finalizer stays in the registry, which keeps a child from collecting the parent's sockets.
+        """
+        if self._pid != os.getpid():
+            self._reset()
 
     def pump(self) -> Pump:
         """The running pump.
@@ -218,26 +245,31 @@ class Channel:
             ConnectionLostError: the channel was closed.
             ConfigError: the endpoint cannot be connected to.
         """
-        if self._pid != os.getpid():  # a forked child: the parent's thread is not here, its lock may be taken for ever
-            self._pump, self._lock, self._pid = None, threading.Lock(), os.getpid()
-            self._finalizer = None  # the parent's stays in the registry
+        self._ours()
         with self._lock:
-            if self._closed:
+            if not self._closed and (self._pump is None or self._pump.ended):
+                self._open()
+            if self._closed or self._pump is None:
+                self._stop()  # what was begun while a handler closed it
                 raise _closed()
-            if self._pump is None or self._pump.ended:
-                self._pump = Pump(self._endpoint, self.connect_timeout, self._credentials)
-                if self._finalizer is not None:
-                    self._finalizer.detach()
-                # The registry of finalizers also keeps a forked child from collecting the parent's sockets.
-                self._finalizer = weakref.finalize(self, self._pump.stop)
             return self._pump
+
+    def _open(self) -> None:
+        """Ctrl-C, or a handler that closes the client, may come anywhere in here: what was begun gets stopped."""
+        self._stop()
+        pump = Pump(self._endpoint, self.connect_timeout, self._credentials)
+        self._finalizer = finalizer = weakref.finalize(self, pump.stop)
+        pump.begin()
+        if finalizer.alive:
+            self._pump = pump
+
+    def _stop(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer()
 
     def close(self) -> None:
         """Close for good; a second time does nothing."""
-        if self._pid != os.getpid():
-            self._pump, self._lock, self._pid = None, threading.Lock(), os.getpid()
+        self._ours()
         with self._lock:
-            self._closed = True
-            pump, self._pump = self._pump, None
-        if pump is not None:
-            pump.stop()
+            self._closed, self._pump = True, None
+        self._stop()

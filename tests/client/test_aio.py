@@ -2,6 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import warnings
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -200,6 +206,74 @@ def test_a_client_follows_from_one_loop_to_the_next(ipc_broker: FakeBroker) -> N
     asyncio.run(client.close())
     with pytest.raises(loopmux.ConnectionLostError, match="closed"):
         asyncio.run(call())
+
+
+def test_an_unclosed_client_outlives_its_loop_harmlessly(ipc_broker: FakeBroker) -> None:
+    program = f"""
+        import asyncio, gc, loopmux
+
+        async def main():
+            client = loopmux.AsyncClient({ipc_broker.endpoint!r}, max_new_tokens=2)
+            print((await client.generate("x")).text)
+
+        asyncio.run(main())
+        gc.collect()
+        print("went on")
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stdout) == (0, f"{whole_text(2)}\nwent on\n")
+    assert done.stderr.count("ResourceWarning") == 1
+    assert "`await client.close()`" in done.stderr
+
+
+def test_one_that_nobody_holds_any_more_is_closed_while_the_loop_runs(ipc_broker: FakeBroker) -> None:
+    async def main() -> None:
+        client = loopmux.AsyncClient(ipc_broker.endpoint, max_new_tokens=2)
+        await client.generate("x")
+        with pytest.warns(ResourceWarning, match="not closed"):
+            del client
+        await until(lambda: ipc_broker.count(Kind.BYE) == 1)
+
+    asyncio.run(main())
+
+
+def test_a_stream_keeps_the_client_open_that_nobody_else_holds(ipc_broker: FakeBroker) -> None:
+    async def main() -> None:
+        stream = loopmux.AsyncClient(ipc_broker.endpoint).stream("x", max_new_tokens=300)
+        gc.collect()
+        assert (await stream.wait()).text == whole_text(300)
+        with pytest.warns(ResourceWarning, match="not closed"):
+            del stream
+        await until(lambda: ipc_broker.count(Kind.BYE) == 1)
+
+    asyncio.run(main())
+
+
+def test_a_forked_child_leaves_its_parents_connection_alone(ipc_broker: FakeBroker) -> None:
+    client = loopmux.AsyncClient(ipc_broker.endpoint, max_new_tokens=2)
+
+    async def call() -> str:
+        return (await client.generate("x")).text
+
+    with asyncio.Runner() as runner:
+        runner.run(call())
+        child = os.fork()
+        if child == 0:
+            good = False
+            try:
+                signal.alarm(20)  # the test's own limit does not end it
+                warnings.simplefilter("ignore")  # as errors they would keep pyzmq from closing what it finds unclosed
+                good = asyncio.run(call()) == whole_text(2)
+                del client
+                gc.collect()
+            finally:
+                os._exit(0 if good else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert runner.run(call()) == whole_text(2)
+        assert len(ipc_broker.peers) == 2
+        runner.run(client.close())
 
 
 def test_closing_ends_what_runs(ipc_broker: FakeBroker) -> None:

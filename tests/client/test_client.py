@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
+import queue
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +18,8 @@ import pytest
 
 import loopmux
 from fakebroker import FakeBroker, wait_until, whole_text
-from loopmux import codec, connection, keys, wire
+from loopmux import codec, connection, keys, pump, wire
+from loopmux.events import Finish
 from loopmux.messages import Generate, SessionHint, Submit
 from loopmux.wire import Kind, Message
 
@@ -31,6 +35,10 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeBroke
 def ipc_broker(tmp_path: Path) -> Iterator[FakeBroker]:
     with FakeBroker(f"ipc://{tmp_path / 'b'}") as fake:
         yield fake
+
+
+def _threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "loopmux-client"]
 
 
 @pytest.fixture
@@ -242,6 +250,50 @@ def test_hints_reach_the_broker(client: loopmux.Client, ipc_broker: FakeBroker) 
         client.hint("s1", "sleeping")  # type: ignore[arg-type]
 
 
+_LONG, _NO_TEXT = "n" * 5000, "bad\ud800"
+MISTAKEN: list[tuple[str, tuple[object, ...], str]] = [
+    ("hint", (_LONG, "done"), "session: found a text of 5000 characters"),
+    ("hint", (_NO_TEXT, "done"), "session: found the lone surrogate"),
+    ("hint", (None, "done"), "session: found None, expected a text"),
+    ("hint", ("s", "done", "5"), "expected: found '5' (str), expected a number or nothing"),
+    ("load_adapter", (5, "n", "/x"), "model: found 5 (int), expected a text"),
+    ("load_adapter", ("m", None, "/x"), "name: found None, expected a text"),
+    ("load_adapter", ("m", _LONG, "/x"), "name: found a text of 5000 characters"),
+    ("load_adapter", ("m", _NO_TEXT, "/x"), "name: found the lone surrogate"),
+    ("load_adapter", ("m", "n", f"/{_LONG}"), "folder: found a text of 5001 characters"),
+    ("load_adapter", ("m", "n", None), "folder: found None, expected a path"),
+    ("load_adapter", ("m", "n", "~nobody-of-this-name/x"), "folder: found '~nobody-of-this-name/x' (str), expected a"),
+    ("unload_adapter", ("m", None), "name: found None, expected a text"),
+    ("unload_adapter", (_LONG, "n"), "model: found a text of 5000 characters"),
+    ("drain", (None,), "worker: found None, expected a text"),
+    ("drain", (_LONG,), "worker: found a text of 5000 characters"),
+]
+
+
+@pytest.mark.parametrize(("method", "arguments", "says"), MISTAKEN)
+def test_what_a_broker_would_take_for_malformed_is_refused_at_its_caller(
+    client: loopmux.Client, ipc_broker: FakeBroker, method: str, arguments: tuple[object, ...], says: str
+) -> None:
+    with client.stream("x", max_new_tokens=200) as stream:
+        next(stream)
+        with pytest.raises(loopmux.BadRequestError, match=f"^{re.escape(says)}"):
+            getattr(client, method)(*arguments)
+        assert stream.result.text == whole_text(200)
+
+    async def other() -> None:
+        async with loopmux.AsyncClient(ipc_broker.endpoint) as client:
+            await getattr(client, method)(*arguments)
+
+    with pytest.raises(loopmux.BadRequestError, match=f"^{re.escape(says)}"):
+        asyncio.run(other())
+
+
+@pytest.mark.parametrize("within", ["60", None, float("nan"), -1])
+def test_a_worker_gets_no_impossible_time_to_leave(client: loopmux.Client, within: object) -> None:
+    with pytest.raises(loopmux.BadRequestError, match=r"^within: found "):
+        client.drain("w", within=within)  # type: ignore[arg-type]
+
+
 def test_options_travel(client: loopmux.Client, ipc_broker: FakeBroker) -> None:
     mine = client.with_options(model="m", temperature=0, session="s")
     mine.generate(messages=[{"role": "user", "content": "Hi"}], max_new_tokens=1, stop="END", top_k=5)
@@ -270,7 +322,7 @@ def test_closing_is_final_and_harmless(ipc_broker: FakeBroker) -> None:
     ipc_broker.wait_for(Kind.BYE)
     with pytest.raises(loopmux.ConnectionLostError, match="closed: make another"):
         client.generate("x")
-    assert not [t for t in threading.enumerate() if t.name == "loopmux-client"]
+    assert not _threads()
 
 
 def test_an_unclosed_client_is_cleaned_up_when_collected(ipc_broker: FakeBroker) -> None:
@@ -279,7 +331,7 @@ def test_an_unclosed_client_is_cleaned_up_when_collected(ipc_broker: FakeBroker)
     del client
     gc.collect()
     ipc_broker.wait_for(Kind.BYE)
-    wait_until(lambda: not [t for t in threading.enumerate() if t.name == "loopmux-client"], "thread gone")
+    wait_until(lambda: not _threads(), "thread gone")
 
 
 def test_an_unclosed_client_does_not_hang_the_interpreter(ipc_broker: FakeBroker) -> None:
@@ -297,6 +349,72 @@ def test_an_unclosed_client_does_not_hang_the_interpreter(ipc_broker: FakeBroker
     ipc_broker.wait_for(Kind.BYE)
 
 
+def test_one_that_gets_no_thread_leaves_nothing_that_hangs(tmp_path: Path) -> None:
+    program = f"""
+        import gc, threading, loopmux
+        client = loopmux.Client("ipc://{tmp_path / "nobody"}")
+        with_threads, threading.Thread.start = threading.Thread.start, lambda _: 1 / 0
+        try:
+            client.status()
+        except ZeroDivisionError:
+            print("no thread")
+        threading.Thread.start = with_threads
+        gc.collect()
+        try:
+            client.with_options().generate("x", timeout=0.1)
+        except loopmux.DeadlineExceededError:
+            print("deadline")
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "no thread\ndeadline\n", "")
+
+
+@pytest.mark.parametrize("instant", ["before the thread", "with the thread"])
+def test_a_keyboard_interrupt_in_the_first_call_leaves_nothing_behind(
+    ipc_broker: FakeBroker, monkeypatch: pytest.MonkeyPatch, instant: str
+) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if instant == "with the thread":
+            start(thread)
+        raise KeyboardInterrupt
+
+    with loopmux.Client(ipc_broker.endpoint, max_new_tokens=2) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                client.generate("x")
+        assert client.generate("x").text == whole_text(2)
+        assert len(_threads()) == 1
+    assert not _threads()
+
+
+@pytest.mark.parametrize("instant", [(pump, "Link"), (threading.Thread, "start")])
+def test_a_handler_of_a_signal_may_close_the_client_in_its_first_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instant: tuple[object, str]
+) -> None:
+    client = loopmux.Client(f"ipc://{tmp_path / 'nobody'}")
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        real = getattr(*instant)
+        monkeypatch.setattr(*instant, lambda *args: (client.close(), real(*args))[1])
+        try:
+            client.status()
+        except loopmux.LoopmuxError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    with monkeypatch.context() as monkeypatch:
+        thread.start()
+        thread.join(5)
+    assert [type(error) for error in errors] == [loopmux.ConnectionLostError]
+    assert not _threads()
+
+
 def test_a_keyboard_interrupt_leaves_the_client_usable(ipc_broker: FakeBroker) -> None:
     with loopmux.Client(ipc_broker.endpoint) as client:
         interrupt = threading.Thread(
@@ -308,6 +426,30 @@ def test_a_keyboard_interrupt_leaves_the_client_usable(ipc_broker: FakeBroker) -
         interrupt.join()
         ipc_broker.wait_for(Kind.CANCEL)
         assert client.generate("x", max_new_tokens=2).text == whole_text(2)
+
+
+def test_a_keyboard_interrupt_as_the_outcome_comes_does_not_lose_it(
+    client: loopmux.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(queue.SimpleQueue[object]):
+        interrupted = False
+
+        def get(self) -> object:  # type: ignore[override]
+            item = super().get()
+            if isinstance(item, Finish) and not self.interrupted:
+                self.interrupted = True
+                raise KeyboardInterrupt
+            return item
+
+    monkeypatch.setattr(queue, "SimpleQueue", Interrupted)
+    stream = client.stream("x", max_new_tokens=20)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    results: list[loopmux.Result] = []
+    reader = threading.Thread(target=lambda: results.append(stream.result), daemon=True)
+    reader.start()
+    reader.join(5)
+    assert [result.text for result in results] == [whole_text(20)]
 
 
 def test_a_forked_child_has_a_connection_of_its_own(ipc_broker: FakeBroker) -> None:
@@ -339,6 +481,20 @@ def test_a_forked_child_has_a_connection_of_its_own(ipc_broker: FakeBroker) -> N
 def test_endpoints_that_are_none(endpoint: str) -> None:
     with pytest.raises(loopmux.ConfigError):
         loopmux.Client(endpoint)
+
+
+@pytest.mark.parametrize("time", [None, "5", float("nan"), True, 0, -1])
+@pytest.mark.parametrize("kind", [loopmux.Client, loopmux.AsyncClient])
+def test_a_connect_timeout_that_is_no_time(kind: Callable[..., object], time: object) -> None:
+    with pytest.raises(loopmux.BadRequestError, match=r"^connect_timeout: found .*, expected a number of seconds"):
+        kind(connect_timeout=time)
+
+
+@pytest.mark.parametrize("time", [1e308, float("inf")])
+def test_a_connect_timeout_may_be_any(tmp_path: Path, time: float) -> None:
+    with loopmux.Client(f"ipc://{tmp_path / 'b'}", connect_timeout=time) as client:
+        with client.stream("x", max_new_tokens=2) as stream, FakeBroker(client.endpoint):
+            assert stream.result.text == whole_text(2)
 
 
 def test_an_endpoint_that_zeromq_refuses(tmp_path: Path) -> None:
