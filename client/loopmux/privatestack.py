@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ _KEPT_LINES = 1000
 """Lines kept for callers that wait for the same start; an environment's build prints a few hundred."""
 _STOP_GRACE = 20.0
 """Seconds between SIGTERM and SIGKILL: workers get 10 to finish what they run, and the launcher some more."""
+_ON_ITS_WAY = 2.0
+"""Seconds that what is left of a killed stack may still write to its folder."""
 _LOOK_AGAIN = 1.0
 """Seconds after which a waiting caller looks for a child that died while something else held its output open."""
 _SERVES = re.compile(r"ready\b")
@@ -171,7 +174,7 @@ class PrivateStack:
                 self._process.wait()
         self._reader.join()
         if not (failed and any((self.folder / "state").rglob("*.log"))):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _remove(self.folder)
 
     def _spawn(self, config: Mapping[str, Any] | None, command: Sequence[str]) -> subprocess.Popen[str]:
         words = [*command, "up", "--endpoint", self.endpoint]
@@ -220,6 +223,16 @@ def _new_folder() -> Path:
     folder = parent / f"private-{os.getpid()}-{next(_numbers)}"
     folder.mkdir(mode=0o700)
     return folder
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder. What is left of a killed stack may be writing there for a moment, on its way out."""
+    end = time.monotonic() + _ON_ITS_WAY
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists() or time.monotonic() > end:
+            return
+        time.sleep(_ON_ITS_WAY / 40)
 
 
 def _exists(pid: str) -> bool:

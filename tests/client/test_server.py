@@ -110,6 +110,25 @@ def test_a_stack_that_was_killed_is_replaced(home: Path):
     wait_until(lambda: stacks(home) == [], "the end of both stacks")
 
 
+def test_a_folder_that_is_still_written_to_for_a_moment_goes_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, tries = tmp_path / "private-1-0", []
+
+    def remove_beside_a_writer(path: Path, **how: bool) -> None:
+        tries.append(path)
+        rmtree(path, **how)
+        if len(tries) < 3:
+            (path / "state").mkdir(parents=True)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", remove_beside_a_writer)
+    folder.mkdir()
+    privatestack._remove(folder)
+    assert tries == [folder] * 3
+    assert not folder.exists()
+
+
 PROGRAM = """
 import os, sys, signal, time
 from loopmux import server
