@@ -152,7 +152,7 @@ class Attempts:
         cold = self._t.affinity.cold(request, worker)
         lease = request.lease = self._t.pool.lease(request, worker, now)
         lease.cold = cold
-        self._t.queues.charge(request, worker)
+        self._t.queues.charge(request)
         self._t.affinity.ran(request, worker.name)
         self._leases.run(lease, now)
         self._leases.watch(worker)

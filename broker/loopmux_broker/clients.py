@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,7 +20,6 @@ class Principal:
             ones.
         served, expected: tokens it was served, by its weight, as `queues` keeps account of them, and how many of them
             what runs has yet to produce.
-        usual: tokens that a request of it may be expected to have, by those that ended; infinite before the first.
     """
 
     name: str = ""
@@ -31,7 +29,6 @@ class Principal:
     held: int = 0
     served: float = 0.0
     expected: float = 0.0
-    usual: float = math.inf
 
     @property
     def settled(self) -> float:

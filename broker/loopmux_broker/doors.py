@@ -69,7 +69,8 @@ class Descriptors:
 def _newer(one: Peer, other: Peer) -> bool:
     """Whether a peer connected after another one of the same door: the number of 32 bits in its routing id is ahead.
 
-    Who brings a routing id of its own, which cannot begin with a zero, is newer than nobody.
+    Who brings a routing id of its own is newer than nobody, or, if it begins with a zero as libzmq's do, than whom it
+    likes: it can harm no one but the next user of its descriptor, whose connection then counts as lost.
     """
     if one[0] or other[0]:
         return False

@@ -32,7 +32,7 @@ class Entry:
             self.refuse(client, request_id, error, model=submit.model)
             return
         self.admit(request)
-        request.attempt = t.abandoned.pop(request_id, 0)
+        request.attempt = request.given = t.abandoned.pop(request_id, 0)
         self._attempts.place(request, worker, now)
         if request.state is State.QUEUED:  # else the client hears from the worker: output, or that it has the request
             self.accept(request)

@@ -116,7 +116,6 @@ class Worker(Member):
         served, tokens: requests ended and tokens produced here since it registered.
         pace: seconds from RUN to the first output for each character of a prompt, of long ones that it had to compute;
             0 until there was one.
-        level: the account of the client that was given a slot here last, as it was before that (`queues`).
         short: seconds from RUN to the first output of shorter ones; 0 likewise.
         progress: the engine's progress counter as of the last heartbeat.
         moved: when the engine was last seen to get on, or was given its first request.
@@ -135,7 +134,6 @@ class Worker(Member):
     tokens: int = 0
     pace: float = 0.0
     short: float = 0.0
-    level: float = 0.0
     progress: int = 0
     moved: float = 0.0
     draining: bool = False
@@ -326,10 +324,6 @@ class Pool:
     def serves(self, model: str) -> bool:
         """Whether any worker is ready for a model."""
         return model in self._serving
-
-    def level(self, model: str) -> float:
-        """The account at which slots for a model were given away last, at most."""
-        return max((worker.level for worker in self._serving.get(model, {}).values()), default=0.0)
 
     def serving(self, model: str) -> list[Worker]:
         """The workers that are ready for a model."""

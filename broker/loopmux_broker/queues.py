@@ -5,26 +5,23 @@ more its key weighs. A request's head start (its priority, or that it continues 
 less. The client with the lowest account comes next, and of its requests the one with the best rank: the time it arrived
 less its head start in seconds, so that waiting ages a request by itself.
 
-An account moves when one of its client's requests gets a slot (by what it is expected to cost, going by those before
-it) and when it gives the slot back (by what it did cost). A client that comes, or comes back with nothing queued,
-starts where the ones are that compete with it, what they are only expected to cost left out: time away is no credit,
-and nobody who comes waits for what others never got. These are those that wait for the same; where nobody does, whoever
-was given a slot last by a worker that it can run on. What clients take of other workers, where nobody has to wait, is
-no matter of theirs.
+An account moves when one of its client's requests gets a slot (by what it is expected to cost) and when it gives the
+slot back (by what it did cost). A client that comes, or comes back with nothing queued, starts level with the next of
+those that wait for the same, or with the ones being served: time away is no credit. What these are only expected to
+cost is left out: nobody who comes waits for what others may never get.
 """
 
 from __future__ import annotations
 
 import bisect
 import heapq
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from loopmux_broker.clients import Principal
 from loopmux_broker.pool import Worker
-from loopmux_broker.requests import Lane, Request, State
+from loopmux_broker.requests import Lane, Request
 
 Rank = tuple[float, int]
 _Turn = tuple[float, float, int, int, "_Line"]
@@ -35,9 +32,6 @@ _SIZE_PER_TOKEN = 4
 """Characters of a prompt that count as one token: an estimate, the broker reads no prompts."""
 _SLACK = 64
 """Turns that no longer count and may lie in a heap before it is swept."""
-
-_SHORTER = 0.2
-"""Weight of an answer that is shorter than was expected in what is expected next."""
 
 _PASSED = 2.0
 """Seconds: a turn whose session is with another worker lets others pass that came up to so much later. In a full house
@@ -114,15 +108,13 @@ class Queues:
         self._awaiting: dict[str, dict[bytes, Request]] = {}  # by the name of the worker that they wait for
         self._waiting: dict[str, int] = {}  # how many wait for each model
         self._count = self._turns = 0
+        self._level = 0.0  # the account of the client that was given a slot last, less what it is only expected to cost
         self.length = 0
 
     # --- who waits
 
-    def push(self, request: Request, level: float = 0.0) -> None:
-        """Queue a request; one that was queued before gets its old place.
-
-        ``level`` is the account at which slots were given away last, by workers that it can run on.
-        """
+    def push(self, request: Request) -> None:
+        """Queue a request; one that was queued before gets its old place."""
         if request.rank == (0.0, 0):
             self._count += 1
             request.rank = (self._head_start.of(request) - request.arrived, -self._count)
@@ -131,7 +123,7 @@ class Queues:
         elif request.awaits:
             self._awaiting.setdefault(request.awaits, {})[request.id] = request
         else:
-            self._line_up(request, level)
+            self._line_up(request)
         self._note(request.submit.model, 1)
 
     def remove(self, request: Request) -> None:
@@ -152,10 +144,10 @@ class Queues:
         else:
             del self._waiting[model]
 
-    def _line_up(self, request: Request, level: float) -> None:
+    def _line_up(self, request: Request) -> None:
         principal, lane = request.client.principal, request.lane
         queue = self._models.setdefault(lane[0], {}).setdefault(lane, _Queue())
-        self._lift(principal, queue.next()[-1].principal.settled if queue.lines else level)
+        self._lift(principal, self._start(queue))
         line = queue.lines.get(principal)
         if line is None:
             line = queue.lines[principal] = _Line(principal)
@@ -164,6 +156,17 @@ class Queues:
         queue.length += 1
         if line.entries[-1][2] is request:
             self._set_turn(queue, line)
+
+    def _start(self, queue: _Queue) -> float:
+        """The account from which a client that comes takes turns with those that wait, if any do.
+
+        That of the next of these, unless it is that by its head start alone: others wait that were served less.
+        """
+        if not queue.lines:
+            return self._level
+        account, *_, line = queue.next()
+        settled = line.principal.settled
+        return min(settled, max(self._level, account - line.principal.expected))
 
     def _step_out(self, request: Request) -> None:
         principal, lane = request.client.principal, request.lane
@@ -227,24 +230,19 @@ class Queues:
 
     # --- accounts
 
-    def charge(self, request: Request, worker: Worker) -> None:
-        """A request gets a slot: its client is charged what it may be expected to cost, until its end shows more.
+    def charge(self, request: Request) -> None:
+        """A request gets a slot: its client is charged what the whole of it may cost, until its end shows more.
 
-        That is all of ``max_new_tokens`` only as long as the client's requests have as many: who allows for long
-        answers and gets short ones has no less of the slots for it. What it was charged for an attempt before is part
-        of that: nobody pays twice because a worker was lost.
+        What it was charged for an attempt before is part of that: nobody pays twice because a worker was lost.
         """
-        self._lift(request.client.principal, worker.level)
-        worker.level = request.client.principal.settled
-        usual = min(request.submit.max_new_tokens, request.client.principal.usual)
-        self._bill(request, max(math.ceil(usual), request.output.total))
+        self._lift(request.client.principal, self._level)
+        self._level = max(self._level, request.client.principal.settled)
+        self._bill(request, max(request.submit.max_new_tokens, request.output.total))
 
     def settle(self, request: Request) -> None:
         """It gives the slot back with the tokens that it has."""
         if request.charged:
             self._bill(request, request.output.total)
-            if request.state is State.DONE:
-                _note_usual(request.client.principal, request.output.total)
 
     def _bill(self, request: Request, tokens: int) -> None:
         """Let a request have cost so much: at least 1, so that a thousand that produce nothing are not one turn."""
@@ -294,12 +292,6 @@ class Queues:
     def models(self) -> Iterator[str]:
         """The models that anybody waits for."""
         return iter(list(self._waiting))
-
-
-def _note_usual(principal: Principal, tokens: int) -> None:
-    """Longer answers count at once, shorter ones little by little: to expect too little would give slots away."""
-    longer = tokens >= principal.usual or math.isinf(principal.usual)
-    principal.usual = tokens if longer else principal.usual + (tokens - principal.usual) * _SHORTER
 
 
 def _rank(entry: tuple[float, int, Request]) -> Rank:

@@ -52,7 +52,8 @@ class Recovery:
         output = Output(header.arg)
         output.restore(ids)
         request = Request(header.request, client, submit, body, now, now + submit.timeout, output, State.RECOVERING)
-        request.attempt = max(_numbered(header), self._t.abandoned.get(request.id, 0))
+        request.given = self._t.abandoned.get(request.id, 0)
+        request.attempt = max(_numbered(header), request.given)
         request.brought, request.fingerprint = len(ids), submit.fingerprint
         if self._let_in(request, header.seq):
             self._t.abandoned.pop(request.id, None)
@@ -180,7 +181,7 @@ class Recovery:
         request.move(Step.CLAIMED)
         self._t.counters["recovered"] += 1
         lease.acknowledged, lease.prefix = True, request.output.total
-        self._t.queues.charge(request, lease.worker)
+        self._t.queues.charge(request)
         self._t.affinity.ran(request, lease.worker.name)
         lease.worker.moved = now
         self._leases.replay(lease)

@@ -124,7 +124,7 @@ class Tables:
     def enqueue(self, request: Request) -> None:
         """A request waits for a slot."""
         request.home = "" if request.attempt else self.affinity.last(request) or ""
-        self.queues.push(request, self.pool.level(request.submit.model))
+        self.queues.push(request)
         if self.queues.waiting(request.submit.model) == 1 and not self.pool.serves(request.submit.model):
             self.cold.add(request.submit.model)
         self.admission.queue(request.client.principal, 1)

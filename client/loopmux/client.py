@@ -30,7 +30,7 @@ from loopmux.messages import (
     Status,
 )
 from loopmux.options import Defaults, Options, PromptOptions, check_plain, merge, prepare, seconds
-from loopmux.pump import Channel, Pump
+from loopmux.pump import Channel
 from loopmux.results import Result, StreamEvent, TextDelta
 from loopmux.wire import Kind
 
@@ -73,9 +73,10 @@ class Stream:
     the request's error where it failed.
     """
 
-    def __init__(self, pump: Pump, request: Request) -> None:
+    def __init__(self, channel: Channel, request: Request) -> None:
         self.request_id = request.id.hex()
-        self._pump = pump
+        self._channel = channel  # which stays open for as long as anybody reads
+        self._pump = pump = channel.pump()
         self._id = request.id
         self._inbox = _Inbox()
         self._texts: list[str] = []
@@ -363,7 +364,7 @@ class Client:
 
     def _begin(self, options: Mapping[str, Any], prompt: str | None, *, collect: bool) -> Stream:
         request = make_request(merge(self._options, options, {"prompt": prompt}), time.monotonic(), collect=collect)
-        return Stream(self._channel.pump(), request)
+        return Stream(self._channel, request)
 
 
 def make_request(options: Mapping[str, Any], now: float, *, collect: bool) -> Request:

@@ -140,8 +140,11 @@ def seconds(name: str, value: object, *, forever: bool = False) -> float:
     Raises:
         BadRequestError: naming it, what was found and what was expected.
     """
-    longest = math.inf if forever else sys.float_info.max
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= longest:
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and (0 < value <= sys.float_info.max or (forever and value == math.inf))
+    ):
         return float(value)
     raise BadRequestError(f"{name}: found {codec.show(value)}, expected a number of seconds above 0")
 

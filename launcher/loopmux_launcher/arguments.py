@@ -59,7 +59,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_systemd(add, broker)
     logs = add("logs", "show the end of a log", endpoint)
     logs.add_argument(
-        "name", nargs="?", metavar="NAME", help="a worker, broker, environment-NAME; default: list them all"
+        "name", nargs="?", metavar="NAME", help="a worker, broker, or what else the list has; default: list them all"
     )
     logs.add_argument("-n", "--lines", type=int, default=50, help="how many (%(default)s)")
     logs.add_argument("-f", "--follow", action="store_true", help="print what is added, until Ctrl-C")

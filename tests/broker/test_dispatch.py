@@ -189,7 +189,7 @@ def operations_per_dispatch(queued: int, clients: int, dispatches: int = 50) -> 
             request = queues.next_for(worker)
             assert request is not None
             queues.remove(request)
-            queues.charge(request, worker)
+            queues.charge(request)
             request.output.total = 10
             queues.settle(request)
     finally:
@@ -228,7 +228,7 @@ def test_a_queue_gives_everybody_exactly_once_whatever_is_taken_out_in_between()
             mine = [r for r in waiting.values() if r.client is taken.client]
             assert all(r.rank < taken.rank for r in mine)
             queues.remove(taken)
-            queues.charge(taken, worker)
+            queues.charge(taken)
             taken.output.total = dice.randint(0, 300)
             queues.settle(taken)
         assert queues.length == queues.waiting("m") == len(waiting)
@@ -325,30 +325,6 @@ def test_time_away_is_no_credit(core: Core) -> None:
     assert sorted(owners[:2]) == sorted(owners[2:4]) == ["mine", "theirs"]
 
 
-@pytest.mark.parametrize("at_once", [1, 8])
-def test_who_allows_for_long_answers_and_gets_short_ones_has_as_many(core: Core, at_once: int) -> None:
-    core.hello(OTHER)
-    core.register(slots=at_once)
-    for n in range(300):
-        core.submit(b"a" + n.to_bytes(15), max_new_tokens=8192)
-        core.submit(b"b" + n.to_bytes(15), OTHER, max_new_tokens=64)
-    ran = [short(core)[:1] for _ in range(200)]
-    assert abs(ran.count(b"a") - ran.count(b"b")) <= 2 * at_once
-
-
-def test_an_answer_that_is_longer_than_usual_is_expected_of_the_next_at_once(core: Core) -> None:
-    core.register()
-    account = core.tables.clients.by_peer[CLIENT].principal
-    for n, (made, expected) in enumerate([(10, 1000), (500, 10), (0, 500), (0, 400)]):
-        request = b"r" + n.to_bytes(15)
-        before = account.served
-        core.submit(request, max_new_tokens=1000)
-        assert account.served - before == expected
-        if made:
-            core.worker(tok(request, 0, made))
-        core.worker(end(request, made))
-
-
 def test_who_comes_does_not_wait_for_what_others_were_expected_to_cost_and_did_not(core: Core) -> None:
     core.register(slots=2)
     for n in range(2):
@@ -391,6 +367,39 @@ def test_nor_is_who_comes_while_no_worker_is_there_ahead_of_those_who_wait(core:
         core.submit(b"many" + n.to_bytes(12), OTHER, max_new_tokens=16)
     core.register(SECOND)
     assert THREE in [short(core, SECOND) for _ in range(2)]
+
+
+def test_who_comes_beside_one_that_is_next_by_its_priority_alone_is_level_with_the_others(core: Core) -> None:
+    core.register()
+    core.submit(TWO, max_new_tokens=16)
+    core.worker(tok(TWO, 0, 11_000))
+    core.worker(end(TWO, 11_000))
+    core.hello(OTHER)
+    core.hello(b"third")
+    core.submit(THREE, OTHER, max_new_tokens=16)
+    for n in range(50):
+        core.submit(b"many" + n.to_bytes(12), OTHER, max_new_tokens=16)
+    core.submit(b"p" * 16, priority=10, max_new_tokens=16)
+    core.submit(ONE, b"third", max_new_tokens=16)
+    assert ONE in [short(core) for _ in range(4)]
+
+
+def test_a_worker_s_end_starves_nobody_who_was_served_much(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "ready")
+    core.register()
+    core.submit(TWO, max_new_tokens=16)
+    core.worker(tok(TWO, 0, 10_000))
+    core.worker(end(TWO, 10_000))
+    core.submit(FOUR, max_new_tokens=16)  # a slot was given away since
+    short(core)
+    core.lose(WORKER)
+    core.hello(OTHER)
+    core.register(SECOND)
+    for n in range(50):
+        core.submit(b"many" + n.to_bytes(12), OTHER, max_new_tokens=16)
+    core.submit(ONE, max_new_tokens=16)
+    assert ONE in [short(core, SECOND) for _ in range(4)]
 
 
 def short(core: Core, worker: bytes = WORKER) -> bytes:

@@ -654,6 +654,19 @@ def test_of_a_number_that_was_given_out_here_another_broker_s_attempt_is_another
     assert answer == (replay(8, worker=SECOND, acknowledged=0) if epoch == EPOCH else reset(worker=SECOND))
 
 
+def test_nor_is_it_when_the_client_was_given_up_meanwhile(core: Core) -> None:
+    core.hello()
+    core.register()
+    core.running()
+    core.worker(tok(ONE, 0, 8))
+    core.client(say(Kind.BYE))
+    core.worker(stopped(ONE))
+    core.hello()
+    attach(core, ONE, 8)
+    core.register(SECOND, held=1)
+    assert held(core, ONE, 0, 9, worker=SECOND)[0] == reset(worker=SECOND)
+
+
 def test_what_is_stopped_while_its_worker_introduces_itself_is_no_new_attempt_when_its_name_comes(core: Core) -> None:
     core.hello()
     core.register(slots=2)

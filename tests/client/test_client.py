@@ -114,6 +114,12 @@ def test_leaving_a_stream_early_cancels_it(client: loopmux.Client, ipc_broker: F
     assert caught.value.partial_text == whole_text(4)
 
 
+def test_a_stream_goes_on_when_nobody_holds_the_client(ipc_broker: FakeBroker) -> None:
+    stream = loopmux.Client(ipc_broker.endpoint).stream("x", max_new_tokens=3)
+    gc.collect()
+    assert stream.result.text == whole_text(3)
+
+
 def test_dropping_a_stream_cancels_it(client: loopmux.Client, ipc_broker: FakeBroker) -> None:
     stream = client.stream("Hello", model="hang")
     next(stream)
@@ -483,7 +489,7 @@ def test_endpoints_that_are_none(endpoint: str) -> None:
         loopmux.Client(endpoint)
 
 
-@pytest.mark.parametrize("time", [None, "5", float("nan"), True, 0, -1])
+@pytest.mark.parametrize("time", [10**400, None, "5", float("nan"), True, 0, -1])
 @pytest.mark.parametrize("kind", [loopmux.Client, loopmux.AsyncClient])
 def test_a_connect_timeout_that_is_no_time(kind: Callable[..., object], time: object) -> None:
     with pytest.raises(loopmux.BadRequestError, match=r"^connect_timeout: found .*, expected a number of seconds"):

@@ -110,7 +110,7 @@ def fitting(texts: Iterable[str], size: int) -> list[str]:
     """
     taken = []
     for text in islice(texts, _MOST_TEXTS):
-        encoded = text.encode(errors="surrogateescape")
+        encoded = text.encode(errors="surrogatepass")
         size -= len(encoded) + _BESIDE_TEXT
         if size < 0:
             break
