@@ -89,6 +89,7 @@ def test_what_a_list_of_the_report_has_no_room_for_is_left_out():
     told = fitting(notes, 8192)
     assert told == notes[: len(told)]
     assert 8192 - 300 < len(pack(told)) <= 8192 + 3
+    assert fitting(["a \ud800 and \udce9", "b"], 100) == ["a � and �", "b"]
 
 
 def test_it_is_ready_when_the_broker_knows_it(broker, endpoint, monkeypatch):

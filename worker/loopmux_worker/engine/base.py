@@ -110,11 +110,11 @@ def fitting(texts: Iterable[str], size: int) -> list[str]:
     """
     taken = []
     for text in islice(texts, _MOST_TEXTS):
-        encoded = text.encode(errors="surrogatepass")
-        size -= len(encoded) + _BESIDE_TEXT
+        clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        size -= len(clean.encode()) + _BESIDE_TEXT
         if size < 0:
             break
-        taken.append(encoded.decode(errors="replace"))
+        taken.append(clean)
     return taken
 
 
