@@ -329,8 +329,7 @@ def test_who_comes_does_not_wait_for_what_others_were_expected_to_cost_and_did_n
     core.register(slots=2)
     for n in range(2):
         core.submit(b"long" + n.to_bytes(12), max_new_tokens=4096)
-    for n in range(50):
-        core.submit(b"many" + n.to_bytes(12), max_new_tokens=16)
+    many(core)
     short(core)  # of an answer that might have been long
     core.hello(OTHER)
     core.submit(ONE, OTHER, max_new_tokens=16)
@@ -343,8 +342,7 @@ def test_what_others_take_of_another_model_where_nobody_waits_is_not_waited_for(
     core.hello(b"third")
     core.register()
     core.register(SECOND, models=("other",))
-    for n in range(50):
-        core.submit(b"many" + n.to_bytes(12), max_new_tokens=16)
+    many(core)
     core.submit(TWO, OTHER, model="other", max_new_tokens=16)
     core.worker(tok(TWO, 0, 10_000), SECOND)
     core.worker(end(TWO, 10_000), SECOND)
@@ -357,28 +355,22 @@ def test_nor_is_who_comes_while_no_worker_is_there_ahead_of_those_who_wait(core:
     core.launcher()
     core.declare("m", "ready")
     core.register()
-    core.submit(TWO, max_new_tokens=16)
-    core.worker(tok(TWO, 0, 10_000))
-    core.worker(end(TWO, 10_000))
+    was_served(core, 10_000)
     core.lose(WORKER)
     core.submit(THREE, max_new_tokens=16)
     core.hello(OTHER)
-    for n in range(50):
-        core.submit(b"many" + n.to_bytes(12), OTHER, max_new_tokens=16)
+    many(core, OTHER)
     core.register(SECOND)
     assert THREE in [short(core, SECOND) for _ in range(2)]
 
 
 def test_who_comes_beside_one_that_is_next_by_its_priority_alone_is_level_with_the_others(core: Core) -> None:
     core.register()
-    core.submit(TWO, max_new_tokens=16)
-    core.worker(tok(TWO, 0, 11_000))
-    core.worker(end(TWO, 11_000))
+    was_served(core, 11_000)
     core.hello(OTHER)
     core.hello(b"third")
     core.submit(THREE, OTHER, max_new_tokens=16)
-    for n in range(50):
-        core.submit(b"many" + n.to_bytes(12), OTHER, max_new_tokens=16)
+    many(core, OTHER)
     core.submit(b"p" * 16, priority=10, max_new_tokens=16)
     core.submit(ONE, b"third", max_new_tokens=16)
     assert ONE in [short(core) for _ in range(4)]
@@ -388,18 +380,28 @@ def test_a_worker_s_end_starves_nobody_who_was_served_much(core: Core) -> None:
     core.launcher()
     core.declare("m", "ready")
     core.register()
-    core.submit(TWO, max_new_tokens=16)
-    core.worker(tok(TWO, 0, 10_000))
-    core.worker(end(TWO, 10_000))
+    was_served(core, 10_000)
     core.submit(FOUR, max_new_tokens=16)  # a slot was given away since
     short(core)
     core.lose(WORKER)
     core.hello(OTHER)
     core.register(SECOND)
-    for n in range(50):
-        core.submit(b"many" + n.to_bytes(12), OTHER, max_new_tokens=16)
+    many(core, OTHER)
     core.submit(ONE, max_new_tokens=16)
     assert ONE in [short(core, SECOND) for _ in range(4)]
+
+
+def many(core: Core, peer: bytes = CLIENT) -> None:
+    """Fifty requests of a client that wait, each for a short answer."""
+    for n in range(50):
+        core.submit(b"many" + n.to_bytes(12), peer, max_new_tokens=16)
+
+
+def was_served(core: Core, tokens: int) -> None:
+    """The first client has had an answer of so many."""
+    core.submit(TWO, max_new_tokens=16)
+    core.worker(tok(TWO, 0, tokens))
+    core.worker(end(TWO, tokens))
 
 
 def short(core: Core, worker: bytes = WORKER) -> bytes:
