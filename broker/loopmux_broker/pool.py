@@ -200,8 +200,7 @@ class Standing:
 
 
 _WITHDRAWN = 1000
-"""Names of models without a launcher that are kept, if need be, beside those that workers still serve: one whose
-connection broke may come back with another one."""
+"""Names of models that were taken back, of which so many are kept; beyond that, those that workers still serve."""
 _UNANSWERED = "its launcher calls it ready, but the broker has no word from its workers"
 _PHASES: tuple[ModelPhase, ...] = ("ready", "warming", "loading", "building", "queued", "idle", "failed")
 """The phase of a model that several launchers declare is the most hopeful one."""
