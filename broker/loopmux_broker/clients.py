@@ -20,6 +20,7 @@ class Principal:
             ones.
         served, expected: tokens it was served, by its weight, as `queues` keeps account of them, and how many of them
             what runs has yet to produce.
+        usual: how many tokens its last answers had, None before the first.
     """
 
     name: str = ""
@@ -29,6 +30,7 @@ class Principal:
     held: int = 0
     served: float = 0.0
     expected: float = 0.0
+    usual: float | None = None
 
     @property
     def settled(self) -> float:

@@ -5,8 +5,9 @@ more its key weighs. A request's head start (its priority, or that it continues 
 less. The client with the lowest account comes next, and of its requests the one with the best rank: the time it arrived
 less its head start in seconds, so that waiting ages a request by itself.
 
-An account moves when one of its client's requests gets a slot (by what it is expected to cost) and when it gives the
-slot back (by what it did cost). A client that comes, or comes back with nothing queued, starts level with the next of
+An account moves when one of its client's requests gets a slot (by what it is expected to cost, which is an answer as
+long as that client's last ones were), when it becomes longer than that, and when it gives the slot back (by what it did
+cost). A client that comes, or comes back with nothing queued, starts level with the next of
 those that wait for the same, or with the ones being served: time away is no credit. What these are only expected to
 cost is left out: nobody who comes waits for what others may never get.
 """
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from loopmux_broker.clients import Principal
 from loopmux_broker.pool import Worker
-from loopmux_broker.requests import Lane, Request
+from loopmux_broker.requests import Lane, Request, State
 
 Rank = tuple[float, int]
 _Turn = tuple[float, float, int, int, "_Line"]
@@ -30,6 +32,8 @@ request, number of this turn, line)."""
 
 _SIZE_PER_TOKEN = 4
 """Characters of a prompt that count as one token: an estimate, the broker reads no prompts."""
+_RECENT = 0.1
+"""Weight of the latest answer in how long a client's are: about the last ten count."""
 _SLACK = 64
 """Turns that no longer count and may lie in a heap before it is swept."""
 
@@ -231,25 +235,42 @@ class Queues:
     # --- accounts
 
     def charge(self, request: Request) -> None:
-        """A request gets a slot: its client is charged what the whole of it may cost, until its end shows more.
+        """A request gets a slot: its client is charged for an answer as long as its last ones, until more is known.
 
-        What it was charged for an attempt before is part of that: nobody pays twice because a worker was lost.
+        Not for all that it may cost, which few use up: who allows for long answers and gets short ones would have fewer
+        slots than others. What it was charged for an attempt before is part of that: nobody pays twice because a worker
+        was lost.
         """
-        self._lift(request.client.principal, self._level)
-        self._level = max(self._level, request.client.principal.settled)
-        self._bill(request, max(request.submit.max_new_tokens, request.output.total))
+        principal = request.client.principal
+        self._lift(principal, self._level)
+        self._level = max(self._level, principal.settled)
+        usual = principal.usual
+        allowed = request.submit.max_new_tokens
+        expected = allowed if usual is None else min(allowed, math.ceil(usual))
+        self._bill(request, max(expected, request.output.total))
+
+    def outgrown(self, request: Request) -> None:
+        """It has more tokens than it was charged for: it will become twice as long, if it may."""
+        total = request.output.total
+        self._bill(request, max(total, min(2 * total, request.submit.max_new_tokens)))
 
     def settle(self, request: Request) -> None:
         """It gives the slot back with the tokens that it has."""
-        if request.charged:
-            self._bill(request, request.output.total)
+        if not request.charged:
+            return
+        total = request.output.total
+        self._bill(request, total)
+        if request.state is State.DONE:
+            principal = request.client.principal
+            usual = total if principal.usual is None else principal.usual
+            principal.usual = usual + _RECENT * (total - usual)
 
     def _bill(self, request: Request, tokens: int) -> None:
         """Let a request have cost so much: at least 1, so that a thousand that produce nothing are not one turn."""
         principal, cost = request.client.principal, max(request.submit.prompt_size // _SIZE_PER_TOKEN + tokens, 1)
         expected = tokens - request.output.total
         principal.expected += (expected - request.expected) / principal.weight
-        request.expected = expected
+        request.expected, request.foreseen = expected, tokens
         if cost == request.charged:
             return
         principal.served += (cost - request.charged) / principal.weight

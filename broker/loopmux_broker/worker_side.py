@@ -184,6 +184,8 @@ class WorkerSide:
         lease.produced = True
         if lease.cold:
             paced(lease, now)
+        if seq + count > request.foreseen:
+            self._t.queues.outgrown(request)
         if output.held > self._t.config.request_output:
             self._ends.slow_client(request, now)
         else:

@@ -325,6 +325,40 @@ def test_time_away_is_no_credit(core: Core) -> None:
     assert sorted(owners[:2]) == sorted(owners[2:4]) == ["mine", "theirs"]
 
 
+def test_who_allows_for_long_answers_and_gets_short_ones_has_as_many_slots_as_others(core: Core) -> None:
+    core.hello(OTHER)
+    core.register(slots=8)
+    for n in range(200):
+        core.submit(b"long" + n.to_bytes(12), CLIENT, max_new_tokens=4096)
+        core.submit(b"brief" + n.to_bytes(11), OTHER, max_new_tokens=16)
+    for _ in range(24):  # what began before anything was known of the answers
+        short(core)
+    held = []
+    for _ in range(50):
+        held.append(sum(lease.request.id[:4] == b"long" for lease in core.tables.pool.leases.values()))
+        short(core)
+    assert set(held) <= {3, 4, 5}
+
+
+def test_who_gets_longer_answers_than_before_pays_for_them_while_they_run(core: Core) -> None:
+    core.hello(OTHER)
+    core.register(slots=2)
+    for n in range(2):
+        core.submit(b"long" + n.to_bytes(12), CLIENT, max_new_tokens=10_000)
+        short(core)
+    core.submit(ONE, CLIENT, max_new_tokens=10_000)  # the next begins as if it were as short
+    account = core.tables.clients.by_peer[CLIENT].principal
+    assert account.served == 3 * 16
+    core.worker(tok(ONE, 0, 16))
+    assert account.served == 3 * 16
+    for had, count, charged in ((16, 1, 34), (17, 17, 34), (34, 2_000, 4_068), (2_034, 5_000, 10_000)):
+        core.worker(tok(ONE, had, count))
+        assert account.served == 2 * 16 + charged
+    assert account.settled == 2 * 16 + 7_034
+    core.worker(end(ONE, 7_034))
+    assert account.served == account.settled == 2 * 16 + 7_034
+
+
 def test_who_comes_does_not_wait_for_what_others_were_expected_to_cost_and_did_not(core: Core) -> None:
     core.register(slots=2)
     for n in range(2):
