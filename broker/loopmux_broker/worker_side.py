@@ -285,6 +285,8 @@ class WorkerSide:
             if register.held:
                 self._t.timers.set((Alarm.HELD, peer, 0), now + self._t.config.claim_wait)
         pool.join(member)
+        if isinstance(member, Worker):
+            self._t.queues.unite(member.models)
         self._t.timers.set((Alarm.MEMBER_SILENT, peer, 0), now + self._t.patience)
 
     def _joined(self, peer: Peer, now: float) -> None:
