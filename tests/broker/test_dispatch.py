@@ -711,6 +711,12 @@ def test_nor_one_where_nobody_knows_how_long_a_prompt_takes(core: Core) -> None:
     assert receivers(next_turn(core)) == [SECOND]
 
 
+def test_nor_one_that_has_not_the_adapter_that_it_wants_now(core: Core) -> None:
+    busy_home(core)
+    core.register(SECOND, adapters=("a",))
+    assert receivers(core.submit(FOUR, session="s", continues=True, prompt_size=LONG, adapter="a")) == [SECOND]
+
+
 def test_no_wait_is_longer_than_two_seconds(core: Core) -> None:
     busy_home(core, took=60.0)
     next_turn(core)
