@@ -597,8 +597,12 @@ def test_a_refused_return_keeps_the_number_of_who_was_given_up() -> None:
     assert runs(core.submit(ONE)) == [(WORKER, ONE, 2)]
 
 
-def test_the_tokens_that_a_request_comes_back_with_are_counted() -> None:
+@pytest.mark.parametrize("first", ["the client", "its worker"])
+def test_the_tokens_that_a_request_comes_back_with_are_counted(first: str) -> None:
     core = Core(settle=3.0, limits=Limits(held=len(BODY) + 4 * 5))
+    if first == "its worker":
+        core.register(held=1)
+        held(core, ONE, 0, 9)
     core.hello()
     attach(core, ONE, 5)
     [answer] = attach(core, TWO, 1)

@@ -348,6 +348,12 @@ def test_cancel_of_what_is_not_here_refuses_it_when_it_comes(core: Core) -> None
     core.assert_empty()
 
 
+def test_nobody_has_the_end_of_what_still_runs(core: Core) -> None:
+    core.running()
+    assert core.client(say(Kind.ENDACK, ONE)) == []
+    assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0))]
+
+
 @pytest.mark.parametrize("held_by_a_worker", [True, False])
 def test_credit_behind_a_cancel_that_a_new_broker_hears_first_is_no_offence(held_by_a_worker: bool) -> None:
     core = Core(settle=3.0)
