@@ -351,7 +351,9 @@ def test_cancel_of_what_is_not_here_refuses_it_when_it_comes(core: Core) -> None
 def test_nobody_has_the_end_of_what_still_runs(core: Core) -> None:
     core.running()
     assert core.client(say(Kind.ENDACK, ONE)) == []
-    assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0))]
+    core.worker(end(ONE, 0))
+    assert core.client(say(Kind.ENDACK, ONE)) == [Send(WORKER, say(Kind.ENDACK, ONE, attempt=1))]
+    core.assert_empty()
 
 
 @pytest.mark.parametrize("held_by_a_worker", [True, False])
