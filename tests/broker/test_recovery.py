@@ -420,6 +420,7 @@ def test_a_cancel_that_comes_before_its_worker(core: Core) -> None:
     [answer] = core.client(say(Kind.CANCEL, ONE))
     assert failure(answer)[:2] == (CLIENT, Kind.CANCELLED)
     core.client(say(Kind.ENDACK, ONE))
+    core.wait(1)
     core.register(held=1)
     assert held(core, ONE, 0, 9) == [reset()]
     core.wait(3.25)
