@@ -208,6 +208,7 @@ def test_repeated_output_is_dropped(core: Core) -> None:
     core.worker(tok(ONE, 0, 2))
     assert core.worker(tok(ONE, 0, 2)) == []
     assert core.worker(tok(ONE, 2)) == [pushed(tok(ONE, 2))]
+    assert core.counted["duplicates"] == 1
 
 
 def test_an_end_before_lost_output_gives_the_request_to_another_worker(core: Core) -> None:
