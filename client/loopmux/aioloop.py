@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +75,11 @@ class Events(AsyncIterator[LoopEvent]):
         **settings: Any,
     ) -> None:
         self._given = sync.messages_of(prompt_or_messages)
-        self._loop: Loop | None = None
-        self._events = self._run(client, before_tool, tools, session, settings)
+        prepare = functools.partial(sync.prepare, self._given, tools, session, before_tool is not None, settings)
+        self._shell = _Shell(client, prepare, before_tool)
+        # It does not hold this object, and has no generator inside: so it ends as soon as nobody holds this any more,
+        # and is ended once, whoever does it (the collector and asyncio.run end each generator that they find).
+        self._events = self._shell.events()
 
     async def __anext__(self) -> LoopEvent:
         return await anext(self._events)
@@ -87,22 +91,7 @@ class Events(AsyncIterator[LoopEvent]):
     @property
     def messages(self) -> list[ChatMessage]:
         """The transcript so far, at any time fit for resuming: calls without a result yet are answered with that."""
-        return self._loop.transcript() if self._loop else list(self._given)
-
-    async def _run(
-        self,
-        client: Any,
-        before_tool: sync.BeforeTool | None,
-        tools: Iterable[Any] | None,
-        session: str | None,
-        settings: dict[str, Any],
-    ) -> AsyncGenerator[LoopEvent]:
-        # in a thread: a tool source may ask its server what it has
-        plan = await asyncio.to_thread(sync.prepare, self._given, tools, session, before_tool is not None, settings)
-        self._loop = plan.loop
-        async with contextlib.aclosing(_Shell(client, plan, before_tool).events()) as events:
-            async for event in events:
-                yield event
+        return self._shell.loop.transcript() if self._shell.plan else list(self._given)
 
 
 @dataclass(slots=True)
@@ -110,14 +99,23 @@ class _Shell:
     """Carries out the core's actions on the running event loop."""
 
     client: Any
-    plan: sync.Plan
+    prepare: Callable[[], sync.Plan]
     before_tool: sync.BeforeTool | None
+    plan: sync.Plan | None = None
     done: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
 
+    @property
+    def loop(self) -> Loop:
+        """The core, of a loop that has begun."""
+        assert self.plan is not None, "nothing is carried out before it is prepared"
+        return self.plan.loop
+
     async def events(self) -> AsyncGenerator[LoopEvent]:
         """The loop, from start to end."""
-        loop = self.plan.loop
+        # in a thread: a tool source may ask its server what it has
+        plan = self.plan = await asyncio.to_thread(self.prepare)
+        loop = plan.loop
         try:
             actions = deque(loop.start(time.monotonic()))
             while True:
@@ -125,7 +123,7 @@ class _Shell:
                     match actions.popleft():
                         case AskModel() as ask:
                             yield TurnStarted(ask.turn)
-                            async with self.client.stream(**self.plan.turn_options(ask)) as stream:
+                            async with self.client.stream(**plan.turn_options(ask)) as stream:
                                 async for delta in stream:
                                     yield delta
                                 result = stream.result
@@ -156,7 +154,7 @@ class _Shell:
                 await self._hint("waiting_on_tool", expected)
             case AskApproval(number, call):
                 answer = await _awaited(self.before_tool(call)) if self.before_tool else True
-                return self.plan.loop.handle(Decided(number, sync.decision(answer, call)), time.monotonic())
+                return self.loop.handle(Decided(number, sync.decision(answer, call)), time.monotonic())
             case AbandonTool(number):
                 if task := self.tasks.pop(number, None):
                     task.cancel()
@@ -188,7 +186,7 @@ class _Shell:
 
     async def _next(self) -> Event:
         """Wait for a tool, or for the time at which the next one is late."""
-        wake = self.plan.loop.wake
+        wake = self.loop.wake
         try:
             async with asyncio.timeout(None if wake is None else max(0.0, wake - time.monotonic())):
                 event = await self.done.get()
@@ -207,7 +205,7 @@ class _Shell:
 
     async def _hint(self, state: str, expected: float | None = None) -> None:
         try:
-            await _awaited(self.client.hint(self.plan.loop.session, state, expected))
+            await _awaited(self.client.hint(self.loop.session, state, expected))
         except LoopmuxError:
             pass  # a hint saves work and changes no result: a broken connection shows in the next turn
 

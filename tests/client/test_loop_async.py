@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
@@ -263,6 +264,48 @@ def test_leaving_the_iteration_cancels_the_turn():
 
     assert wait(main()) == [TurnStarted(1), TextDelta("text")]
     assert client.left == ["cancelled"]
+
+
+def test_a_loop_that_nobody_iterates_over_any_more_ends_at_once():
+    client = AsyncScriptedClient([turn("text")])
+
+    async def main() -> None:
+        async for event in loop.aiterate(client, "go", tools=[add]):
+            if isinstance(event, TextDelta):
+                break
+        while not client.hints:
+            await asyncio.sleep(0.001)
+
+    gc.disable()
+    try:
+        wait(main())
+    finally:
+        gc.enable()
+    assert client.left == ["cancelled"]
+
+
+def test_a_loop_that_the_collector_finds_half_way_is_ended_once():
+    async def sleep() -> None:
+        await asyncio.sleep(60)
+
+    client = AsyncScriptedClient([turn("", call("sleep"), call("add", "c1", a=1, b=2))])
+    failures: list[Any] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+        held: dict[str, Any] = {"events": loop.aiterate(client, "go", tools=[sleep, add])}
+        async for event in held["events"]:
+            if isinstance(event, ToolResult):
+                break
+        held["itself"] = held
+        del held
+        gc.collect()
+        while client.hints[-1][1] != "done":
+            await asyncio.sleep(0.001)
+
+    wait(main())
+    gc.collect()
+    assert failures == []
 
 
 def test_errors_carry_the_transcript():
