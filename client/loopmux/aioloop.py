@@ -169,7 +169,11 @@ class _Shell:
             self._start_thread(job)
 
     async def _await_tool(self, job: RunTool) -> None:
-        self.done.put_nowait(ToolFinished(job.number, await _perform(job.tool, job.call)))
+        outcome = failed("CancelledError")  # by itself, or by somebody else: the loop ignores those that it cancelled
+        try:
+            outcome = await _perform(job.tool, job.call)
+        finally:
+            self.done.put_nowait(ToolFinished(job.number, outcome))
 
     def _start_thread(self, job: RunTool) -> None:
         context, running = contextvars.copy_context(), asyncio.get_running_loop()

@@ -149,8 +149,15 @@ def test_hostile_coroutines():
         "Odd",
         "TypeError: the result is a object, expected text, numbers, lists, dicts or a dataclass",
     ]
-    out = run(AsyncScriptedClient([turn("", call("cancels")), turn("ok")]), tools=[cancels])
-    assert out.tool_log[0]["error"] == "CancelledError"
+    async def cancels_its_task() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+
+    for name, tool in {"cancels": cancels, "cancels_its_task": cancels_its_task}.items():
+        out = run(AsyncScriptedClient([turn("", call(name)), turn("ok")]), tools=[tool])
+        assert out.tool_log[0]["error"] == "CancelledError"
 
 
 def test_cancelling_the_task_cancels_the_turns_tools():
