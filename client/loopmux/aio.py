@@ -217,10 +217,16 @@ class _Channel:
         return self._driver
 
     def close(self) -> None:
-        """Close for good; a second time does nothing."""
+        """Close for good; a second time does nothing. A driver whose loop runs elsewhere is closed there, soon."""
         self._closed = True
-        if self._driver is not None and self._driver.pid == os.getpid():
-            self._driver.close()
+        driver = self._driver
+        if driver is None or driver.pid != os.getpid():
+            return
+        if driver.loop.is_running() and driver.loop is not asyncio.get_running_loop():
+            with contextlib.suppress(RuntimeError):  # that loop was closed by now, and with it everything that runs
+                driver.loop.call_soon_threadsafe(driver.close)
+        else:
+            driver.close()
 
 
 class AsyncStream:
@@ -310,6 +316,8 @@ class AsyncStream:
 
     async def _take(self) -> StreamEvent | None:
         """Wait for the next event; None when the outcome came instead."""
+        if asyncio.get_running_loop() is not self._driver.loop:
+            raise RuntimeError("this stream belongs to another event loop: read it in the one that it was begun in")
         item = await self._inbox.get()
         match item:
             case Deliver(_, event, report):

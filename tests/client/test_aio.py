@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -285,6 +286,43 @@ def test_closing_ends_what_runs(ipc_broker: FakeBroker) -> None:
             await task
 
     run(ipc_broker.endpoint, story)
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop that runs in another thread, and would say if it was touched from this one."""
+    loop = asyncio.new_event_loop()
+    loop.set_debug(True)
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_a_stream_that_is_read_in_another_loop_says_so(
+    ipc_broker: FakeBroker, elsewhere: asyncio.AbstractEventLoop
+) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        stream = client.stream("x", max_new_tokens=2)
+        with pytest.raises(RuntimeError, match="belongs to another event loop"):
+            asyncio.run_coroutine_threadsafe(stream.wait(), elsewhere).result(5)
+        assert (await stream.wait()).text == whole_text(2)
+
+    run(ipc_broker.endpoint, story)
+
+
+def test_closing_from_another_loop_ends_what_runs_in_its_own(
+    ipc_broker: FakeBroker, elsewhere: asyncio.AbstractEventLoop
+) -> None:
+    client = loopmux.AsyncClient(ipc_broker.endpoint)
+    running = asyncio.run_coroutine_threadsafe(client.generate("x", model="hang"), elsewhere)
+    asyncio.run(until(lambda: ipc_broker.count(Kind.SUBMIT) == 1))
+    asyncio.run(client.close())
+    with pytest.raises(loopmux.CancelledError, match="client was closed"):
+        running.result(5)
+    asyncio.run(until(lambda: ipc_broker.count(Kind.BYE) == 1))
 
 
 def test_a_new_broker_is_greeted_as_soon_as_it_is_there(tmp_path: Path) -> None:
