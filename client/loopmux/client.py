@@ -281,7 +281,7 @@ class Client:
         Raises:
             BadRequestError: a field is of the wrong type or too long, or the state unknown.
         """
-        self._channel.pump().post(Hinted(hint_of(session, state, expected)))
+        self._channel.mention(Hinted(hint_of(session, state, expected)))
 
     def status(self) -> Status:
         """What the broker knows: models, workers, launchers, counters.

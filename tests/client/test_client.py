@@ -256,6 +256,29 @@ def test_hints_reach_the_broker(client: loopmux.Client, ipc_broker: FakeBroker) 
         client.hint("s1", "sleeping")  # type: ignore[arg-type]
 
 
+def test_no_connection_is_opened_for_a_hint(ipc_broker: FakeBroker) -> None:
+    with loopmux.Client(ipc_broker.endpoint) as client:
+        client.hint("s", "done")
+        assert not _threads()
+    with pytest.raises(loopmux.ConnectionLostError, match="closed: make another"):
+        client.hint("s", "done")
+
+
+def test_a_tool_loop_that_is_left_at_exit_says_nothing(ipc_broker: FakeBroker) -> None:
+    program = f"""
+        import loopmux
+
+        client = loopmux.Client({ipc_broker.endpoint!r}, max_new_tokens=300)
+        events = client.iter_tools("x", tools=[])
+        while not isinstance(next(events), loopmux.TextDelta):
+            pass
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 _LONG, _NO_TEXT = "n" * 5000, "bad\ud800"
 MISTAKEN: list[tuple[str, tuple[object, ...], str]] = [
     ("hint", (_LONG, "done"), "session: found a text of 5000 characters"),
