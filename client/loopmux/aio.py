@@ -18,7 +18,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from loopmux import __version__, wire
-from loopmux.client import Messages, evict_order, hint_of, load_order, make_request, outcome_of, unload_order
+from loopmux.client import (
+    Messages,
+    evict_order,
+    hint_of,
+    load_order,
+    loop_settings,
+    make_request,
+    outcome_of,
+    unload_order,
+)
 from loopmux.connection import Connection
 from loopmux.endpoints import default_endpoint, ipc_path
 from loopmux.errors import AuthError, CancelledError, ConnectionLostError, LoopmuxError
@@ -415,7 +424,8 @@ class AsyncClient:
         """Let the model use tools until it answers; see ``loopmux.loop.arun``."""
         from loopmux import loop
 
-        return await loop.arun(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
+        settings = loop_settings(self._options, options)
+        return await loop.arun(self, prompt_or_messages, tools=tools, max_turns=max_turns, **settings)
 
     def iter_tools(
         self,
@@ -431,7 +441,8 @@ class AsyncClient:
         """
         from loopmux import loop
 
-        return loop.aiterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
+        settings = loop_settings(self._options, options)
+        return loop.aiterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **settings)
 
     async def hint(
         self, session: str, state: Literal["waiting_on_tool", "done"], expected: float | None = None

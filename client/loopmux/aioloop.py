@@ -74,6 +74,7 @@ class Events(AsyncIterator[LoopEvent]):
         session: str | None = None,
         **settings: Any,
     ) -> None:
+        sync.check_callback("before_tool", before_tool, awaited=True)
         self._given = sync.messages_of(prompt_or_messages)
         prepare = functools.partial(sync.prepare, self._given, tools, session, before_tool is not None, settings)
         self._shell = _Shell(client, prepare, before_tool)

@@ -253,7 +253,8 @@ class Client:
         """Let the model use tools until it answers; see ``loopmux.loop.run``."""
         from loopmux import loop
 
-        return loop.run(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
+        settings = loop_settings(self._options, options)
+        return loop.run(self, prompt_or_messages, tools=tools, max_turns=max_turns, **settings)
 
     def iter_tools(
         self,
@@ -269,7 +270,8 @@ class Client:
         """
         from loopmux import loop
 
-        return loop.iterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
+        settings = loop_settings(self._options, options)
+        return loop.iterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **settings)
 
     def hint(self, session: str, state: Literal["waiting_on_tool", "done"], expected: float | None = None) -> None:
         """Tell the broker whether a session comes back, and after how many seconds if that is known; never waits.
@@ -375,6 +377,11 @@ def make_request(options: Mapping[str, Any], now: float, *, collect: bool) -> Re
     """
     ready = prepare(options)
     return Request(wire.new_id(), ready.submit, ready.body, now + ready.submit.timeout, ready.idle_timeout, collect)
+
+
+def loop_settings(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tool loop is told: what was given, and those of the client's defaults that a loop has a rule of its own for."""
+    return {name: defaults[name] for name in ("session", "tool_choice") if name in defaults} | dict(given)
 
 
 def hint_of(session: str, state: str, expected: float | None) -> SessionHint:

@@ -149,6 +149,7 @@ def test_hostile_coroutines():
         "Odd",
         "TypeError: the result is a object, expected text, numbers, lists, dicts or a dataclass",
     ]
+
     async def cancels_its_task() -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -326,8 +327,9 @@ def test_errors_carry_the_transcript():
         run(AsyncScriptedClient([turn("", call("hang"))]), tools=[hanging()], timeout=0.1)
     with pytest.raises(ToolLoopError, match="before_tool answered 3"):
         run(AsyncScriptedClient([turn("", call(a=1, b=2))]), before_tool=lambda _: 3)
-    with pytest.raises(BadRequestError):
-        run(AsyncScriptedClient([]), tools=[add, add])
+    for wrong in ({"tools": [add, add]}, {"before_tool": 3}, {"on_event": 3}):
+        with pytest.raises(BadRequestError):
+            run(AsyncScriptedClient([]), **wrong)
 
 
 def hanging() -> Tool:
