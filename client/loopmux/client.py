@@ -380,7 +380,7 @@ def make_request(options: Mapping[str, Any], now: float, *, collect: bool) -> Re
 
 
 def loop_settings(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a tool loop is told: what was given, and those of the client's defaults that a loop has a rule of its own for."""
+    """What a tool loop is told: what was given, and those of the client's defaults that loops have rules for."""
     return {name: defaults[name] for name in ("session", "tool_choice") if name in defaults} | dict(given)
 
 

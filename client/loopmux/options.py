@@ -191,7 +191,7 @@ def _with_packed_ids(message: object, path: str) -> object:
 
 
 def _pack_ids(ids: object, path: str) -> bytes:
-    if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
+    if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes, bytearray, memoryview)):
         raise BadRequestError(f"{path}: found {codec.show(ids)}, expected a list of token ids")
     try:
         return wire.pack_tokens(list(ids))
@@ -229,7 +229,10 @@ def check_plain(value: object, path: str, depth: int) -> None:
     elif isinstance(value, (list, tuple)):
         for i, entry in enumerate(value):
             check_plain(entry, f"{path}[{i}]", depth + 1)
-    elif value is not None and type(value) not in (bool, int, float):
+    elif type(value) is int:
+        if not -(2**63) <= value < 2**64:
+            raise BadRequestError(f"{path}: found {codec.show(value)}, expected a number of no more than 64 bits")
+    elif value is not None and type(value) not in (bool, float):
         raise BadRequestError(
             f"{path}: found {codec.show(value)}, expected text, number, true, false, nothing, list or mapping"
         )

@@ -188,6 +188,10 @@ def test_two_tools_of_one_name():
         schemas([add, ADD])
 
 
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
+
+
 @pytest.mark.parametrize(
     ("tools", "said"),
     [
@@ -196,6 +200,7 @@ def test_two_tools_of_one_name():
         ("add", "tools=[add]"),
         ([3], "expected functions"),
         (["add"], "expected functions"),
+        ([ENDLESS], "expected functions"),
         ([{"type": "function"}], '"function": {"name"'),
     ],
 )
