@@ -354,6 +354,14 @@ def test_closing_is_final_and_harmless(ipc_broker: FakeBroker) -> None:
     assert not _threads()
 
 
+def test_closing_while_no_broker_is_there_yet_says_so(tmp_path: Path) -> None:
+    client = loopmux.Client(f"ipc://{tmp_path / 'b'}", connect_timeout=60)
+    stream = client.stream("x")
+    client.close()
+    with pytest.raises(loopmux.CancelledError, match="the client was closed"):
+        list(stream)
+
+
 def test_an_unclosed_client_is_cleaned_up_when_collected(ipc_broker: FakeBroker) -> None:
     client = loopmux.Client(ipc_broker.endpoint)
     client.generate("x", max_new_tokens=1)
