@@ -386,6 +386,44 @@ def test_an_unclosed_client_does_not_hang_the_interpreter(ipc_broker: FakeBroker
     ipc_broker.wait_for(Kind.BYE)
 
 
+@pytest.mark.parametrize("kind", ["Client", "AsyncClient"])
+def test_a_program_that_may_open_no_more_files_gets_an_error_and_goes_on(ipc_broker: FakeBroker, kind: str) -> None:
+    program = f"""
+        import asyncio, inspect, os, resource, loopmux
+
+        async def call():
+            client = loopmux.{kind}({ipc_broker.endpoint!r}, max_new_tokens=2, timeout=20)
+            try:
+                result = client.generate("x")
+                return (await result if inspect.isawaitable(result) else result).text
+            except loopmux.ConnectionLostError as error:
+                return "too few" if "Too many open files" in error.message else error.message
+            finally:
+                if inspect.isawaitable(closed := client.close()):
+                    await closed
+
+        async def main():
+            print(await call())
+            held = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            while held:
+                print(await call())
+                os.close(held.pop())
+            print(await call())
+
+        asyncio.run(main())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *others = done.stdout.splitlines()
+    refused = others.count("too few")
+    assert refused > 0
+    assert others == ["too few"] * refused + [first] * (len(others) - refused)
+    assert first == others[-1] == whole_text(2)
+
+
 def test_one_that_gets_no_thread_leaves_nothing_that_hangs(tmp_path: Path) -> None:
     program = f"""
         import gc, threading, loopmux
