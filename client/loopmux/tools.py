@@ -274,6 +274,10 @@ def _check_parameter(parameter: inspect.Parameter, name: str, hints: Mapping[str
         raise BadRequestError(f"{what}: a model can only pass arguments that have names: write each one out")
     if parameter.kind is parameter.POSITIONAL_ONLY:
         raise BadRequestError(f"{what}: it can only be passed by position: remove the '/' after it")
+    if parameter.name not in hints and parameter.name in ("self", "cls"):
+        raise BadRequestError(
+            f"{what}: a method is a tool once it is bound: hand over that of an object, tools=[it.{name}]"
+        )
     if parameter.name not in hints:
         raise BadRequestError(f"{what}: it has no type hint: write for example '{parameter.name}: str'")
 
