@@ -146,7 +146,8 @@ class _Shell:
             raise
         finally:
             await self._cancel_tools()
-            await self._hint("done")
+            if plan.ends_session:
+                await self._hint("done")
 
     async def _perform(self, action: Action) -> list[Action]:
         """The actions that tell observers nothing; what follows from them."""

@@ -8,7 +8,8 @@ All take a client, a prompt or a list of messages, and ``tools=``. Further keywo
   ``Substitute(result)``, or for short True, False, or a text that stands in for the result;
 - ``on_event(event)`` (``run`` and ``arun``): sees every ``LoopEvent``, in the caller's thread. What it
   or ``before_tool`` raises ends the loop and comes out as it is; who wants the transcript then uses ``iterate``;
-- ``session``: the session id of all turns; if not given the client's own default, else a fresh one;
+- ``session``: the session id of all turns; if not given the client's own default, else a fresh one, which ends with
+  the loop (of another one, whoever named it says with ``client.hint`` when it is done);
 - everything else is an option of ``client.stream`` and holds for every turn, but for a ``tool_choice`` that forces a
   call: it holds for the first turn only, since the loop could not end otherwise.
 
@@ -211,11 +212,12 @@ def aiterate(
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A loop that is ready to start: its core, and what every turn is asked with."""
+    """A loop that is ready to start: its core, what every turn is asked with, and whether its session ends with it."""
 
     loop: Loop
     schemas: list[dict[str, Any]]
     options: dict[str, Any]
+    ends_session: bool
 
     def turn_options(self, ask: AskModel) -> dict[str, Any]:
         """The arguments of ``client.stream`` for one turn."""
@@ -274,7 +276,7 @@ def _plan(
         names = ", ".join(by_name) or "there are none"
         raise ToolNotFoundError(f"tool_choice: found {choice!r}, expected auto, none, required or a tool of: {names}")
     loop = Loop(messages, by_name, limits, approval, session or secrets.token_hex(8))
-    return Plan(loop, [tool.schema for tool in by_name.values()], options)
+    return Plan(loop, [tool.schema for tool in by_name.values()], options, ends_session=not session)
 
 
 def messages_of(given: str | Iterable[ChatMessage]) -> list[ChatMessage]:
@@ -361,7 +363,8 @@ class _Shell:
             error.messages = error.messages or loop.transcript()
             raise
         finally:
-            self._hint("done")
+            if self.plan.ends_session:
+                self._hint("done")
 
     def _perform(self, action: Action) -> Generator[LoopEvent, None, Event | LoopFinished | None]:
         """Carry out one action; what came of it, if that is known at once."""
