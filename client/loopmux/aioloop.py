@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import contextvars
 import functools
@@ -12,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from loopmux import loop as sync
 from loopmux import toolrun
@@ -43,6 +44,8 @@ from loopmux.outcome import Outcome, described, failed, succeeded
 from loopmux.results import ToolCall
 from loopmux.tools import Tool
 from loopmux.turns import Loop
+
+T = TypeVar("T")
 
 _LAST_WORDS = 1.0
 """Seconds that cancelled coroutine tools get to clean up when a loop ends before them."""
@@ -115,7 +118,7 @@ class _Shell:
     async def events(self) -> AsyncGenerator[LoopEvent]:
         """The loop, from start to end."""
         # in a thread: a tool source may ask its server what it has
-        plan = self.plan = await asyncio.to_thread(self.prepare)
+        plan = self.plan = await _in_thread("loopmux-tools", self.prepare)
         loop = plan.loop
         try:
             actions = deque(loop.start(time.monotonic()))
@@ -178,17 +181,10 @@ class _Shell:
             self.done.put_nowait(ToolFinished(job.number, outcome))
 
     def _start_thread(self, job: RunTool) -> None:
-        context, running = contextvars.copy_context(), asyncio.get_running_loop()
-
-        def work() -> None:
-            event = ToolFinished(job.number, context.run(toolrun.perform, job.tool, job.call))
-            try:
-                running.call_soon_threadsafe(self.done.put_nowait, event)
-            except RuntimeError:
-                pass  # the event loop is closed: nobody waits for this any more
-
-        # not asyncio's own pool: that one is joined at the end, and a tool that never returns would hang the program
-        threading.Thread(target=work, name=f"loopmux-tool-{job.call.name}", daemon=True).start()
+        perform = functools.partial(toolrun.perform, job.tool, job.call)
+        _in_thread(f"loopmux-tool-{job.call.name}", perform).add_done_callback(
+            lambda done: self.done.put_nowait(ToolFinished(job.number, done.result()))
+        )
 
     async def _next(self) -> Event:
         """Wait for a tool, or for the time at which the next one is late."""
@@ -214,6 +210,26 @@ class _Shell:
             await _awaited(self.client.hint(self.loop.session, state, expected))
         except LoopmuxError:
             pass  # a hint saves work and changes no result: a broken connection shows in the next turn
+
+
+def _in_thread(name: str, function: Callable[[], T]) -> asyncio.Future[T]:
+    """What a function comes to that is called in a thread of its own, in the caller's context.
+
+    Not in asyncio's pool: that one may be full of callers who wait for this loop, and it is joined at the end, where a
+    tool that never returns would hang the program.
+    """
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    context = contextvars.copy_context()
+
+    def work() -> None:
+        if done.set_running_or_notify_cancel():
+            try:
+                done.set_result(context.run(function))
+            except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+                done.set_exception(error)
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return asyncio.wrap_future(done)
 
 
 async def _perform(tool: Tool, call: ToolCall) -> Outcome:

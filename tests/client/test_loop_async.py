@@ -7,6 +7,7 @@ import contextlib
 import gc
 import threading
 from collections.abc import AsyncIterator, Awaitable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pytest
@@ -123,6 +124,43 @@ def test_a_plain_tool_that_never_returns_does_not_hang_the_program():
         tool_timeout=0.05,
     )
     assert out.text == "gave up"
+    forever.set()
+
+
+def test_loops_that_the_threads_of_asyncios_own_pool_wait_for_come_to_their_end():
+    async def main() -> list[str]:
+        running = asyncio.get_running_loop()
+        running.set_default_executor(ThreadPoolExecutor(1))
+
+        async def one() -> str:
+            client = AsyncScriptedClient([turn("", call(a=1, b=2)), turn("3")])
+            return (await loop.arun(client, "go", tools=[add])).text
+
+        def job() -> str:
+            return asyncio.run_coroutine_threadsafe(one(), running).result(10)
+
+        return await asyncio.gather(*(asyncio.to_thread(job) for _ in range(3)))
+
+    assert wait(main()) == ["3"] * 3
+
+
+def test_a_source_of_tools_that_never_answers_does_not_hang_the_program():
+    class Silent:
+        def tools(self) -> list[Tool]:
+            forever.wait()
+            return []
+
+    async def main() -> None:
+        async with asyncio.timeout(0.05):
+            await loop.arun(AsyncScriptedClient([]), "go", tools=[Silent()])
+
+    forever = threading.Event()
+    late = threading.Timer(5, forever.set)  # for the sake of a test that fails
+    late.start()
+    with pytest.raises(TimeoutError):
+        wait(main())
+    assert not forever.is_set()
+    late.cancel()
     forever.set()
 
 
