@@ -149,7 +149,9 @@ class _Driver:
 
     def _turn(self) -> None:
         """Take what is there; the descriptor only says that something may have changed."""
-        self._again = None
+        if self._again is not None:
+            self._again.cancel()  # it is the descriptor that called, and who closes must find no other turn
+            self._again = None
         for data in self._link.arrived(_DRAIN):
             self._handle(Received(data))
         self._settle()

@@ -288,6 +288,23 @@ def test_closing_ends_what_runs(ipc_broker: FakeBroker) -> None:
     run(ipc_broker.endpoint, story)
 
 
+def test_no_turn_is_left_behind_when_it_is_closed(ipc_broker: FakeBroker) -> None:
+    failures: list[object] = []
+
+    async def story(client: loopmux.AsyncClient) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: failures.append(context))
+        await client.generate("x", max_new_tokens=1)
+        driver = client._channel.driver()
+        driver._again = loop.call_soon(driver._turn)  # as if there was more to be taken
+        driver._turn()  # the descriptor was faster
+        await client.close()
+        await asyncio.sleep(0)
+
+    run(ipc_broker.endpoint, story)
+    assert failures == []
+
+
 @pytest.fixture
 def elsewhere() -> Iterator[asyncio.AbstractEventLoop]:
     """An event loop that runs in another thread, and would say if it was touched from this one."""
