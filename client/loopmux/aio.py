@@ -210,8 +210,7 @@ class _Channel:
             ConnectionLostError: the client was closed.
             RuntimeError: the client is in use by another loop.
         """
-        if self._closed:
-            raise ConnectionLostError("the client is closed: make another one", retryable=False)
+        self._check_open()
         if self._driver is not None and self._driver.pid != os.getpid():
             self._driver = self._finalizer = None  # a forked child: the parent's stays in the registry of finalizers
         if self._driver is not None and self._driver.loop is not asyncio.get_running_loop():
@@ -226,6 +225,20 @@ class _Channel:
             self._finalizer = weakref.finalize(self, self._driver.drop)
             self._finalizer.atexit = False  # what is left at exit is no leak
         return self._driver
+
+    def mention(self, event: ConnectionEvent) -> None:
+        """Post what is of use only over a connection that is there: none is opened for it.
+
+        Raises:
+            ConnectionLostError, RuntimeError: as ``driver``.
+        """
+        self._check_open()
+        if self._driver is not None and not self._driver.closed:
+            self.driver().post(event)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConnectionLostError("the client is closed: make another one", retryable=False)
 
     def close(self) -> None:
         """Close for good; a second time does nothing. A driver whose loop runs elsewhere is closed there, soon."""
@@ -458,7 +471,7 @@ class AsyncClient:
         Raises:
             BadRequestError: a field is of the wrong type or too long, or the state unknown.
         """
-        self._channel.driver().post(Hinted(hint_of(session, state, expected)))
+        self._channel.mention(Hinted(hint_of(session, state, expected)))
 
     async def status(self) -> Status:
         """What the broker knows: models, workers, launchers, counters.

@@ -288,6 +288,23 @@ def test_closing_ends_what_runs(ipc_broker: FakeBroker) -> None:
     run(ipc_broker.endpoint, story)
 
 
+def test_no_connection_is_opened_for_a_hint(ipc_broker: FakeBroker) -> None:
+    async def main() -> None:
+        client = loopmux.AsyncClient(ipc_broker.endpoint)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # one that was opened would be said to be unclosed
+            await client.hint("s", "done")
+            del client
+            gc.collect()
+        async with loopmux.AsyncClient(ipc_broker.endpoint) as other:
+            await other.generate("x", max_new_tokens=1)
+        with pytest.raises(loopmux.ConnectionLostError, match="closed: make another"):
+            await other.hint("s", "done")
+        assert len(ipc_broker.peers) == 1
+
+    asyncio.run(main())
+
+
 def test_no_turn_is_left_behind_when_it_is_closed(ipc_broker: FakeBroker) -> None:
     failures: list[object] = []
 
