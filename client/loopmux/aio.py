@@ -511,8 +511,15 @@ class AsyncClient:
 
     async def _ask(self, question: Asked) -> Status | Done:
         inbox = _Inbox()
-        self._channel.driver().start(question, inbox.put_nowait)
-        match await inbox.get():
+        driver = self._channel.driver()
+        driver.start(question, inbox.put_nowait)
+        try:
+            answered = await inbox.get()
+        except asyncio.CancelledError:
+            driver.forget(question.id)
+            driver.post(CancelAsked(question.id))
+            raise
+        match answered:
             case Answer(_, answer):
                 return answer
             case Fail(_, error):

@@ -355,8 +355,15 @@ class Client:
 
     def _ask(self, question: Asked) -> Status | Done:
         inbox: queue.SimpleQueue[Deliver | Finish | Fail | Answer] = queue.SimpleQueue()
-        self._channel.pump().start(question, inbox.put)
-        match inbox.get():
+        pump = self._channel.pump()
+        try:
+            pump.start(question, inbox.put)
+            answered = inbox.get()
+        except BaseException:  # Ctrl-C
+            pump.forget(question.id)
+            pump.post(CancelAsked(question.id))
+            raise
+        match answered:
             case Answer(_, answer):
                 return answer
             case Fail(_, error):

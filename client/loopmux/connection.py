@@ -121,6 +121,9 @@ class Connection:
         match event:
             case Received(data):
                 return self._received(data, now)
+            case CancelAsked(id_) if id_ in self._questions:
+                del self._questions[id_]
+                return []
             case Consumed(request) | CancelAsked(request):
                 return self._tell(request, event, now)
             case TimePassed():

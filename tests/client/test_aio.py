@@ -288,6 +288,20 @@ def test_closing_ends_what_runs(ipc_broker: FakeBroker) -> None:
     run(ipc_broker.endpoint, story)
 
 
+def test_a_question_that_is_cancelled_is_forgotten(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with loopmux.AsyncClient(f"ipc://{tmp_path / 'nobody'}", connect_timeout=float("inf")) as client:
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.01):
+                        await client.status()
+            driver = client._channel.driver()
+            assert not driver._sinks
+            assert not driver._core._questions
+
+    asyncio.run(main())
+
+
 def test_no_connection_is_opened_for_a_hint(ipc_broker: FakeBroker) -> None:
     async def main() -> None:
         client = loopmux.AsyncClient(ipc_broker.endpoint)

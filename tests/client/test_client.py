@@ -490,6 +490,21 @@ def test_a_handler_of_a_signal_may_close_the_client_in_its_first_call(
     assert not _threads()
 
 
+def test_a_keyboard_interrupt_of_a_question_leaves_nothing_behind(tmp_path: Path) -> None:
+    with loopmux.Client(f"ipc://{tmp_path / 'nobody'}", connect_timeout=float("inf")) as client:
+        pump = client._channel.pump()
+
+        def interrupt() -> None:
+            wait_until(lambda: bool(pump._core._questions), "it was asked")
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            client.status()
+        assert not pump._sinks
+        wait_until(lambda: not pump._core._questions, "nobody waits")
+
+
 def test_a_keyboard_interrupt_leaves_the_client_usable(ipc_broker: FakeBroker) -> None:
     with loopmux.Client(ipc_broker.endpoint) as client:
         interrupt = threading.Thread(
