@@ -64,7 +64,7 @@ from loopmux.loopevents import (
     TurnFinished,
     TurnStarted,
 )
-from loopmux.options import check_plain
+from loopmux.options import KNOWN, check_known, check_plain
 from loopmux.outcome import readable, succeeded
 from loopmux.results import Result, StreamEvent, ToolCall
 from loopmux.turns import Loop
@@ -266,6 +266,7 @@ def _plan(
 ) -> Plan:
     check_plain(messages, "messages", 0)
     known = {f.name for f in dataclasses.fields(Limits)}
+    check_known(settings, known | KNOWN | {"before_tool"})
     limits = Limits(**{name: value for name, value in settings.items() if name in known})
     options = {name: value for name, value in settings.items() if name not in known}
     by_name = tools.collect(given)

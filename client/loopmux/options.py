@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
@@ -104,9 +104,7 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """
     merged: dict[str, Any] = {}
     for layer in layers:
-        for name in layer:
-            if name not in KNOWN:
-                raise BadRequestError(_unknown(name))
+        check_known(layer, KNOWN)
         merged |= layer
     return {name: value for name, value in merged.items() if value is not None}
 
@@ -129,9 +127,16 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     return Prepared(_submit(given, timeout, generate), body, idle)
 
 
-def _unknown(name: str) -> str:
-    hint = did_you_mean(name, KNOWN) or "known are " + ", ".join(sorted(KNOWN))
-    return f"unknown option {name!r}: {hint}"
+def check_known(given: Iterable[str], known: Set[str]) -> None:
+    """Refuse a name that is none of these.
+
+    Raises:
+        BadRequestError: naming the nearest one.
+    """
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known) or "known are " + ", ".join(sorted(known))
+            raise BadRequestError(f"unknown option {name!r}: {hint}")
 
 
 def seconds(name: str, value: object, *, forever: bool = False) -> float:

@@ -419,6 +419,17 @@ def test_wrong_calls_are_refused_before_anything_is_sent(messages: Any, tools: A
     assert client.requests == client.hints == []
 
 
+@pytest.mark.parametrize(
+    ("slip", "meant"), [("max_turn", "max_turns"), ("tooltimeout", "tool_timeout"), ("before_tools", "before_tool")]
+)
+def test_a_slip_in_the_name_of_a_limit_is_told_before_anything_is_sent(slip: str, meant: str):
+    client = ScriptedClient([])
+    with pytest.raises(BadRequestError, match=f"unknown option '{slip}': did you mean '{meant}'") as caught:
+        run(client, **{slip: 3})
+    assert caught.value.messages == [{"role": "user", "content": "go"}]
+    assert client.requests == []
+
+
 def test_an_observer_that_cannot_be_called_is_refused_before_anything_is_sent():
     client = ScriptedClient([])
     with pytest.raises(BadRequestError, match=r"on_event: found \[\] \(list\), expected a function"):
