@@ -717,6 +717,17 @@ def test_nor_one_that_has_not_the_adapter_that_it_wants_now(core: Core) -> None:
     assert receivers(core.submit(FOUR, session="s", continues=True, prompt_size=LONG, adapter="a")) == [SECOND]
 
 
+@pytest.mark.parametrize("again", [{"session": "s"}, {"hashes": (b"begun",)}], ids=["its session", "its beginning"])
+def test_how_long_a_prompt_takes_is_not_learnt_where_its_state_is(core: Core, again: dict[str, Any]) -> None:
+    core.register()
+    for request, took in ((ONE, 0.4), (TWO, 0.001)):
+        core.submit(request, prompt_size=LONG, **again)
+        core.now += took
+        core.worker(tok(request, 0))
+        core.worker(end(request, 1))
+    assert core.tables.pool.workers[WORKER].pace == pytest.approx(0.4 / LONG)
+
+
 def test_no_wait_is_longer_than_two_seconds(core: Core) -> None:
     busy_home(core, took=60.0)
     next_turn(core)
