@@ -90,7 +90,7 @@ def panics_as_errors() -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # each library has a class of its own, which it does not export
             raise
-        raise EngineError(f"a library panicked over the text of this request ({in_words(error)})") from error
+        raise EngineError(f"the library of tokenizers or that of grammars panicked ({in_words(error)})") from error
 
 
 def _out_of_memory(error: BaseException) -> bool:
