@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 CONTEXT = 256
 TEMPLATE = """\
@@ -95,7 +95,7 @@ def write_adapter(base: Path, folder: Path, *, seed: int, **settings: Any) -> Pa
     """A random adapter whose effect is large enough to change greedy answers."""
     torch.manual_seed(seed)
     options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **(options | settings)))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:

@@ -1,5 +1,6 @@
 """What every engine on a real model does alike; what is one engine's alone is tested beside that engine."""
 
+import json
 import shutil
 import threading
 
@@ -330,6 +331,30 @@ def test_a_failing_forward_fails_its_request_alone(engine, device, monkeypatch):
     assert isinstance(failed.error, EngineError)
     monkeypatch.undo()
     assert len(ids(answer(engine, job(max_new_tokens=2, ignore_eos=True)))) == 2
+
+
+def test_a_tokenizer_that_panics_costs_its_request_alone(tiny_model, kind, device, tmp_path):
+    """What Rust code panics with is no Exception."""
+    folder = shutil.copytree(tiny_model.base, tmp_path / "base")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    strip = {"type": "Strip", "content": "a", "start": 1, "stop": 1}  # which a text of one "a" is too short for
+    content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], strip]}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (token,) = tiny_model.tokenizer.encode("a")
+    engine = enginekit.opened(folder, engine=kind, device=device)
+    try:
+        fine = job(max_new_tokens=8, ignore_eos=True, sampling=Sampling(logit_bias={str(token): -1000.0}, seed=1))
+        alone = ids(answer(engine, fine))
+        panics = job(sampling=Sampling(temperature=0, logit_bias={str(token): 1000.0}))
+        outputs = enginekit.play(engine, [panics, fine])
+        (failed,) = of(panics, outputs)
+        assert isinstance(failed, Failed)
+        assert "PanicException" in failed.error.message
+        assert ids(of(fine, outputs)) == alone
+        with pytest.raises(EngineError, match="PanicException"):
+            engine.prepare(job(prefix=(token,)))
+    finally:
+        engine.close()
 
 
 TOOLS = ({"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}},)

@@ -117,6 +117,14 @@ def test_what_a_bias_forbids_is_written_where_nothing_else_may_be(engine, tiny_m
     checked(play(engine, [job(sampling=Sampling(temperature=0, logit_bias=forbidden), **CALL)]))
 
 
+def test_stop_tokens_that_leave_nothing_to_write_are_named(engine, tiny_model):
+    begins = tuple(tiny_model.tokenizer.encode("<tool_call>"))
+    (failed,) = play(engine, [job(stop_token_ids=begins, **CALL)])
+    assert isinstance(failed, Failed)
+    assert "stop_token_ids" in failed.error.message
+    assert engine.due() is None
+
+
 def test_log_probabilities_are_the_models_own(engine):
     free, held = job(max_new_tokens=1, logprobs=3), job(max_new_tokens=1, logprobs=3, **CALL)
     outputs = play(engine, [free, held])

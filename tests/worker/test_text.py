@@ -1,7 +1,8 @@
+import itertools
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from loopmux_worker.engine.text import Detokenizer, StopStrings
@@ -64,15 +65,52 @@ def test_a_decoder_that_drops_the_first_space_is_followed():
     assert "".join(pieces(decode, [0, 1, 2, 3, 4])) == decode([0, 1, 2, 3, 4]) == "Hello big  world!"
 
 
-def test_byte_fallback_shows_a_hole_per_byte_until_the_character_is_whole():
-    def decode(ids):
-        try:
-            return bytes(ids).decode()
-        except UnicodeDecodeError:
-            return "\ufffd" * len(ids)
+def decode_fallback(ids: list[int]) -> str:
+    """As Llama 2, Mistral and Gemma decode: tokens of one byte, which are text if all of them in a row are, and others.
 
-    out = pieces(decode, list("𝄞".encode()))
+    The others are written as the negative code of their character.
+    """
+    parts = []
+    for is_byte, some in itertools.groupby(ids, lambda i: i >= 0):
+        run = list(some)
+        try:
+            parts.append(bytes(run).decode() if is_byte else "".join(chr(-i) for i in run))
+        except UnicodeDecodeError:
+            parts.append("\ufffd" * len(run))
+    return "".join(parts)
+
+
+def test_byte_fallback_shows_a_hole_per_byte_until_the_character_is_whole():
+    out = pieces(decode_fallback, list("𝄞".encode()))
     assert out == ["", "", "", "𝄞", ""]
+
+
+def fallback(parts: list[str | int]) -> list[int]:
+    """Texts as tokens of one byte, other tokens as they are."""
+    return [i for part in parts for i in ([part] if isinstance(part, int) else part.encode())]
+
+
+@given(st.lists(st.sampled_from(["a", "é", "€", "𝄞", "\n", -ord("b")])))
+def test_byte_fallback_of_characters_in_a_row_comes_out_as_they_are(parts):
+    ids = fallback(parts)
+    out = pieces(decode_fallback, ids)
+    assert "".join(out) == decode_fallback(ids)
+    assert not any("\ufffd" in piece for piece in out)
+
+
+@given(st.lists(st.sampled_from(["é", "€", "𝄞", 0xFF, 0xE2, -ord("b")]), max_size=60))
+@example(["€", "𝄞", -ord("b")])
+@example([0xFF, *["€"] * 12, -ord("b")])
+def test_byte_fallback_of_broken_bytes_costs_no_other_text(parts):
+    out = "".join(pieces(decode_fallback, ids := fallback(parts)))
+    assert out.count("b") == ids.count(-ord("b"))
+    assert len(out) <= len(ids), "nothing comes out twice"
+
+
+def test_byte_fallback_that_ends_within_a_character_leaves_those_before_it():
+    for tail in ([], [-ord("!")]):
+        out = pieces(decode_fallback, fallback(["€é", 0xE2, 0x82, *tail]))
+        assert "".join(out) == "€é\ufffd\ufffd" + "!" * len(tail)
 
 
 def reference_stop(text: str, stops: list[str]) -> str | None:

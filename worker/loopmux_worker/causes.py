@@ -1,4 +1,4 @@
-"""What an error comes down to: memory that ran out, a device that is lost. Pure: knows libraries by their words.
+"""What an error comes down to: memory that ran out, a lost device, a panic. Pure: knows libraries by their words.
 
 Libraries say so in errors of many types, and wrap those in others.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from loopmux.errors import EngineError, LoopmuxError
 
@@ -75,6 +76,21 @@ def device_lost(error: BaseException | None) -> DeviceLostError | None:
         ):
             return DeviceLostError(f"the device is lost to this process, which ends: {in_words(cause)}")
     return None
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Rust code that panics (tokenizers, llguidance) raises what is no Exception, and would end its thread with it.
+
+    Raises:
+        EngineError: it panicked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # each library has a class of its own, which it does not export
+            raise
+        raise EngineError(f"the library of tokenizers or that of grammars panicked ({in_words(error)})") from error
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.messages import ModelSpec, WorkerSpec
 from loopmux.modelfolders import adapter_folder
 from loopmux.weightfiles import MODEL_CONFIG, model_weights, read_json
+from loopmux_worker.causes import panics_as_errors
 from loopmux_worker.engine import fingerprints, memory, specfolders
 from loopmux_worker.engine.templates import check_template, has_template
 
@@ -316,7 +317,10 @@ def read_tokenizer(folder: Path, spec: WorkerSpec) -> Any:
         ConfigError: there is none that this transformers can load.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
+        with panics_as_errors():
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
+            )
     except Exception as error:
         raise ConfigError(
             f"{folder}: transformers {transformers.__version__} cannot load its tokenizer ({type(error).__name__}: "

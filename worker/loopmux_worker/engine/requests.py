@@ -11,6 +11,7 @@ import torch
 from loopmux.errors import AdapterNotFoundError, BadRequestError
 from loopmux.messages import Generate
 from loopmux.results import Timing, Usage
+from loopmux_worker.causes import panics_as_errors
 from loopmux_worker.engine import admission, templates
 from loopmux_worker.engine.base import Job, timing_of
 from loopmux_worker.engine.continuing import Prompt
@@ -66,6 +67,7 @@ class Request:
         prompt = len(self.prompt)
         return Usage(prompt, total, min(cached, prompt), self.rewritten)
 
+    @panics_as_errors()
     def push(self, token: int) -> Piece:
         """Take in the next token."""
         self.sampler.note(token)
@@ -99,6 +101,7 @@ class Requests:
         self._models = models
         self._grammars = matching.Grammars(models.loaded.head)
 
+    @panics_as_errors()
     def prepare(self, job: Job) -> Prepared:
         """Check a job and read its prompt. In any thread; uses no torch, whose threads are those of who computes.
 

@@ -21,48 +21,62 @@ class Detokenizer:
     """Turns a growing list of token ids into text that only grows.
 
     The pieces of ``push`` and ``flush``, joined, equal the decoding of all ids at once, for every decoder that does not
-    rewrite characters which are already complete. Each call decodes a short window, so its cost does not grow with the
-    output. Half a character is held back until the rest of it, or the end, has come.
+    rewrite characters which are already complete. Byte fallback rewrites them: bytes in a row that end within a
+    character are nothing but holes to it. There what is out stays, and what comes next is decoded by itself. Each call
+    decodes a short window, so its cost does not grow with the output. Half a character is held back until the rest of
+    it, or the end, has come.
     """
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._window: list[int] = []
-        self._shown = 0  # characters of the window's text that were given out
+        self._text = ""  # the window's
+        self._shown = 0  # characters of it that were given out
         self._context = 0  # tokens in front of the window whose text is out; decoders look at neighbours
         self._context_length = 0  # characters of those alone
 
     def push(self, token: int) -> str:
         """Take one more token and return the text that is now certain."""
+        out, piece = self._text[: self._shown], ""
+        if not (text := self._decode([*self._window, token])).startswith(out):
+            piece, text = self._let_go(), self._decode([token])
         self._window.append(token)
-        text = self._decode(self._window)
-        certain = len(text) - _holes_at_end(text)
-        piece = text[self._shown : certain]
-        self._shown = max(self._shown, certain)
-        if self._shown == len(text) > self._context_length:
+        self._text = text
+        certain = max(self._shown, len(text) - _holes_at_end(text))
+        piece += text[self._shown : certain]
+        self._shown = certain
+        if certain == len(text) > self._context_length:
             self._advance()
         elif len(self._window) > _WINDOW:
-            self._cut(len(text) - self._shown)
+            piece += self._cut()
         return piece
 
     def flush(self) -> str:
         """The rest, at the end of the output: what is held back is never completed any more."""
-        text = self._decode(self._window)
-        piece = text[self._shown :]
-        self._shown = len(text)
-        return piece
+        return self._let_go()
+
+    def _let_go(self) -> str:
+        """Give out what is held back, and begin anew."""
+        held = self._text[self._shown :]
+        self._window, self._text, self._shown, self._context, self._context_length = [], "", 0, 0, 0
+        return held
 
     def _advance(self) -> None:
         """Everything is out: the tokens since the last such moment become the context of what follows."""
         self._window = self._window[self._context :]
         self._context = len(self._window)
-        self._shown = self._context_length = len(self._decode(self._window))
+        self._text = self._decode(self._window)
+        self._shown = self._context_length = len(self._text)
 
-    def _cut(self, held: int) -> None:
-        """Shorten a window that did not come to rest (bytes that are no text, tokens without text)."""
-        self._window = self._window[-_CONTEXT:]
+    def _cut(self) -> str:
+        """Shorten a window that did not come to rest (bytes that are no text, tokens without text); what comes out."""
+        window, held = self._window[-_CONTEXT:], self._text[self._shown :]
+        text = self._decode(window)
+        if not text.endswith(held):  # the end of a row of bytes that is broken before it
+            return self._let_go()
+        self._window, self._text, self._shown = window, text, len(text) - len(held)
         self._context = self._context_length = 0
-        self._shown = max(0, len(self._decode(self._window)) - held)
+        return ""
 
 
 def _holes_at_end(text: str) -> int:

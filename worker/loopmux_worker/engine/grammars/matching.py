@@ -83,12 +83,18 @@ class Matcher:
         """Which tokens may come next: shape (vocabulary,), on the CPU.
 
         Raises:
-            EngineError: the grammar takes more than one step may.
+            EngineError: the grammar takes more than one step may, or only tokens fit that would end an output which is
+                not whole.
         """
         bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         self._check()
         allowed = _BITS.index_select(0, bits.int()).view(torch.bool)[: self._vocabulary]
         allowed[list(self._ends)] = bool(allowed[self._eos])
+        if not allowed.any():
+            raise EngineError(
+                "the output cannot be held to its grammar any longer: every token that fits is among stop_token_ids "
+                "and would end it before it is whole: leave those out"
+            )
         return allowed
 
     def push(self, token: int) -> None:
