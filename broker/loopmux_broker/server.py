@@ -101,6 +101,7 @@ class Server:
         )
         while True:
             self._pulse.beat()
+            self._log.pass_on()
             readable = self._wait()
             reason = self._lifeline.check(readable)
             if reason is not None:

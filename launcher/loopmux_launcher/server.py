@@ -172,6 +172,7 @@ class Launcher:
     # --- one turn
 
     def _turn(self, signals: Signals) -> None:
+        self._console.pass_on()
         readable, writable = self._wait(signals)
         asked = signals.take(readable)
         if asked.reload or self._watch.changed(time.monotonic()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from brokerwire import Peer, broker, command, fails, settings, until
+from brokerwire import PATIENCE, Peer, broker, command, fails, settings, until
 from loopmux.claims import BusyError, Claim
 from loopmux.errors import ConfigError
 from loopmux.wire import Kind
@@ -105,6 +106,25 @@ def test_what_a_killed_broker_left_is_replaced(endpoint: str) -> None:
     assert Path(endpoint.removeprefix("ipc://")).exists()
     with broker("--endpoint", endpoint) as running, Peer(running.clients) as client:
         client.hello()
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up(endpoint: str) -> None:
+    unread, into = os.pipe()
+    fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, 4096)
+    with subprocess.Popen(command("--endpoint", endpoint), stderr=into) as process:
+        os.close(into)
+        try:
+            until(lambda: Path(f"{endpoint}.work".removeprefix("ipc://")).exists(), "listens")
+            with Peer(endpoint) as client, Peer(f"{endpoint}.work") as worker:
+                client.hello()
+                for n in range(100):  # each of them is a line or two
+                    worker.register(f"w{n}")
+                assert client.alive()
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+    os.close(unread)
 
 
 def test_a_file_that_is_no_socket_is_not_touched(tmp_path: Path) -> None:
