@@ -50,6 +50,7 @@ class Console:
             self._progress(news, elapsed)
         else:
             self._doing.pop(news.subject, None)
+            self._told.pop(news.subject, None)
             self._line(outlet, news.text if news.level == "ready" else _plain(elapsed, news))
 
     def pass_on(self) -> None:

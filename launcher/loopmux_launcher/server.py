@@ -365,10 +365,12 @@ class Launcher:
     def _look_at_log(self, child: Child) -> None:
         """Say once that a log cannot be written; what it is about goes on."""
         trouble = child.log_trouble
-        if trouble and trouble != self._log_troubles.get(child.name):
+        if not trouble:
+            self._log_troubles.pop(child.name, None)
+        elif trouble != self._log_troubles.get(child.name):
             text = f"its log {self._log(child.name)} cannot be written: {trouble}; it goes on, what it says is lost"
             self._console.announce(Announce(child.name, text, "warning"))
-        self._log_troubles[child.name] = trouble
+            self._log_troubles[child.name] = trouble
 
     def _look_whether_ended(self, child: Child) -> None:
         ended = child.finished()

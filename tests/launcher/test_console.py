@@ -35,6 +35,13 @@ def test_plain_progress_comes_when_something_else_begins(capsys: pytest.CaptureF
     assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == [told[0], *told[3:]]
 
 
+def test_of_what_is_done_nothing_is_kept() -> None:
+    console = Console("plain")
+    for n in range(3):
+        say(console, (f"e{n}", "collecting", "progress"), (f"e{n}", "ready", "info"))
+    assert (console._told, console._doing) == ({}, {})
+
+
 def screen(out: str) -> list[str]:
     """The lines that a terminal shows in the end."""
     lines = [""]
