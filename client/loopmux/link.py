@@ -13,7 +13,7 @@ from loopmux.errors import ConfigError
 from loopmux.events import Barred, Connected, Disconnected
 from loopmux.keys import Credentials
 from loopmux.outbox import Outbox
-from loopmux.sockets import Dealer
+from loopmux.sockets import Dealer, new_context
 from loopmux.wire import CLIENT_BODY_LIMIT, Message, message_limit, to_bytes
 
 _inherited: list[tuple[Dealer, zmq.Context[zmq.Socket[bytes]]]] = []
@@ -29,11 +29,12 @@ class Link:
 
     Raises:
         ConfigError: the endpoint is not one that can be connected to.
+        LoopmuxError: there are too few descriptors left.
     """
 
     def __init__(self, endpoint: str, credentials: Credentials | None = None) -> None:
         ipc_path(endpoint)
-        context = zmq.Context()
+        context = new_context()
         self._dealer = Dealer(context, message_limit(CLIENT_BODY_LIMIT), credentials)
         # Left to the collector, the context may come first, and wait for ever for sockets that it cannot name any more.
         self._finalizer = weakref.finalize(self, _close, self._dealer, context, os.getpid())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from collections import deque
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from loopmux.cadence import HEARTBEAT, SILENT_HEARTBEATS
-from loopmux.errors import ConfigError
+from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.wire import frames, split
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ _CUT_OFF, _WITHIN = 10, 2.0
 """Handshakes that the other end cut off, within so many seconds, before any succeeded: it cannot read them. (One that
 is not answered takes ``HANDSHAKE_IVL``.)"""
 
+_DESCRIPTORS = 20
+"""Those that a context with one socket and its connection takes (thirteen), and some for who opens others meanwhile."""
 _EVENT: Final = struct.Struct("=Hi")
 """First frame of a monitor's message: event number and its value."""
 _EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)  # plain numbers: an enum's `&` costs as much as asking the socket
@@ -78,6 +81,29 @@ def use_keys(socket: zmq.Socket[bytes], credentials: Credentials | None) -> None
         socket.setsockopt(zmq.CURVE_PUBLICKEY, credentials.key.public.encode())
         socket.setsockopt(zmq.CURVE_SECRETKEY, credentials.key.secret.encode())
         socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.server.encode())
+
+
+def new_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """A context for a ``Dealer``.
+
+    Raises:
+        LoopmuxError: this process has too few descriptors left for it, of which libzmq would end ("Too many open
+            files", epoll.cpp).
+    """
+    taken: list[int] = []
+    try:
+        while len(taken) < _DESCRIPTORS:
+            taken += os.pipe()
+    except OSError as error:
+        found = f"found fewer than {len(taken) + 2} free file descriptors ({error.strerror})"
+        remedy = "close some, or raise the limit (ulimit -n)"
+        raise LoopmuxError(
+            f"no connection to the broker can be opened: {found}, expected {_DESCRIPTORS}: {remedy}", retryable=True
+        ) from error
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+    return zmq.Context()
 
 
 class Dealer:

@@ -22,7 +22,7 @@ from loopmux.errors import AuthError, ConfigError, LoopmuxError, ProtocolError
 from loopmux.keys import credentials
 from loopmux.listening import Listening
 from loopmux.messages import Register
-from loopmux.sockets import Dealer
+from loopmux.sockets import Dealer, new_context
 from loopmux.wire import VERSIONS, WORKER_BODY_LIMIT, Message, from_bytes, message_limit, new_id, to_bytes
 from loopmux_launcher import adapterstore, livelook, places, watchdog, workercode
 from loopmux_launcher.adapters import Added, extended
@@ -152,7 +152,7 @@ class Launcher:
         """Serve until a signal, the end of ``parent``, or until nothing is left to serve; returns the exit code."""
         with ExitStack() as ending:
             ending.callback(self._stop_listening)
-            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            context = new_context()
             ending.callback(context.term)
             self._guard = Guard()
             ending.callback(self._guard.close)

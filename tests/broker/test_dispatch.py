@@ -512,9 +512,7 @@ def test_no_more_beginnings_are_remembered_than_so_many(core: Core, monkeypatch:
         assert len(core.tables.affinity._began) <= 100
 
 
-def test_of_one_session_no_more_models_are_remembered_than_so_many(
-    core: Core, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_one_session_no_more_models_are_remembered_than_so_many(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_MODELS", 3)
     core.register(WORKER, slots=2, models=("a", "b", "c", "d"))
     for model in ("a", "b", "a", "c", "d"):
