@@ -59,8 +59,13 @@ class Claim:
             if self._is_current(descriptor):
                 # A holder that was killed left its folders, too: they go with this claim.
                 self._made += [Path(folder) for folder in _written(descriptor)[1:]]
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, "\n".join([str(os.getpid()), *map(str, self._made)]).encode(), 0)
+                try:
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, "\n".join([str(os.getpid()), *map(str, self._made)]).encode(), 0)
+                except OSError as error:  # a full disk
+                    self._descriptor = descriptor
+                    self.release(theirs=True)
+                    raise unusable(self.path.parent, "sockets", CHOOSE_ANOTHER, error) from error
                 return descriptor
             os.close(descriptor)  # its last holder removed the file between our opening and locking it
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 
 from brokerwire import PATIENCE, Peer, broker, command, fails, settings, until
 from loopmux.claims import BusyError, Claim
-from loopmux.errors import ConfigError
+from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.wire import Kind
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.configfile import load
@@ -94,6 +95,20 @@ def test_a_socket_that_another_program_listens_on_is_left_alone(tmp_path: Path) 
     claim = Claim(path)  # nobody listens any more
     claim.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_on_a_full_disk_is_given_up_and_had_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "sockets" / "c.ipc"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(LoopmuxError, match="sockets, cannot be used: found No space left on device") as told:
+            Claim(path)
+    assert not isinstance(told.value, ConfigError)  # service managers try again
+    assert list(tmp_path.iterdir()) == []
+    Claim(path).release()
 
 
 def test_what_a_killed_broker_left_is_replaced(endpoint: str) -> None:
