@@ -93,10 +93,11 @@ class Claim:
 
     def release(self, *, theirs: bool = False) -> None:
         """Give the path up. The socket itself must be closed by now, unless it is `theirs`, which stays."""
-        with contextlib.suppress(FileNotFoundError):
-            if not theirs and stat.S_ISSOCK(self.path.lstat().st_mode):
-                self.path.unlink()
-        self.lock.unlink(missing_ok=True)
+        if self._is_current(self._descriptor):  # else somebody has removed it, and the path may be another one's now
+            with contextlib.suppress(FileNotFoundError):
+                if not theirs and stat.S_ISSOCK(self.path.lstat().st_mode):
+                    self.path.unlink()
+            self.lock.unlink(missing_ok=True)
         os.close(self._descriptor)
         with contextlib.suppress(OSError):  # not empty: somebody else uses it too
             for folder in self._made:

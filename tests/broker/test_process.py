@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -17,6 +18,7 @@ import pytest
 from brokerwire import PATIENCE, Peer, broker, command, fails, settings, until
 from loopmux.claims import BusyError, Claim
 from loopmux.errors import ConfigError, LoopmuxError
+from loopmux.listening import Listening
 from loopmux.wire import Kind
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.configfile import load
@@ -94,6 +96,17 @@ def test_a_socket_that_another_program_listens_on_is_left_alone(tmp_path: Path) 
             caller.connect(str(path))
     claim = Claim(path)  # nobody listens any more
     claim.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_lost_a_path_leaves_the_next_ones_files_alone(tmp_path: Path) -> None:
+    path = tmp_path / "sockets" / "c.ipc"
+    claim = Claim(path)
+    shutil.rmtree(path.parent)
+    other = Listening(f"ipc://{path}")
+    claim.release()
+    assert sorted(p.name for p in path.parent.iterdir()) == ["c.ipc", "c.ipc.lock"]
+    other.close()
     assert list(tmp_path.iterdir()) == []
 
 
