@@ -72,7 +72,7 @@ class Claim:
     def _is_current(self, descriptor: int) -> bool:
         try:
             return os.path.samestat(os.fstat(descriptor), self.lock.stat())
-        except FileNotFoundError:
+        except OSError:  # it is gone, or its folder
             return False
 
     def _clear_stale(self) -> None:

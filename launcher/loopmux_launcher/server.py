@@ -143,6 +143,22 @@ class Launcher:
             self._stop_listening()
             raise
 
+    def _listen_anew(self) -> None:
+        """Somebody removed the files of our sockets. A broker that is started again has new ones, as who is with it."""
+        try:
+            for one in self._listening.values():
+                if one.file.gone:
+                    one.renew()
+        except LoopmuxError as error:
+            text = (
+                f"somebody removed the files of its sockets: nobody new can connect, and others cannot be made: {error}"
+            )
+            self._console.announce(Announce(BROKER, text, "error"))
+        else:
+            text = "somebody removed the files of its sockets: it is started again with new ones"
+            self._console.announce(Announce(BROKER, text, "warning"))
+            self._children[BROKER].terminate()
+
     def _stop_listening(self) -> None:
         for one in reversed(self._listening.values()):  # the first one made the folder
             one.close()
@@ -349,6 +365,8 @@ class Launcher:
                 self._builder_told(environment, said)
             elif said.phase == "left_out":
                 self._handle(ModelLeftOut(child.name, str(said.fields.get("model")), said.detail))
+            elif said.phase == "unreachable":
+                self._listen_anew()
             elif said.phase in _PHASES:
                 self._handle(ProcessReported(child.name, said.phase, said.detail))  # type: ignore[arg-type]
 
