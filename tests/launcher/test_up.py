@@ -338,6 +338,20 @@ def test_a_disk_that_is_full_later_is_said_and_ends_nothing(config: Path, endpoi
         assert up.wait() == 0
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_files_that_are_closed_are_no_trouble(config: Path, endpoint: str, closed: str) -> None:
+    words = [sys.executable, "-m", "loopmux_launcher", "up", "--config", str(config), "--endpoint", endpoint]
+    with subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *words]) as up:
+        try:
+            path = Path(endpoint.removeprefix("ipc://"))
+            wait_for(path.exists, "its socket")
+            with loopmux.Client(endpoint, connect_timeout=20) as client:
+                assert client.generate("hello", model="echo").text
+        finally:
+            up.terminate()
+        assert up.wait(20) == 0
+
+
 def test_sockets_whose_folder_was_removed_are_made_anew_and_nobody_loses_anything(config: Path, endpoint: str) -> None:
     config.write_text("models: {echo: {engine: echo, echo: {rate: 50, tokens: 1000}}}\n")
     with program("up", "--config", str(config), "--endpoint", endpoint) as up, loopmux.Client(endpoint) as client:
