@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import TextIO
@@ -25,6 +26,9 @@ class Outlet:
         self._stream, self._told = stream, lost
         self._waiting: deque[bytes] = deque()
         self._bytes = self._lost = 0
+        self._terminal = None if stream is None else _own_way(stream)
+        if self._terminal is not None:
+            weakref.finalize(self, os.close, self._terminal)
 
     def write(self, text: str) -> None:
         """Lines to be read, behind those that wait."""
@@ -42,7 +46,7 @@ class Outlet:
     def flush(self) -> None:
         """Pass on what waits, as far as it is taken."""
         try:
-            while self._waiting and self._stream is not None and (written := _put(self._stream, self._waiting[0])):
+            while self._waiting and (written := self._put(self._waiting[0])):
                 self._bytes -= written
                 self._waiting[0] = self._waiting[0][written:]
                 if not self._waiting[0]:
@@ -52,18 +56,37 @@ class Outlet:
             self._waiting.clear()
             self._bytes = 0
 
+    def _put(self, data: bytes) -> int:
+        """Write past what Python would keep of it, if anything is taken now; returns how much was.
 
-def _put(stream: TextIO, data: bytes) -> int:
-    """Write to a stream's descriptor, past what Python would keep of it, if it takes anything now; how much it took.
+        Raises:
+            OSError, ValueError: nothing ever will be as things are.
+        """
+        assert self._stream is not None
+        if self._terminal is not None:
+            try:
+                return os.write(self._terminal, data)
+            except BlockingIOError:
+                return 0
+        try:
+            descriptor = self._stream.fileno()
+        except OSError:  # it has none: it is in this process's own memory
+            self._stream.write(data.decode(self._stream.encoding or "utf-8"))
+            return len(data)
+        room = select.poll()
+        room.register(descriptor, select.POLLOUT)
+        return os.write(descriptor, data) if room.poll(0) else 0
 
-    Raises:
-        OSError, ValueError: it never will as things are.
+
+def _own_way(stream: TextIO) -> int | None:
+    """Another descriptor of a terminal, which does not wait; None for what is no terminal, or has no name here.
+
+    A terminal that has room may have less than a piece takes. And the stream's own descriptor is others' as well: they
+    would not wait, either.
     """
     try:
-        descriptor = stream.fileno()
-    except OSError:  # it has none: it is in this process's own memory
-        stream.write(data.decode(stream.encoding or "utf-8"))
-        return len(data)
-    room = select.poll()
-    room.register(descriptor, select.POLLOUT)
-    return os.write(descriptor, data) if room.poll(0) else 0
+        if stream.isatty():
+            return os.open(os.ttyname(stream.fileno()), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except (OSError, ValueError):
+        pass
+    return None

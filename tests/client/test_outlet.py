@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pty
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -92,3 +94,22 @@ def test_a_stream_that_was_closed_takes_nothing() -> None:
     for _ in range(3):
         written.write("one\n")
     assert not written._waiting
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_terminal_that_is_stopped_or_stuck_is_not_waited_for_and_shows_it_later(stopped: bool) -> None:
+    seen, shown = pty.openpty()
+    with os.fdopen(shown, "w") as stream:
+        written = outlet(stream)
+        if stopped:
+            termios.tcflow(stream, termios.TCOOFF)  # Ctrl-S
+        for n in range(2000):
+            written.write(f"line {n} {'x' * 100}\n")
+        if stopped:
+            termios.tcflow(stream, termios.TCOON)
+        found = b""
+        while found.count(b"\n") < 2000:
+            written.flush()
+            found += os.read(seen, PAGE)
+    os.close(seen)
+    assert [line.split()[1] for line in found.decode().splitlines()] == [str(n) for n in range(2000)]
