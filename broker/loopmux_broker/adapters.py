@@ -472,6 +472,7 @@ class Adapters:
     def _serves(self, worker: Worker, done: Done, now: float) -> None:
         assert done.served is not None
         self._t.pool.adapt(worker, done.served, done.content)
+        self._t.queues.unite(worker.models)
         self._t.vacant[worker] = None
         self._waiting.model_changed(done.served.id, now)
 

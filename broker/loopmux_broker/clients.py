@@ -18,8 +18,6 @@ class Principal:
         weight: how many tokens it is served where one of weight 1 is served one.
         known, queued, held: what admission limits: requests with tombstones, those that wait, bytes of bodies of live
             ones.
-        served, expected: tokens it was served, by its weight, as `queues` keeps account of them, and how many of them
-            what runs has yet to produce.
     """
 
     name: str = ""
@@ -27,13 +25,6 @@ class Principal:
     known: int = 0
     queued: int = 0
     held: int = 0
-    served: float = 0.0
-    expected: float = 0.0
-
-    @property
-    def settled(self) -> float:
-        """Its account without what is only expected."""
-        return self.served - self.expected
 
     @property
     def who(self) -> str:

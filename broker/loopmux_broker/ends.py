@@ -158,6 +158,8 @@ class Ends:
             self._t.timers.set((Alarm.CLIENT_GRACE, client.instance, 0), now + PAUSE)
         else:
             self._t.clients.forget(client)
+            if not client.principal.name:
+                self._t.queues.forget(client.principal)
 
     def detach(self, client: Client, now: float) -> None:
         """A client is lost: end likewise what was not to outlive that; what has ended waits for it as all else does."""

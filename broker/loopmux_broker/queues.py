@@ -1,37 +1,44 @@
 """Who runs next: fair between clients by the tokens they were served, then by rank within each client.
 
 All clients with one key are one here. Each client has an account of the tokens it was served, which count less the
-more its key weighs. A request's head start (its priority, or that it continues a tool loop) counts as that many tokens
-less. The client with the lowest account comes next, and of its requests the one with the best rank: the time it arrived
-less its head start in seconds, so that waiting ages a request by itself.
+more its key weighs; one for all workers that serve the same models, and apart from those that serve others, so that
+nobody waits for one model because of what was had of another one elsewhere. A request's head start (its priority, or
+that it continues a tool loop) counts as that many tokens less. The client with the lowest account comes next, and of
+its requests the one with the best rank: the time it arrived less its head start in seconds, so that waiting ages a
+request by itself.
 
-An account moves when one of its client's requests gets a slot (by what it is expected to cost) and when it gives the
-slot back (by what it did cost). A client that comes, or comes back with nothing queued, starts level with the next of
-those that wait for the same, or with the ones being served: time away is no credit. What these are only expected to
-cost is left out: nobody who comes waits for what others may never get.
+An account moves when one of its client's requests gets a slot (by what it is expected to cost, which is an answer as
+long as that client's last ones were), when it becomes longer than that, and when it gives the slot back (by what it did
+cost). A client that comes, or comes back with nothing queued, starts level with the next of those that wait for the
+same, or with the ones being served: time away is no credit. What these are only expected to cost is left out: nobody
+who comes waits for what others may never get.
 """
 
 from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from loopmux_broker.clients import Principal
+from loopmux_broker.ledger import Account, Ledger
 from loopmux_broker.pool import Worker
-from loopmux_broker.requests import Lane, Request
+from loopmux_broker.requests import Lane, Request, State
 
 Rank = tuple[float, int]
-_Turn = tuple[float, float, int, int, "_Line"]
+_Turn = tuple[float, float, int, int, "Line"]
 """When a line's turn comes: (tokens served less the head start of its first, arrival less head start, number of that
 request, number of this turn, line)."""
 
 _SIZE_PER_TOKEN = 4
 """Characters of a prompt that count as one token: an estimate, the broker reads no prompts."""
+_RECENT = 0.1
+"""Weight of the latest answer in how long a client's are: about the last ten count."""
 _SLACK = 64
-"""Turns that no longer count and may lie in a heap before it is swept."""
+"""Turns that no longer count and may lie in a heap before it is swept; models likewise that nobody knows any more."""
 
 _PASSED = 2.0
 """Seconds: a turn whose session is with another worker lets others pass that came up to so much later. In a full house
@@ -62,10 +69,10 @@ class HeadStart:
 
 
 @dataclass(slots=True, eq=False)
-class _Line:
+class Line:
     """One principal's requests in one lane, sorted backwards so that the next one is popped off the end."""
 
-    principal: Principal
+    account: Account
     entries: list[tuple[float, int, Request]] = field(default_factory=list)
     turn: _Turn | None = None
 
@@ -74,7 +81,7 @@ class _Line:
 class _Queue:
     """One lane: its principals' lines, and a heap of their turns in which outdated ones may lie."""
 
-    lines: dict[Principal, _Line] = field(default_factory=dict)
+    lines: dict[Principal, Line] = field(default_factory=dict)
     turns: list[_Turn] = field(default_factory=list)
     length: int = 0
 
@@ -100,15 +107,16 @@ class Queues:
     some wait for a moment for the worker of their session, though others have free slots.
     """
 
-    def __init__(self, head_start: HeadStart) -> None:
-        self._head_start = head_start
+    def __init__(self, head_start: HeadStart, known: Callable[[str], bool] = lambda _: True) -> None:
+        """``known`` says whether anybody serves or declares a model."""
+        self._head_start, self._known = head_start, known
         self._models: dict[str, dict[Lane, _Queue]] = {}
-        self._principals: dict[Principal, dict[Lane, _Line]] = {}
+        self._ledgers: dict[str, Ledger] = {}  # by model; models that a worker serves together have one in common
+        self._swept = 0  # how many there were after the last sweep
         self._alone: dict[bytes, Request] = {}
         self._awaiting: dict[str, dict[bytes, Request]] = {}  # by the name of the worker that they wait for
         self._waiting: dict[str, int] = {}  # how many wait for each model
         self._count = self._turns = 0
-        self._level = 0.0  # the account of the client that was given a slot last, less what it is only expected to cost
         self.length = 0
 
     # --- who waits
@@ -147,26 +155,15 @@ class Queues:
     def _line_up(self, request: Request) -> None:
         principal, lane = request.client.principal, request.lane
         queue = self._models.setdefault(lane[0], {}).setdefault(lane, _Queue())
-        self._lift(principal, self._start(queue))
+        ledger = self._ledger(lane[0])
+        account = ledger.lift(principal, _start(queue, ledger))
         line = queue.lines.get(principal)
         if line is None:
-            line = queue.lines[principal] = _Line(principal)
-            self._principals.setdefault(principal, {})[lane] = line
+            line = queue.lines[principal] = account.lines[lane] = Line(account)
         bisect.insort(line.entries, (*request.rank, request))
         queue.length += 1
         if line.entries[-1][2] is request:
             self._set_turn(queue, line)
-
-    def _start(self, queue: _Queue) -> float:
-        """The account from which a client that comes takes turns with those that wait, if any do.
-
-        That of the next of these, unless it is that by its head start alone: others wait that were served less.
-        """
-        if not queue.lines:
-            return self._level
-        account, *_, line = queue.next()
-        settled = line.principal.settled
-        return min(settled, max(self._level, account - line.principal.expected))
 
     def _step_out(self, request: Request) -> None:
         principal, lane = request.client.principal, request.lane
@@ -180,16 +177,15 @@ class Queues:
                 self._set_turn(queue, line)
             return
         line.turn = None
-        _take_out(self._principals, principal, lane)
-        del queue.lines[principal]
+        del line.account.lines[lane], queue.lines[principal]
         if not queue.lines:
             _take_out(self._models, lane[0], lane)
 
-    def _set_turn(self, queue: _Queue, line: _Line) -> None:
+    def _set_turn(self, queue: _Queue, line: Line) -> None:
         ahead, number, request = line.entries[-1]
-        account = line.principal.served - self._head_start.tokens * self._head_start.of(request)
+        served = line.account.served - self._head_start.tokens * self._head_start.of(request)
         self._turns += 1
-        queue.put((account, -ahead, -number, self._turns, line))
+        queue.put((served, -ahead, -number, self._turns, line))
 
     # --- who is next
 
@@ -211,8 +207,8 @@ class Queues:
         ]
         if not turns:
             return None
-        lanes = self._principals[min(turns)[-1].principal].items()
-        lines = [line.entries for lane, line in lanes if worker.serves(*lane)]
+        account = min(turns)[-1].account
+        lines = [line.entries for lane, line in account.lines.items() if worker.serves(*lane)]
         first = max((line[-1] for line in lines), key=_rank)
         if first[2].home in ("", worker.name):
             return first[2]
@@ -230,36 +226,83 @@ class Queues:
 
     # --- accounts
 
-    def charge(self, request: Request) -> None:
-        """A request gets a slot: its client is charged what the whole of it may cost, until its end shows more.
+    def unite(self, models: Iterable[str]) -> None:
+        """A worker serves these: who takes of one of them takes of all."""
+        models = list(models)
+        ledgers = list(dict.fromkeys(self._ledgers[model] for model in models if model in self._ledgers))
+        kept, *absorbed = ledgers or [Ledger()]
+        for ledger in absorbed:
+            moved = [line for account in ledger.accounts.values() for line in account.lines.items()]
+            kept.absorb(ledger)
+            self._ledgers |= {model: kept for model, other in self._ledgers.items() if other is ledger}
+            for lane, line in moved:
+                self._set_turn(self._models[lane[0]][lane], line)
+        self._sweep()
+        self._ledgers |= dict.fromkeys(models, kept)
 
-        What it was charged for an attempt before is part of that: nobody pays twice because a worker was lost.
+    def forget(self, principal: Principal) -> None:
+        """A client without a key is gone for good."""
+        for ledger in dict.fromkeys(self._ledgers.values()):
+            ledger.accounts.pop(principal, None)
+
+    def _ledger(self, model: str) -> Ledger:
+        ledger = self._ledgers.get(model)
+        if ledger is None:
+            self._sweep()
+            ledger = self._ledgers[model] = Ledger()
+        return ledger
+
+    def _sweep(self) -> None:
+        if len(self._ledgers) > 2 * self._swept + _SLACK:
+            self._ledgers = {m: x for m, x in self._ledgers.items() if m in self._waiting or self._known(m)}
+            self._swept = len(self._ledgers)
+
+    def charge(self, request: Request) -> None:
+        """A request gets a slot: its client is charged for an answer as long as its last ones, until more is known.
+
+        Not for all that it may cost, which few use up: who allows for long answers and gets short ones would have fewer
+        slots than others. What it was charged for an attempt before is part of that: nobody pays twice because a worker
+        was lost.
         """
-        self._lift(request.client.principal, self._level)
-        self._level = max(self._level, request.client.principal.settled)
-        self._bill(request, max(request.submit.max_new_tokens, request.output.total))
+        ledger, allowed = self._ledger(request.submit.model), request.submit.max_new_tokens
+        account = ledger.lift(request.client.principal, ledger.level)
+        ledger.level = max(ledger.level, account.settled)
+        expected = allowed if account.usual is None else min(allowed, math.ceil(account.usual))
+        self._bill(request, account, max(expected, request.output.total))
+
+    def outgrown(self, request: Request) -> None:
+        """It has more tokens than it was charged for: it will become twice as long, if it may."""
+        account, total = self._account(request), request.output.total
+        if account is not None:
+            self._bill(request, account, max(total, min(2 * total, request.submit.max_new_tokens)))
 
     def settle(self, request: Request) -> None:
         """It gives the slot back with the tokens that it has."""
-        if request.charged:
-            self._bill(request, request.output.total)
+        account, total = self._account(request), request.output.total
+        if account is None or not request.charged:
+            return
+        self._bill(request, account, total)
+        if request.state is State.DONE:
+            usual = total if account.usual is None else account.usual
+            account.usual = usual + _RECENT * (total - usual)
 
-    def _bill(self, request: Request, tokens: int) -> None:
+    def _account(self, request: Request) -> Account | None:
+        """That of its client, if that is still there."""
+        ledger = self._ledgers.get(request.submit.model)
+        return None if ledger is None else ledger.accounts.get(request.client.principal)
+
+    def _bill(self, request: Request, account: Account, tokens: int) -> None:
         """Let a request have cost so much: at least 1, so that a thousand that produce nothing are not one turn."""
-        principal, cost = request.client.principal, max(request.submit.prompt_size // _SIZE_PER_TOKEN + tokens, 1)
+        weight, cost = request.client.principal.weight, max(request.submit.prompt_size // _SIZE_PER_TOKEN + tokens, 1)
         expected = tokens - request.output.total
-        principal.expected += (expected - request.expected) / principal.weight
-        request.expected = expected
+        account.expected += (expected - request.expected) / weight
+        request.expected, request.foreseen = expected, tokens
         if cost == request.charged:
             return
-        principal.served += (cost - request.charged) / principal.weight
+        account.served += (cost - request.charged) / weight
         request.charged = cost
-        for lane, line in self._principals.get(principal, {}).items():
+        for lane, line in account.lines.items():
             self._set_turn(self._models[lane[0]][lane], line)
-
-    def _lift(self, principal: Principal, level: float) -> None:
-        if principal not in self._principals:
-            principal.served = max(principal.served, level)
 
     # --- what people see
 
@@ -292,6 +335,17 @@ class Queues:
     def models(self) -> Iterator[str]:
         """The models that anybody waits for."""
         return iter(list(self._waiting))
+
+
+def _start(queue: _Queue, ledger: Ledger) -> float:
+    """The account from which a client that comes takes turns with those that wait, if any do.
+
+    That of the next of these, unless it is that by its head start alone: others wait that were served less.
+    """
+    if not queue.lines:
+        return ledger.level
+    served, *_, line = queue.next()
+    return min(line.account.settled, max(ledger.level, served - line.account.expected))
 
 
 def _rank(entry: tuple[float, int, Request]) -> Rank:

@@ -69,7 +69,8 @@ class Request:
 
     Attributes:
         body: BODY of SUBMIT, kept until the end because another attempt needs it.
-        charged: tokens that its client was charged for it, ``expected`` of them for what it has not produced yet.
+        charged: tokens that its client was charged for it, ``expected`` of them for what it had not produced then.
+        foreseen: tokens of output up to which it was charged.
         brought: bytes of the tokens that its client came back with.
         arrived, deadline: on the broker's clock.
         attempt: number of the last attempt, 0 before the first; never handed out twice, not even by two brokers.
@@ -105,6 +106,7 @@ class Request:
     fingerprint: str | None = None
     charged: int = 0
     expected: int = 0
+    foreseen: int = 0
     brought: int = 0
     lease: Lease | None = None
     avoid: str = ""

@@ -119,7 +119,9 @@ class Tables:
     @classmethod
     def empty(cls, config: BrokerConfig, identity: Identity) -> Tables:
         """The state of a broker that has just started."""
-        return cls(config, identity, Queues(config.head_start), Admission(config.limits), Clients(config.weights))
+        pool = Pool()
+        queues = Queues(config.head_start, pool.knows)
+        return cls(config, identity, queues, Admission(config.limits), Clients(config.weights), pool)
 
     def enqueue(self, request: Request) -> None:
         """A request waits for a slot."""

@@ -188,6 +188,8 @@ class WorkerSide:
         lease.produced = True
         if lease.cold:
             paced(lease, now)
+        if seq + count > request.foreseen:
+            self._t.queues.outgrown(request)
         if output.held > self._t.config.request_output:
             self._ends.slow_client(request, now)
         else:
@@ -287,6 +289,8 @@ class WorkerSide:
             if register.held:
                 self._t.timers.set((Alarm.HELD, peer, 0), now + self._t.config.claim_wait)
         pool.join(member)
+        if isinstance(member, Worker):
+            self._t.queues.unite(member.models)
         self._t.timers.set((Alarm.MEMBER_SILENT, peer, 0), now + self._t.patience)
 
     def _joined(self, peer: Peer, now: float) -> None:

@@ -18,7 +18,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from loopmux import __version__, wire
-from loopmux.client import Messages, evict_order, hint_of, load_order, make_request, outcome_of, unload_order
+from loopmux.client import (
+    Messages,
+    evict_order,
+    hint_of,
+    load_order,
+    loop_settings,
+    make_request,
+    outcome_of,
+    unload_order,
+)
 from loopmux.connection import Connection
 from loopmux.endpoints import default_endpoint, ipc_path
 from loopmux.errors import AuthError, CancelledError, ConnectionLostError, LoopmuxError
@@ -140,7 +149,9 @@ class _Driver:
 
     def _turn(self) -> None:
         """Take what is there; the descriptor only says that something may have changed."""
-        self._again = None
+        if self._again is not None:
+            self._again.cancel()  # it is the descriptor that called, and who closes must find no other turn
+            self._again = None
         for data in self._link.arrived(_DRAIN):
             self._handle(Received(data))
         self._settle()
@@ -199,8 +210,7 @@ class _Channel:
             ConnectionLostError: the client was closed.
             RuntimeError: the client is in use by another loop.
         """
-        if self._closed:
-            raise ConnectionLostError("the client is closed: make another one", retryable=False)
+        self._check_open()
         if self._driver is not None and self._driver.pid != os.getpid():
             self._driver = self._finalizer = None  # a forked child: the parent's stays in the registry of finalizers
         if self._driver is not None and self._driver.loop is not asyncio.get_running_loop():
@@ -216,11 +226,31 @@ class _Channel:
             self._finalizer.atexit = False  # what is left at exit is no leak
         return self._driver
 
+    def mention(self, event: ConnectionEvent) -> None:
+        """Post what is of use only over a connection that is there: none is opened for it.
+
+        Raises:
+            ConnectionLostError, RuntimeError: as ``driver``.
+        """
+        self._check_open()
+        if self._driver is not None and not self._driver.closed:
+            self.driver().post(event)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConnectionLostError("the client is closed: make another one", retryable=False)
+
     def close(self) -> None:
-        """Close for good; a second time does nothing."""
+        """Close for good; a second time does nothing. A driver whose loop runs elsewhere is closed there, soon."""
         self._closed = True
-        if self._driver is not None and self._driver.pid == os.getpid():
-            self._driver.close()
+        driver = self._driver
+        if driver is None or driver.pid != os.getpid():
+            return
+        if driver.loop.is_running() and driver.loop is not asyncio.get_running_loop():
+            with contextlib.suppress(RuntimeError):  # that loop was closed by now, and with it everything that runs
+                driver.loop.call_soon_threadsafe(driver.close)
+        else:
+            driver.close()
 
 
 class AsyncStream:
@@ -310,6 +340,8 @@ class AsyncStream:
 
     async def _take(self) -> StreamEvent | None:
         """Wait for the next event; None when the outcome came instead."""
+        if asyncio.get_running_loop() is not self._driver.loop:
+            raise RuntimeError("this stream belongs to another event loop: read it in the one that it was begun in")
         item = await self._inbox.get()
         match item:
             case Deliver(_, event, report):
@@ -407,7 +439,8 @@ class AsyncClient:
         """Let the model use tools until it answers; see ``loopmux.loop.arun``."""
         from loopmux import loop
 
-        return await loop.arun(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
+        settings = loop_settings(self._options, options)
+        return await loop.arun(self, prompt_or_messages, tools=tools, max_turns=max_turns, **settings)
 
     def iter_tools(
         self,
@@ -423,7 +456,8 @@ class AsyncClient:
         """
         from loopmux import loop
 
-        return loop.aiterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
+        settings = loop_settings(self._options, options)
+        return loop.aiterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **settings)
 
     async def hint(
         self, session: str, state: Literal["waiting_on_tool", "done"], expected: float | None = None
@@ -437,7 +471,7 @@ class AsyncClient:
         Raises:
             BadRequestError: a field is of the wrong type or too long, or the state unknown.
         """
-        self._channel.driver().post(Hinted(hint_of(session, state, expected)))
+        self._channel.mention(Hinted(hint_of(session, state, expected)))
 
     async def status(self) -> Status:
         """What the broker knows: models, workers, launchers, counters.
@@ -477,8 +511,15 @@ class AsyncClient:
 
     async def _ask(self, question: Asked) -> Status | Done:
         inbox = _Inbox()
-        self._channel.driver().start(question, inbox.put_nowait)
-        match await inbox.get():
+        driver = self._channel.driver()
+        driver.start(question, inbox.put_nowait)
+        try:
+            answered = await inbox.get()
+        except asyncio.CancelledError:
+            driver.forget(question.id)
+            driver.post(CancelAsked(question.id))
+            raise
+        match answered:
             case Answer(_, answer):
                 return answer
             case Fail(_, error):

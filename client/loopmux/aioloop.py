@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import contextvars
+import functools
 import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from loopmux import loop as sync
 from loopmux import toolrun
@@ -43,6 +45,8 @@ from loopmux.results import ToolCall
 from loopmux.tools import Tool
 from loopmux.turns import Loop
 
+T = TypeVar("T")
+
 _LAST_WORDS = 1.0
 """Seconds that cancelled coroutine tools get to clean up when a loop ends before them."""
 
@@ -73,9 +77,13 @@ class Events(AsyncIterator[LoopEvent]):
         session: str | None = None,
         **settings: Any,
     ) -> None:
+        sync.check_callback("before_tool", before_tool, awaited=True)
         self._given = sync.messages_of(prompt_or_messages)
-        self._loop: Loop | None = None
-        self._events = self._run(client, before_tool, tools, session, settings)
+        prepare = functools.partial(sync.prepare, self._given, tools, session, before_tool is not None, settings)
+        self._shell = _Shell(client, prepare, before_tool)
+        # It does not hold this object, and has no generator inside: so it ends as soon as nobody holds this any more,
+        # and is ended once, whoever does it (the collector and asyncio.run end each generator that they find).
+        self._events = self._shell.events()
 
     async def __anext__(self) -> LoopEvent:
         return await anext(self._events)
@@ -87,22 +95,7 @@ class Events(AsyncIterator[LoopEvent]):
     @property
     def messages(self) -> list[ChatMessage]:
         """The transcript so far, at any time fit for resuming: calls without a result yet are answered with that."""
-        return self._loop.transcript() if self._loop else list(self._given)
-
-    async def _run(
-        self,
-        client: Any,
-        before_tool: sync.BeforeTool | None,
-        tools: Iterable[Any] | None,
-        session: str | None,
-        settings: dict[str, Any],
-    ) -> AsyncGenerator[LoopEvent]:
-        # in a thread: a tool source may ask its server what it has
-        plan = await asyncio.to_thread(sync.prepare, self._given, tools, session, before_tool is not None, settings)
-        self._loop = plan.loop
-        async with contextlib.aclosing(_Shell(client, plan, before_tool).events()) as events:
-            async for event in events:
-                yield event
+        return self._shell.loop.transcript() if self._shell.plan else list(self._given)
 
 
 @dataclass(slots=True)
@@ -110,14 +103,23 @@ class _Shell:
     """Carries out the core's actions on the running event loop."""
 
     client: Any
-    plan: sync.Plan
+    prepare: Callable[[], sync.Plan]
     before_tool: sync.BeforeTool | None
+    plan: sync.Plan | None = None
     done: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
 
+    @property
+    def loop(self) -> Loop:
+        """The core, of a loop that has begun."""
+        assert self.plan is not None, "nothing is carried out before it is prepared"
+        return self.plan.loop
+
     async def events(self) -> AsyncGenerator[LoopEvent]:
         """The loop, from start to end."""
-        loop = self.plan.loop
+        # in a thread: a tool source may ask its server what it has
+        plan = self.plan = await _in_thread("loopmux-tools", self.prepare)
+        loop = plan.loop
         try:
             actions = deque(loop.start(time.monotonic()))
             while True:
@@ -125,7 +127,7 @@ class _Shell:
                     match actions.popleft():
                         case AskModel() as ask:
                             yield TurnStarted(ask.turn)
-                            async with self.client.stream(**self.plan.turn_options(ask)) as stream:
+                            async with self.client.stream(**plan.turn_options(ask)) as stream:
                                 async for delta in stream:
                                     yield delta
                                 result = stream.result
@@ -147,7 +149,8 @@ class _Shell:
             raise
         finally:
             await self._cancel_tools()
-            await self._hint("done")
+            if plan.ends_session:
+                await self._hint("done")
 
     async def _perform(self, action: Action) -> list[Action]:
         """The actions that tell observers nothing; what follows from them."""
@@ -156,7 +159,7 @@ class _Shell:
                 await self._hint("waiting_on_tool", expected)
             case AskApproval(number, call):
                 answer = await _awaited(self.before_tool(call)) if self.before_tool else True
-                return self.plan.loop.handle(Decided(number, sync.decision(answer, call)), time.monotonic())
+                return self.loop.handle(Decided(number, sync.decision(answer, call)), time.monotonic())
             case AbandonTool(number):
                 if task := self.tasks.pop(number, None):
                     task.cancel()
@@ -171,24 +174,21 @@ class _Shell:
             self._start_thread(job)
 
     async def _await_tool(self, job: RunTool) -> None:
-        self.done.put_nowait(ToolFinished(job.number, await _perform(job.tool, job.call)))
+        outcome = failed("CancelledError")  # by itself, or by somebody else: the loop ignores those that it cancelled
+        try:
+            outcome = await _perform(job.tool, job.call)
+        finally:
+            self.done.put_nowait(ToolFinished(job.number, outcome))
 
     def _start_thread(self, job: RunTool) -> None:
-        context, running = contextvars.copy_context(), asyncio.get_running_loop()
-
-        def work() -> None:
-            event = ToolFinished(job.number, context.run(toolrun.perform, job.tool, job.call))
-            try:
-                running.call_soon_threadsafe(self.done.put_nowait, event)
-            except RuntimeError:
-                pass  # the event loop is closed: nobody waits for this any more
-
-        # not asyncio's own pool: that one is joined at the end, and a tool that never returns would hang the program
-        threading.Thread(target=work, name=f"loopmux-tool-{job.call.name}", daemon=True).start()
+        perform = functools.partial(toolrun.perform, job.tool, job.call)
+        _in_thread(f"loopmux-tool-{job.call.name}", perform).add_done_callback(
+            lambda done: self.done.put_nowait(ToolFinished(job.number, done.result()))
+        )
 
     async def _next(self) -> Event:
         """Wait for a tool, or for the time at which the next one is late."""
-        wake = self.plan.loop.wake
+        wake = self.loop.wake
         try:
             async with asyncio.timeout(None if wake is None else max(0.0, wake - time.monotonic())):
                 event = await self.done.get()
@@ -207,9 +207,29 @@ class _Shell:
 
     async def _hint(self, state: str, expected: float | None = None) -> None:
         try:
-            await _awaited(self.client.hint(self.plan.loop.session, state, expected))
+            await _awaited(self.client.hint(self.loop.session, state, expected))
         except LoopmuxError:
             pass  # a hint saves work and changes no result: a broken connection shows in the next turn
+
+
+def _in_thread(name: str, function: Callable[[], T]) -> asyncio.Future[T]:
+    """What a function comes to that is called in a thread of its own, in the caller's context.
+
+    Not in asyncio's pool: that one may be full of callers who wait for this loop, and it is joined at the end, where a
+    tool that never returns would hang the program.
+    """
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    context = contextvars.copy_context()
+
+    def work() -> None:
+        if done.set_running_or_notify_cancel():
+            try:
+                done.set_result(context.run(function))
+            except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+                done.set_exception(error)
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return asyncio.wrap_future(done)
 
 
 async def _perform(tool: Tool, call: ToolCall) -> Outcome:

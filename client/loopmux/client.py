@@ -253,7 +253,8 @@ class Client:
         """Let the model use tools until it answers; see ``loopmux.loop.run``."""
         from loopmux import loop
 
-        return loop.run(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
+        settings = loop_settings(self._options, options)
+        return loop.run(self, prompt_or_messages, tools=tools, max_turns=max_turns, **settings)
 
     def iter_tools(
         self,
@@ -269,7 +270,8 @@ class Client:
         """
         from loopmux import loop
 
-        return loop.iterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **options)
+        settings = loop_settings(self._options, options)
+        return loop.iterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **settings)
 
     def hint(self, session: str, state: Literal["waiting_on_tool", "done"], expected: float | None = None) -> None:
         """Tell the broker whether a session comes back, and after how many seconds if that is known; never waits.
@@ -281,7 +283,7 @@ class Client:
         Raises:
             BadRequestError: a field is of the wrong type or too long, or the state unknown.
         """
-        self._channel.pump().post(Hinted(hint_of(session, state, expected)))
+        self._channel.mention(Hinted(hint_of(session, state, expected)))
 
     def status(self) -> Status:
         """What the broker knows: models, workers, launchers, counters.
@@ -353,8 +355,15 @@ class Client:
 
     def _ask(self, question: Asked) -> Status | Done:
         inbox: queue.SimpleQueue[Deliver | Finish | Fail | Answer] = queue.SimpleQueue()
-        self._channel.pump().start(question, inbox.put)
-        match inbox.get():
+        pump = self._channel.pump()
+        try:
+            pump.start(question, inbox.put)
+            answered = inbox.get()
+        except BaseException:  # Ctrl-C
+            pump.forget(question.id)
+            pump.post(CancelAsked(question.id))
+            raise
+        match answered:
             case Answer(_, answer):
                 return answer
             case Fail(_, error):
@@ -375,6 +384,11 @@ def make_request(options: Mapping[str, Any], now: float, *, collect: bool) -> Re
     """
     ready = prepare(options)
     return Request(wire.new_id(), ready.submit, ready.body, now + ready.submit.timeout, ready.idle_timeout, collect)
+
+
+def loop_settings(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tool loop is told: what was given, and those of the client's defaults that loops have rules for."""
+    return {name: defaults[name] for name in ("session", "tool_choice") if name in defaults} | dict(given)
 
 
 def hint_of(session: str, state: str, expected: float | None) -> SessionHint:

@@ -121,6 +121,9 @@ class Connection:
         match event:
             case Received(data):
                 return self._received(data, now)
+            case CancelAsked(id_) if id_ in self._questions:
+                del self._questions[id_]
+                return []
             case Consumed(request) | CancelAsked(request):
                 return self._tell(request, event, now)
             case TimePassed():
@@ -188,8 +191,9 @@ class Connection:
 
     def _closed(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        for request in list(self._exchanges):
-            actions += self._tell(request, CancelAsked(request), now)
+        for request, exchange in list(self._exchanges.items()):
+            if exchange.stage is not Stage.WAITING:  # else nobody has heard of it
+                actions += self._tell(request, CancelAsked(request), now)
             actions += self._tell(request, Refused(CancelledError("the client was closed")), now)
         actions += [Fail(id_, CancelledError("the client was closed")) for id_ in self._questions]
         self._questions.clear()

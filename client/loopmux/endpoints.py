@@ -58,8 +58,11 @@ def ipc_path(endpoint: str) -> Path | None:
     """The socket file of an ipc endpoint, None for tcp.
 
     Raises:
-        ConfigError: neither ipc nor tcp, or a path too long for a Unix socket.
+        ConfigError: neither ipc nor tcp, or a path that no Unix socket can have.
     """
+    if not isinstance(endpoint, str):
+        found = f"{endpoint!r:.80} ({type(endpoint).__name__})"
+        raise ConfigError(f"endpoint: found {found}, expected a text such as ipc:///path/to/socket")
     if endpoint.startswith("tcp://"):
         port = endpoint.rsplit(":", 1)[-1]
         if not port.isdecimal() or int(port) > _LAST_PORT:
@@ -70,7 +73,12 @@ def ipc_path(endpoint: str) -> Path | None:
     path = endpoint.removeprefix("ipc://")
     if path in (endpoint, "") or path.startswith("@"):  # @ is a name without a file, and without an owner
         raise ConfigError(f"endpoint {endpoint!r} is neither ipc:///path/to/socket nor tcp://host:port")
-    size = len(os.fsencode(path))
+    try:
+        size = len(path.encode())
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the socket path of {endpoint!r} is no valid Unicode: choose another folder") from error
+    if "\0" in path:
+        raise ConfigError(f"the socket path of {endpoint!r} has a character that no file's name has")
     if size > _LONGEST_IPC_PATH:
         raise ConfigError(
             f"the socket path of {endpoint!r} has {size} bytes, at most {_LONGEST_IPC_PATH} fit: "

@@ -72,7 +72,7 @@ class Consumed:
 
 @dataclass(frozen=True, slots=True)
 class CancelAsked:
-    """The caller wants the request to end."""
+    """The caller wants the request to end, or waits no longer for the answer to the question of this id."""
 
     request: bytes
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from loopmux import server
 from loopmux.client import Client
+from loopmux.codec import show
 from loopmux.errors import BadRequestError, MaxTurnsError
 from loopmux.loop import run
 from loopmux.loopevents import LoopEvent, Run, ToolLoopResult, ToolResult
@@ -102,10 +103,14 @@ def run_inference_with_tools(
     model; a turn whose calls were all denied ends the loop. A loop that used up its iterations returns what it has.
 
     Raises:
+        BadRequestError: ``max_tool_iterations`` is no number of times.
         LoopmuxError: a request, the start of the private stack, or the listing of the server's tools failed.
     """
     if not config.enable_tools:
         return run_inference(config, log_callback), []
+    if type(config.max_tool_iterations) is not int or config.max_tool_iterations < 0:
+        found = show(config.max_tool_iterations)
+        raise BadRequestError(f"max_tool_iterations: found {found}, expected a whole number of 0 or more")
     tools = collect(_tools(config))
     endpoint, model = _place(config, log_callback)
     with Client(endpoint) as client:

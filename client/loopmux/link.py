@@ -29,12 +29,12 @@ class Link:
 
     Raises:
         ConfigError: the endpoint is not one that can be connected to.
-        LoopmuxError: there are too few descriptors left.
+        ConnectionLostError: the system has no descriptors left for it.
     """
 
     def __init__(self, endpoint: str, credentials: Credentials | None = None) -> None:
         ipc_path(endpoint)
-        context = new_context()
+        context = new_context(endpoint)
         self._dealer = Dealer(context, message_limit(CLIENT_BODY_LIMIT), credentials)
         # Left to the collector, the context may come first, and wait for ever for sockets that it cannot name any more.
         self._finalizer = weakref.finalize(self, _close, self._dealer, context, os.getpid())

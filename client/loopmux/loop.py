@@ -8,7 +8,8 @@ All take a client, a prompt or a list of messages, and ``tools=``. Further keywo
   ``Substitute(result)``, or for short True, False, or a text that stands in for the result;
 - ``on_event(event)`` (``run`` and ``arun``): sees every ``LoopEvent``, in the caller's thread. What it
   or ``before_tool`` raises ends the loop and comes out as it is; who wants the transcript then uses ``iterate``;
-- ``session``: the session id of all turns, a fresh one if not given;
+- ``session``: the session id of all turns; if not given the client's own default, else a fresh one, which ends with
+  the loop (of another one, whoever named it says with ``client.hint`` when it is done);
 - everything else is an option of ``client.stream`` and holds for every turn, but for a ``tool_choice`` that forces a
   call: it holds for the first turn only, since the loop could not end otherwise.
 
@@ -33,7 +34,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from loopmux import toolrun, tools
+from loopmux import codec, toolrun, tools
 from loopmux.errors import BadRequestError, LoopmuxError, ToolLoopError, ToolNotFoundError
 from loopmux.loopevents import (
     AbandonTool,
@@ -63,8 +64,8 @@ from loopmux.loopevents import (
     TurnFinished,
     TurnStarted,
 )
-from loopmux.options import check_plain
-from loopmux.outcome import plain
+from loopmux.options import KNOWN, check_known, check_plain
+from loopmux.outcome import readable, succeeded
 from loopmux.results import Result, StreamEvent, ToolCall
 from loopmux.turns import Loop
 
@@ -144,7 +145,7 @@ def run(
         MaxTurnsError: turns or calls are used up and the model still asks for tools.
         LoopmuxError: a turn failed. Errors that end a loop carry ``messages``, the transcript to resume from.
     """
-    _refuse_coroutine("on_event", on_event)
+    check_callback("on_event", on_event, awaited=False)
     events = iterate(
         client,
         prompt_or_messages,
@@ -174,7 +175,7 @@ def iterate(
     **settings: Any,
 ) -> Events:
     """As ``run``, event by event; the last one is ``LoopFinished``."""
-    _refuse_coroutine("before_tool", before_tool)
+    check_callback("before_tool", before_tool, awaited=False)
     plan = prepare(prompt_or_messages, tools, session, before_tool is not None, {"max_turns": max_turns, **settings})
     return Events(_Shell(client, plan, before_tool))
 
@@ -191,6 +192,7 @@ async def arun(
     """``run`` for an ``AsyncClient``; ``before_tool`` and ``on_event`` may be coroutine functions."""
     from loopmux import aioloop
 
+    check_callback("on_event", on_event, awaited=True)
     return await aioloop.run(client, prompt_or_messages, on_event, tools=tools, max_turns=max_turns, **settings)
 
 
@@ -210,11 +212,12 @@ def aiterate(
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A loop that is ready to start: its core, and what every turn is asked with."""
+    """A loop that is ready to start: its core, what every turn is asked with, and whether its session ends with it."""
 
     loop: Loop
     schemas: list[dict[str, Any]]
     options: dict[str, Any]
+    ends_session: bool
 
     def turn_options(self, ask: AskModel) -> dict[str, Any]:
         """The arguments of ``client.stream`` for one turn."""
@@ -263,15 +266,18 @@ def _plan(
 ) -> Plan:
     check_plain(messages, "messages", 0)
     known = {f.name for f in dataclasses.fields(Limits)}
+    check_known(settings, known | KNOWN | {"before_tool"})
     limits = Limits(**{name: value for name, value in settings.items() if name in known})
     options = {name: value for name, value in settings.items() if name not in known}
     by_name = tools.collect(given)
-    choice = options.get("tool_choice", "auto")
-    if choice not in ("auto", "none", "required", *by_name):
+    if "messages" in options:
+        raise BadRequestError("messages: found them beside what the loop begins with: hand them over as that")
+    choice = options.get("tool_choice")
+    if choice not in (None, "auto", "none", "required", *by_name):
         names = ", ".join(by_name) or "there are none"
         raise ToolNotFoundError(f"tool_choice: found {choice!r}, expected auto, none, required or a tool of: {names}")
     loop = Loop(messages, by_name, limits, approval, session or secrets.token_hex(8))
-    return Plan(loop, [tool.schema for tool in by_name.values()], options)
+    return Plan(loop, [tool.schema for tool in by_name.values()], options, ends_session=not session)
 
 
 def messages_of(given: str | Iterable[ChatMessage]) -> list[ChatMessage]:
@@ -287,8 +293,15 @@ def messages_of(given: str | Iterable[ChatMessage]) -> list[ChatMessage]:
     return list(given)
 
 
-def _refuse_coroutine(name: str, callback: Callable[..., Any] | None) -> None:
-    if inspect.iscoroutinefunction(callback):
+def check_callback(name: str, callback: Callable[..., Any] | None, *, awaited: bool) -> None:
+    """Refuse what cannot be called, or whose answer nobody would await.
+
+    Raises:
+        BadRequestError: naming the callback and what was found.
+    """
+    if callback is not None and not callable(callback):
+        raise BadRequestError(f"{name}: found {codec.show(callback)}, expected a function")
+    if not awaited and inspect.iscoroutinefunction(callback):
         raise BadRequestError(
             f"{name}: found a coroutine function, which AsyncClient awaits: use it, or a plain function"
         )
@@ -301,11 +314,13 @@ def decision(answer: Any, call: ToolCall) -> Decision:
         ToolLoopError: it is none of the known answers, or no result for a model; the call is not run.
     """
     match answer:
-        case Run() | Deny():
+        case Run():
             return answer
+        case Deny(reason):
+            return Deny(readable(str(reason)) if reason else "")
         case Substitute(result):
             try:
-                return Substitute(plain(result))
+                return Substitute(succeeded(result).result)
             except (TypeError, ValueError, RecursionError) as error:
                 raise ToolLoopError(
                     f"before_tool substitutes a result for {call.name!r} that has no JSON form: {error}"
@@ -349,7 +364,8 @@ class _Shell:
             error.messages = error.messages or loop.transcript()
             raise
         finally:
-            self._hint("done")
+            if self.plan.ends_session:
+                self._hint("done")
 
     def _perform(self, action: Action) -> Generator[LoopEvent, None, Event | LoopFinished | None]:
         """Carry out one action; what came of it, if that is known at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,9 +40,11 @@ class Limits:
     stop_when_denied: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_turns", "max_tool_calls", "tool_timeout", "max_result_size", "max_failures", "concurrency"):
-            if not is_positive(getattr(self, name)):
-                raise BadRequestError(f"{name}: found {getattr(self, name)!r}, expected a number above 0")
+        for name in ("max_turns", "max_tool_calls", "max_result_size", "max_failures", "concurrency"):
+            count = getattr(self, name)
+            if not (is_positive(count) and (isinstance(count, int) or count == math.inf)):
+                raise BadRequestError(f"{name}: found {count!r}, expected a whole number above 0")
+        check_seconds(self.tool_timeout, "tool_timeout")
         if self.timeout is not None:
             check_seconds(self.timeout, "timeout")
 

@@ -38,6 +38,9 @@ _FORGOTTEN = re.compile(r"session (not found|terminated|expired)", re.IGNORECASE
 
 T = TypeVar("T")
 
+_inherited: list[contextlib.ExitStack] = []
+"""What a forked child has of its parent's connections: kept from being collected, since they are not its to end."""
+
 
 class Session:
     """One connection at a time to one server.
@@ -63,6 +66,7 @@ class Session:
         self._env, self._headers = dict(env), dict(headers)
         self._end = contextlib.ExitStack()
         self._portal: BlockingPortal | None = None
+        self._pid = os.getpid()
         self._log: TextIO
         # What follows belongs to the event loop's thread
         self._client: mcp.Client | None = None
@@ -82,6 +86,7 @@ class Session:
             LoopmuxError: the SDK is not installed.
         """
         start_portal = _sdk()
+        self._ours()
         if self._portal is not None:
             raise BadRequestError(f"{self._label} is open already: make a second object for a second connection")
         with contextlib.ExitStack() as stack:
@@ -95,7 +100,8 @@ class Session:
             self._portal, self._end = portal, stack.pop_all()
 
     def close(self) -> None:
-        """End the connection; a server that is a process has ended when this returns."""
+        """End the connection; a server that is a process has ended when this returns. A child leaves its parent's."""
+        self._ours()
         self._end.close()
         self._portal = None
 
@@ -106,9 +112,19 @@ class Session:
         Raises:
             BadRequestError: it is not open.
         """
+        self._ours()
         if self._portal is None:
-            raise BadRequestError(f"{self._label} is not open: use it inside of its `with` block")
+            raise BadRequestError(
+                f"{self._label} is not open: use it inside of its `with` block, and in the process that opened it"
+            )
         return self._portal
+
+    def _ours(self) -> None:
+        """A forked child has no thread of its parent's, for which it would wait for ever."""
+        if self._pid != os.getpid():
+            _inherited.append(self._end)
+            self._pid, self._end = os.getpid(), contextlib.ExitStack()
+            self._portal = self._client = None
 
     async def ask(self, what: str, ask: Callable[[mcp.Client], Awaitable[T]]) -> T:
         """Ask within the time limit, in the connection's event loop; the SDK's errors become ours.

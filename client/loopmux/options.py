@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
@@ -104,9 +104,7 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """
     merged: dict[str, Any] = {}
     for layer in layers:
-        for name in layer:
-            if name not in KNOWN:
-                raise BadRequestError(_unknown(name))
+        check_known(layer, KNOWN)
         merged |= layer
     return {name: value for name, value in merged.items() if value is not None}
 
@@ -129,9 +127,16 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     return Prepared(_submit(given, timeout, generate), body, idle)
 
 
-def _unknown(name: str) -> str:
-    hint = did_you_mean(name, KNOWN) or "known are " + ", ".join(sorted(KNOWN))
-    return f"unknown option {name!r}: {hint}"
+def check_known(given: Iterable[str], known: Set[str]) -> None:
+    """Refuse a name that is none of these.
+
+    Raises:
+        BadRequestError: naming the nearest one.
+    """
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known) or "known are " + ", ".join(sorted(known))
+            raise BadRequestError(f"unknown option {name!r}: {hint}")
 
 
 def seconds(name: str, value: object, *, forever: bool = False) -> float:
@@ -191,7 +196,7 @@ def _with_packed_ids(message: object, path: str) -> object:
 
 
 def _pack_ids(ids: object, path: str) -> bytes:
-    if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
+    if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes, bytearray, memoryview)):
         raise BadRequestError(f"{path}: found {codec.show(ids)}, expected a list of token ids")
     try:
         return wire.pack_tokens(list(ids))
@@ -229,7 +234,10 @@ def check_plain(value: object, path: str, depth: int) -> None:
     elif isinstance(value, (list, tuple)):
         for i, entry in enumerate(value):
             check_plain(entry, f"{path}[{i}]", depth + 1)
-    elif value is not None and type(value) not in (bool, int, float):
+    elif type(value) is int:
+        if not -(2**63) <= value < 2**64:
+            raise BadRequestError(f"{path}: found {codec.show(value)}, expected a number of no more than 64 bits")
+    elif value is not None and type(value) not in (bool, float):
         raise BadRequestError(
             f"{path}: found {codec.show(value)}, expected text, number, true, false, nothing, list or mapping"
         )

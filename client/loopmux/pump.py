@@ -254,6 +254,20 @@ class Channel:
                 raise _closed()
             return self._pump
 
+    def mention(self, event: ConnectionEvent) -> None:
+        """Post what is of use only over a connection that is there: none is opened for it, least of all at exit.
+
+        Raises:
+            ConnectionLostError: the channel was closed.
+        """
+        self._ours()
+        with self._lock:
+            if self._closed:
+                raise _closed()
+            pump = self._pump
+        if pump is not None and not pump.ended:
+            pump.post(event)
+
     def _open(self) -> None:
         """Ctrl-C, or a handler that closes the client, may come anywhere in here: what was begun gets stopped."""
         self._stop()

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import inspect
 import json
 import pathlib
 import types
@@ -242,15 +243,19 @@ def _optional(kind: Any, hints: Mapping[str, Any]) -> list[str]:
 
 
 def hints_of(function: Any) -> dict[str, Any]:
-    """The resolved hints of a callable's parameters, ``Annotated`` kept.
+    """The resolved hints of a callable's parameters, ``Annotated`` kept. That of its result is not looked at.
 
     Raises:
         HintError: a hint is a text that names nothing.
     """
     target = getattr(function, "func", function)  # functools.partial
-    if not hasattr(target, "__annotations__") and callable(target):
+    if inspect.isclass(target):
+        return _hints(target) | hints_of(target.__init__)
+    if not (inspect.isroutine(target) or "__annotations__" in getattr(target, "__dict__", ())):
         target = type(target).__call__
-    return _hints(target)
+    hints = {name: hint for name, hint in getattr(target, "__annotations__", {}).items() if name != "return"}
+    name = getattr(target, "__name__", target)
+    return _hints(types.SimpleNamespace(__name__=name, __wrapped__=target, __annotations__=hints))
 
 
 def _choice(pairs: list[tuple[Any, Any]]) -> Shape:

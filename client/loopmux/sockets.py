@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from loopmux.cadence import HEARTBEAT, SILENT_HEARTBEATS
-from loopmux.errors import ConfigError, LoopmuxError
+from loopmux.errors import ConfigError, ConnectionLostError
 from loopmux.wire import frames, split
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ _CUT_OFF, _WITHIN = 10, 2.0
 """Handshakes that the other end cut off, within so many seconds, before any succeeded: it cannot read them. (One that
 is not answered takes ``HANDSHAKE_IVL``.)"""
 
-_DESCRIPTORS = 20
-"""Those that a context with one socket and its connection takes (thirteen), and some for who opens others meanwhile."""
+_DESCRIPTORS = 12
+"""Of a context with one socket and its connection (9), and of a thread that drives it."""
 _EVENT: Final = struct.Struct("=Hi")
 """First frame of a monitor's message: event number and its value."""
 _EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)  # plain numbers: an enum's `&` costs as much as asking the socket
@@ -83,26 +83,25 @@ def use_keys(socket: zmq.Socket[bytes], credentials: Credentials | None) -> None
         socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.server.encode())
 
 
-def new_context() -> zmq.Context[zmq.Socket[bytes]]:
-    """A context for a ``Dealer``.
+def new_context(endpoint: str) -> zmq.Context[zmq.Socket[bytes]]:
+    """A context for a ``Dealer`` to a broker's endpoint.
 
     Raises:
-        LoopmuxError: this process has too few descriptors left for it, of which libzmq would end ("Too many open
-            files", epoll.cpp).
+        ConnectionLostError: there are too few descriptors for them: libzmq would end the process.
     """
-    taken: list[int] = []
+    pipes: list[tuple[int, int]] = []
     try:
-        while len(taken) < _DESCRIPTORS:
-            taken += os.pipe()
+        while 2 * len(pipes) < _DESCRIPTORS:
+            pipes.append(os.pipe())
     except OSError as error:
-        found = f"found fewer than {len(taken) + 2} free file descriptors ({error.strerror})"
-        remedy = "close some, or raise the limit (ulimit -n)"
-        raise LoopmuxError(
-            f"no connection to the broker can be opened: {found}, expected {_DESCRIPTORS}: {remedy}", retryable=True
+        raise ConnectionLostError(
+            f"cannot connect to the broker at {endpoint}: {error}; close what is not needed, one client serves any "
+            "number of threads or tasks, or let the process open more (`ulimit -n`)"
         ) from error
     finally:
-        for descriptor in taken:
-            os.close(descriptor)
+        for ends in pipes:
+            for end in ends:
+                os.close(end)
     return zmq.Context()
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
-from loopmux import docstrings, schemacheck, shapes
+from loopmux import codec, docstrings, schemacheck, shapes
 from loopmux.errors import BadRequestError
 
 Danger = Literal["safe", "warning", "dangerous"]
@@ -227,14 +227,14 @@ def _made(entry: Any) -> Sequence[Tool]:
         return entry.tools()
     if callable(entry):
         return [Tool.from_function(entry)]
-    raise BadRequestError(f"tools: found {schemacheck.show(entry)}, expected functions, Tool objects or tool sources")
+    raise BadRequestError(f"tools: found {codec.show(entry)}, expected functions, Tool objects or tool sources")
 
 
 def _checked_schema(entry: Mapping[str, Any]) -> dict[str, Any]:
     inner = entry.get("function", entry)
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise BadRequestError(
-            f"tools: found {schemacheck.show(dict(entry))}, "
+            f"tools: found {codec.show(dict(entry))}, "
             'expected {"type": "function", "function": {"name": …, "description": …, "parameters": …}}'
         )
     return {"type": "function", "function": dict(inner)}
@@ -274,6 +274,10 @@ def _check_parameter(parameter: inspect.Parameter, name: str, hints: Mapping[str
         raise BadRequestError(f"{what}: a model can only pass arguments that have names: write each one out")
     if parameter.kind is parameter.POSITIONAL_ONLY:
         raise BadRequestError(f"{what}: it can only be passed by position: remove the '/' after it")
+    if parameter.name not in hints and parameter.name in ("self", "cls"):
+        raise BadRequestError(
+            f"{what}: a method is a tool once it is bound: hand over that of an object, tools=[it.{name}]"
+        )
     if parameter.name not in hints:
         raise BadRequestError(f"{what}: it has no type hint: write for example '{parameter.name}: str'")
 

@@ -16,6 +16,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from loopmux.codec import show
 from loopmux.errors import AuthError, BadRequestError, ConnectionLostError, DeadlineExceededError, ProtocolError
 from loopmux.tools import DANGERS, LATER, Danger, Tool, ToolError, check_seconds
 
@@ -40,7 +41,8 @@ class ToolServer:
     not used: tokens stay between the two machines.
 
     Raises:
-        BadRequestError: the URL is not one, the token cannot stand in a header, or the time limit is none.
+        BadRequestError: the URL is not one, the token cannot stand in a header, the time limit is none, or the schemas
+            are no list of schemas.
     """
 
     def __init__(
@@ -59,13 +61,18 @@ class ToolServer:
             raise BadRequestError(f"tool server: found the URL {url!r}: {error}") from error
         if parts.scheme not in _PORTS or not parts.hostname:
             raise BadRequestError(f"tool server: found the URL {url!r}, expected one such as http://127.0.0.1:8763")
+        if not (parts.path.isascii() and parts.path.isprintable() and " " not in parts.path):
+            raise BadRequestError(f"tool server: found the URL {url!r}, expected a path in ASCII, all else as in %20")
+        if not isinstance(token, str):
+            raise BadRequestError(f"tool server: the token is a {type(token).__name__}, expected a text")
         if not (token.isascii() and token.isprintable()):
             raise BadRequestError("tool server: found a token with other characters than a header may have")
         check_seconds(timeout, "tool server: timeout")
+        listed = None if schemas is None else _entries(schemas)
         self.url = url.rstrip("/")
         self._token = token
         self._timeout = timeout
-        self._schemas = None if schemas is None else list(schemas)
+        self._schemas = listed
         self._danger = danger if callable(danger) else lambda _: danger
         self._secure = parts.scheme == "https"
         self._host, self._port = parts.hostname, port or _PORTS[parts.scheme]
@@ -165,9 +172,16 @@ class ToolServer:
         )
 
 
+def _entries(schemas: Any) -> list[Mapping[str, Any]]:
+    entries = None if isinstance(schemas, Mapping) or not isinstance(schemas, Iterable) else list(schemas)
+    if entries is None or not all(isinstance(entry, Mapping) for entry in entries):
+        raise BadRequestError(f"tool server: found the schemas {show(schemas)}, expected a list of JSON schemas")
+    return entries
+
+
 def _json(body: bytes) -> Any:
-    """What a body says; None for what is not JSON, which fits no expected answer."""
+    """What a body says; None for what is not JSON, or nested without end, which fits no expected answer."""
     try:
         return json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

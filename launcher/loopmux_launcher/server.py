@@ -168,7 +168,7 @@ class Launcher:
         """Serve until a signal, the end of ``parent``, or until nothing is left to serve; returns the exit code."""
         with ExitStack() as ending:
             ending.callback(self._stop_listening)
-            context = new_context()
+            context = new_context(self._endpoint)
             ending.callback(context.term)
             self._guard = Guard()
             ending.callback(self._guard.close)

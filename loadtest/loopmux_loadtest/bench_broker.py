@@ -9,7 +9,7 @@ the same, over ipc where it is not said. Nothing of the client or the engine is 
 - ``chunk_cpu``: processor time of the broker process per forwarded chunk (TOK of 8 tokens), when the worker sends as
   fast as it can, and paced at 2 000 a second, where nearly every chunk wakes two threads and that is most of its cost.
 - ``curve``: processor time of the broker process over tcp, per chunk and per request, with keys and in the clear, in
-  alternating rounds; ``ratio`` is the quotient.
+  alternating short rounds; ``ratio`` is the median of their quotients.
 - ``load``: with 1, 64 and 1 000 clients, each with a connection of its own and a request always under way: requests per
   second with their latency, streamed chunks per second, processor time, resident memory. For our broker; for ``proxy``
   (``zmq.proxy``) and ``poller`` (the same in Python), which only pass on, between the same two ends; and with
@@ -49,6 +49,8 @@ from loopmux_loadtest.tally import percentile
 STREAMS = 64
 PACE = 2000
 """Chunks a second of the paced case: 40 streams of 50 chunks a second, a busy worker."""
+PAIRS = 5
+"""Rounds of ``curve`` for each of the others: it is about some percent, and a machine's other work changes more."""
 CLIENTS = (1, 64, 1000)
 CHUNKS = 32
 """Chunks of a stream under load: 256 tokens, what a request makes by default."""
@@ -182,17 +184,21 @@ def curve(folder: str, rounds: int, scale: float) -> dict[str, Any]:
     shown = keys.Credentials(keys.read(Path(folder, "bench.key")), keys.read(Path(folder, "broker.key")).public)
     found: dict[str, list[float]] = defaultdict(list)
     with middles.tcp(folder, keyed=False) as clear, middles.tcp(folder, keyed=True) as keyed:
-        for _ in range(rounds):
+        for _ in range(PAIRS * rounds):
             for name, middle, credentials in (("clear", clear, None), ("keyed", keyed, shown)):
                 callers = WireCallers(middle.address, 1, introduce=True, credentials=credentials)
                 with contextlib.closing(callers):  # of this round alone: the broker gives up who says nothing meanwhile
                     for what, cost in _costs(middle, callers, scale).items():
                         found[f"{name}_us_per_{what}"].append(cost)
     medians = {key: round(statistics.median(values), 2) for key, values in found.items()}
-    ratios = {
-        f"ratio_per_{what}": round(medians[f"keyed_us_per_{what}"] / medians[f"clear_us_per_{what}"], 3)
-        for what in ("chunk", "request")
-    }
+    ratios = dict[str, Any]()
+    for what in ("chunk", "request"):
+        pairs = zip(found[f"keyed_us_per_{what}"], found[f"clear_us_per_{what}"], strict=True)
+        low, median, high = statistics.quantiles((keyed / clear for keyed, clear in pairs), n=4, method="inclusive")
+        ratios |= {
+            f"ratio_per_{what}": round(median, 3),
+            f"ratio_per_{what}_quartiles": [round(low, 3), round(high, 3)],
+        }
     return {"case": "curve", **medians, **ratios}
 
 

@@ -36,9 +36,10 @@ from loopmux_broker import dispatch
 from loopmux_broker.admission import Limits
 from loopmux_broker.clients import Client, Principal
 from loopmux_broker.events import Action, Send, say
+from loopmux_broker.ledger import Account, Ledger
 from loopmux_broker.output import Output
 from loopmux_broker.pool import Worker
-from loopmux_broker.queues import HeadStart, Queues
+from loopmux_broker.queues import HeadStart, Line, Queues
 from loopmux_broker.requests import Request
 
 
@@ -274,37 +275,34 @@ def test_what_was_expected_and_not_used_is_given_back(core: Core) -> None:
     core.hello(OTHER)
     core.register()
     core.submit(ONE, max_new_tokens=10_000)
-    account = core.tables.clients.by_peer[CLIENT].principal
-    assert account.served == 10_000
+    assert account(core).served == 10_000
     core.worker(tok(ONE, 0, 7))
     core.worker(end(ONE, 7))
-    assert account.served == 7
+    assert account(core).served == 7
 
 
 def test_nobody_pays_twice_because_a_worker_was_lost(core: Core) -> None:
     core.register()
     core.register(SECOND)
-    account = core.tables.clients.by_peer[CLIENT].principal
     core.submit(ONE, prompt_size=400, max_new_tokens=50)
     core.worker(tok(ONE, 0, 7))
     core.lose(WORKER)
-    assert account.served == 100 + 50
+    assert account(core).served == 100 + 50
     core.worker(tok(ONE, 7, 3, attempt=2), SECOND)
     core.worker(end(ONE, 10, attempt=2), SECOND)
-    assert account.served == 100 + 10
+    assert account(core).served == 100 + 10
 
 
 def test_nor_for_what_another_worker_produces_while_the_first_is_still_being_stopped(core: Core) -> None:
     core.register()
     core.register(SECOND)
-    account = core.tables.clients.by_peer[CLIENT].principal
     core.submit(ONE, prompt_size=400, max_new_tokens=50)
     core.worker(tok(ONE, 5))  # output with a hole
     core.worker(tok(ONE, 0, 10, attempt=2), SECOND)
     core.worker(stopped(ONE), WORKER)
-    assert account.served == 100 + 50
+    assert account(core).served == 100 + 50
     core.worker(end(ONE, 10, attempt=2), SECOND)
-    assert account.served == 100 + 10
+    assert account(core).served == 100 + 10
 
 
 def test_time_away_is_no_credit(core: Core) -> None:
@@ -324,6 +322,39 @@ def test_time_away_is_no_credit(core: Core) -> None:
         core.submit(pair[1], OTHER, max_new_tokens=100)
     owners = ["theirs" if request in theirs else "mine" for request in order(core, 6)]
     assert sorted(owners[:2]) == sorted(owners[2:4]) == ["mine", "theirs"]
+
+
+def test_who_allows_for_long_answers_and_gets_short_ones_has_as_many_slots_as_others(core: Core) -> None:
+    core.hello(OTHER)
+    core.register(slots=8)
+    for n in range(200):
+        core.submit(b"long" + n.to_bytes(12), CLIENT, max_new_tokens=4096)
+        core.submit(b"brief" + n.to_bytes(11), OTHER, max_new_tokens=16)
+    for _ in range(24):  # what began before anything was known of the answers
+        short(core)
+    held = []
+    for _ in range(50):
+        held.append(sum(lease.request.id[:4] == b"long" for lease in core.tables.pool.leases.values()))
+        short(core)
+    assert set(held) <= {3, 4, 5}
+
+
+def test_who_gets_longer_answers_than_before_pays_for_them_while_they_run(core: Core) -> None:
+    core.hello(OTHER)
+    core.register(slots=2)
+    for n in range(2):
+        core.submit(b"long" + n.to_bytes(12), CLIENT, max_new_tokens=10_000)
+        short(core)
+    core.submit(ONE, CLIENT, max_new_tokens=10_000)  # the next begins as if it were as short
+    assert account(core).served == 3 * 16
+    core.worker(tok(ONE, 0, 16))
+    assert account(core).served == 3 * 16
+    for had, count, charged in ((16, 1, 34), (17, 17, 34), (34, 2_000, 4_068), (2_034, 5_000, 10_000)):
+        core.worker(tok(ONE, had, count))
+        assert account(core).served == 2 * 16 + charged
+    assert account(core).settled == 2 * 16 + 7_034
+    core.worker(end(ONE, 7_034))
+    assert account(core).served == account(core).settled == 2 * 16 + 7_034
 
 
 def test_who_comes_does_not_wait_for_what_others_were_expected_to_cost_and_did_not(core: Core) -> None:
@@ -390,6 +421,96 @@ def test_a_worker_s_end_starves_nobody_who_was_served_much(core: Core) -> None:
     many(core, OTHER)
     core.submit(ONE, max_new_tokens=16)
     assert ONE in [short(core, SECOND) for _ in range(4)]
+
+
+def test_nobody_waits_for_one_model_because_of_what_was_had_of_another(core: Core) -> None:
+    core.hello(OTHER)
+    core.register(models=("fast",))
+    core.register(SECOND, models=("slow",))
+    for n in range(50):
+        core.submit(b"mine" + n.to_bytes(12), model="slow", max_new_tokens=16)
+        core.submit(b"theirs" + n.to_bytes(10), OTHER, model="slow", max_new_tokens=16)
+    ran = []
+    for n in range(20):  # all the while one of them has much of what nobody else wants
+        request = b"fast" + n.to_bytes(12)
+        core.submit(request, model="fast", max_new_tokens=1_000)
+        core.worker(tok(request, 0, 1_000))
+        core.worker(end(request, 1_000))
+        ran.append(short(core, SECOND)[:4])
+    assert ran.count(b"mine") == 10
+
+
+def test_adapters_of_one_worker_are_no_more_shares(core: Core) -> None:
+    core.hello(OTHER)
+    names = tuple(f"lora{n}" for n in range(8))
+    core.register(models=("m", *names))
+    for n in range(50):
+        core.submit(b"mine" + n.to_bytes(12), model=names[n % 8], max_new_tokens=16)
+        core.submit(b"theirs" + n.to_bytes(10), OTHER, model="m", max_new_tokens=16)
+    ran = [short(core)[:4] for _ in range(20)]
+    assert ran.count(b"mine") == 10
+
+
+def test_models_that_a_worker_comes_to_serve_together_are_paid_for_together(core: Core) -> None:
+    core.hello(OTHER)
+    core.register(models=("m",))
+    core.register(SECOND, models=("n",))
+    for n in range(50):
+        core.submit(b"mine" + n.to_bytes(12), model="m", max_new_tokens=16)
+        core.submit(b"also" + n.to_bytes(12), model="n", max_new_tokens=16)
+        core.submit(b"theirs" + n.to_bytes(10), OTHER, model="m", max_new_tokens=16)
+    core.lose(SECOND)
+    core.register(b"third", models=("m", "n"))
+    ran = [short(core, b"third")[:4] for _ in range(40)]
+    assert abs(ran.count(b"mine") + ran.count(b"also") - ran.count(b"thei")) <= 2
+    assert {b"mine", b"also", b"thei"} == set(ran)
+
+
+def test_by_how_much_a_client_is_ahead_is_in_the_sum_of_two_ledgers() -> None:
+    both, one, two = Principal(), Principal(), Principal()
+    kept, absorbed = Ledger(1_000), Ledger(50)
+    kept.accounts |= {both: Account(1_200, 100, 7.0), one: Account(900, 0, None)}
+    line = Line(Account(80, 20, 9.0))
+    line.account.lines["n", None, None] = line
+    absorbed.accounts |= {both: line.account, two: Account(40, 0, 3.0)}
+    kept.absorb(absorbed)
+    found = {name: kept.accounts[who] for name, who in (("both", both), ("one", one), ("two", two))}
+    assert {name: (x.served, x.expected, x.usual) for name, x in found.items()} == {
+        "both": (1_230, 120, 7.0),
+        "one": (900, 0, None),
+        "two": (990, 0, 3.0),
+    }
+    assert found["both"].lines == {("n", None, None): line}
+    assert line.account is found["both"]
+
+
+def test_a_ledger_is_kept_while_its_model_is_known_or_waited_for() -> None:
+    known, waiting = {"m"}, Client(ONE, None, "", Principal(), 0.0)
+    queues = Queues(HeadStart(), known.__contains__)
+
+    def asked(model: str) -> Request:
+        request = Request(model.encode(), waiting, Submit(model), b"", 0.0, 1.0, Output(1))
+        queues.push(request)
+        return request
+
+    charged = asked("m")
+    queues.remove(charged)
+    queues.charge(charged)
+    asked("unknown")
+    for n in range(1_000):
+        queues.remove(asked(f"typo {n}"))
+        queues.unite(["m", f"adapter {n}"])
+    assert len(queues._ledgers) < 200
+    assert {"m", "unknown"} <= queues._ledgers.keys()
+    assert queues._ledgers["m"].accounts[waiting.principal].served == 256
+    queues.forget(waiting.principal)
+    queues.settle(charged)
+    assert not any(ledger.accounts for model, ledger in queues._ledgers.items() if model != "unknown")
+
+
+def account(core: Core, model: str = "m") -> Account:
+    """What the first client was served of a model."""
+    return core.tables.queues._ledgers[model].accounts[core.tables.clients.by_peer[CLIENT].principal]
 
 
 def many(core: Core, peer: bytes = CLIENT) -> None:
@@ -597,6 +718,23 @@ def test_nor_where_the_queue_is_full(limits: Limits) -> None:
 def test_nor_one_where_nobody_knows_how_long_a_prompt_takes(core: Core) -> None:
     busy_home(core, took=0.0)
     assert receivers(next_turn(core)) == [SECOND]
+
+
+def test_nor_one_that_has_not_the_adapter_that_it_wants_now(core: Core) -> None:
+    busy_home(core)
+    core.register(SECOND, adapters=("a",))
+    assert receivers(core.submit(FOUR, session="s", continues=True, prompt_size=LONG, adapter="a")) == [SECOND]
+
+
+@pytest.mark.parametrize("again", [{"session": "s"}, {"hashes": (b"begun",)}], ids=["its session", "its beginning"])
+def test_how_long_a_prompt_takes_is_not_learnt_where_its_state_is(core: Core, again: dict[str, Any]) -> None:
+    core.register()
+    for request, took in ((ONE, 0.4), (TWO, 0.001)):
+        core.submit(request, prompt_size=LONG, **again)
+        core.now += took
+        core.worker(tok(request, 0))
+        core.worker(end(request, 1))
+    assert core.tables.pool.workers[WORKER].pace == pytest.approx(0.4 / LONG)
 
 
 def test_no_wait_is_longer_than_two_seconds(core: Core) -> None:

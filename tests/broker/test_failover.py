@@ -111,6 +111,17 @@ def test_one_that_has_produced_nothing_goes_anywhere(core: Core) -> None:
     assert runs(core.lose(WORKER)) == [(THIRD, ONE, 2)]
 
 
+def test_a_slot_is_free_whichever_of_two_attempts_at_one_worker_ends_last() -> None:
+    core = Core()
+    core.hello()
+    core.register(slots=2)
+    core.submit(ONE)
+    assert runs(core.worker(tok(ONE, 5))) == [(WORKER, ONE, 2)]
+    core.worker(end(ONE, 0, attempt=2))
+    assert core.worker(stopped(ONE)) == [Send(WORKER, say(Kind.ENDACK, ONE, attempt=1))]
+    assert not core.tables.pool.leases
+
+
 def test_a_hole_in_the_output_is_filled_by_another_worker(core: Core) -> None:
     core.running()
     core.worker(tok(ONE, 0))

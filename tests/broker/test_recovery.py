@@ -420,6 +420,7 @@ def test_a_cancel_that_comes_before_its_worker(core: Core) -> None:
     [answer] = core.client(say(Kind.CANCEL, ONE))
     assert failure(answer)[:2] == (CLIENT, Kind.CANCELLED)
     core.client(say(Kind.ENDACK, ONE))
+    core.wait(1)
     core.register(held=1)
     assert held(core, ONE, 0, 9) == [reset()]
     core.wait(3.25)
@@ -597,8 +598,12 @@ def test_a_refused_return_keeps_the_number_of_who_was_given_up() -> None:
     assert runs(core.submit(ONE)) == [(WORKER, ONE, 2)]
 
 
-def test_the_tokens_that_a_request_comes_back_with_are_counted() -> None:
+@pytest.mark.parametrize("first", ["the client", "its worker"])
+def test_the_tokens_that_a_request_comes_back_with_are_counted(first: str) -> None:
     core = Core(settle=3.0, limits=Limits(held=len(BODY) + 4 * 5))
+    if first == "its worker":
+        core.register(held=1)
+        held(core, ONE, 0, 9)
     core.hello()
     attach(core, ONE, 5)
     [answer] = attach(core, TWO, 1)

@@ -208,6 +208,7 @@ def test_repeated_output_is_dropped(core: Core) -> None:
     core.worker(tok(ONE, 0, 2))
     assert core.worker(tok(ONE, 0, 2)) == []
     assert core.worker(tok(ONE, 2)) == [pushed(tok(ONE, 2))]
+    assert core.counted["duplicates"] == 1
 
 
 def test_an_end_before_lost_output_gives_the_request_to_another_worker(core: Core) -> None:
@@ -345,6 +346,14 @@ def test_cancel_of_what_is_not_here_refuses_it_when_it_comes(core: Core) -> None
     [again] = core.submit(ONE)
     assert again == answer
     core.client(say(Kind.ENDACK, ONE))
+    core.assert_empty()
+
+
+def test_nobody_has_the_end_of_what_still_runs(core: Core) -> None:
+    core.running()
+    assert core.client(say(Kind.ENDACK, ONE)) == []
+    core.worker(end(ONE, 0))
+    assert core.client(say(Kind.ENDACK, ONE)) == [Send(WORKER, say(Kind.ENDACK, ONE, attempt=1))]
     core.assert_empty()
 
 

@@ -67,6 +67,15 @@ def test_a_long_prompt_longer_still(core: Core) -> None:
     assert core.wait(0.25)[0] == Send(WORKER, say(Kind.DIE))
 
 
+def test_and_so_is_what_another_worker_produced(core: Core) -> None:
+    core.running(max_new_tokens=5_000)
+    core.worker(tok(ONE, 0, 4_000))
+    core.lose(WORKER)
+    core.worker(say(Kind.RUNACK, ONE, attempt=2), SECOND)
+    assert core.wait(319.75) == []
+    assert core.wait(0.25)[0] == Send(SECOND, say(Kind.DIE))
+
+
 def test_slow_but_moving_is_not_hung(core: Core) -> None:
     core.running()
     core.worker(tok(ONE, 0))

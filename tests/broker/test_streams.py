@@ -96,6 +96,13 @@ def test_a_chunk_larger_than_the_window_still_arrives(core: Core) -> None:
     assert starts(core.client(credit(ONE, 28, 20))) == [20]
 
 
+def test_a_chunk_across_the_end_of_the_window_goes_alone(core: Core) -> None:
+    core.running()
+    assert starts(core.worker(tok(ONE, 0, 6))) == [0]
+    assert starts(core.worker(tok(ONE, 6, 6))) == []
+    assert starts(core.client(credit(ONE, 8, 6))) == [6]
+
+
 def test_acknowledging_what_was_never_sent_is_a_strike(core: Core) -> None:
     core.running()
     core.worker(tok(ONE, 0, 2))

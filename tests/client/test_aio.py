@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -285,6 +286,91 @@ def test_closing_ends_what_runs(ipc_broker: FakeBroker) -> None:
             await task
 
     run(ipc_broker.endpoint, story)
+
+
+def test_a_question_that_is_cancelled_is_forgotten(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with loopmux.AsyncClient(f"ipc://{tmp_path / 'nobody'}", connect_timeout=float("inf")) as client:
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.01):
+                        await client.status()
+            driver = client._channel.driver()
+            assert not driver._sinks
+            assert not driver._core._questions
+
+    asyncio.run(main())
+
+
+def test_no_connection_is_opened_for_a_hint(ipc_broker: FakeBroker) -> None:
+    async def main() -> None:
+        client = loopmux.AsyncClient(ipc_broker.endpoint)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # one that was opened would be said to be unclosed
+            await client.hint("s", "done")
+            del client
+            gc.collect()
+        async with loopmux.AsyncClient(ipc_broker.endpoint) as other:
+            await other.generate("x", max_new_tokens=1)
+        with pytest.raises(loopmux.ConnectionLostError, match="closed: make another"):
+            await other.hint("s", "done")
+        assert len(ipc_broker.peers) == 1
+
+    asyncio.run(main())
+
+
+def test_no_turn_is_left_behind_when_it_is_closed(ipc_broker: FakeBroker) -> None:
+    failures: list[object] = []
+
+    async def story(client: loopmux.AsyncClient) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: failures.append(context))
+        await client.generate("x", max_new_tokens=1)
+        driver = client._channel.driver()
+        driver._again = loop.call_soon(driver._turn)  # as if there was more to be taken
+        driver._turn()  # the descriptor was faster
+        await client.close()
+        await asyncio.sleep(0)
+
+    run(ipc_broker.endpoint, story)
+    assert failures == []
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop that runs in another thread, and would say if it was touched from this one."""
+    loop = asyncio.new_event_loop()
+    loop.set_debug(True)
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_a_stream_that_is_read_in_another_loop_says_so(
+    ipc_broker: FakeBroker, elsewhere: asyncio.AbstractEventLoop
+) -> None:
+    async def story(client: loopmux.AsyncClient) -> None:
+        stream = client.stream("x", max_new_tokens=2)
+        with pytest.raises(RuntimeError, match="belongs to another event loop"):
+            asyncio.run_coroutine_threadsafe(stream.wait(), elsewhere).result(5)
+        assert (await stream.wait()).text == whole_text(2)
+
+    run(ipc_broker.endpoint, story)
+
+
+def test_closing_from_another_loop_ends_what_runs_in_its_own(
+    ipc_broker: FakeBroker, elsewhere: asyncio.AbstractEventLoop
+) -> None:
+    client = loopmux.AsyncClient(ipc_broker.endpoint)
+    running = asyncio.run_coroutine_threadsafe(client.generate("x", model="hang"), elsewhere)
+    asyncio.run(until(lambda: ipc_broker.count(Kind.SUBMIT) == 1))
+    asyncio.run(client.close())
+    with pytest.raises(loopmux.CancelledError, match="client was closed"):
+        running.result(5)
+    asyncio.run(until(lambda: ipc_broker.count(Kind.BYE) == 1))
 
 
 def test_a_new_broker_is_greeted_as_soon_as_it_is_there(tmp_path: Path) -> None:

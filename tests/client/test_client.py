@@ -256,6 +256,29 @@ def test_hints_reach_the_broker(client: loopmux.Client, ipc_broker: FakeBroker) 
         client.hint("s1", "sleeping")  # type: ignore[arg-type]
 
 
+def test_no_connection_is_opened_for_a_hint(ipc_broker: FakeBroker) -> None:
+    with loopmux.Client(ipc_broker.endpoint) as client:
+        client.hint("s", "done")
+        assert not _threads()
+    with pytest.raises(loopmux.ConnectionLostError, match="closed: make another"):
+        client.hint("s", "done")
+
+
+def test_a_tool_loop_that_is_left_at_exit_says_nothing(ipc_broker: FakeBroker) -> None:
+    program = f"""
+        import loopmux
+
+        client = loopmux.Client({ipc_broker.endpoint!r}, max_new_tokens=300)
+        events = client.iter_tools("x", tools=[])
+        while not isinstance(next(events), loopmux.TextDelta):
+            pass
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 _LONG, _NO_TEXT = "n" * 5000, "bad\ud800"
 MISTAKEN: list[tuple[str, tuple[object, ...], str]] = [
     ("hint", (_LONG, "done"), "session: found a text of 5000 characters"),
@@ -331,6 +354,14 @@ def test_closing_is_final_and_harmless(ipc_broker: FakeBroker) -> None:
     assert not _threads()
 
 
+def test_closing_while_no_broker_is_there_yet_says_so(tmp_path: Path) -> None:
+    client = loopmux.Client(f"ipc://{tmp_path / 'b'}", connect_timeout=60)
+    stream = client.stream("x")
+    client.close()
+    with pytest.raises(loopmux.CancelledError, match="the client was closed"):
+        list(stream)
+
+
 def test_an_unclosed_client_is_cleaned_up_when_collected(ipc_broker: FakeBroker) -> None:
     client = loopmux.Client(ipc_broker.endpoint)
     client.generate("x", max_new_tokens=1)
@@ -353,6 +384,44 @@ def test_an_unclosed_client_does_not_hang_the_interpreter(ipc_broker: FakeBroker
     )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, whole_text(2).strip(), "")
     ipc_broker.wait_for(Kind.BYE)
+
+
+@pytest.mark.parametrize("kind", ["Client", "AsyncClient"])
+def test_a_program_that_may_open_no_more_files_gets_an_error_and_goes_on(ipc_broker: FakeBroker, kind: str) -> None:
+    program = f"""
+        import asyncio, inspect, os, resource, loopmux
+
+        async def call():
+            client = loopmux.{kind}({ipc_broker.endpoint!r}, max_new_tokens=2, timeout=20)
+            try:
+                result = client.generate("x")
+                return (await result if inspect.isawaitable(result) else result).text
+            except loopmux.ConnectionLostError as error:
+                return "too few" if "Too many open files" in error.message else error.message
+            finally:
+                if inspect.isawaitable(closed := client.close()):
+                    await closed
+
+        async def main():
+            print(await call())
+            held = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            while held:
+                print(await call())
+                os.close(held.pop())
+            print(await call())
+
+        asyncio.run(main())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *others = done.stdout.splitlines()
+    refused = others.count("too few")
+    assert refused > 0
+    assert others == ["too few"] * refused + [first] * (len(others) - refused)
+    assert first == others[-1] == whole_text(2)
 
 
 def test_one_that_gets_no_thread_leaves_nothing_that_hangs(tmp_path: Path) -> None:
@@ -419,6 +488,21 @@ def test_a_handler_of_a_signal_may_close_the_client_in_its_first_call(
         thread.join(5)
     assert [type(error) for error in errors] == [loopmux.ConnectionLostError]
     assert not _threads()
+
+
+def test_a_keyboard_interrupt_of_a_question_leaves_nothing_behind(tmp_path: Path) -> None:
+    with loopmux.Client(f"ipc://{tmp_path / 'nobody'}", connect_timeout=float("inf")) as client:
+        pump = client._channel.pump()
+
+        def interrupt() -> None:
+            wait_until(lambda: bool(pump._core._questions), "it was asked")
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            client.status()
+        assert not pump._sinks
+        wait_until(lambda: not pump._core._questions, "nobody waits")
 
 
 def test_a_keyboard_interrupt_leaves_the_client_usable(ipc_broker: FakeBroker) -> None:

@@ -278,6 +278,16 @@ def test_questions_are_repeated_answered_and_given_up() -> None:
     assert isinstance(story.error(other), errors.ConnectionLostError)
 
 
+def test_a_question_that_nobody_waits_for_is_not_kept() -> None:
+    story = Story()
+    story.do(Asked(QUESTION, math.inf))
+    assert story.kinds(CancelAsked(QUESTION)) == []
+    assert story.welcome() == []
+    status = Status(b"e", 1.0, "s", 1, 1, 0, 0)
+    assert story.get(Kind.REPORT, status, request=QUESTION) == []
+    assert QUESTION not in story.outcomes
+
+
 def test_an_undecodable_report_fails_its_question() -> None:
     story = ready()
     story.do(Asked(QUESTION, story.now + 3))

@@ -4,6 +4,7 @@ import os
 import stat
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,9 +53,12 @@ def test_paths_of_ipc_and_none_of_tcp() -> None:
         ("tcp://host:x", "names no port"),
         ("tcp://host:65536", "names no port up to 65535"),
         ("ipc:///" + "é" * 60, "has 121 bytes, at most 100 fit"),
+        ("ipc:///tmp/\udcff", "no valid Unicode"),
+        ("ipc:///tmp/a\0b", "a character that no file's name has"),
+        (Path("/tmp/a"), r"endpoint: found PosixPath\('/tmp/a'\) \(PosixPath\), expected a text such as"),
     ],
 )
-def test_what_is_no_endpoint(endpoint: str, says: str) -> None:
+def test_what_is_no_endpoint(endpoint: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         ipc_path(endpoint)
 

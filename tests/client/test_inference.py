@@ -157,6 +157,12 @@ def test_iterations_are_limited(tools: Server):
     assert lines[-1] == "stopped after 3 tool iterations"
 
 
+@pytest.mark.parametrize("times", [-1, 2.5, True, None])
+def test_a_number_of_iterations_that_is_none(times: Any):
+    with pytest.raises(BadRequestError, match=r"^max_tool_iterations: found "):
+        run_inference_with_tools(ToolEnabledInferenceConfig(prompt="x", max_tool_iterations=times))
+
+
 def test_a_system_prompt_and_no_tools(tools: Server):
     assert run(tools, "!say plain", enable_tools=False) == ("plain", [])
     assert tools.seen == []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 from collections.abc import AsyncIterator, Awaitable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pytest
@@ -125,6 +127,43 @@ def test_a_plain_tool_that_never_returns_does_not_hang_the_program():
     forever.set()
 
 
+def test_loops_that_the_threads_of_asyncios_own_pool_wait_for_come_to_their_end():
+    async def main() -> list[str]:
+        running = asyncio.get_running_loop()
+        running.set_default_executor(ThreadPoolExecutor(1))
+
+        async def one() -> str:
+            client = AsyncScriptedClient([turn("", call(a=1, b=2)), turn("3")])
+            return (await loop.arun(client, "go", tools=[add])).text
+
+        def job() -> str:
+            return asyncio.run_coroutine_threadsafe(one(), running).result(10)
+
+        return await asyncio.gather(*(asyncio.to_thread(job) for _ in range(3)))
+
+    assert wait(main()) == ["3"] * 3
+
+
+def test_a_source_of_tools_that_never_answers_does_not_hang_the_program():
+    class Silent:
+        def tools(self) -> list[Tool]:
+            forever.wait()
+            return []
+
+    async def main() -> None:
+        async with asyncio.timeout(0.05):
+            await loop.arun(AsyncScriptedClient([]), "go", tools=[Silent()])
+
+    forever = threading.Event()
+    late = threading.Timer(5, forever.set)  # for the sake of a test that fails
+    late.start()
+    with pytest.raises(TimeoutError):
+        wait(main())
+    assert not forever.is_set()
+    late.cancel()
+    forever.set()
+
+
 def test_hostile_coroutines():
     async def exits() -> None:
         raise SystemExit(3)
@@ -148,8 +187,16 @@ def test_hostile_coroutines():
         "Odd",
         "TypeError: the result is a object, expected text, numbers, lists, dicts or a dataclass",
     ]
-    out = run(AsyncScriptedClient([turn("", call("cancels")), turn("ok")]), tools=[cancels])
-    assert out.tool_log[0]["error"] == "CancelledError"
+
+    async def cancels_its_task() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+
+    for name, tool in {"cancels": cancels, "cancels_its_task": cancels_its_task}.items():
+        out = run(AsyncScriptedClient([turn("", call(name)), turn("ok")]), tools=[tool])
+        assert out.tool_log[0]["error"] == "CancelledError"
 
 
 def test_cancelling_the_task_cancels_the_turns_tools():
@@ -265,6 +312,48 @@ def test_leaving_the_iteration_cancels_the_turn():
     assert client.left == ["cancelled"]
 
 
+def test_a_loop_that_nobody_iterates_over_any_more_ends_at_once():
+    client = AsyncScriptedClient([turn("text")])
+
+    async def main() -> None:
+        async for event in loop.aiterate(client, "go", tools=[add]):
+            if isinstance(event, TextDelta):
+                break
+        while not client.hints:
+            await asyncio.sleep(0.001)
+
+    gc.disable()
+    try:
+        wait(main())
+    finally:
+        gc.enable()
+    assert client.left == ["cancelled"]
+
+
+def test_a_loop_that_the_collector_finds_half_way_is_ended_once():
+    async def sleep() -> None:
+        await asyncio.sleep(60)
+
+    client = AsyncScriptedClient([turn("", call("sleep"), call("add", "c1", a=1, b=2))])
+    failures: list[Any] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+        held: dict[str, Any] = {"events": loop.aiterate(client, "go", tools=[sleep, add])}
+        async for event in held["events"]:
+            if isinstance(event, ToolResult):
+                break
+        held["itself"] = held
+        del held
+        gc.collect()
+        while client.hints[-1][1] != "done":
+            await asyncio.sleep(0.001)
+
+    wait(main())
+    gc.collect()
+    assert failures == []
+
+
 def test_errors_carry_the_transcript():
     client = AsyncScriptedClient([turn("", call(a=1, b=2)), WorkerLostError("gone")])
     with pytest.raises(WorkerLostError) as caught:
@@ -276,8 +365,9 @@ def test_errors_carry_the_transcript():
         run(AsyncScriptedClient([turn("", call("hang"))]), tools=[hanging()], timeout=0.1)
     with pytest.raises(ToolLoopError, match="before_tool answered 3"):
         run(AsyncScriptedClient([turn("", call(a=1, b=2))]), before_tool=lambda _: 3)
-    with pytest.raises(BadRequestError):
-        run(AsyncScriptedClient([]), tools=[add, add])
+    for wrong in ({"tools": [add, add]}, {"before_tool": 3}, {"on_event": 3}):
+        with pytest.raises(BadRequestError):
+            run(AsyncScriptedClient([]), **wrong)
 
 
 def hanging() -> Tool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import loopmux
 from loopmux import codec, loop, options
 from loopmux.errors import (
     BadRequestError,
@@ -37,7 +40,7 @@ from loopmux.loopevents import (
 from loopmux.messages import Generate
 from loopmux.results import TextDelta, ToolCall, Usage
 from loopmux.tools import Tool, schemas
-from scripted import ScriptedClient, call, turn
+from scripted import AsyncScriptedClient, ScriptedClient, call, turn
 
 
 def add(a: int, b: int) -> int:
@@ -107,9 +110,9 @@ def test_more_ids_than_a_list_may_have_can_be_sent():
 
 
 def test_a_session_of_the_callers():
-    client = ScriptedClient([turn("x")])
+    client = ScriptedClient([turn("", call(a=1, b=2)), turn("3")])
     assert run(client, session="mine").session == "mine"
-    assert client.hints == [("mine", "done")]
+    assert client.hints == [("mine", "waiting_on_tool")]  # it may come back with another loop: who named it knows
 
 
 def test_a_broken_connection_does_not_spoil_a_result_that_is_there():
@@ -203,7 +206,7 @@ def test_a_tool_that_never_returns_does_not_hang_the_program():
     program = """
 import threading
 from loopmux import loop
-from scripted import ScriptedClient, call, turn
+from scripted import AsyncScriptedClient, ScriptedClient, call, turn
 
 def hang() -> None:
     threading.Event().wait()
@@ -244,6 +247,7 @@ def test_observers_and_approval_stay_in_the_callers_thread():
         (Run(), "3", True),
         (True, "3", True),
         (Deny("no sums"), "Denied: no sums", False),
+        (Deny("no \ud800 sums"), "Denied: no ? sums", False),
         (False, "Denied: the user did not allow this call.", False),
         (Substitute({"sum": 4}), '{"sum": 4}', False),
         ("four", "four", False),
@@ -401,6 +405,10 @@ def test_a_tool_choice_that_is_not_there():
         ("go", add, {}),
         ("go", [add, add], {}),
         ("go", [add], {"max_turns": 0}),
+        ("go", [add], {"max_result_size": 1e4}),
+        ("go", [add], {"tool_timeout": float("nan")}),
+        ("go", [add], {"before_tool": True}),
+        ("go", [add], {"messages": [{"role": "user", "content": "go"}]}),
         ("go", [add], {"concurrency": 0}),
     ],
 )
@@ -409,6 +417,29 @@ def test_wrong_calls_are_refused_before_anything_is_sent(messages: Any, tools: A
     with pytest.raises(BadRequestError):
         loop.iterate(client, messages, tools=tools, **settings)
     assert client.requests == client.hints == []
+
+
+@pytest.mark.parametrize(
+    ("slip", "meant"), [("max_turn", "max_turns"), ("tooltimeout", "tool_timeout"), ("before_tools", "before_tool")]
+)
+def test_a_slip_in_the_name_of_a_limit_is_told_before_anything_is_sent(slip: str, meant: str):
+    client = ScriptedClient([])
+    with pytest.raises(BadRequestError, match=f"unknown option '{slip}': did you mean '{meant}'") as caught:
+        run(client, **{slip: 3})
+    assert caught.value.messages == [{"role": "user", "content": "go"}]
+    assert client.requests == []
+
+
+def test_an_observer_that_cannot_be_called_is_refused_before_anything_is_sent():
+    client = ScriptedClient([])
+    with pytest.raises(BadRequestError, match=r"on_event: found \[\] \(list\), expected a function"):
+        run(client, on_event=[])
+    assert client.requests == client.hints == []
+
+
+def test_a_limit_may_be_infinite():
+    out = run(ScriptedClient([turn("", call(a=1, b=2)), turn("3")]), max_turns=math.inf, max_result_size=math.inf)
+    assert out.messages[2]["content"] == "3"
 
 
 def test_an_observer_that_raises_ends_the_loop_and_cancels_the_turn():
@@ -436,10 +467,45 @@ def test_a_loop_without_tools():
     assert run(ScriptedClient([turn("hi")]), tools=None).text == "hi"
 
 
-def test_a_substituted_result_without_a_json_form_ends_the_loop_with_its_messages():
-    given = [turn("", call(a=1, b=2)), turn("ok")]
-    with pytest.raises(
-        ToolLoopError, match=r"substitutes a result for 'add' that has no JSON form: .*object"
-    ) as caught:
-        run(ScriptedClient(given), before_tool=lambda _: Substitute(object()))
+class Mock:
+    """It has whatever it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda **_: self
+
+
+@pytest.mark.parametrize("given", [object(), Mock(), 10**5000], ids=["object", "mock", "long number"])
+def test_a_substituted_result_without_a_json_form_ends_the_loop_with_its_messages(given: Any):
+    script = [turn("", call(a=1, b=2)), turn("ok")]
+    with pytest.raises(ToolLoopError, match="substitutes a result for 'add' that has no JSON form: ") as caught:
+        run(ScriptedClient(script), before_tool=lambda _: Substitute(given))
     assert caught.value.messages[0]["role"] == "user"
+
+
+@pytest.mark.parametrize("kind", [loopmux.Client, loopmux.AsyncClient])
+def test_a_clients_own_session_and_tool_choice_hold_for_its_loops_as_if_they_were_given(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+):
+    scripted = ScriptedClient if kind is loopmux.Client else AsyncScriptedClient
+    script = scripted([turn("", call(a=1, b=2)), turn("3")] * 2)
+    client = kind("ipc:///nobody", session="s", tool_choice="required")
+    monkeypatch.setattr(client, "stream", script.stream)
+    monkeypatch.setattr(client, "hint", script.hint)
+
+    async def iterate() -> None:
+        async for _ in client.iter_tools("go", tools=[add]):
+            pass
+
+    if kind is loopmux.Client:
+        client.run_tools("go", tools=[add])
+        list(client.iter_tools("go", tools=[add]))
+    else:
+        asyncio.run(client.run_tools("go", tools=[add]))
+        asyncio.run(iterate())
+    told = [(request["session"], request["tool_choice"]) for request in script.requests]
+    assert told == [("s", "required"), ("s", "auto")] * 2
+    assert {session for session, _ in script.hints} == {"s"}
+
+
+def test_a_tool_choice_of_none_is_none_at_all():
+    assert run(ScriptedClient([turn("hi")]), tool_choice=None).text == "hi"

@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -348,6 +349,27 @@ def test_a_server_outside_of_its_block() -> None:
 def test_a_server_is_opened_once_at_a_time(stdio: MCPServer) -> None:
     with pytest.raises(BadRequestError, match="is open already"):
         stdio.__enter__()
+
+
+def test_a_forked_child_leaves_its_parents_server_alone() -> None:
+    with MCPServer(SHOP, name="shop") as server:
+        [add] = [tool for tool in server.tools() if tool.name == "shop_add"]
+        child = os.fork()
+        if child == 0:
+            good = False
+            try:
+                signal.alarm(20)  # the test's own limit does not end it
+                with pytest.raises(BadRequestError, match=r"is not open: .* in the process that opened it"):
+                    server.tools()
+                with pytest.raises(BadRequestError, match="is not open"):
+                    asyncio.run(add.function(a=1, b=2))
+                server.close()
+                with server:
+                    good = asyncio.run(server.call("add", {"a": 1, "b": 2})) == 3
+            finally:
+                os._exit(0 if good else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert asyncio.run(server.call("add", {"a": 1, "b": 2})) == 3
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,10 @@ def test_later_layers_win_and_none_is_not_said() -> None:
         ({"prompt_token_ids": []}, "prompt_token_ids: expected at least one token id"),
         ({"prompt_token_ids": [-1]}, "prompt_token_ids: token ids must be whole numbers from 0 to 2**32 - 1"),
         ({"prompt_token_ids": "12"}, "prompt_token_ids: found '12' (str), expected a list of token ids"),
+        (
+            {"prompt_token_ids": bytearray(b"12")},
+            "prompt_token_ids: found bytearray(b'12') (bytearray), expected a list",
+        ),
         ({"prompt_token_ids": 12}, "prompt_token_ids: found 12 (int), expected a list of token ids"),
         ({"prompt": "x", "temperature": "hot"}, "temperature: found 'hot' (str), expected a number"),
         ({"prompt": "x", "temperature": -1}, "temperature: found -1.0, expected a value from 0 to 100"),
@@ -227,6 +231,10 @@ def test_later_layers_win_and_none_is_not_said() -> None:
         (
             {"prompt": "x", "session": "s" * 10_000},
             "session: found a text of 10000 characters; model, adapter, session",
+        ),
+        (
+            {"prompt": "x", "template_kwargs": {"n": [2**64]}},
+            "template_kwargs.n[0]: found 18446744073709551616 (int), expected a number of no more than 64 bits",
         ),
         ({"prompt": "x", "template_kwargs": {"f": print}}, "template_kwargs.f: found <built-in function print>"),
     ],

@@ -88,6 +88,35 @@ def test_bound_methods_partials_and_callable_objects():
     assert (shop.name, shop.description) == ("Shop", "Buy an item.")
 
 
+class Described:
+    """An object with a docstring of its own and parameters to make it."""
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+
+    def __call__(self, more: int) -> int:
+        """Add to it."""
+        return self.base + more
+
+
+def test_an_object_and_its_class_are_tools_with_the_hints_of_what_is_called():
+    assert Described.__annotations__ == {}  # once it was asked for, its instances have it as well
+    for made, parameter in ((Described(1), "more"), (Described, "base")):
+        assert Tool.from_function(made).parameters["properties"] == {parameter: {"type": "integer"}}
+
+
+def test_what_a_function_returns_need_not_be_known():
+    def frame(rows: int) -> "Frame":  # noqa: F821, UP037
+        return rows
+
+    @functools.wraps(frame)
+    def wrapped(*args: Any, **named: Any) -> Any:
+        return frame(*args, **named)
+
+    for made in (frame, wrapped):
+        assert Tool.from_function(made).parameters["properties"] == {"rows": {"type": "integer"}}
+
+
 def test_the_decorator_keeps_the_function_callable():
     @tool
     def twice(x: int) -> int:
@@ -145,6 +174,7 @@ def unknown_name(a: "Missing") -> int:  # noqa: F821, UP037
         (no_hint, ["'no_hint'", "parameter a", "no type hint", "'a: str'"]),
         (star, ["'star'", "*numbers", "write each one out"]),
         (keywords, ["'keywords'", "**options", "write each one out"]),
+        (Shop.price, ["'price'", "parameter self", "hand over that of an object, tools=[it.price]"]),
         (positional, ["'positional'", "remove the '/'"]),
         (odd_type, ["'odd_type'", "'when'", "memoryview", "use str, int"]),
         (unknown_name, ["'unknown_name'", "Missing", "import its type"]),
@@ -188,6 +218,10 @@ def test_two_tools_of_one_name():
         schemas([add, ADD])
 
 
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
+
+
 @pytest.mark.parametrize(
     ("tools", "said"),
     [
@@ -196,6 +230,7 @@ def test_two_tools_of_one_name():
         ("add", "tools=[add]"),
         ([3], "expected functions"),
         (["add"], "expected functions"),
+        ([ENDLESS], "expected functions"),
         ([{"type": "function"}], '"function": {"name"'),
     ],
 )

@@ -111,7 +111,10 @@ def test_an_answer_that_is_none(answer: tuple[int, Any]):
         ToolServer(server.url).call("t", {})
 
 
-@pytest.mark.parametrize("answer", [(200, b"<html>"), (200, {"a": 1}), (200, ["read"]), (500, [])])
+NESTED = b"[" * 100_000
+
+
+@pytest.mark.parametrize("answer", [(200, b"<html>"), (200, NESTED), (200, {"a": 1}), (200, ["read"]), (500, [])])
 def test_a_listing_that_is_none(answer: tuple[int, Any]):
     with serving({"/tools": answer}) as server, pytest.raises(ProtocolError, match="expected a list of tool schemas"):
         ToolServer(server.url).tools()
@@ -172,7 +175,18 @@ def test_a_server_that_hangs_up():
 
 @pytest.mark.parametrize(
     "url",
-    ["", "127.0.0.1:8763", "ftp://host", "http://", "http:///path", "http://h:99999", "http://h:port", "http://[h"],
+    [
+        "",
+        "127.0.0.1:8763",
+        "ftp://host",
+        "http://",
+        "http:///path",
+        "http://h:99999",
+        "http://h:port",
+        "http://[h",
+        "http://h/größe",
+        "http://h/a b",
+    ],
 )
 def test_what_is_no_url(url: str):
     with pytest.raises(BadRequestError, match="tool server: found the URL"):
@@ -194,6 +208,17 @@ def test_no_time_limit():
 def test_what_is_no_token(token: str):
     with pytest.raises(BadRequestError, match="a token with other characters than a header may have"):
         ToolServer("http://127.0.0.1:8763", token)
+
+
+def test_a_token_that_is_no_text():
+    with pytest.raises(BadRequestError, match="the token is a NoneType, expected a text"):
+        ToolServer("http://127.0.0.1:8763", None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [READ, "read", 5, ["read"]])
+def test_what_is_no_list_of_schemas(given: Any):
+    with pytest.raises(BadRequestError, match=r"found the schemas .*, expected a list of JSON schemas"):
+        ToolServer("http://127.0.0.1:8763", schemas=given)
 
 
 @pytest.mark.parametrize("parameters", ["path", ["path"]])

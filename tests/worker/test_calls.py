@@ -84,6 +84,8 @@ def test_a_mark_without_meaning_is_no_text():
         (f'{{"name": "a", "arguments": {{"x": {10**30}}}}}', "too large"),
         (f'{{"name": "a", "arguments": {{"x": 1{"0" * 5000}}}}}', "4300 digits"),
         ('{"name": "a", "arguments": {"x": "\\ud800"}}', "surrogate"),
+        (json.dumps({"name": "a", "arguments": {"x": [0] * 65_537}}), "a list has more than 65536 entries"),
+        (json.dumps({"name": "a", "arguments": dict.fromkeys(map(str, range(4097)))}), "has more than 4096 entries"),
         ('{"name": "a", "arguments": {"x": ' + "[" * 80 + "]" * 80 + "}}", "nested"),
         ('{"name": "a", "arguments": ' + '{"x":' * 5000 + "1" + "}" * 5001, ""),
         ('{"name": "a"} and more', "Extra data"),

@@ -95,7 +95,7 @@ class Worker:
         self._bell.setblocking(False)
         self._ear.setblocking(False)
         self._driver = Driver(engine, self._wake)
-        self._context = new_context()
+        self._context = new_context(spec.endpoint)
         # whatever a client may ask travels on
         self._dealer = Dealer(self._context, message_limit(CLIENT_BODY_LIMIT), credentials)
         self._endpoint = spec.endpoint

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loopmux.codec import BODY_LIMITS
+
 Call = tuple[str, dict[str, Any]]
 """A tool's name and the arguments."""
 Schemas = Mapping[str, Mapping[str, set[str]]]
@@ -86,6 +88,10 @@ def _check_value(value: object, depth: int) -> None:
             raise MalformedCall("a number is too large")
         case int() if not -(2**63) <= value < 2**64:  # the wire's numbers have 64 bits
             raise MalformedCall("a number is too large")
+        case dict() if len(value) > BODY_LIMITS.map:  # else the client could not read the whole chunk
+            raise MalformedCall(f"an object has more than {BODY_LIMITS.map} entries")
+        case list() if len(value) > BODY_LIMITS.array:
+            raise MalformedCall(f"a list has more than {BODY_LIMITS.array} entries")
         case dict():
             for key, entry in value.items():
                 _check_value(key, depth)
