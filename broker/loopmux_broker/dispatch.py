@@ -11,6 +11,8 @@ from loopmux_broker.requests import Request
 
 _SESSIONS = 10_000
 """Sessions whose last worker is remembered; the longest unused are forgotten (that costs one prefill, no more)."""
+_MODELS = 64
+"""The same for the models of one session: adapters that come and go are models, too."""
 _BEGINNINGS = 50_000
 """The same for beginnings of prompts, of which a request names as many as its prompt has messages, 64 at most."""
 
@@ -41,7 +43,11 @@ class Affinity:
         if session is None:
             return
         key = (request.client.instance, session)
-        self._last.setdefault(key, {})[request.submit.model] = worker
+        last = self._last.setdefault(key, {})
+        last.pop(request.submit.model, None)
+        last[request.submit.model] = worker  # behind those that were used before
+        if len(last) > _MODELS:
+            del last[next(iter(last))]
         self._last.move_to_end(key)
         if len(self._last) > _SESSIONS:
             self._last.popitem(last=False)

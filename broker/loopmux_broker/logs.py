@@ -1,5 +1,7 @@
 """The broker's log: one line per event on standard error. Never a prompt, never an output.
 
+Nobody who reads it is waited for: everybody else would have to, too.
+
 Without a library for it: while a broker that was killed is started again everybody waits, and one took as long to
 import as the broker itself.
 """
@@ -11,6 +13,7 @@ import sys
 import time
 from typing import Literal
 
+from loopmux.outlet import Outlet
 from loopmux_broker.events import Level
 
 LEVELS: tuple[Level, ...] = ("debug", "info", "warning", "error")
@@ -21,16 +24,19 @@ class Logger:
 
     def __init__(self, form: Literal["json", "console"], level: Level) -> None:
         self._form, self._levels = form, LEVELS[LEVELS.index(level) :]
+        self._outlet = Outlet(sys.stderr, lambda count: self._line("warning", "log lines lost", {"count": count}))
 
     def say(self, level: Level, event: str, **fields: object) -> None:
         """Write one line."""
-        if level not in self._levels:
-            return
-        line = self._json(level, event, fields) if self._form == "json" else self._console(level, event, fields)
-        try:
-            print(line, file=sys.stderr, flush=True)
-        except OSError:
-            pass  # its parent is gone and nobody reads any more: there is nobody to tell, and it must still clean up
+        if level in self._levels:
+            self._outlet.write(self._line(level, event, fields))
+
+    def pass_on(self) -> None:
+        """Write what its reader had no room for before."""
+        self._outlet.flush()
+
+    def _line(self, level: Level, event: str, fields: dict[str, object]) -> str:
+        return (self._json if self._form == "json" else self._console)(level, event, fields) + "\n"
 
     def _json(self, level: Level, event: str, fields: dict[str, object]) -> str:
         about = {"program": "broker", "event": event, "level": level, "timestamp": _timestamp()}

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import loopmux
-from loopmux import exitcodes
+from loopmux import exitcodes, standard
 from loopmux.errors import LoopmuxError
 from loopmux.pulse import Pulse
 from loopmux_broker import descriptors
@@ -27,6 +27,7 @@ _GARBAGE = 20_000
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the broker until SIGTERM, SIGINT or the death of ``--parent-pid``; returns the exit code."""
+    standard.complete()
     options = _parser().parse_args(arguments)
     log = Logger(options.log_format, options.log_level)
     try:

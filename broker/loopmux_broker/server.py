@@ -14,6 +14,7 @@ import zmq
 
 import loopmux
 from loopmux import endpoints, keys
+from loopmux.listening import SocketFile
 from loopmux.pulse import Pulse
 from loopmux_broker.broker import Broker
 from loopmux_broker.config import BrokerConfig
@@ -42,6 +43,8 @@ _SLICE = 0.0015
 another. What is said to one peer meanwhile shares frames."""
 _LONGEST_POLL = 1.0
 """Seconds between two signs of life, and two looks at a parent whose death does not wake the poller."""
+_LOOK, _SAY_AGAIN = 10.0, 60.0
+"""Seconds between two looks whether the files of sockets are there, and until it is said again that they are not."""
 _ASKED = 64
 """Questions about keys that are answered in one turn."""
 _PATIENCE = 0.05
@@ -76,6 +79,8 @@ class Server:
             self.doors.append(door)
             self._unread.append(deque())
             door.serve(one.endpoint, one.descriptor)
+        self._files = {door.endpoint: SocketFile(door.endpoint) for door in self.doors}
+        self._look_at = time.monotonic()
         self._epoch = os.urandom(8)
         software = f"loopmux-broker {loopmux.__version__}"
         self._broker = Broker(config, epoch=self._epoch, now=time.monotonic(), pid=os.getpid(), software=software)
@@ -101,6 +106,7 @@ class Server:
         )
         while True:
             self._pulse.beat()
+            self._log.pass_on()
             readable = self._wait()
             reason = self._lifeline.check(readable)
             if reason is not None:
@@ -145,6 +151,8 @@ class Server:
 
     def _turn(self, readable: set[zmq.Socket[bytes] | int]) -> None:
         begun = time.monotonic()
+        if begun >= self._look_at:
+            self._look_for_files(begun)
         gone: list[Peer] = []
         if self._gate is not None and self._gate.socket in readable:
             self._answer(self._gate, begun)
@@ -169,6 +177,16 @@ class Server:
             self._handle(TimerDue(), now)
             self._note_gap(now)
         self._flush()
+
+    def _look_for_files(self, now: float) -> None:
+        """Say which of our sockets nobody finds any more. Who is connected stays so."""
+        gone = [endpoint for endpoint, file in self._files.items() if file.gone]
+        self._look_at = now + (_SAY_AGAIN if gone else _LOOK)
+        if gone:
+            found = "somebody removed its file, perhaps with the folder: nobody new can connect"
+            self._log.say(
+                "error", "socket gone", endpoints=gone, found=found, remedy="stop the broker and start it again"
+            )
 
     def _answer(self, gate: Gate, now: float) -> None:
         """Let in whose keys are listed; what there is no time for keeps the poller awake."""

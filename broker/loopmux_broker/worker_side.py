@@ -30,6 +30,9 @@ _LONGEST_REPORT = 32 * 1024
 """Bytes of it: the broker keeps it, and whoever asks for STATUS gets those of all workers in one message."""
 _REDECLARE = 5.0
 """Seconds for which a new launcher process may repeat what the last one declared, before the rest is taken out."""
+_MISSED = 100
+"""Lost launchers that are waited for: what they declared stays. Of more the longest lost ones are given up: a launcher
+is named after its host, and a container may be another one with each start."""
 _ENDS = wire.TERMINALS - {Kind.EXPIRED}
 """What a worker may end a request with: one that is with a worker does not expire in the queue."""
 
@@ -51,6 +54,7 @@ class WorkerSide:
     ) -> None:
         self._t, self._entry, self._attempts, self._leases, self._recovery = tables, entry, attempts, leases, recovery
         self._ends, self._waiting, self._streams, self._adapters = ends, waiting, streams, adapters
+        self._missed: dict[str, None] = {}  # launchers that are lost, by name, the longest lost first
 
     def hear(self, peer: Peer, message: Message, data: bytes, key: str, now: float) -> None:
         """Handle one message; ``data`` is what it was made from, for passing on, ``key`` names the key of a REGISTER.
@@ -299,6 +303,7 @@ class WorkerSide:
             self._leases.watch(member)
             self._adapters.joined(member, now)
         elif isinstance(member, Launcher):
+            self._missed.pop(member.name, None)
             self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + _REDECLARE)
 
     def redeclared(self, name: str, now: float) -> None:
@@ -330,7 +335,7 @@ class WorkerSide:
         self._t.timers.cancel((Alarm.HELD, member.peer, 0))  # it has not had its time to say what it has
 
     def lost(self, member: Worker | Launcher, why: str, now: float) -> None:
-        """A worker or launcher is gone. What a launcher declared stays until it says BYE or is back."""
+        """A worker or launcher is gone. What a launcher declared stays until it says BYE, is back or is given up."""
         role = member.register.role
         self._t.out.append(Log("info" if why == "left" else "warning", f"{role} {why}", {"name": member.name}))
         self._t.counters[f"{role}s_left" if why == "left" else f"{role}s_lost"] += 1
@@ -344,6 +349,12 @@ class WorkerSide:
                 for model in member.models:
                     self._waiting.model_left(model, now)
             self._adapters.lost(member, why, now)
+        elif why != "left":
+            self._missed[member.name] = None
+            if len(self._missed) > _MISSED:
+                name = next(iter(self._missed))
+                del self._missed[name]
+                self._withdraw(name, None, now)
 
     def stalled(self, peer: Peer, now: float) -> None:
         """The time has come to see whether a worker's engine stands still."""

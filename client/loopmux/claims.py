@@ -59,15 +59,20 @@ class Claim:
             if self._is_current(descriptor):
                 # A holder that was killed left its folders, too: they go with this claim.
                 self._made += [Path(folder) for folder in _written(descriptor)[1:]]
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, "\n".join([str(os.getpid()), *map(str, self._made)]).encode(), 0)
+                try:
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, "\n".join([str(os.getpid()), *map(str, self._made)]).encode(), 0)
+                except OSError as error:  # a full disk
+                    self._descriptor = descriptor
+                    self.release(theirs=True)
+                    raise unusable(self.path.parent, "sockets", CHOOSE_ANOTHER, error) from error
                 return descriptor
             os.close(descriptor)  # its last holder removed the file between our opening and locking it
 
     def _is_current(self, descriptor: int) -> bool:
         try:
             return os.path.samestat(os.fstat(descriptor), self.lock.stat())
-        except FileNotFoundError:
+        except OSError:  # it is gone, or its folder
             return False
 
     def _clear_stale(self) -> None:
@@ -88,10 +93,11 @@ class Claim:
 
     def release(self, *, theirs: bool = False) -> None:
         """Give the path up. The socket itself must be closed by now, unless it is `theirs`, which stays."""
-        with contextlib.suppress(FileNotFoundError):
-            if not theirs and stat.S_ISSOCK(self.path.lstat().st_mode):
-                self.path.unlink()
-        self.lock.unlink(missing_ok=True)
+        if self._is_current(self._descriptor):  # else somebody has removed it, and the path may be another one's now
+            with contextlib.suppress(FileNotFoundError):
+                if not theirs and stat.S_ISSOCK(self.path.lstat().st_mode):
+                    self.path.unlink()
+            self.lock.unlink(missing_ok=True)
         os.close(self._descriptor)
         with contextlib.suppress(OSError):  # not empty: somebody else uses it too
             for folder in self._made:

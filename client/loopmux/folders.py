@@ -6,10 +6,12 @@ import errno
 import os
 from pathlib import Path
 
-from loopmux.errors import ConfigError
+from loopmux.errors import ConfigError, LoopmuxError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says when there is no room."""
+_PASSING = (*FULL, errno.EMFILE, errno.ENFILE)
+"""The same, or no descriptor: nothing is wrong with the folder, and another try may succeed."""
 
 
 def settings() -> Path:
@@ -41,11 +43,15 @@ def usable(folder: Path, purpose: str, remedy: str) -> Path:
     return folder
 
 
-def unusable(folder: Path, purpose: str, remedy: str, error: OSError) -> ConfigError:
-    """The error for a folder that cannot be used, in words that name what is in the way."""
+def unusable(folder: Path, purpose: str, remedy: str, error: OSError) -> LoopmuxError:
+    """The error for a folder that cannot be used, in words that name what is in the way.
+
+    A ConfigError, of which service managers do not try again, unless it may pass.
+    """
     file = next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None)
     found = f"the file {file} in its place" if file else f"{error.strerror or error}"
-    return ConfigError(
+    kind = LoopmuxError if error.errno in _PASSING else ConfigError
+    return kind(
         f"the folder for {purpose}, {folder}, cannot be used: found {found}, expected a folder that this user can "
         f"write to: mend it, or {remedy}"
     )

@@ -106,8 +106,13 @@ def new(name: str, folder: Path) -> tuple[Path, Key]:
     key, path = Key(name, public, secret), folder / f"{name}.key"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(json.dumps(plain(key), indent=2) + "\n")
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(json.dumps(plain(key), indent=2) + "\n")
+        except OSError:
+            path.unlink()  # else it would be in the way of the next try
+            raise
     except FileExistsError as error:
         raise ConfigError(f"{error.filename} is there already: choose another name or folder, or remove it") from error
     except OSError as error:

@@ -9,19 +9,15 @@ from collections.abc import Iterator
 import zmq
 
 from loopmux.endpoints import ipc_path
-from loopmux.errors import ConfigError, ConnectionLostError
+from loopmux.errors import ConfigError
 from loopmux.events import Barred, Connected, Disconnected
 from loopmux.keys import Credentials
 from loopmux.outbox import Outbox
-from loopmux.sockets import Dealer
+from loopmux.sockets import Dealer, new_context
 from loopmux.wire import CLIENT_BODY_LIMIT, Message, message_limit, to_bytes
 
 _inherited: list[tuple[Dealer, zmq.Context[zmq.Socket[bytes]]]] = []
 """A forked child keeps what its parent has open: it is not the child's to close."""
-
-
-_DESCRIPTORS = 12
-"""Of a link with its connection (9), and of a thread that drives it."""
 
 
 class Link:
@@ -38,8 +34,7 @@ class Link:
 
     def __init__(self, endpoint: str, credentials: Credentials | None = None) -> None:
         ipc_path(endpoint)
-        _see_descriptors(endpoint)
-        context = zmq.Context()
+        context = new_context(endpoint)
         self._dealer = Dealer(context, message_limit(CLIENT_BODY_LIMIT), credentials)
         # Left to the collector, the context may come first, and wait for ever for sockets that it cannot name any more.
         self._finalizer = weakref.finalize(self, _close, self._dealer, context, os.getpid())
@@ -108,23 +103,6 @@ class Link:
         """Close the socket, letting what was said leave first."""
         self.flush()
         self._finalizer()
-
-
-def _see_descriptors(endpoint: str) -> None:
-    """See that there are enough: where libzmq cannot have one for a thread of its own, it ends the process."""
-    pipes: list[tuple[int, int]] = []
-    try:
-        while 2 * len(pipes) < _DESCRIPTORS:
-            pipes.append(os.pipe())
-    except OSError as error:
-        raise ConnectionLostError(
-            f"cannot connect to the broker at {endpoint}: {error}; close what is not needed, one client serves any "
-            "number of threads or tasks, or let the process open more (`ulimit -n`)"
-        ) from error
-    finally:
-        for ends in pipes:
-            for end in ends:
-                os.close(end)
 
 
 def _close(dealer: Dealer, context: zmq.Context[zmq.Socket[bytes]], pid: int) -> None:

@@ -14,11 +14,32 @@ _BACKLOG = 1024
 """Connections that wait while nobody serves the socket; a thousand clients reconnect at once after a restart."""
 
 
+class SocketFile:
+    """The file by which others find an ipc socket that is listened on, as long as nobody removes it; tcp has none."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._path = ipc_path(endpoint)
+        self._there = self._found()
+
+    def _found(self) -> tuple[int, int] | None:
+        try:
+            status = os.lstat(self._path) if self._path else None
+        except OSError:
+            return None
+        return (status.st_dev, status.st_ino) if status else None
+
+    @property
+    def gone(self) -> bool:
+        """Whether somebody has removed it, perhaps with its folder, or put another one in its place."""
+        return self._path is not None and (self._there is None or self._found() != self._there)
+
+
 class Listening:
     """Listens on an endpoint for a child process to serve; connections wait until there is one.
 
     Attributes:
         endpoint: as it is known to those who connect (with the port that the system chose for port 0).
+        file: by which they find it.
 
     Raises:
         BusyError: somebody else listens there.
@@ -30,6 +51,7 @@ class Listening:
         if not keyed:
             check_local(endpoint)
         path = ipc_path(endpoint)
+        self._keyed = keyed
         self._claim = None if path is None else Claim(path)
         try:
             self.socket = _tcp(endpoint) if path is None else _unix(str(path))
@@ -41,6 +63,7 @@ class Listening:
         self.socket.listen(_BACKLOG)
         self.socket.setblocking(False)  # else who is woken for a connection that is gone already would hang
         self.endpoint = endpoint_of(self.socket)
+        self.file = SocketFile(self.endpoint)
 
     def fileno(self) -> int:
         """The descriptor, for a child to inherit."""
@@ -51,9 +74,21 @@ class Listening:
         self.socket.close()
         self._release()
 
+    def renew(self) -> None:
+        """Listen there anew, as its file is gone; who is connected stays so.
+
+        Raises:
+            BusyError, ConfigError: as when it is made. Then the former socket stays, which nobody finds any more.
+        """
+        self._release()
+        fresh = Listening(self.endpoint, keyed=self._keyed)
+        self.socket.close()
+        self.socket, self.file, self._claim = fresh.socket, fresh.file, fresh._claim
+
     def _release(self) -> None:
         if self._claim is not None:
             self._claim.release()
+            self._claim = None
 
 
 def _unix(path: str) -> socket.socket:

@@ -6,6 +6,7 @@ The SDK lives in an event loop of its own, in a thread of its own; whoever asks 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import os
 import re
@@ -29,6 +30,8 @@ _GOODBYE = 2.0
 """Seconds for taking leave of a server behind a URL; for a process the SDK has a patience of its own, then kills it."""
 _LAST_WORDS = 300
 """Bytes at the end of a process's standard error, of which errors show the last line."""
+_LONGEST_LOG = 1024 * 1024
+"""Bytes of it that are kept: servers may write a line for each call, for as long as they run."""
 
 _FORGOTTEN = re.compile(r"session (not found|terminated|expired)", re.IGNORECASE)
 """What is said of a session that a server behind a URL no longer has, as when it was started anew; codes differ."""
@@ -88,6 +91,7 @@ class Session:
             raise BadRequestError(f"{self._label} is open already: make a second object for a second connection")
         with contextlib.ExitStack() as stack:
             self._log = stack.enter_context(tempfile.TemporaryFile("w"))
+            fcntl.fcntl(self._log, fcntl.F_SETFL, fcntl.fcntl(self._log, fcntl.F_GETFL) | os.O_APPEND)
             portal = stack.enter_context(start_portal(name="loopmux-mcp"))
             ended, _ = portal.start_task(self._serve)
             stack.callback(ended.result)
@@ -134,6 +138,7 @@ class Session:
         from mcp import MCPError
         from mcp.types import CONNECTION_CLOSED
 
+        self._shorten_log()
         try:
             with anyio.fail_after(self.timeout):
                 client = await self._opened()
@@ -258,6 +263,11 @@ class Session:
             streamable_http_client(self._target, http_client=http) as streams,
         ):
             yield streams
+
+    def _shorten_log(self) -> None:
+        """Drop what the process wrote where it is too much; it goes on at the beginning, as it appends."""
+        if os.fstat(self._log.fileno()).st_size > _LONGEST_LOG:
+            os.ftruncate(self._log.fileno(), 0)
 
     def _last_words(self) -> str:
         """The last line of the process's standard error, for an error."""

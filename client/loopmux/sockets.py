@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from collections import deque
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from loopmux.cadence import HEARTBEAT, SILENT_HEARTBEATS
-from loopmux.errors import ConfigError
+from loopmux.errors import ConfigError, ConnectionLostError
 from loopmux.wire import frames, split
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ _CUT_OFF, _WITHIN = 10, 2.0
 """Handshakes that the other end cut off, within so many seconds, before any succeeded: it cannot read them. (One that
 is not answered takes ``HANDSHAKE_IVL``.)"""
 
+_DESCRIPTORS = 12
+"""Of a context with one socket and its connection (9), and of a thread that drives it."""
 _EVENT: Final = struct.Struct("=Hi")
 """First frame of a monitor's message: event number and its value."""
 _EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)  # plain numbers: an enum's `&` costs as much as asking the socket
@@ -78,6 +81,28 @@ def use_keys(socket: zmq.Socket[bytes], credentials: Credentials | None) -> None
         socket.setsockopt(zmq.CURVE_PUBLICKEY, credentials.key.public.encode())
         socket.setsockopt(zmq.CURVE_SECRETKEY, credentials.key.secret.encode())
         socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.server.encode())
+
+
+def new_context(endpoint: str) -> zmq.Context[zmq.Socket[bytes]]:
+    """A context for a ``Dealer`` to a broker's endpoint.
+
+    Raises:
+        ConnectionLostError: there are too few descriptors for them: libzmq would end the process.
+    """
+    pipes: list[tuple[int, int]] = []
+    try:
+        while 2 * len(pipes) < _DESCRIPTORS:
+            pipes.append(os.pipe())
+    except OSError as error:
+        raise ConnectionLostError(
+            f"cannot connect to the broker at {endpoint}: {error}; close what is not needed, one client serves any "
+            "number of threads or tasks, or let the process open more (`ulimit -n`)"
+        ) from error
+    finally:
+        for ends in pipes:
+            for end in ends:
+                os.close(end)
+    return zmq.Context()
 
 
 class Dealer:

@@ -8,7 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from loopmux import endpoints, exitcodes
+from loopmux import endpoints, exitcodes, standard
 from loopmux.errors import ConfigError, LoopmuxError
 from loopmux_launcher import config, envcommands, jsonschema, showlogs, systemdcommands, tether
 from loopmux_launcher.arguments import Command, parser
@@ -25,6 +25,7 @@ _DOWN_LIMIT = 30.0
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    standard.complete()
     options = parser(COMMANDS).parse_args(arguments)
     try:
         code: int = options.run(options)

@@ -7,8 +7,9 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from typing import Literal, TextIO
+from typing import Literal
 
+from loopmux.outlet import Outlet
 from loopmux_launcher.events import Announce
 
 Format = Literal["plain", "json", "live"]
@@ -25,11 +26,13 @@ class Console:
     given last; it is written over. Elsewhere progress is one line when something else begins (its first word changes)
     and now and then in between.
 
-    A reader that goes away (a closed pipe) does not end the launcher: its workers serve others.
+    A reader that goes away (a closed pipe), or does not read, neither ends nor stops the launcher: its workers serve
+    others.
     """
 
     def __init__(self, form: Format | None = None) -> None:
-        self.form: Format = form or ("live" if sys.stdout.isatty() else "plain")
+        self.form: Format = form or ("live" if sys.stdout and sys.stdout.isatty() else "plain")
+        self._out, self._err = (Outlet(stream, self._lost) for stream in (sys.stdout, sys.stderr))
         self._began = time.monotonic()
         self._doing: dict[str, str] = {}
         self._picture: Sequence[str] = ()
@@ -39,17 +42,21 @@ class Console:
 
     def announce(self, news: Announce) -> None:
         """Print one piece of news."""
-        stream = sys.stderr if news.level in ("warning", "error") else sys.stdout
+        outlet = self._err if news.level in ("warning", "error") else self._out
         elapsed = time.monotonic() - self._began
         if self.form == "json":
-            self._write(stream, json.dumps({"elapsed": round(elapsed, 3), "level": news.level,
-                                            "subject": news.subject, "text": news.text}) + "\n")  # fmt: skip
+            outlet.write(_json(elapsed, news) + "\n")
         elif news.level == "progress":
             self._progress(news, elapsed)
         else:
             self._doing.pop(news.subject, None)
-            line = f"{elapsed:7.1f} s  {news.subject}: {news.text}"
-            self._line(stream, news.text if news.level == "ready" else line)
+            self._told.pop(news.subject, None)
+            self._line(outlet, news.text if news.level == "ready" else _plain(elapsed, news))
+
+    def pass_on(self) -> None:
+        """Print what its reader had no room for before."""
+        self._out.flush()
+        self._err.flush()
 
     def show(self, picture: Sequence[str]) -> None:
         """What stands below everything in the live view."""
@@ -58,7 +65,7 @@ class Console:
             self._redraw()
 
     def _progress(self, news: Announce, elapsed: float) -> None:
-        line = f"{elapsed:7.1f} s  {news.subject}: {news.text}"
+        line = _plain(elapsed, news)
         if self.form == "live":
             self._doing[news.subject] = line
             self._redraw()
@@ -67,7 +74,7 @@ class Console:
         before, when = self._told.get(news.subject, ("", 0.0))
         if verb != before or elapsed - when >= _PACE:
             self._told[news.subject] = (verb, elapsed)
-            self._line(sys.stdout, line)
+            self._line(self._out, line)
 
     def __enter__(self) -> Console:
         return self
@@ -77,9 +84,9 @@ class Console:
         self._doing, self._picture = {}, ()
         self._redraw()
 
-    def _line(self, stream: TextIO, text: str) -> None:
-        self._write(sys.stdout, self._erase())
-        self._write(stream, text + "\n")
+    def _line(self, outlet: Outlet, text: str) -> None:
+        self._out.write(self._erase())
+        outlet.write(text + "\n")
         self._redraw()
 
     def _redraw(self) -> None:
@@ -88,18 +95,22 @@ class Console:
         lines = [*self._doing.values(), *self._picture] if self.form == "live" else []
         shown = [line[: columns - 1] for line in lines[-max(1, rows - 1) :]]
         erase, self._drawn = self._erase(), len(shown)
-        self._write(sys.stdout, erase + "".join(f"{line}\n" for line in shown))
+        self._out.write(erase + "".join(f"{line}\n" for line in shown))
 
     def _erase(self) -> str:
         """Back to where the live view begins, and nothing below."""
         drawn, self._drawn = self._drawn, 0
         return f"\x1b[{drawn}A\r\x1b[J" if drawn else ""
 
-    def _write(self, stream: TextIO, text: str) -> None:
-        if not text:
-            return
-        try:
-            stream.write(text)
-            stream.flush()
-        except (OSError, ValueError):
-            pass  # nobody reads any more, so there is nobody to tell
+    def _lost(self, count: int) -> str:
+        elapsed, news = time.monotonic() - self._began, Announce("launcher", f"{count} lines were lost here", "warning")
+        return (_json if self.form == "json" else _plain)(elapsed, news) + "\n"
+
+
+def _plain(elapsed: float, news: Announce) -> str:
+    return f"{elapsed:7.1f} s  {news.subject}: {news.text}"
+
+
+def _json(elapsed: float, news: Announce) -> str:
+    told = {"elapsed": round(elapsed, 3), "level": news.level, "subject": news.subject, "text": news.text}
+    return json.dumps(told)

@@ -365,6 +365,7 @@ class Plan:
         known = {model for crew in self._crews for model in crew.group.model_ids}
         for model in self._reported.keys() - known:
             del self._reported[model]
+            self._left_out.pop(model, None)
             yield ReportPhase(Catalogue(model, "idle", removed=True))
 
     def _phase(self, crew: Crew, model: str) -> tuple[ModelPhase, str, int]:

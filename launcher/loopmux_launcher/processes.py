@@ -223,13 +223,16 @@ def phase_line(line: bytes) -> Said | None:
 
 
 def broker_line(line: bytes) -> Said | None:
-    """The lines of the broker's log that say that it listens, and that one has died and is followed by another."""
+    """The lines of the broker's log that say that it listens, that one has died and is followed by another, and that
+    nobody finds it any more."""
     value = _json(line) or {}
     match value.get("event"):
         case "ready":
             return Said("ready", only=False)
         case "broker died" if value.get("again"):
             return Said("replaced", f"ended by {value.get('by')}; another one serves at once", only=False)
+        case "socket gone":
+            return Said("unreachable", only=False)
     return None
 
 

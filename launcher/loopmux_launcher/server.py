@@ -22,7 +22,7 @@ from loopmux.errors import AuthError, ConfigError, LoopmuxError, ProtocolError
 from loopmux.keys import credentials
 from loopmux.listening import Listening
 from loopmux.messages import Register
-from loopmux.sockets import Dealer
+from loopmux.sockets import Dealer, new_context
 from loopmux.wire import VERSIONS, WORKER_BODY_LIMIT, Message, from_bytes, message_limit, new_id, to_bytes
 from loopmux_launcher import adapterstore, livelook, places, watchdog, workercode
 from loopmux_launcher.adapters import Added, extended
@@ -143,6 +143,22 @@ class Launcher:
             self._stop_listening()
             raise
 
+    def _listen_anew(self) -> None:
+        """Somebody removed the files of our sockets. A broker that is started again has new ones, as who is with it."""
+        try:
+            for one in self._listening.values():
+                if one.file.gone:
+                    one.renew()
+        except LoopmuxError as error:
+            text = (
+                f"somebody removed the files of its sockets: nobody new can connect, and others cannot be made: {error}"
+            )
+            self._console.announce(Announce(BROKER, text, "error"))
+        else:
+            text = "somebody removed the files of its sockets: it is started again with new ones"
+            self._console.announce(Announce(BROKER, text, "warning"))
+            self._children[BROKER].terminate()
+
     def _stop_listening(self) -> None:
         for one in reversed(self._listening.values()):  # the first one made the folder
             one.close()
@@ -152,7 +168,7 @@ class Launcher:
         """Serve until a signal, the end of ``parent``, or until nothing is left to serve; returns the exit code."""
         with ExitStack() as ending:
             ending.callback(self._stop_listening)
-            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            context = new_context(self._endpoint)
             ending.callback(context.term)
             self._guard = Guard()
             ending.callback(self._guard.close)
@@ -172,6 +188,7 @@ class Launcher:
     # --- one turn
 
     def _turn(self, signals: Signals) -> None:
+        self._console.pass_on()
         readable, writable = self._wait(signals)
         asked = signals.take(readable)
         if asked.reload or self._watch.changed(time.monotonic()):
@@ -348,6 +365,8 @@ class Launcher:
                 self._builder_told(environment, said)
             elif said.phase == "left_out":
                 self._handle(ModelLeftOut(child.name, str(said.fields.get("model")), said.detail))
+            elif said.phase == "unreachable":
+                self._listen_anew()
             elif said.phase in _PHASES:
                 self._handle(ProcessReported(child.name, said.phase, said.detail))  # type: ignore[arg-type]
 
@@ -364,10 +383,12 @@ class Launcher:
     def _look_at_log(self, child: Child) -> None:
         """Say once that a log cannot be written; what it is about goes on."""
         trouble = child.log_trouble
-        if trouble and trouble != self._log_troubles.get(child.name):
+        if not trouble:
+            self._log_troubles.pop(child.name, None)
+        elif trouble != self._log_troubles.get(child.name):
             text = f"its log {self._log(child.name)} cannot be written: {trouble}; it goes on, what it says is lost"
             self._console.announce(Announce(child.name, text, "warning"))
-        self._log_troubles[child.name] = trouble
+            self._log_troubles[child.name] = trouble
 
     def _look_whether_ended(self, child: Child) -> None:
         ended = child.finished()

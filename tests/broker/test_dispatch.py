@@ -22,6 +22,7 @@ from brokerkit import (
     accepted,
     end,
     failure,
+    instance,
     kinds,
     run,
     runs,
@@ -630,6 +631,14 @@ def test_no_more_beginnings_are_remembered_than_so_many(core: Core, monkeypatch:
     for n in range(10):
         place(core, *(bytes([n, i]) for i in range(64)))
         assert len(core.tables.affinity._began) <= 100
+
+
+def test_of_one_session_no_more_models_are_remembered_than_so_many(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_MODELS", 3)
+    core.register(WORKER, slots=2, models=("a", "b", "c", "d"))
+    for model in ("a", "b", "a", "c", "d"):
+        place(core, model=model, session="s")
+    assert list(core.tables.affinity._last[instance(CLIENT), "s"]) == ["a", "c", "d"]
 
 
 def test_a_session_of_short_prompts_does_not_wait_for_its_worker(core: Core) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -187,3 +188,22 @@ def test_a_second_one_on_the_same_endpoint_is_refused(tmp_path: Path) -> None:
         near.close()
     with pytest.raises(ConfigError, match="loopback"):
         Listening("tcp://0.0.0.0:0")
+
+
+def test_one_whose_file_was_removed_listens_anew_as_soon_as_it_can(tmp_path: Path) -> None:
+    path = tmp_path / "sockets" / "b.ipc"
+    one = Listening(f"ipc://{path}")
+    assert not one.file.gone
+    shutil.rmtree(path.parent)
+    path.parent.write_text("in the way")
+    assert one.file.gone
+    before = one.fileno()
+    with pytest.raises(ConfigError, match="found the file"):
+        one.renew()
+    assert one.fileno() == before
+    path.parent.unlink()
+    one.renew()
+    assert not one.file.gone
+    plain(one.endpoint).close()
+    one.close()
+    assert list(tmp_path.iterdir()) == []

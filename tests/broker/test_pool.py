@@ -32,6 +32,7 @@ from brokerkit import (
 from loopmux import codec, wire
 from loopmux.messages import Heartbeat, ModelStatus, Phase, Register, ServedModel, Status, Welcome
 from loopmux.wire import Header, Kind, Message
+from loopmux_broker import worker_side
 from loopmux_broker.events import Action, LoopStalled, Send, TimerDue, say
 from loopmux_broker.requests import State
 
@@ -273,6 +274,25 @@ def test_a_launcher_that_leaves_takes_its_models_along(core: Core) -> None:
     assert failure(answer)[3].code == "model_not_found"
     assert core.tables.pool.known() == ["n"]
     assert core.submit(TWO, model="n")[0] == run(TWO, model="n")
+
+
+def test_of_many_launchers_that_are_lost_the_longest_lost_are_not_waited_for(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_side, "_MISSED", 2)
+    answers: list[Action] = []
+    for n in range(4):
+        core.launcher(name=f"host{n}")
+        core.declare(f"m{n}", "idle")
+        if n == 0:
+            core.submit(ONE, model="m0")
+        answers += core.lose(LAUNCHER)
+        core.launcher(name="host1")  # this one comes back each time
+        core.declare("m1", "idle")
+        answers += core.lose(LAUNCHER)
+    assert core.tables.pool.known() == ["m1", "m3"]
+    [answer] = answers
+    assert failure(answer)[3].code == "model_not_found"
 
 
 @pytest.mark.parametrize("first", ["launcher", "worker"])

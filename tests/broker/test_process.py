@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -12,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from brokerwire import Peer, broker, command, fails, settings, until
+from brokerwire import PATIENCE, Peer, broker, command, fails, settings, until
 from loopmux.claims import BusyError, Claim
-from loopmux.errors import ConfigError
+from loopmux.errors import ConfigError, LoopmuxError
+from loopmux.listening import Listening
 from loopmux.wire import Kind
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.configfile import load
@@ -95,6 +99,31 @@ def test_a_socket_that_another_program_listens_on_is_left_alone(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_who_lost_a_path_leaves_the_next_ones_files_alone(tmp_path: Path) -> None:
+    path = tmp_path / "sockets" / "c.ipc"
+    claim = Claim(path)
+    shutil.rmtree(path.parent)
+    other = Listening(f"ipc://{path}")
+    claim.release()
+    assert sorted(p.name for p in path.parent.iterdir()) == ["c.ipc", "c.ipc.lock"]
+    other.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_on_a_full_disk_is_given_up_and_had_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "sockets" / "c.ipc"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(LoopmuxError, match="sockets, cannot be used: found No space left on device") as told:
+            Claim(path)
+    assert not isinstance(told.value, ConfigError)  # service managers try again
+    assert list(tmp_path.iterdir()) == []
+    Claim(path).release()
+
+
 def test_what_a_killed_broker_left_is_replaced(endpoint: str) -> None:
     with broker("--endpoint", endpoint) as running:
         os.kill(running.serving, signal.SIGSTOP)  # else it would see its parent's death and clean up
@@ -105,6 +134,25 @@ def test_what_a_killed_broker_left_is_replaced(endpoint: str) -> None:
     assert Path(endpoint.removeprefix("ipc://")).exists()
     with broker("--endpoint", endpoint) as running, Peer(running.clients) as client:
         client.hello()
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up(endpoint: str) -> None:
+    unread, into = os.pipe()
+    fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, 4096)
+    with subprocess.Popen(command("--endpoint", endpoint), stderr=into) as process:
+        os.close(into)
+        try:
+            until(lambda: Path(f"{endpoint}.work".removeprefix("ipc://")).exists(), "listens")
+            with Peer(endpoint) as client, Peer(f"{endpoint}.work") as worker:
+                client.hello()
+                for n in range(100):  # each of them is a line or two
+                    worker.register(f"w{n}")
+                assert client.alive()
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+    os.close(unread)
 
 
 def test_a_file_that_is_no_socket_is_not_touched(tmp_path: Path) -> None:

@@ -194,3 +194,20 @@ def test_a_message_that_cannot_be_made_costs_its_peer_a_turn_and_is_logged_and_c
     [line] = capsys.readouterr().err.splitlines()
     assert json.loads(line)["event"] == "internal error"
     assert "struct.error" in json.loads(line)["traceback"]
+
+
+def test_a_socket_whose_file_somebody_removed_is_said_and_now_and_then_again(
+    listeners: list[Listener], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Lifeline() as lifeline:
+        server = Server(BrokerConfig(), Logger("json", "info"), lifeline, listeners, Pulse())
+        server._look_for_files(0.0)
+        assert capsys.readouterr().err == ""
+        Path(listeners[0].endpoint.removeprefix("ipc://")).unlink()
+        server._look_for_files(10.0)
+        [line] = capsys.readouterr().err.splitlines()
+        assert server._look_at == 70.0
+        server.close()
+    said = json.loads(line)
+    assert (said["level"], said["event"], said["endpoints"]) == ("error", "socket gone", [listeners[0].endpoint])
+    assert said["remedy"] == "stop the broker and start it again"

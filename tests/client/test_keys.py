@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
 import struct
@@ -45,6 +46,21 @@ def test_a_new_key_is_its_owners_alone_and_printed_as_the_settings_take_it(
     assert "is there already: choose another name" in capsys.readouterr().err
     assert keys.read(path) == key
     assert key.secret not in repr(Credentials(key, key.public))
+
+
+def test_a_key_that_a_full_disk_has_no_room_for_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def full(path: Path, flags: int, mode: int) -> int:
+        os.close(real(path, flags, mode))
+        return real("/dev/full", os.O_WRONLY)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", full)
+        with pytest.raises(ConfigError, match=r"cannot write .*desk.key: No space left on device"):
+            keys.new("desk", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    keys.new("desk", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", ".key", "a/b", "ä", "a" * 65, "a b"])

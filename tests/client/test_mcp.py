@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import re
 import shutil
@@ -406,3 +407,16 @@ def test_a_published_server_started_as_a_user_would() -> None:
     assert '"timezone": "Asia/Tokyo"' in right
     assert wrong.startswith("Error: ")
     assert "Atlantis" in wrong
+
+
+def test_what_a_process_writes_to_its_standard_error_does_not_fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mcpsession, "_LONGEST_LOG", 2000)
+    with MCPServer(SHOP, name="shop") as server:
+        log = server._session._log.fileno()
+        Path(f"/proc/{pid(server)}/fd/2").write_text("a line for a call\n" * 200)
+        pid(server)
+        assert os.fstat(log).st_size == 0
+        assert fcntl.fcntl(log, fcntl.F_GETFL) & os.O_APPEND  # it goes on at the beginning
+        (died,) = results(server, call("shop_die"))
+        assert "its last words: out of paper" in died
+        assert os.fstat(log).st_size == len("out of paper\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 import zmq
 
-from loopmux.sockets import Dealer
+from loopmux import Client
+from loopmux.errors import ConnectionLostError
+from loopmux.sockets import Dealer, new_context
 
 FLOOD = """
 import sys
@@ -84,3 +88,19 @@ def test_nothing_is_taken_without_a_connection(context: zmq.Context[zmq.Socket[b
         assert dealer.send([b"to nobody"]) == 0
     assert dealer.news() is None
     dealer.close()
+
+
+def test_without_descriptors_for_it_nothing_is_opened_and_later_it_is() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(1)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 10, before[1]))
+    try:
+        with pytest.raises(
+            ConnectionLostError, match=r"cannot connect to the broker at ipc:///nowhere: .*Too many open files; close"
+        ) as told:
+            Client("ipc:///nowhere").status()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert told.value.retryable
+    new_context("ipc:///nowhere").term()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -32,6 +33,13 @@ def test_plain_progress_comes_when_something_else_begins(capsys: pytest.CaptureF
     told = ["collecting a", "collecting b", "collecting c", "installing 3 packages", "probing"]
     say(console, *[("e", text, "progress") for text in told])
     assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == [told[0], *told[3:]]
+
+
+def test_of_what_is_done_nothing_is_kept() -> None:
+    console = Console("plain")
+    for n in range(3):
+        say(console, (f"e{n}", "collecting", "progress"), (f"e{n}", "ready", "info"))
+    assert (console._told, console._doing) == ({}, {})
 
 
 def screen(out: str) -> list[str]:
@@ -98,3 +106,24 @@ def test_a_pipe_without_a_reader_is_no_trouble(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(sys, "stdout", Broken())
     say(Console("plain"), ("a", "started", "info"))
+
+
+def test_a_reader_who_does_not_read_is_not_waited_for_and_gets_it_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, into = os.pipe()
+    fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, 4096)
+    found = b""
+    with os.fdopen(into, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        console = Console("plain")
+        say(console, *[("a", f"line {n} {'x' * 100}", "info") for n in range(200)])
+        os.set_blocking(out, False)
+        while len(found.splitlines()) < 200:
+            found += os.read(out, 4096)
+            console.pass_on()
+    os.close(out)
+    assert [line.split()[4] for line in found.decode().splitlines()] == [str(n) for n in range(200)]
+
+
+def test_a_closed_output_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    say(Console(), ("a", "started", "info"))

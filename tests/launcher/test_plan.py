@@ -16,6 +16,7 @@ from loopmux_launcher.events import (
     Began,
     BrokerWelcomed,
     BuildEnvironment,
+    ConfigurationChanged,
     EnvironmentFailed,
     EnvironmentProgressed,
     EnvironmentReady,
@@ -203,6 +204,17 @@ def test_a_model_left_out_by_all_processes_is_told_once() -> None:
     assert core.catalogue(1.0)[1].phase == "loading"  # the other process may still have it
     assert lines(left_out(core, "g-2", "bad"), "error") == []
     assert told(ready(core, "g-2"))["bad"].phase == "failed"
+
+
+def test_what_is_said_of_a_model_once_is_said_again_when_it_was_gone_meanwhile() -> None:
+    with_it, without_it = make("g", models=["a", "bad"]), make("g", models=["a"])
+    core = plan(with_it)
+    core.handle(Began(), 0.0)
+    assert lines(left_out(core, "g-1", "bad"), "error")
+    for now, group in ((1.0, without_it), (2.0, with_it)):
+        core.handle(ConfigurationChanged((group,)), now)
+        assert of(StartWorker, core.handle(ProcessExited("g-1", 0), now))
+    assert lines(left_out(core, "g-1", "bad"), "error")
 
 
 def test_a_restarted_worker_tries_again_what_it_left_out() -> None:

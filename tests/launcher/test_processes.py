@@ -155,6 +155,7 @@ print(json.dumps({"phase": "ready", "helper": helper.pid}), flush=True)
 
 def test_the_broker_is_ready_when_its_log_says_so() -> None:
     assert broker_line(b'{"event": "ready", "endpoints": ["ipc:///x"]}') == Said("ready", only=False)
+    assert broker_line(b'{"event": "socket gone"}') == Said("unreachable", only=False)
     assert broker_line(b'{"event": "worker joined"}') is None
     died = b'{"event": "broker died", "by": "SIGSEGV", "again": %s}'
     said = Said("replaced", "ended by SIGSEGV; another one serves at once", only=False)

@@ -8,6 +8,7 @@ import platform
 import pty
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -335,6 +336,37 @@ def test_a_disk_that_is_full_later_is_said_and_ends_nothing(config: Path, endpoi
         assert up.text.count(f"echo-1: its log {log} cannot be written: No space left on device") == 1
         up.process.terminate()
         assert up.wait() == 0
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_files_that_are_closed_are_no_trouble(config: Path, endpoint: str, closed: str) -> None:
+    words = [sys.executable, "-m", "loopmux_launcher", "up", "--config", str(config), "--endpoint", endpoint]
+    with subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *words]) as up:
+        try:
+            path = Path(endpoint.removeprefix("ipc://"))
+            wait_for(path.exists, "its socket")
+            with loopmux.Client(endpoint, connect_timeout=20) as client:
+                assert client.generate("hello", model="echo").text
+        finally:
+            up.terminate()
+        assert up.wait(20) == 0
+
+
+def test_sockets_whose_folder_was_removed_are_made_anew_and_nobody_loses_anything(config: Path, endpoint: str) -> None:
+    config.write_text("models: {echo: {engine: echo, echo: {rate: 50, tokens: 1000}}}\n")
+    with program("up", "--config", str(config), "--endpoint", endpoint) as up, loopmux.Client(endpoint) as client:
+        up.line("ready after")
+        with client.stream("hello", model="echo", max_new_tokens=1000) as stream:
+            next(stream)
+            shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent)
+            up.line("broker: somebody removed the files of its sockets: it is started again with new ones")
+            up.line("broker: ready in")
+            with loopmux.Client(endpoint) as other:
+                assert other.generate("hello", model="echo", max_new_tokens=1).text
+            assert len(stream.result.token_ids) == 1000
+        up.process.terminate()
+        assert up.wait() == 0
+    assert not Path(endpoint.removeprefix("ipc://")).parent.exists()
 
 
 def test_a_crash_loop_is_parked_and_ends_up_when_nothing_else_is_left(config: Path, endpoint: str, home: Path) -> None:

@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from loopmux import exitcodes
+from loopmux import exitcodes, standard
 from loopmux.errors import BadRequestError, ConfigError, EngineError, LoopmuxError
 from loopmux_worker import caches
 from loopmux_worker.causes import causes
@@ -41,6 +41,7 @@ _DAMAGED = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
+    standard.complete()
     options = _parser().parse_args(arguments)
     out = _own_output()
     try:

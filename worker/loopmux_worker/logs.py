@@ -1,14 +1,19 @@
 """The worker's log: one JSON line per event on standard error. Prompts and outputs are never logged.
 
+Nobody who reads it is waited for.
+
 structlog is imported with the first line: most workers write none, and where no torch is loaded its import would be a
 good part of a worker's start, at the cost of those that stream beside it.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from typing import Any
+
+from loopmux.outlet import Outlet
 
 _chosen: list[str] = []
 """The level of ``set_up``, once that was called."""
@@ -39,6 +44,10 @@ def exception(event: str, **fields: object) -> None:
     _logger().exception(event, **fields)
 
 
+def _lost(count: int) -> str:
+    return json.dumps({"event": f"{count} lines of this log were lost", "level": "warning"}) + "\n"
+
+
 def _logger() -> Any:
     import structlog
 
@@ -52,7 +61,7 @@ def _logger() -> Any:
                 structlog.processors.JSONRenderer(),
             ],
             wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, _chosen[0].upper())),
-            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+            logger_factory=structlog.WriteLoggerFactory(Outlet(sys.stderr, _lost)),  # type: ignore[arg-type]
             cache_logger_on_first_use=False,
         )
     return structlog.get_logger()

@@ -19,7 +19,7 @@ from loopmux.errors import AuthError, EngineError, LoopmuxError, ProtocolError
 from loopmux.keys import Credentials
 from loopmux.messages import Register, WorkerSpec
 from loopmux.pulse import Pulse
-from loopmux.sockets import Dealer
+from loopmux.sockets import Dealer, new_context
 from loopmux.wire import CLIENT_BODY_LIMIT, VERSIONS, from_bytes, message_limit, new_id, to_bytes
 from loopmux_worker import logs
 from loopmux_worker.driver import Driver
@@ -95,7 +95,7 @@ class Worker:
         self._bell.setblocking(False)
         self._ear.setblocking(False)
         self._driver = Driver(engine, self._wake)
-        self._context = zmq.Context()
+        self._context = new_context(spec.endpoint)
         # whatever a client may ask travels on
         self._dealer = Dealer(self._context, message_limit(CLIENT_BODY_LIMIT), credentials)
         self._endpoint = spec.endpoint
