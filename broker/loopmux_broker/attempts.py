@@ -24,9 +24,9 @@ LAST_ATTEMPT = 60_000
 """The highest number of an attempt: it has to fit into a header, and so has what peers answer. Nobody may claim to have
 seen a higher one."""
 _MISHAPS = 10
-"""Attempts at one request, one behind the other, that may come to nothing by no fault of its own. Only many workers that
-go together, or a fault of a peer or of ours, bring it there; it must not go on until the deadline, as fast as messages
-travel."""
+"""Attempts at one request without a token in between that may come to nothing by no fault of its own. Only many workers
+that go together, or a fault of a peer or of ours, bring it there; it must not go on until the deadline, as fast as
+messages travel."""
 
 
 class Cause(Enum):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import zmq
 
-from loopmux.sockets import Dealer
+from brokerwire import until
+from loopmux.cadence import HEARTBEAT, SILENT_HEARTBEATS
+from loopmux.sockets import COMMON, Dealer
 
 FLOOD = """
 import sys
@@ -84,3 +89,26 @@ def test_nothing_is_taken_without_a_connection(context: zmq.Context[zmq.Socket[b
         assert dealer.send([b"to nobody"]) == 0
     assert dealer.news() is None
     dealer.close()
+
+
+def test_a_connection_that_is_not_answered_is_tried_again_within_seconds(
+    context: zmq.Context[zmq.Socket[bytes]],
+) -> None:
+    """The system would ask for two minutes by itself, at ever longer intervals: a line that was dead is found late."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()):
+        port = full.getsockname()[1]
+        tries: set[int] = set()
+
+        def tried_again() -> bool:
+            asking = [one for one in psutil.Process().net_connections("tcp4") if one.status == psutil.CONN_SYN_SENT]
+            tries.update(one.laddr.port for one in asking if one.raddr.port == port)
+            return len(tries) > 1
+
+        with contextlib.closing(Dealer(context, 1 << 20)) as dealer:
+            dealer.connect(f"tcp://127.0.0.1:{port}")
+            until(tried_again, "another try")
+
+
+def test_a_line_that_goes_dead_is_left_by_the_time_its_ends_count_as_lost() -> None:
+    """Within one question of the last word the next one is asked, and the answer has its time from then on."""
+    assert COMMON[zmq.HEARTBEAT_IVL] + COMMON[zmq.HEARTBEAT_TIMEOUT] <= 1000 * HEARTBEAT * SILENT_HEARTBEATS
