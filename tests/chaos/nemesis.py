@@ -129,7 +129,7 @@ FAULTS = (
     Fault("worker frozen", _freeze_worker, hits="rerun", rounds=3, limit=3.5),
     Fault("worker hung", _hang_worker, hits="rerun", rounds=3, limit=3.5),
     Fault("broker frozen", _freeze_broker),
-    Fault("connections cut", _cut, far=True, limit=0.25),
+    Fault("connections cut", _cut, far=True, limit=0.5),
     Fault("clients' lines dead", _kill_clients_lines, far=True, limit=3.5),
     Fault("one way dead", _kill_one_way, far=True, limit=3.5),
     Fault("worker's line dead", _kill_workers_line, far=True, hits="shown", rounds=3, limit=3.5),

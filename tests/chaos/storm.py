@@ -20,7 +20,7 @@ ABUSED = {"engine": "echo", "models": [{"id": FAST}], "slots": 64, "echo": {"rat
 NARROW = {"window": 128, "request_output": 65_536}
 """Settings of the broker under which a client that never reads is noticed within seconds."""
 SHORT = {"grace": 3.0}
-"""Settings under which one that left while its line was dead, so that nobody heard of it, is forgotten within seconds."""
+"""Settings under which one that left by a dead line, so that nobody heard of it, is forgotten within seconds."""
 _SHOWS = 1.0
 """Seconds of a pause that a strike at a worker's line is the reason for."""
 
