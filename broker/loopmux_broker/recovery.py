@@ -96,7 +96,7 @@ class Recovery:
 
     def _let_in(self, request: Request, received: int) -> bool:
         t = self._t
-        error = objection(t.pool, request, settled=t.settled, returning=True)
+        error = objection(t.pool, request, settled=t.complete(request.submit.model), returning=True)
         error = error or exhausted(t.admission, request, queues=True, returning=True)
         if error is None:
             self._entry.admit(request)

@@ -53,6 +53,7 @@ class Alarm(IntEnum):
     HOME = 18  # request
     ADAPTER = 19  # operation
     CLIENT_LOST = 20  # instance
+    MISSED = 21  # model
 
 
 LIVENESS = frozenset(
@@ -65,6 +66,7 @@ LIVENESS = frozenset(
         Alarm.LAUNCHER,
         Alarm.RECOVERY,
         Alarm.SETTLED,
+        Alarm.MISSED,
         Alarm.STALL,
     }
 )
@@ -100,6 +102,8 @@ class Tables:
     timers: Timers[TimerKey] = field(default_factory=Timers)
     settled: bool = False
     """Whether whoever belongs to this broker has had the time to join."""
+    missed: set[str] = field(default_factory=set)
+    """Models whose last worker was lost a moment ago, and that no launcher declares: perhaps only its connection was."""
     rivals: dict[Peer, float] = field(default_factory=dict)
     pardoned: set[Peer] = field(default_factory=set)
     """The connections that stood when the broker itself was away, but those that have shown since that they still do:
@@ -120,6 +124,10 @@ class Tables:
     def empty(cls, config: BrokerConfig, identity: Identity) -> Tables:
         """The state of a broker that has just started."""
         return cls(config, identity, Queues(config.head_start), Admission(config.limits), Clients(config.weights))
+
+    def complete(self, model: str) -> bool:
+        """Whether whoever serves or declares a model has joined, if anybody does."""
+        return self.settled and model not in self.missed
 
     def enqueue(self, request: Request) -> None:
         """A request waits for a slot."""

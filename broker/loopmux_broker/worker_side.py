@@ -339,6 +339,9 @@ class WorkerSide:
             if why == "left":
                 for model in member.models:
                     self._waiting.model_left(model, now)
+            else:
+                for model in member.models:
+                    self._waiting.worker_lost(model, now)
             self._adapters.lost(member, why, now)
 
     def stalled(self, peer: Peer, now: float) -> None:

@@ -17,8 +17,8 @@ from loopmux.sockets import Dealer
 from loopmux.wire import CLIENT_BODY_LIMIT, Message, message_limit, to_bytes
 
 _AHEAD = 8
-"""Frames that the socket takes before they leave. What waits in the outbox is there once, however often it is said while
-a slow line carries what was said before; in the socket it would be there each time."""
+"""Frames that the socket takes before they leave. What waits in the outbox is there once, however often it is said
+while a slow line carries what was said before; in the socket it would be there each time."""
 _inherited: list[tuple[Dealer, zmq.Context[zmq.Socket[bytes]]]] = []
 """A forked child keeps what its parent has open: it is not the child's to close."""
 
