@@ -103,7 +103,7 @@ class Tables:
     settled: bool = False
     """Whether whoever belongs to this broker has had the time to join."""
     missed: set[str] = field(default_factory=set)
-    """Models whose last worker was lost a moment ago, and that no launcher declares: perhaps only its connection was."""
+    """Models that no launcher declares and whose last worker was lost a moment ago, or only its connection."""
     rivals: dict[Peer, float] = field(default_factory=dict)
     pardoned: set[Peer] = field(default_factory=set)
     """The connections that stood when the broker itself was away, but those that have shown since that they still do:
