@@ -7,7 +7,6 @@ nobody through who comes anew.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import socket
 import struct
@@ -52,21 +51,21 @@ class Wire:
         self._torn = self._reset = False
         self.go()
         self.task = asyncio.create_task(self._run())
+        self.task.add_done_callback(lambda _: self._close())  # even if it is cut before it began
+
+    def _close(self) -> None:
+        for one in (self._near, self._far):
+            if self._reset:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            one.close()
 
     async def _run(self) -> None:
         """Pass on both ways until either end closes, or it is cut."""
-        try:
-            with contextlib.suppress(OSError):
-                await self._join()
-        finally:
-            for one in (self._near, self._far):
-                if self._reset:
-                    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-                one.close()
-
-    async def _join(self) -> None:
         self._far.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(self._far, ("127.0.0.1", self._line.leads_to))
+        try:
+            await asyncio.get_running_loop().sock_connect(self._far, ("127.0.0.1", self._line.leads_to))
+        except OSError:
+            return
         for one in (self._near, self._far):
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         ways = [
@@ -78,7 +77,7 @@ class Wire:
         finally:
             for way in ways:
                 way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
+            await asyncio.wait(ways)
 
     async def _pass(self, way: Way, source: socket.socket, sink: socket.socket) -> None:
         """Until ``source`` has closed; that ``sink`` has is news that travels the other way."""
@@ -133,6 +132,7 @@ class Line:
         wires: the connections that there are, those of which an end has closed unheard included.
         delay: seconds by which everything comes late, at most twice as many.
         rate: bytes a second of each connection and direction; None for as many as there are.
+        mute: connections that were accepted and are not answered.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -143,7 +143,7 @@ class Line:
         self.delay = 0.0
         self.rate: float | None = None
         self._door = Door.OPEN
-        self._mute: list[socket.socket] = []
+        self.mute: list[socket.socket] = []
         self._dice = random.Random(7)
         self._task: asyncio.Task[None] | None = None
 
@@ -156,7 +156,7 @@ class Line:
             near, _ = await asyncio.get_running_loop().sock_accept(self._listening.socket)
             near.setblocking(False)
             if self._door is Door.MUTE:
-                self._mute.append(near)
+                self.mute.append(near)
             else:
                 wire = Wire(self, near)
                 self.wires.append(wire)
@@ -177,37 +177,33 @@ class Line:
         took = 0.0 if self.rate is None else size / self.rate
         await asyncio.sleep(self.delay * (1 + self._dice.random()) + took)
 
-    def set(self, door: Door) -> None:
+    async def set(self, door: Door) -> None:
         """Have this become of new connections from now on. What was mute until now is closed."""
-        if Door.SHUT in (door, self._door) and door is not self._door:
-            self._shut(door is Door.SHUT)
-        self._door = door
-        for one in self._mute:
-            one.close()
-        self._mute.clear()
-
-    def _shut(self, shut: bool) -> None:
-        assert self._task is not None
-        if shut:
+        if door is Door.SHUT and self._task is not None:
             self._task.cancel()
+            await asyncio.wait([self._task])
+            self._task = None
             self._listening.close()
-        else:
+        elif door is not Door.SHUT and self._task is None:
             self._listening = Listening(self.endpoint)
             self.start()
+        self._door = door
+        for one in self.mute:
+            one.close()
+        self.mute.clear()
 
-    def go(self) -> None:
-        """Pass everything on again, and let everybody through."""
+    async def go(self) -> None:
+        """Pass everything on again, at once, and let everybody through."""
         for wire in self.wires:
             wire.go()
-        self.set(Door.OPEN)
+        self.delay, self.rate = 0.0, None
+        await self.set(Door.OPEN)
 
     async def close(self) -> None:
         """End it with all its connections."""
-        self.go()
+        await self.set(Door.SHUT)
         ended = [wire.task for wire in self.wires]
-        if self._task is not None:
-            ended.append(self._task)
         for task in ended:
             task.cancel()
-        await asyncio.gather(*ended, return_exceptions=True)
-        self._listening.close()
+        if ended:
+            await asyncio.wait(ended)

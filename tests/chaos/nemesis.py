@@ -18,7 +18,7 @@ from typing import Literal
 from chaos.callers import Call
 from chaos.hanging import HANGS
 from chaos.house import READY_LIMIT, House, until
-from chaos.line import BOTH, Way, Wire
+from chaos.line import BOTH, Door, Way, Wire
 
 Strike = Callable[[House, int], Awaitable[None]]
 """Does the n-th harm to a house and returns when the processes may recover."""
@@ -32,6 +32,10 @@ _DEAD = 6.0
 _CUTS, _BETWEEN = 3, 0.3
 """How often connections are cut in one go, and seconds from one time to the next: everybody is back, and under way."""
 _WAYS = (BOTH, (Way.UP,), (Way.DOWN,))
+_LATE, _SLOW = 0.1, 4_000
+"""Seconds by which a bad line is late, and bytes a second that it carries: no more than one stream's."""
+_BAD = 1.5
+"""Seconds for which it is bad."""
 
 
 async def _kill_worker(house: House, n: int) -> None:
@@ -87,6 +91,22 @@ async def _kill_workers_line(house: House, n: int) -> None:
     await _go_dead([house.back.wires[n % len(house.workers)]], _WAYS[n % 3])
 
 
+async def _spoil(house: House, n: int) -> None:
+    """A line is cut and refuses who comes anew, or does not answer; or everything comes late, or slowly."""
+    line = house.lines[n // 4 % 2]
+    match n % 4:
+        case 0 | 1:
+            await line.set((Door.SHUT, Door.MUTE)[n % 4])
+            for wire in list(line.wires):
+                wire.cut(reset=True)
+        case 2:
+            line.delay = _LATE
+        case _:
+            line.rate = _SLOW
+    await asyncio.sleep(_BAD)
+    await line.go()
+
+
 async def _go_dead(wires: Sequence[Wire], ways: Sequence[Way]) -> None:
     """What was under way arrives in the end, by connections that were left long ago. New ones are not concerned."""
     struck = list(wires)
@@ -133,6 +153,7 @@ FAULTS = (
     Fault("clients' lines dead", _kill_clients_lines, far=True, limit=3.5),
     Fault("one way dead", _kill_one_way, far=True, limit=3.5),
     Fault("worker's line dead", _kill_workers_line, far=True, hits="shown", rounds=3, limit=3.5),
+    Fault("bad line", _spoil, far=True),
     Fault("client never reads", pest="stuck"),
     Fault("flood", pest="flood"),
     Fault("garbage", pest="garbage"),

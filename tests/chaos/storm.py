@@ -117,7 +117,7 @@ async def _finish(striking: asyncio.Task[None], house: House) -> None:
     for part in house.parts:
         part.thaw()
     for line in house.lines:
-        line.go()
+        await line.go()
     await house.whole()
 
 
