@@ -185,10 +185,11 @@ class Recovery:
 
         By the same connection comes back who hung, or was stopped, perhaps because of the request.
         """
-        mistaken = {(number, peer) for number, peer in request.parted if number == attempt and peer != worker.peer}
-        request.parted -= mistaken
-        request.losses -= len(mistaken)
-        request.mishaps += len(mistaken)
+        for number, peer in request.parted:
+            if number == attempt and peer != worker.peer:
+                request.parted -= {(number, peer)}
+                request.losses, request.mishaps = request.losses - 1, request.mishaps + 1
+                request.blamed = 0 if request.blamed == attempt else request.blamed
 
     def _claimed(self, request: Request, lease: Lease, now: float) -> None:
         request.move(Step.CLAIMED)

@@ -32,6 +32,7 @@ from loopmux import codec, wire
 from loopmux.messages import Phase
 from loopmux.wire import Kind, Message
 from loopmux_broker.events import Send, say
+from loopmux_broker.requests import State
 
 FOURTH = b"w4"
 
@@ -264,6 +265,20 @@ def test_workers_whose_connections_break_again_and_again_are_not_lost_by_what_th
     core.worker(end(ONE, 15, attempt=15), other)
     core.client(say(Kind.ENDACK, ONE))
     core.assert_empty()
+
+
+def test_a_loss_is_taken_back_once(core: Core) -> None:
+    """What it names does not fit, and before it hears of that its connection breaks again; then what it names does."""
+    core.lose(SECOND)
+    core.running(ONE)
+    core.worker(tok(ONE, 0, 5))
+    core.lose(WORKER)
+    for introduction, produced in ((1, 3), (2, 5)):
+        again = bytes([introduction]) + WORKER
+        core.register(again, name="w1", boot=instance(WORKER), held=2, introduction=introduction)
+        held(core, ONE, 0, produced, worker=again, epoch=EPOCH)
+        assert core.tables.requests[ONE].losses == 0
+    assert core.tables.requests[ONE].state is State.RUNNING
 
 
 def test_one_that_comes_back_by_the_same_connection_hung_and_is_lost_by_it(core: Core) -> None:
