@@ -72,10 +72,10 @@ async def _freeze(send: Callable[[int], None], seconds: float) -> None:
 
 async def _cut(house: House, n: int) -> None:
     """By FIN and RST in turn, in the middle of a frame or between two."""
-    for time_ in range(_CUTS):
+    for turn in range(_CUTS):
         for wire in [*house.front.wires, *house.back.wires]:
-            sever = wire.tear if time_ % 2 else wire.cut
-            sever(reset=bool((n + time_) % 2))
+            sever = wire.tear if turn % 2 else wire.cut
+            sever(reset=bool((n + turn) % 2))
         await asyncio.sleep(_BETWEEN)
 
 
