@@ -2,7 +2,7 @@
 # make test   every test, one process a core (JOBS=n; ARGS="-n 0 -x tests/broker" for a part, in one process)
 # make simulate           the cores of all parts in a simulated world, 1 000 seeds (SEEDS=n; SEED=17 replays one and tells its story)
 # make simulate-planted   bugs put into the cores one at a time: does the simulation find them?
-# make chaos  kills, freezes and bad neighbours on a running stack; a quarter of an hour
+# make chaos  kills, freezes, cut connections and bad neighbours on a running stack; twenty minutes
 # make lint   format, lint, types, import contracts
 # make clean  remove what these made in this folder
 PYTHON ?= python3.11

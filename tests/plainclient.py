@@ -65,7 +65,7 @@ class Client:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         options = {"SNDTIMEO": 0, "LINGER": 200, "RECONNECT_IVL": 50, "RECONNECT_IVL_MAX": 2000}
-        for name, value in (options | {"HEARTBEAT_IVL": 1000, "HEARTBEAT_TIMEOUT": 3000}).items():
+        for name, value in (options | {"HEARTBEAT_IVL": 500, "HEARTBEAT_TIMEOUT": 2500}).items():
             self.socket.setsockopt(getattr(zmq, name), value)
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self.socket.connect(endpoint)

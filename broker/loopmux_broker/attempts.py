@@ -24,8 +24,9 @@ LAST_ATTEMPT = 60_000
 """The highest number of an attempt: it has to fit into a header, and so has what peers answer. Nobody may claim to have
 seen a higher one."""
 _MISHAPS = 10
-"""Attempts at one request that may come to nothing by no fault of its own. Only many workers that go together, or a
-fault of a peer or of ours, bring it there; it must not go on until the deadline, as fast as messages travel."""
+"""Attempts at one request without a token in between that may come to nothing by no fault of its own. Only many workers
+that go together, or a fault of a peer or of ours, bring it there; it must not go on until the deadline, as fast as
+messages travel."""
 
 
 class Cause(Enum):
@@ -218,6 +219,8 @@ class Attempts:
         if request.state is State.RECOVERING:
             self._ends.disown(request, now)  # its client, if it lives, will submit it with its prefix
             return
+        if lease.produced:
+            request.excused, request.mishaps = request.excused + request.mishaps, 0
         if request.output.total and request.fingerprint is None:
             request.fingerprint = worker.register.fingerprint(request.submit.model, request.submit.adapter)
         request.losses += cause is Cause.LOST
@@ -226,6 +229,8 @@ class Attempts:
             self._give_up(request, worker.name, why, now)
             return
         self._t.counters[cause.value] += 1
+        if cause is Cause.LOST:
+            request.parted |= {(lease.attempt, worker.peer)}
         request.blamed = lease.attempt if cause is Cause.LOST else 0
         request.alone = request.losses >= max(self._t.config.max_attempts - 1, 1)
         request.move(Step.REQUEUED)

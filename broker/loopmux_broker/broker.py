@@ -219,7 +219,7 @@ class Broker:
     def _ring(self, key: TimerKey, now: float) -> None:
         alarm, whose, attempt = key
         if isinstance(whose, str):
-            (self._waiting.go_on if alarm is Alarm.ROUND else self._workers.redeclared)(whose, now)
+            self._named_rings(alarm, whose, now)
         elif alarm in (Alarm.RUN, Alarm.STOP):
             self._lease_rings(alarm, whose, attempt, now)
         elif alarm is Alarm.ADAPTER:
@@ -228,6 +228,15 @@ class Broker:
             self._request_rings(alarm, whose, now)
         else:
             self._peer_rings(alarm, whose, now)
+
+    def _named_rings(self, alarm: Alarm, name: str, now: float) -> None:
+        match alarm:
+            case Alarm.ROUND:
+                self._waiting.go_on(name, now)
+            case Alarm.MISSED:
+                self._waiting.missed(name, now)
+            case _:
+                self._workers.redeclared(name, now)
 
     def _lease_rings(self, alarm: Alarm, request_id: bytes, attempt: int, now: float) -> None:
         lease = self.tables.pool.leases.get((request_id, attempt))

@@ -26,6 +26,15 @@ _NEWS = 2001
 """News of a monitor that are read at once: all that its pipe can hold."""
 _EVENT = struct.Struct("=Hi")
 """First frame of a monitor's message: event number and descriptor."""
+_CLOSE_DEAD = {
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: 30,
+    zmq.TCP_KEEPALIVE_INTVL: 10,
+    zmq.TCP_KEEPALIVE_CNT: 3,
+    zmq.TCP_MAXRT: 60_000,  # milliseconds for which what was sent may stay unacknowledged
+}
+"""The system closes connections to hosts that are not there any more within a minute. By its own measure it takes two
+hours, and keeps a descriptor and what was to be sent for each."""
 
 
 class Side(Enum):
@@ -124,7 +133,7 @@ class Door:
             # read from it ("Assertion failed: !_io_error", stream_engine_base.cpp): whoever floods a door and is killed
             # would take the broker along. The other ends send theirs, and silence is judged by the core.
             zmq.HEARTBEAT_IVL: 0,
-            zmq.TCP_KEEPALIVE: 1,
+            **_CLOSE_DEAD,
         }
         for option, value in options.items():
             self.socket.setsockopt(option, value)

@@ -96,7 +96,7 @@ class Recovery:
 
     def _let_in(self, request: Request, received: int) -> bool:
         t = self._t
-        error = objection(t.pool, request, settled=t.settled, returning=True)
+        error = objection(t.pool, request, settled=t.complete(request.submit.model), returning=True)
         error = error or exhausted(t.admission, request, queues=True, returning=True)
         if error is None:
             self._entry.admit(request)
@@ -140,6 +140,8 @@ class Recovery:
         elif self._fits(request, worker, header, held):
             self._claim(request, worker, header, now)
         else:
+            if held.epoch == self._t.identity.epoch:
+                self._acquit(request, worker, header.attempt)
             request.attempt = max(request.attempt, header.attempt)
             self._reset(worker, header)
         worker.expected = max(worker.expected - 1, 0)
@@ -172,10 +174,22 @@ class Recovery:
             self._t.dequeue(request)
         if request.blamed == header.attempt:  # no worker was lost: this one has it still, and only its connection broke
             request.losses, request.blamed, request.alone = request.losses - 1, 0, False
+            request.parted = frozenset(one for one in request.parted if one[0] != header.attempt)
         self._t.timers.cancel((Alarm.RECOVERY, request.id, 0))
         request.attempt = header.attempt
         request.lease = self._t.pool.lease(request, worker, now)
         self._claimed(request, request.lease, now)
+
+    def _acquit(self, request: Request, worker: Worker, attempt: int) -> None:
+        """A worker that is back with an attempt by another connection was not lost: the one that it had before was.
+
+        By the same connection comes back who hung, or was stopped, perhaps because of the request.
+        """
+        for number, peer in request.parted:
+            if number == attempt and peer != worker.peer:
+                request.parted -= {(number, peer)}
+                request.losses, request.mishaps = request.losses - 1, request.mishaps + 1
+                request.blamed = 0 if request.blamed == attempt else request.blamed
 
     def _claimed(self, request: Request, lease: Lease, now: float) -> None:
         request.move(Step.CLAIMED)

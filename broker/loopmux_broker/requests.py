@@ -23,6 +23,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from loopmux.messages import Submit
+from loopmux_broker.events import Peer
 from loopmux_broker.output import Output
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ class Request:
         given: number of the last attempt that this broker gave out, 0 if none.
         losses: attempts that ended because a worker was lost. After two the request runs ``alone``.
         blamed: the last of these attempts, 0 if the last one ended otherwise.
-        mishaps: attempts that came to nothing by no fault of the request.
+        parted: these attempts, and the connection that each one's worker had.
+        mishaps: attempts that came to nothing by no fault of the request, since one that brought tokens.
+        excused: those before that one.
         fingerprint: of the weights that produced its output; it goes on only where they are the same.
         lease: the worker's slot that runs it now.
         avoid: name of the worker that just failed it.
@@ -101,7 +104,9 @@ class Request:
     given: int = 0
     losses: int = 0
     blamed: int = 0
+    parted: frozenset[tuple[int, Peer]] = frozenset()
     mishaps: int = 0
+    excused: int = 0
     alone: bool = False
     fingerprint: str | None = None
     charged: int = 0

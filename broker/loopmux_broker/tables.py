@@ -53,6 +53,7 @@ class Alarm(IntEnum):
     HOME = 18  # request
     ADAPTER = 19  # operation
     CLIENT_LOST = 20  # instance
+    MISSED = 21  # model
 
 
 LIVENESS = frozenset(
@@ -65,6 +66,7 @@ LIVENESS = frozenset(
         Alarm.LAUNCHER,
         Alarm.RECOVERY,
         Alarm.SETTLED,
+        Alarm.MISSED,
         Alarm.STALL,
     }
 )
@@ -100,6 +102,8 @@ class Tables:
     timers: Timers[TimerKey] = field(default_factory=Timers)
     settled: bool = False
     """Whether whoever belongs to this broker has had the time to join."""
+    missed: set[str] = field(default_factory=set)
+    """Models that no launcher declares and whose last worker was lost a moment ago, or only its connection."""
     rivals: dict[Peer, float] = field(default_factory=dict)
     pardoned: set[Peer] = field(default_factory=set)
     """The connections that stood when the broker itself was away, but those that have shown since that they still do:
@@ -122,6 +126,10 @@ class Tables:
         pool = Pool()
         queues = Queues(config.head_start, pool.knows)
         return cls(config, identity, queues, Admission(config.limits), Clients(config.weights), pool)
+
+    def complete(self, model: str) -> bool:
+        """Whether whoever serves or declares a model has joined, if anybody does."""
+        return self.settled and model not in self.missed
 
     def enqueue(self, request: Request) -> None:
         """A request waits for a slot."""

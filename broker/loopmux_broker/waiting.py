@@ -82,17 +82,33 @@ class Waiting:
 
         Requests may wait for as many models as they are, so one model is looked at now and the next one soon.
         """
-        pool = self._t.pool
         if not self._t.settled:
             self._t.settled, self._unsettled = True, self._t.queues.models()
         model = next(self._unsettled, None)
         if model is None:
             return
-        if pool.knows(model):
+        self._joined(model, now)
+        self._t.timers.set((Alarm.SETTLED, b"", 0), now + PAUSE)
+
+    def worker_lost(self, model: str, now: float) -> None:
+        """A worker is lost, or only its connection: where nobody else knows its model it has the time to join again."""
+        pool = self._t.pool
+        if not pool.knows(model) and model not in pool.withdrawn and self._t.config.settle > 0:
+            self._t.missed.add(model)
+            self._t.timers.set((Alarm.MISSED, model, 0), now + self._t.config.settle)
+
+    def missed(self, model: str, now: float) -> None:
+        """It has had that time."""
+        self._t.missed.discard(model)
+        self._joined(model, now)
+
+    def _joined(self, model: str, now: float) -> None:
+        """Whoever serves or declares a model has joined by now, if anybody does."""
+        pool = self._t.pool
+        if pool.knows(model) or not self._t.complete(model):
             self.model_changed(model, now)
         else:
             self._each(model, partial(self._unknown, unknown_model(model, pool.known())), now)
-        self._t.timers.set((Alarm.SETTLED, b"", 0), now + PAUSE)
 
     def _unknown(self, error: ModelNotFoundError, request: Request, now: float) -> None:
         if not request.attempt:  # one that ran before waits for a worker to come back

@@ -348,6 +348,9 @@ class WorkerSide:
             if why == "left":
                 for model in member.models:
                     self._waiting.model_left(model, now)
+            else:
+                for model in member.models:
+                    self._waiting.worker_lost(model, now)
             self._adapters.lost(member, why, now)
         elif why != "left":
             self._missed[member.name] = None

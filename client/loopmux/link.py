@@ -16,6 +16,9 @@ from loopmux.outbox import Outbox
 from loopmux.sockets import Dealer, new_context
 from loopmux.wire import CLIENT_BODY_LIMIT, Message, message_limit, to_bytes
 
+_AHEAD = 8
+"""Frames that the socket takes before they leave. What waits in the outbox is there once, however often it is said
+while a slow line carries what was said before; in the socket it would be there each time."""
 _inherited: list[tuple[Dealer, zmq.Context[zmq.Socket[bytes]]]] = []
 """A forked child keeps what its parent has open: it is not the child's to close."""
 
@@ -40,6 +43,7 @@ class Link:
         self._finalizer = weakref.finalize(self, _close, self._dealer, context, os.getpid())
         self._finalizer.atexit = False  # a thread that still runs may be using it
         self.socket, self.monitor = self._dealer.socket, self._dealer.monitor
+        self.socket.setsockopt(zmq.SNDHWM, _AHEAD)
         self._said: list[Message] = []
         self._unsent = Outbox()
         try:

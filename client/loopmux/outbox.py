@@ -7,13 +7,17 @@ from collections.abc import Iterable, Iterator
 
 from loopmux.wire import Kind, Message
 
+_MOOT = (Kind.SUBMIT, Kind.ATTACH, Kind.CREDIT, Kind.CANCEL)
+"""What need not be said any more about a request that is over."""
+
 
 class Outbox:
     """Messages that wait for room in a socket, in order, none of them twice.
 
     Whatever wants an answer is said again until there is one, so while a broker hangs the same would pile up here. Of
-    one kind about one request the newest is kept, in the place of the first. That bounds what waits by the number of
-    requests. Hints about sessions, which may get lost, are about no request: only the last one waits.
+    one kind about one request the newest is kept, in the place of the first, and behind ENDACK nothing that was said
+    before. That bounds what waits by the number of requests. Hints about sessions, which may get lost, are about no
+    request: only the last one waits.
     """
 
     def __init__(self) -> None:
@@ -28,7 +32,11 @@ class Outbox:
     def extend(self, messages: Iterable[Message]) -> None:
         """These wait, too."""
         for message in messages:
-            self._waiting[message.header.kind, message.header.request] = message
+            kind, request = message.header.kind, message.header.request
+            if kind is Kind.ENDACK:
+                for moot in _MOOT:
+                    self._waiting.pop((moot, request), None)
+            self._waiting[kind, request] = message
 
     def drop(self, count: int) -> None:
         """The first so many were sent."""

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 FAREWELL: Final = 200
 """Milliseconds that a closing socket may take to hand CANCEL and BYE to the kernel; it takes well under one."""
 
+_ASK: Final = round(500 * HEARTBEAT)
+"""Milliseconds between two questions whether the other end still answers; the time for an answer begins with one. The
+two together are the silence after which a peer counts as lost, so that a line which has gone dead is left by then."""
 COMMON: Final = {
     zmq.LINGER: 0,  # who has something left to say closes with FAREWELL
     zmq.SNDTIMEO: 0,  # what cannot be sent now is kept by whoever sends, who knows whether it still matters later
-    zmq.HEARTBEAT_IVL: round(1000 * HEARTBEAT),
-    zmq.HEARTBEAT_TIMEOUT: round(1000 * HEARTBEAT * SILENT_HEARTBEATS),
+    zmq.HEARTBEAT_IVL: _ASK,
+    zmq.HEARTBEAT_TIMEOUT: round(1000 * HEARTBEAT * SILENT_HEARTBEATS) - _ASK,
     zmq.HANDSHAKE_IVL: 2000,  # the default of 30 s is a long time to take a port that says nothing for a broker
 }
 """Of both ends; times are milliseconds."""
@@ -133,6 +136,7 @@ class Dealer:
         options = COMMON | {
             zmq.RECONNECT_IVL: 10,  # a broker that died is followed by another one in no more time
             zmq.RECONNECT_IVL_MAX: 2000,  # one that stays away costs hundreds of peers little, and is found soon
+            zmq.CONNECT_TIMEOUT: 2000,  # who is not answered asks anew: the system waits ever longer, up to a minute
             zmq.MAXMSGSIZE: largest + (0 if credentials is None else SEAL),
         }
         for option, value in options.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -112,6 +114,24 @@ def test_routing_ids_tell_who_connected_later(door: Door) -> None:
     numbers = [int.from_bytes(peer[1:5]) for peer in peers]
     assert {(b - a) % 2**32 for a, b in pairwise(numbers)} == {1}
     assert {(len(peer), peer[0], peer[-1]) for peer in peers} == {(6, 0, 3)}
+
+
+def test_a_connection_to_a_host_that_is_gone_is_closed_within_a_minute() -> None:
+    """The system does it, to which nobody can say what the time is."""
+    with zmq.Context() as context, contextlib.closing(Listening("tcp://127.0.0.1:0")) as listening:
+        door = Door(context, 3, Side.CLIENTS, 16)
+        door.serve(listening.endpoint, listening.fileno())
+        with contextlib.closing(door), Peer(door.endpoint) as client:
+            client.send(say(Kind.PING))
+            assert door.socket.poll(1000 * PATIENCE)
+            door.socket.recv()
+            descriptor = int(door.socket.recv(copy=False).get(zmq.SRCFD))
+            with socket.socket(fileno=os.dup(descriptor)) as there:
+                names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+                idle, interval, count, unacknowledged = (there.getsockopt(socket.IPPROTO_TCP, name) for name in names)
+                assert there.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert idle + count * interval <= 60
+    assert 0 < unacknowledged <= 60_000
 
 
 def test_a_message_of_very_many_frames_leaves_others_their_turns(door: Door) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from brokerkit import (
     CLIENT,
+    EPOCH,
     FOUR,
     ONE,
     SECOND,
@@ -31,6 +32,7 @@ from loopmux import codec, wire
 from loopmux.messages import Phase
 from loopmux.wire import Kind, Message
 from loopmux_broker.events import Send, say
+from loopmux_broker.requests import State
 
 FOURTH = b"w4"
 
@@ -251,6 +253,61 @@ def test_a_worker_that_never_answers_a_second_attempt_is_not_lost_by_it(core: Co
     assert core.tables.requests[ONE].attempt == 4
     assert core.tables.requests[ONE].losses == 1
     assert not core.tables.requests[ONE].alone
+
+
+def test_workers_whose_connections_break_again_and_again_are_not_lost_by_what_they_run(core: Core) -> None:
+    """Each goes on with what it has, over another connection, and by then another one has it."""
+    core.running(ONE)
+    names = {WORKER: WORKER, SECOND: SECOND}  # by connection, whose it is
+    core.worker(tok(ONE, 0))
+    for attempt in range(1, 15):
+        [broken] = [peer for peer, worker in core.tables.pool.workers.items() if worker.leases]
+        [(other, _, number)] = runs(core.lose(broken))
+        assert number == attempt + 1
+        core.worker(tok(ONE, attempt, attempt=number), other)
+        name = names.pop(broken)
+        again = bytes([attempt]) + name
+        names[again] = name
+        core.register(again, name=name.decode(), boot=instance(name), held=1, introduction=attempt)
+        [answer] = held(core, ONE, 0, 5, attempt, again, epoch=EPOCH)
+        assert answer == Send(again, say(Kind.RESET, ONE, attempt=attempt))
+    request = core.tables.requests[ONE]
+    assert (request.losses, request.mishaps, request.alone) == (0, 1, False)
+    core.worker(end(ONE, 15, attempt=15), other)
+    core.client(say(Kind.ENDACK, ONE))
+    core.assert_empty()
+
+
+def test_a_loss_is_taken_back_once(core: Core) -> None:
+    """What it names does not fit, and before it hears of that its connection breaks again; then what it names does."""
+    core.lose(SECOND)
+    core.running(ONE)
+    core.worker(tok(ONE, 0, 5))
+    core.lose(WORKER)
+    for introduction, produced in ((1, 3), (2, 5)):
+        again = bytes([introduction]) + WORKER
+        core.register(again, name="w1", boot=instance(WORKER), held=2, introduction=introduction)
+        held(core, ONE, 0, produced, worker=again, epoch=EPOCH)
+        assert core.tables.requests[ONE].losses == 0
+    assert core.tables.requests[ONE].state is State.RUNNING
+
+
+def test_one_that_comes_back_by_the_same_connection_hung_and_is_lost_by_it(core: Core) -> None:
+    core.running(ONE)
+    [(_, _, number)] = runs(core.wait(3.0, silent=(WORKER,)))
+    core.worker(say(Kind.RUNACK, ONE, attempt=number), SECOND)
+    core.register(held=1, introduction=1)
+    held(core, ONE, 0, 5, epoch=EPOCH)
+    assert core.tables.requests[ONE].losses == 1
+
+
+def test_who_names_the_number_of_another_one_was_not_lost_with_it(core: Core) -> None:
+    """A former broker gave it to another worker, which is here for the first time."""
+    core.running(ONE)
+    core.lose(WORKER)
+    core.register(THIRD, held=1)
+    held(core, ONE, 0, 5, worker=THIRD)
+    assert core.tables.requests[ONE].losses == 1
 
 
 def test_its_neighbours_are_not_blamed() -> None:

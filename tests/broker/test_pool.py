@@ -584,6 +584,35 @@ def test_a_model_that_is_still_unknown_when_the_broker_has_settled_is_refused() 
     assert failure(core.submit(TWO, model="tols")[0])[3].code == "model_not_found"
 
 
+def test_a_model_whose_last_worker_has_lost_its_connection_is_still_known() -> None:
+    core = Core(settle=3.0)
+    core.hello()
+    core.register()
+    core.wait(3.25)
+    core.lose(WORKER)
+    assert kinds(core.submit(ONE)) == [(CLIENT, Kind.ACCEPTED), (CLIENT, Kind.PHASE)]
+    assert core.wait(1.0) == []
+    assert runs(core.register()) == [(WORKER, ONE, 1)]
+    core.worker(say(Kind.RUNACK, ONE, attempt=1))
+    assert core.wait(3.0) == []
+    assert core.tables.missed == set()
+
+
+def test_one_whose_worker_stays_away_or_has_left_is_not() -> None:
+    core = Core(settle=3.0)
+    core.hello()
+    core.register()
+    core.wait(3.25)
+    core.lose(WORKER)
+    core.submit(ONE)
+    (refusal,) = [failure(a) for a in core.wait(3.0) if kinds([a]) == [(CLIENT, Kind.ERROR)]]
+    assert refusal[3].code == "model_not_found"
+    assert failure(core.submit(TWO)[0])[3].code == "model_not_found"
+    core.register()
+    core.worker(say(Kind.BYE))
+    assert failure(core.submit(THREE)[0])[3].code == "model_not_found"
+
+
 # --- many who wait
 
 

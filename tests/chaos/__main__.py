@@ -47,7 +47,9 @@ def _others(only: list[str], load: Load) -> Iterator[tuple[bool, bool, str]]:
 def main() -> int:
     """Run what is asked for and print it."""
     usual = Load()
-    parser = argparse.ArgumentParser(prog="python -m chaos", description="Kill, freeze and pester a running stack.")
+    parser = argparse.ArgumentParser(
+        prog="python -m chaos", description="Kill, freeze, cut off and pester a running stack."
+    )
     parser.add_argument("only", nargs="*", help=f"only what has this word in its name: {_NAMES}")
     parser.add_argument("--requests", type=int, default=usual.requests)
     parser.add_argument("--clients", type=int, default=usual.clients)

@@ -26,7 +26,7 @@ SPEC = {
     "dtype": "float32",
     "torch_threads": 1,
 }
-STRIKES = tuple(fault for fault in FAULTS if fault.strike is not None)
+STRIKES = tuple(fault for fault in FAULTS if fault.strike is not None and not fault.far)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from typing import Any, Self
 import psutil
 
 import loopmux
+from chaos.line import Line
 from loopmux import keys
 from loopmux.keys import KEY_VARIABLE, SERVER_KEY_VARIABLE
 from loopmux.listening import Listening
@@ -127,19 +128,28 @@ class House:
     """The processes, and a client of our own that asks the broker how it is.
 
     ``specs`` are what the workers' specifications have beside name and endpoint (``WorkerSpec``), ``settings`` what the
-    broker's file has. ``keyed``: over tcp with keys, else over ipc.
+    broker's file has. ``keyed``: over tcp with keys, else over ipc. ``far``: over tcp, too, and through the lines
+    ``front`` (clients) and ``back`` (workers).
     """
 
     def __init__(
-        self, specs: Sequence[dict[str, Any]], settings: dict[str, Any] | None = None, *, keyed: bool = False
+        self,
+        specs: Sequence[dict[str, Any]],
+        settings: dict[str, Any] | None = None,
+        *,
+        keyed: bool = False,
+        far: bool = False,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lmx-"))  # short: socket paths are limited
         front, back = (
-            ("tcp://127.0.0.1:0",) * 2 if keyed else (f"ipc://{self.folder / name}" for name in ("b", "b.work"))
+            ("tcp://127.0.0.1:0",) * 2 if keyed or far else (f"ipc://{self.folder / name}" for name in ("b", "b.work"))
         )
         # they are ours, as a service manager's: connections wait while the broker is started again
         self._listening = {"clients": Listening(front, keyed=keyed), "workers": Listening(back, keyed=keyed)}
-        self.endpoint, self.worker_endpoint = (one.endpoint for one in self._listening.values())
+        self.endpoint, self.worker_endpoint = near = tuple(one.endpoint for one in self._listening.values())
+        self.lines = [Line(endpoint) for endpoint in near] if far else []
+        if self.lines:
+            self.endpoint, self.worker_endpoint = (line.endpoint for line in self.lines)
         self._keys: dict[str, str] = {}
         if keyed:
             settings = (settings or {}) | self._make_keys()
@@ -149,11 +159,21 @@ class House:
         self.broker.inherits = tuple(one.fileno() for one in self._listening.values())
         self.workers = [self._worker(f"w{n}", spec) for n, spec in enumerate(specs)]
         # one connection for all questions: to make one anew each time would cost the callers, whose process this is
-        self._client = self.client(connect_timeout=READY_LIMIT)
+        self._client = loopmux.AsyncClient(near[0], connect_timeout=READY_LIMIT, **self._keys)
 
     def client(self, **options: Any) -> loopmux.AsyncClient:
         """A client of the broker, with the key that it needs."""
         return loopmux.AsyncClient(self.endpoint, **self._keys, **options)
+
+    @property
+    def front(self) -> Line:
+        """The line between clients and broker."""
+        return self.lines[0]
+
+    @property
+    def back(self) -> Line:
+        """The line between workers and broker."""
+        return self.lines[1]
 
     def _make_keys(self) -> dict[str, Any]:
         """One for the broker, one for everybody else; the broker's settings with both."""
@@ -188,6 +208,8 @@ class House:
         return [self.broker, *self.workers]
 
     async def __aenter__(self) -> Self:
+        for line in self.lines:
+            line.start()
         for part in self.parts:
             part.start()
         await self.whole()
@@ -200,6 +222,8 @@ class House:
         await asyncio.gather(*(part.stop() for part in self.parts))
         if error is not None:
             print(self.last_words(), file=sys.stderr)
+        for line in self.lines:
+            await line.close()
         for one in self._listening.values():
             one.close()
         shutil.rmtree(self.folder)

@@ -18,6 +18,7 @@ from typing import Literal
 from chaos.callers import Call
 from chaos.hanging import HANGS
 from chaos.house import READY_LIMIT, House, until
+from chaos.line import BOTH, Door, Way, Wire
 
 Strike = Callable[[House, int], Awaitable[None]]
 """Does the n-th harm to a house and returns when the processes may recover."""
@@ -26,6 +27,15 @@ _FROZEN_WORKER = 6.0
 """Seconds: twice the silence after which a worker counts as lost."""
 _FROZEN_BROKER = 2.0
 """Seconds: shorter than the silence after which everybody would look for another one."""
+_DEAD = 6.0
+"""Seconds for which a connection passes nothing, twice the silence after which both its ends count as lost."""
+_CUTS, _BETWEEN = 3, 0.3
+"""How often connections are cut in one go, and seconds from one time to the next: everybody is back, and under way."""
+_WAYS = (BOTH, (Way.UP,), (Way.DOWN,))
+_LATE, _SLOW = 0.1, 4_000
+"""Seconds by which a bad line is late, and bytes a second that it carries: no more than one stream's."""
+_BAD = 1.5
+"""Seconds for which it is bad."""
 
 
 async def _kill_worker(house: House, n: int) -> None:
@@ -60,14 +70,63 @@ async def _freeze(send: Callable[[int], None], seconds: float) -> None:
     send(signal.SIGCONT)
 
 
+async def _cut(house: House, n: int) -> None:
+    """By FIN and RST in turn, in the middle of a frame or between two."""
+    for turn in range(_CUTS):
+        for wire in [*house.front.wires, *house.back.wires]:
+            sever = wire.tear if turn % 2 else wire.cut
+            sever(reset=bool((n + turn) % 2))
+        await asyncio.sleep(_BETWEEN)
+
+
+async def _kill_clients_lines(house: House, _n: int) -> None:
+    await _go_dead(house.front.wires, BOTH)
+
+
+async def _kill_one_way(house: House, n: int) -> None:
+    await _go_dead(house.front.wires, _WAYS[1 + n % 2])
+
+
+async def _kill_workers_line(house: House, n: int) -> None:
+    await _go_dead([house.back.wires[n % len(house.workers)]], _WAYS[n % 3])
+
+
+async def _spoil(house: House, n: int) -> None:
+    """A line is cut and refuses who comes anew, or does not answer; or everything comes late, or slowly."""
+    line = house.lines[n // 4 % 2]
+    match n % 4:
+        case 0 | 1:
+            await line.set((Door.SHUT, Door.MUTE)[n % 4])
+            for wire in list(line.wires):
+                wire.cut(reset=True)
+        case 2:
+            line.delay = _LATE
+        case _:
+            line.rate = _SLOW
+    await asyncio.sleep(_BAD)
+    await line.go()
+
+
+async def _go_dead(wires: Sequence[Wire], ways: Sequence[Way]) -> None:
+    """What was under way arrives in the end, by connections that were left long ago. New ones are not concerned."""
+    struck = list(wires)
+    for wire in struck:
+        wire.stop(ways)
+    await asyncio.sleep(_DEAD)
+    for wire in struck:
+        wire.go()
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One row of the table.
 
     Attributes:
         strike: what is done now and then, or None.
+        far: over lines between hosts, which the strike is at.
         pest: who is beside all the time (``pests``), or None.
-        hits: the streams a strike counts for: all, or those of one worker, which show it by a second attempt.
+        hits: the streams a strike counts for: all, or those of one worker, which show it by a second attempt, or, where
+            it may find the way back in time, by a pause, too.
         rounds: how many times the usual number of requests it takes to hit enough of them: a strike at one of three
             workers meets a third of what runs.
         limit: the 99th percentile of the longest pauses that is to be reached, seconds; None for none.
@@ -75,8 +134,9 @@ class Fault:
 
     name: str
     strike: Strike | None = None
+    far: bool = False
     pest: str | None = None
-    hits: Literal["all", "rerun"] = "all"
+    hits: Literal["all", "rerun", "shown"] = "all"
     rounds: int = 1
     limit: float | None = None
 
@@ -89,6 +149,11 @@ FAULTS = (
     Fault("worker frozen", _freeze_worker, hits="rerun", rounds=3, limit=3.5),
     Fault("worker hung", _hang_worker, hits="rerun", rounds=3, limit=3.5),
     Fault("broker frozen", _freeze_broker),
+    Fault("connections cut", _cut, far=True, limit=0.5),
+    Fault("clients' lines dead", _kill_clients_lines, far=True, limit=3.5),
+    Fault("one way dead", _kill_one_way, far=True, limit=3.5),
+    Fault("worker's line dead", _kill_workers_line, far=True, hits="shown", rounds=3, limit=3.5),
+    Fault("bad line", _spoil, far=True),
     Fault("client never reads", pest="stuck"),
     Fault("flood", pest="flood"),
     Fault("garbage", pest="garbage"),

@@ -19,6 +19,10 @@ ABUSED = {"engine": "echo", "models": [{"id": FAST}], "slots": 64, "echo": {"rat
 """The worker of a client that never reads: fills every buffer on the way in seconds, and does not take a core."""
 NARROW = {"window": 128, "request_output": 65_536}
 """Settings of the broker under which a client that never reads is noticed within seconds."""
+SHORT = {"grace": 3.0}
+"""Settings under which one that left by a dead line, so that nobody heard of it, is forgotten within seconds."""
+_SHOWS = 1.0
+"""Seconds of a pause that a strike at a worker's line is the reason for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,8 @@ async def storm(fault: Fault, load: Load) -> Row:
     """Run it."""
     abused = fault.pest == "stuck"
     specs = [ECHO] * load.workers + [ABUSED] * abused
-    async with House(specs, NARROW if abused else None, keyed=load.keyed) as house:
+    settings = NARROW if abused else SHORT if fault.far else None
+    async with House(specs, settings, keyed=load.keyed, far=fault.far) as house:
         await crowd(house, load.clients, iter([8] * load.clients), [])  # memory as it is in use
         before = house.memory()
         calls: list[Call] = []
@@ -111,6 +116,8 @@ async def _finish(striking: asyncio.Task[None], house: House) -> None:
         await striking
     for part in house.parts:
         part.thaw()
+    for line in house.lines:
+        await line.go()
     await house.whole()
 
 
@@ -158,4 +165,6 @@ def _pauses(fault: Fault, call: Call, moments: list[float]) -> tuple[float, floa
     if fault.hits == "rerun" and call.attempts == 1:
         return None
     hits = [moment for moment in moments if call.in_midstream(moment)]
-    return (max(map(call.pause, hits)), max(map(call.cut, hits))) if hits else None
+    gap, cut = (max(map(of, hits), default=0.0) for of in (call.pause, call.cut))
+    unharmed = fault.hits == "shown" and call.attempts == 1 and cut < _SHOWS
+    return None if unharmed or not hits else (gap, cut)

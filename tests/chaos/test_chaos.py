@@ -22,8 +22,9 @@ def test_every_token_once_and_nothing_left(fault: Fault) -> None:
     assert row.hit
 
 
-def test_likewise_over_tcp_with_keys() -> None:
-    fault = next(fault for fault in FAULTS if fault.name == "both killed")
+@pytest.mark.parametrize("name", ["both killed", "connections cut"])
+def test_likewise_over_tcp_with_keys(name: str) -> None:
+    fault = next(fault for fault in FAULTS if fault.name == name)
     row = asyncio.run(storm(fault, replace(LOAD, keyed=True)))
     assert row.exact, f"\n{table.head()}\n{table.line(row)}\n{row.errors} {row.troubles}"
     assert row.hit

@@ -52,3 +52,13 @@ def test_nothing_waits_behind_an_introduction() -> None:
     put(outbox, Kind.SUBMIT, ONE)
     outbox.clear()
     assert not outbox
+
+
+def test_a_request_that_is_over_is_not_said_again() -> None:
+    outbox = Outbox()
+    for kind in (Kind.SUBMIT, Kind.ATTACH, Kind.CREDIT, Kind.CANCEL):
+        put(outbox, kind, ONE)
+    put(outbox, Kind.SUBMIT, TWO)
+    put(outbox, Kind.ENDACK, ONE)
+    put(outbox, Kind.CANCEL, ONE)  # it was refused, and may have been let in the second time
+    assert taken(outbox) == [(Kind.SUBMIT, TWO, 0), (Kind.ENDACK, ONE, 0), (Kind.CANCEL, ONE, 0)]

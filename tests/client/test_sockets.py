@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import zmq
 
+from brokerwire import until
 from loopmux import Client
+from loopmux.cadence import HEARTBEAT, SILENT_HEARTBEATS
 from loopmux.errors import ConnectionLostError
-from loopmux.sockets import Dealer, new_context
+from loopmux.sockets import COMMON, Dealer, new_context
 
 FLOOD = """
 import sys
@@ -104,3 +109,26 @@ def test_without_descriptors_for_it_nothing_is_opened_and_later_it_is() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert told.value.retryable
     new_context("ipc:///nowhere").term()
+
+
+def test_a_connection_that_is_not_answered_is_tried_again_within_seconds(
+    context: zmq.Context[zmq.Socket[bytes]],
+) -> None:
+    """The system would ask for two minutes by itself, at ever longer intervals: a line that was dead is found late."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()):
+        port = full.getsockname()[1]
+        tries: set[int] = set()
+
+        def tried_again() -> bool:
+            asking = [one for one in psutil.Process().net_connections("tcp4") if one.status == psutil.CONN_SYN_SENT]
+            tries.update(one.laddr.port for one in asking if one.raddr.port == port)
+            return len(tries) > 1
+
+        with contextlib.closing(Dealer(context, 1 << 20)) as dealer:
+            dealer.connect(f"tcp://127.0.0.1:{port}")
+            until(tried_again, "another try")
+
+
+def test_a_line_that_goes_dead_is_left_by_the_time_its_ends_count_as_lost() -> None:
+    """Within one question of the last word the next one is asked, and the answer has its time from then on."""
+    assert COMMON[zmq.HEARTBEAT_IVL] + COMMON[zmq.HEARTBEAT_TIMEOUT] <= 1000 * HEARTBEAT * SILENT_HEARTBEATS
