@@ -190,6 +190,16 @@ class Core:
         assert not _OF_REQUESTS & {key[0] for key in t.timers._due}
 
 
+def order(core: Core, count: int, worker: bytes = WORKER) -> list[bytes]:
+    """The requests that one worker with one slot gets one after the other, beginning with ONE."""
+    ran, current = [], ONE
+    for _ in range(count):
+        actions = core.worker(end(current, 0), worker)
+        current = next(a.message.header.request for a in actions if isinstance(a, Send) and a.message.kind is Kind.RUN)
+        ran.append(current)
+    return ran
+
+
 # --- messages that the broker passes on or makes ----------------------------------------------------------------------
 
 

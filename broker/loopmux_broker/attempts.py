@@ -220,19 +220,17 @@ class Attempts:
             self._ends.disown(request, now)  # its client, if it lives, will submit it with its prefix
             return
         if lease.produced:
-            request.excused, request.mishaps = request.excused + request.mishaps, 0
+            request.excused = request.mishaps
         if request.output.total and request.fingerprint is None:
             request.fingerprint = worker.register.fingerprint(request.submit.model, request.submit.adapter)
-        request.losses += cause is Cause.LOST
+        if cause is Cause.LOST:
+            request.lost[lease.attempt] = worker.peer
         request.mishaps += cause is Cause.MISHAP
-        if request.losses >= self._t.config.max_attempts or request.mishaps >= _MISHAPS:
+        if len(request.lost) >= self._t.config.max_attempts or request.fruitless >= _MISHAPS:
             self._give_up(request, worker.name, why, now)
             return
         self._t.counters[cause.value] += 1
-        if cause is Cause.LOST:
-            request.parted |= {(lease.attempt, worker.peer)}
-        request.blamed = lease.attempt if cause is Cause.LOST else 0
-        request.alone = request.losses >= max(self._t.config.max_attempts - 1, 1)
+        request.alone = len(request.lost) >= max(self._t.config.max_attempts - 1, 1)
         request.move(Step.REQUEUED)
         self.place(request, self.worker_for(request), now)
         self._waiting.review(request, now)
@@ -240,16 +238,16 @@ class Attempts:
     def _give_up(self, request: Request, worker: str, why: str, now: float) -> None:
         found = f"worker {worker!r} {why} after {request.output.total} tokens"
         error: LoopmuxError
-        if request.mishaps >= _MISHAPS:
+        if request.fruitless >= _MISHAPS:
             error = EngineError(
-                f"{found}; {request.mishaps} attempts came to nothing, and not by the request: workers did not answer, "
-                "or did not have it, or lost output of it. Submit it again when they run",
+                f"{found}; {request.fruitless} attempts came to nothing, and not by the request: workers did not "
+                "answer, or did not have it, or lost output of it. Submit it again when they run",
                 retryable=True,
             )
         else:
             self._t.counters["poisoned"] += 1
             error = WorkerLostError(
-                f"{found}; it ran this request alone and is the {request.losses}. worker lost with it: the request "
+                f"{found}; it ran this request alone and is the {len(request.lost)}. worker lost with it: the request "
                 "itself may be what ends workers (poison), so it is not tried again",
                 retryable=False,
             )

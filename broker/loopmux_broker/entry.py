@@ -27,7 +27,7 @@ class Entry:
         t = self._t
         request = Request(request_id, client, submit, body, now, now + submit.timeout, Output(credit=t.config.window))
         worker = self._attempts.worker_for(request)
-        error = objection(t.pool, request, settled=t.complete(submit.model))
+        error = objection(t.pool, request, settled=t.joined(submit.model))
         error = error or exhausted(t.admission, request, queues=worker is None)
         if error is not None:
             self.refuse(client, request_id, error, model=submit.model)

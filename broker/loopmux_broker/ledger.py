@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,10 @@ if TYPE_CHECKING:
     from loopmux_broker.clients import Principal
     from loopmux_broker.queues import Line
     from loopmux_broker.requests import Lane
+
+
+_SLACK = 64
+"""Models that nobody knows any more and whose ledgers may be kept before they are swept."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +57,10 @@ class Ledger:
         return account
 
     def lift(self, principal: Principal, level: float) -> Account:
-        """A client that has nothing queued asks for something: time away is no credit."""
+        """The account of a client that asks for something; with nothing queued it starts no lower than ``level``.
+
+        Time away is no credit.
+        """
         account = self.of(principal)
         if not account.lines:
             account.served = max(account.served, level)
@@ -71,3 +79,48 @@ class Ledger:
             ours.lines |= theirs.lines
             for line in theirs.lines.values():
                 line.account = ours
+
+
+class Ledgers:
+    """By model: those that a worker serves together have one in common."""
+
+    def __init__(self, known: Callable[[str], bool]) -> None:
+        """``known`` says whether anybody serves, declares or waits for a model."""
+        self._known = known
+        self._by_model: dict[str, Ledger] = {}
+        self._swept = 0  # how many models there were after the last sweep
+
+    def get(self, model: str) -> Ledger | None:
+        """A model's ledger, if there is one."""
+        return self._by_model.get(model)
+
+    def of(self, model: str) -> Ledger:
+        """A model's ledger; it may be a new one."""
+        ledger = self._by_model.get(model)
+        if ledger is None:
+            self._sweep()
+            ledger = self._by_model[model] = Ledger()
+        return ledger
+
+    def unite(self, models: Iterable[str]) -> list[Account]:
+        """Let models have one ledger from now on. Returns the accounts that changed by that."""
+        models, changed = list(models), list[Account]()
+        found = dict.fromkeys(self._by_model[model] for model in models if model in self._by_model)
+        kept, *absorbed = found or [Ledger()]
+        for ledger in absorbed:
+            kept.absorb(ledger)
+            changed += [kept.accounts[principal] for principal in ledger.accounts]
+            self._by_model |= {model: kept for model, other in self._by_model.items() if other is ledger}
+        self._sweep()
+        self._by_model |= dict.fromkeys(models, kept)
+        return changed
+
+    def forget(self, principal: Principal) -> None:
+        """Drop the accounts of somebody who is gone for good."""
+        for ledger in dict.fromkeys(self._by_model.values()):
+            ledger.accounts.pop(principal, None)
+
+    def _sweep(self) -> None:
+        if len(self._by_model) > 2 * self._swept + _SLACK:
+            self._by_model = {model: ledger for model, ledger in self._by_model.items() if self._known(model)}
+            self._swept = len(self._by_model)

@@ -1,11 +1,11 @@
 """Who runs next: fair between clients by the tokens they were served, then by rank within each client.
 
 All clients with one key are one here. Each client has an account of the tokens it was served, which count less the
-more its key weighs; one for all workers that serve the same models, and apart from those that serve others, so that
-nobody waits for one model because of what was had of another one elsewhere. A request's head start (its priority, or
-that it continues a tool loop) counts as that many tokens less. The client with the lowest account comes next, and of
-its requests the one with the best rank: the time it arrived less its head start in seconds, so that waiting ages a
-request by itself.
+more its key weighs. There is one account for all workers that serve the same models, and another for those that serve
+others: nobody waits for one model because of what was had of another one elsewhere. A request's head start (its
+priority, or that it continues a tool loop) counts as that many tokens less. The client with the lowest account comes
+next, and of its requests the one with the best rank: the time it arrived less its head start in seconds, so that
+waiting ages a request by itself.
 
 An account moves when one of its client's requests gets a slot (by what it is expected to cost, which is an answer as
 long as that client's last ones were), when it becomes longer than that, and when it gives the slot back (by what it did
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loopmux_broker.clients import Principal
-from loopmux_broker.ledger import Account, Ledger
+from loopmux_broker.ledger import Account, Ledger, Ledgers
 from loopmux_broker.pool import Worker
 from loopmux_broker.requests import Lane, Request, State
 
@@ -38,7 +38,7 @@ _SIZE_PER_TOKEN = 4
 _RECENT = 0.1
 """Weight of the latest answer in how long a client's are: about the last ten count."""
 _SLACK = 64
-"""Turns that no longer count and may lie in a heap before it is swept; models likewise that nobody knows any more."""
+"""Turns that no longer count and may lie in a heap before it is swept."""
 
 _PASSED = 2.0
 """Seconds: a turn whose session is with another worker lets others pass that came up to so much later. In a full house
@@ -107,12 +107,11 @@ class Queues:
     some wait for a moment for the worker of their session, though others have free slots.
     """
 
-    def __init__(self, head_start: HeadStart, known: Callable[[str], bool] = lambda _: True) -> None:
+    def __init__(self, head_start: HeadStart, known: Callable[[str], bool]) -> None:
         """``known`` says whether anybody serves or declares a model."""
-        self._head_start, self._known = head_start, known
+        self._head_start = head_start
         self._models: dict[str, dict[Lane, _Queue]] = {}
-        self._ledgers: dict[str, Ledger] = {}  # by model; models that a worker serves together have one in common
-        self._swept = 0  # how many there were after the last sweep
+        self._ledgers = Ledgers(lambda model: model in self._waiting or known(model))
         self._alone: dict[bytes, Request] = {}
         self._awaiting: dict[str, dict[bytes, Request]] = {}  # by the name of the worker that they wait for
         self._waiting: dict[str, int] = {}  # how many wait for each model
@@ -155,7 +154,7 @@ class Queues:
     def _line_up(self, request: Request) -> None:
         principal, lane = request.client.principal, request.lane
         queue = self._models.setdefault(lane[0], {}).setdefault(lane, _Queue())
-        ledger = self._ledger(lane[0])
+        ledger = self._ledgers.of(lane[0])
         account = ledger.lift(principal, _start(queue, ledger))
         line = queue.lines.get(principal)
         if line is None:
@@ -186,6 +185,10 @@ class Queues:
         served = line.account.served - self._head_start.tokens * self._head_start.of(request)
         self._turns += 1
         queue.put((served, -ahead, -number, self._turns, line))
+
+    def _set_turns(self, account: Account) -> None:
+        for lane, line in account.lines.items():
+            self._set_turn(self._models[lane[0]][lane], line)
 
     # --- who is next
 
@@ -228,34 +231,12 @@ class Queues:
 
     def unite(self, models: Iterable[str]) -> None:
         """A worker serves these: who takes of one of them takes of all."""
-        models = list(models)
-        ledgers = list(dict.fromkeys(self._ledgers[model] for model in models if model in self._ledgers))
-        kept, *absorbed = ledgers or [Ledger()]
-        for ledger in absorbed:
-            moved = [line for account in ledger.accounts.values() for line in account.lines.items()]
-            kept.absorb(ledger)
-            self._ledgers |= {model: kept for model, other in self._ledgers.items() if other is ledger}
-            for lane, line in moved:
-                self._set_turn(self._models[lane[0]][lane], line)
-        self._sweep()
-        self._ledgers |= dict.fromkeys(models, kept)
+        for account in self._ledgers.unite(models):
+            self._set_turns(account)
 
     def forget(self, principal: Principal) -> None:
-        """A client without a key is gone for good."""
-        for ledger in dict.fromkeys(self._ledgers.values()):
-            ledger.accounts.pop(principal, None)
-
-    def _ledger(self, model: str) -> Ledger:
-        ledger = self._ledgers.get(model)
-        if ledger is None:
-            self._sweep()
-            ledger = self._ledgers[model] = Ledger()
-        return ledger
-
-    def _sweep(self) -> None:
-        if len(self._ledgers) > 2 * self._swept + _SLACK:
-            self._ledgers = {m: x for m, x in self._ledgers.items() if m in self._waiting or self._known(m)}
-            self._swept = len(self._ledgers)
+        """Drop the accounts of a client without a key that is gone for good."""
+        self._ledgers.forget(principal)
 
     def charge(self, request: Request) -> None:
         """A request gets a slot: its client is charged for an answer as long as its last ones, until more is known.
@@ -264,7 +245,7 @@ class Queues:
         slots than others. What it was charged for an attempt before is part of that: nobody pays twice because a worker
         was lost.
         """
-        ledger, allowed = self._ledger(request.submit.model), request.submit.max_new_tokens
+        ledger, allowed = self._ledgers.of(request.submit.model), request.submit.max_new_tokens
         account = ledger.lift(request.client.principal, ledger.level)
         ledger.level = max(ledger.level, account.settled)
         expected = allowed if account.usual is None else min(allowed, math.ceil(account.usual))
@@ -301,8 +282,7 @@ class Queues:
             return
         account.served += (cost - request.charged) / weight
         request.charged = cost
-        for lane, line in account.lines.items():
-            self._set_turn(self._models[lane[0]][lane], line)
+        self._set_turns(account)
 
     # --- what people see
 

@@ -96,7 +96,7 @@ class Recovery:
 
     def _let_in(self, request: Request, received: int) -> bool:
         t = self._t
-        error = objection(t.pool, request, settled=t.complete(request.submit.model), returning=True)
+        error = objection(t.pool, request, settled=t.joined(request.submit.model), returning=True)
         error = error or exhausted(t.admission, request, queues=True, returning=True)
         if error is None:
             self._entry.admit(request)
@@ -172,9 +172,8 @@ class Recovery:
     def _claim(self, request: Request, worker: Worker, header: Header, now: float) -> None:
         if request.state is State.QUEUED:
             self._t.dequeue(request)
-        if request.blamed == header.attempt:  # no worker was lost: this one has it still, and only its connection broke
-            request.losses, request.blamed, request.alone = request.losses - 1, 0, False
-            request.parted = frozenset(one for one in request.parted if one[0] != header.attempt)
+        if request.lost.pop(header.attempt, None):  # no worker was: this one has it still, only its connection broke
+            request.alone = False
         self._t.timers.cancel((Alarm.RECOVERY, request.id, 0))
         request.attempt = header.attempt
         request.lease = self._t.pool.lease(request, worker, now)
@@ -183,13 +182,12 @@ class Recovery:
     def _acquit(self, request: Request, worker: Worker, attempt: int) -> None:
         """A worker that is back with an attempt by another connection was not lost: the one that it had before was.
 
-        By the same connection comes back who hung, or was stopped, perhaps because of the request.
+        By the same connection comes back who hung, or was stopped, perhaps because of the request. If that was to run
+        alone by then it still does: where it waits, or what was emptied for it, depends on that.
         """
-        for number, peer in request.parted:
-            if number == attempt and peer != worker.peer:
-                request.parted -= {(number, peer)}
-                request.losses, request.mishaps = request.losses - 1, request.mishaps + 1
-                request.blamed = 0 if request.blamed == attempt else request.blamed
+        if request.lost.get(attempt, worker.peer) != worker.peer:
+            del request.lost[attempt]
+            request.mishaps += 1
 
     def _claimed(self, request: Request, lease: Lease, now: float) -> None:
         request.move(Step.CLAIMED)

@@ -76,11 +76,10 @@ class Request:
         arrived, deadline: on the broker's clock.
         attempt: number of the last attempt, 0 before the first; never handed out twice, not even by two brokers.
         given: number of the last attempt that this broker gave out, 0 if none.
-        losses: attempts that ended because a worker was lost. After two the request runs ``alone``.
-        blamed: the last of these attempts, 0 if the last one ended otherwise.
-        parted: these attempts, and the connection that each one's worker had.
-        mishaps: attempts that came to nothing by no fault of the request, since one that brought tokens.
-        excused: those before that one.
+        lost: attempts that ended because a worker was lost, each with the connection that this one had. After two the
+            request runs ``alone``.
+        mishaps: attempts that came to nothing by no fault of the request.
+        excused: how many of these count no longer, as an attempt behind them brought tokens.
         fingerprint: of the weights that produced its output; it goes on only where they are the same.
         lease: the worker's slot that runs it now.
         avoid: name of the worker that just failed it.
@@ -102,9 +101,7 @@ class Request:
     state: State = State.QUEUED
     attempt: int = 0
     given: int = 0
-    losses: int = 0
-    blamed: int = 0
-    parted: frozenset[tuple[int, Peer]] = frozenset()
+    lost: dict[int, Peer] = field(default_factory=dict)
     mishaps: int = 0
     excused: int = 0
     alone: bool = False
@@ -130,6 +127,11 @@ class Request:
             KeyError: the table has no such step from here.
         """
         self.state = TRANSITIONS[self.state][step]
+
+    @property
+    def fruitless(self) -> int:
+        """Mishaps since an attempt that brought tokens."""
+        return self.mishaps - self.excused
 
     @property
     def size(self) -> int:

@@ -127,7 +127,7 @@ class Tables:
         queues = Queues(config.head_start, pool.knows)
         return cls(config, identity, queues, Admission(config.limits), Clients(config.weights), pool)
 
-    def complete(self, model: str) -> bool:
+    def joined(self, model: str) -> bool:
         """Whether whoever serves or declares a model has joined, if anybody does."""
         return self.settled and model not in self.missed
 

@@ -70,7 +70,7 @@ class Waiting:
         if pool.serves(model) and pool.leaves(model):
             self._ends.end(request, Kind.ERROR, gone(model, TAKEN_BACK), now)
         elif pool.serves(model) and not self._unlike(request):
-            if self._t.settled and (error := unknown_adapter(pool, request)) is not None:
+            if self._t.joined(model) and (error := unknown_adapter(pool, request)) is not None:
                 self._ends.end(request, Kind.ERROR, error, now)
         elif declared is not None and declared.entry.phase == "failed":
             self._ends.end(request, Kind.ERROR, failed_to_start(model, declared.entry.detail), now)
@@ -87,7 +87,7 @@ class Waiting:
         model = next(self._unsettled, None)
         if model is None:
             return
-        self._joined(model, now)
+        self._look_for(model, now)
         self._t.timers.set((Alarm.SETTLED, b"", 0), now + PAUSE)
 
     def worker_lost(self, model: str, now: float) -> None:
@@ -100,12 +100,12 @@ class Waiting:
     def missed(self, model: str, now: float) -> None:
         """It has had that time."""
         self._t.missed.discard(model)
-        self._joined(model, now)
+        self._look_for(model, now)
 
-    def _joined(self, model: str, now: float) -> None:
-        """Whoever serves or declares a model has joined by now, if anybody does."""
+    def _look_for(self, model: str, now: float) -> None:
+        """Refuse who waits for a model that nobody knows, if whoever might know it has had the time to join."""
         pool = self._t.pool
-        if pool.knows(model) or not self._t.complete(model):
+        if pool.knows(model) or not self._t.joined(model):
             self.model_changed(model, now)
         else:
             self._each(model, partial(self._unknown, unknown_model(model, pool.known())), now)

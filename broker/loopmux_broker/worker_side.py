@@ -30,7 +30,7 @@ _LONGEST_REPORT = 32 * 1024
 """Bytes of it: the broker keeps it, and whoever asks for STATUS gets those of all workers in one message."""
 _REDECLARE = 5.0
 """Seconds for which a new launcher process may repeat what the last one declared, before the rest is taken out."""
-_MISSED = 100
+_LOST_LAUNCHERS = 100
 """Lost launchers that are waited for: what they declared stays. Of more the longest lost ones are given up: a launcher
 is named after its host, and a container may be another one with each start."""
 _ENDS = wire.TERMINALS - {Kind.EXPIRED}
@@ -54,7 +54,7 @@ class WorkerSide:
     ) -> None:
         self._t, self._entry, self._attempts, self._leases, self._recovery = tables, entry, attempts, leases, recovery
         self._ends, self._waiting, self._streams, self._adapters = ends, waiting, streams, adapters
-        self._missed: dict[str, None] = {}  # launchers that are lost, by name, the longest lost first
+        self._lost_launchers: dict[str, None] = {}  # launchers that are lost, by name, the longest lost first
 
     def hear(self, peer: Peer, message: Message, data: bytes, key: str, now: float) -> None:
         """Handle one message; ``data`` is what it was made from, for passing on, ``key`` names the key of a REGISTER.
@@ -303,7 +303,7 @@ class WorkerSide:
             self._leases.watch(member)
             self._adapters.joined(member, now)
         elif isinstance(member, Launcher):
-            self._missed.pop(member.name, None)
+            self._lost_launchers.pop(member.name, None)
             self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + _REDECLARE)
 
     def redeclared(self, name: str, now: float) -> None:
@@ -353,10 +353,10 @@ class WorkerSide:
                     self._waiting.worker_lost(model, now)
             self._adapters.lost(member, why, now)
         elif why != "left":
-            self._missed[member.name] = None
-            if len(self._missed) > _MISSED:
-                name = next(iter(self._missed))
-                del self._missed[name]
+            self._lost_launchers[member.name] = None
+            if len(self._lost_launchers) > _LOST_LAUNCHERS:
+                name = next(iter(self._lost_launchers))
+                del self._lost_launchers[name]
                 self._withdraw(name, None, now)
 
     def stalled(self, peer: Peer, now: float) -> None:

@@ -153,7 +153,7 @@ def test_what_comes_to_nothing_with_no_worker_lost_does_not_look_like_a_request_
     for attempt in range(1, 10):
         [(there, _, _)] = runs(core.worker(say(Kind.RESET, ONE, attempt=attempt), there))
     request = core.tables.requests[ONE]
-    assert (request.losses, request.mishaps, request.alone) == (0, 9, False)
+    assert (len(request.lost), request.mishaps, request.alone) == (0, 9, False)
     [answer] = core.worker(say(Kind.RESET, ONE, attempt=10), there)
     assert failure(answer)[:3] == (CLIENT, Kind.ERROR, 1)
     assert (failure(answer)[3].code, failure(answer)[3].retryable) == ("engine", True)
@@ -166,7 +166,7 @@ def test_nothing_that_its_worker_survives_is_a_loss(core: Core, wrong: Message) 
     core.running()
     core.worker(tok(ONE, 0))
     core.worker(wrong)
-    assert (core.tables.requests[ONE].losses, core.tables.requests[ONE].mishaps) == (0, 1)
+    assert (len(core.tables.requests[ONE].lost), core.tables.requests[ONE].mishaps) == (0, 1)
 
 
 def test_whatever_a_lost_worker_says_later_is_fenced(core: Core) -> None:
@@ -251,7 +251,7 @@ def test_a_worker_that_never_answers_a_second_attempt_is_not_lost_by_it(core: Co
     core.register(FOURTH)
     core.wait(5.0)
     assert core.tables.requests[ONE].attempt == 4
-    assert core.tables.requests[ONE].losses == 1
+    assert len(core.tables.requests[ONE].lost) == 1
     assert not core.tables.requests[ONE].alone
 
 
@@ -272,7 +272,7 @@ def test_workers_whose_connections_break_again_and_again_are_not_lost_by_what_th
         [answer] = held(core, ONE, 0, 5, attempt, again, epoch=EPOCH)
         assert answer == Send(again, say(Kind.RESET, ONE, attempt=attempt))
     request = core.tables.requests[ONE]
-    assert (request.losses, request.mishaps, request.alone) == (0, 1, False)
+    assert (len(request.lost), request.fruitless, request.alone) == (0, 1, False)
     core.worker(end(ONE, 15, attempt=15), other)
     core.client(say(Kind.ENDACK, ONE))
     core.assert_empty()
@@ -288,7 +288,7 @@ def test_a_loss_is_taken_back_once(core: Core) -> None:
         again = bytes([introduction]) + WORKER
         core.register(again, name="w1", boot=instance(WORKER), held=2, introduction=introduction)
         held(core, ONE, 0, produced, worker=again, epoch=EPOCH)
-        assert core.tables.requests[ONE].losses == 0
+        assert len(core.tables.requests[ONE].lost) == 0
     assert core.tables.requests[ONE].state is State.RUNNING
 
 
@@ -298,7 +298,7 @@ def test_one_that_comes_back_by_the_same_connection_hung_and_is_lost_by_it(core:
     core.worker(say(Kind.RUNACK, ONE, attempt=number), SECOND)
     core.register(held=1, introduction=1)
     held(core, ONE, 0, 5, epoch=EPOCH)
-    assert core.tables.requests[ONE].losses == 1
+    assert len(core.tables.requests[ONE].lost) == 1
 
 
 def test_who_names_the_number_of_another_one_was_not_lost_with_it(core: Core) -> None:
@@ -307,7 +307,7 @@ def test_who_names_the_number_of_another_one_was_not_lost_with_it(core: Core) ->
     core.lose(WORKER)
     core.register(THIRD, held=1)
     held(core, ONE, 0, 5, worker=THIRD)
-    assert core.tables.requests[ONE].losses == 1
+    assert len(core.tables.requests[ONE].lost) == 1
 
 
 def test_its_neighbours_are_not_blamed() -> None:
@@ -344,7 +344,7 @@ def test_cancelled_while_a_worker_is_emptied_for_it(core: Core) -> None:
     core.submit(THREE)  # on SECOND
     core.submit(FOUR)  # on THIRD
     request = core.tables.requests[TWO]
-    request.losses = 1
+    request.lost[0] = b"gone"
     core.lose(WORKER)
     assert request.alone
     assert request.held_by is not None
@@ -358,9 +358,9 @@ def test_cancelled_while_a_worker_is_emptied_for_it(core: Core) -> None:
 def test_the_worker_that_is_emptied_for_it_dies(core: Core) -> None:
     core.running(TWO)
     core.submit(THREE)  # on SECOND
-    core.tables.requests[TWO].losses = 1
+    core.tables.requests[TWO].lost[0] = b"gone"
     core.lose(WORKER)
-    core.tables.requests[THREE].losses = 1
+    core.tables.requests[THREE].lost[0] = b"gone"
     core.lose(SECOND)
     first = runs(core.register(THIRD))
     assert [x[1] for x in first] == [TWO]
@@ -393,7 +393,7 @@ def test_what_does_not_end_in_time_goes_on_elsewhere_and_that_is_no_loss(core: C
     core.worker(tok(ONE, 1))
     assert core.wait(0.25) == [stop(ONE, 3), run(ONE, SECOND, attempt=2, prefix=2, timeout=599.0)]
     assert core.worker(stopped(ONE, 3)) == [Send(WORKER, say(Kind.ENDACK, ONE, attempt=1))]
-    assert core.tables.requests[ONE].losses == 0
+    assert len(core.tables.requests[ONE].lost) == 0
     assert core.counted["migrated"] == 1
     assert "requeued" not in core.counted
 
@@ -427,7 +427,7 @@ def test_a_worker_that_leaves_with_work_hands_it_over(core: Core) -> None:
     core.running()
     core.worker(tok(ONE, 0))
     assert core.worker(say(Kind.BYE)) == [run(ONE, SECOND, attempt=2, prefix=1)]
-    assert core.tables.requests[ONE].losses == 0
+    assert len(core.tables.requests[ONE].lost) == 0
 
 
 def test_migrations_are_not_counted_however_many(core: Core) -> None:

@@ -279,7 +279,7 @@ def test_a_launcher_that_leaves_takes_its_models_along(core: Core) -> None:
 def test_of_many_launchers_that_are_lost_the_longest_lost_are_not_waited_for(
     core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_side, "_MISSED", 2)
+    monkeypatch.setattr(worker_side, "_LOST_LAUNCHERS", 2)
     answers: list[Action] = []
     for n in range(4):
         core.launcher(name=f"host{n}")
@@ -596,6 +596,19 @@ def test_a_model_whose_last_worker_has_lost_its_connection_is_still_known() -> N
     core.worker(say(Kind.RUNACK, ONE, attempt=1))
     assert core.wait(3.0) == []
     assert core.tables.missed == set()
+
+
+def test_and_so_may_an_adapter_be_that_none_of_its_workers_has_yet() -> None:
+    """Another one that is to come back may have it."""
+    core = Core(settle=3.0)
+    core.hello()
+    core.register(adapters=("a",))
+    core.wait(3.25)
+    core.lose(WORKER)
+    core.register(SECOND)
+    assert kinds(core.submit(ONE, adapter="a")) == [(CLIENT, Kind.ACCEPTED)]
+    (refusal,) = [failure(a) for a in core.wait(3.0) if kinds([a]) == [(CLIENT, Kind.ERROR)]]
+    assert refusal[3].code == "adapter_not_found"
 
 
 def test_one_whose_worker_stays_away_or_has_left_is_not() -> None:

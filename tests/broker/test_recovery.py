@@ -151,7 +151,7 @@ def test_a_worker_whose_connection_breaks_again_and_again_is_not_lost_by_its_req
         core.register(held=1)
         assert replay(0) in held(core, ONE, 0, 0, epoch=EPOCH)
     request = core.tables.requests[ONE]
-    assert (request.losses, request.alone, request.attempt) == (0, False, 1)
+    assert (len(request.lost), request.alone, request.attempt) == (0, False, 1)
     goes_on(core, 0)
 
 
@@ -706,7 +706,7 @@ def test_what_a_worker_does_not_name_when_it_is_back_it_does_not_have(core: Core
     assert core.register(SECOND, slots=2, held=0)[1:] == [run(TWO, attempt=2)]
     assert core.register(slots=2, held=1)[1:] == [], "it has not said yet what it has"
     assert held(core, TWO, 0, 0, attempt=2, epoch=EPOCH)[1:] == [run(ONE, SECOND, attempt=2, prefix=1)]
-    assert [core.tables.requests[r].losses for r in (ONE, TWO)] == [0, 0], "no worker died"
+    assert [len(core.tables.requests[r].lost) for r in (ONE, TWO)] == [0, 0], "no worker died"
 
 
 def test_nor_what_it_has_not_named_in_time(core: Core) -> None:

@@ -52,7 +52,7 @@ class Engines:
         # A broker that meets a request again counts from there. What a worker did not acknowledge before it went is no
         # loss by the request.
         before = 0 if record is None else self._first.setdefault(record, key[1]) - 1
-        most = MOST_LOSSES + before + (0 if record is None else record.mishaps + record.excused)
+        most = MOST_LOSSES + before + (0 if record is None else record.mishaps)
         few = key[1] <= most or self._promise.hit(call, *MIGRATING, before=15.0)
         hold(key[1] >= 1 and few, "P4 at most three attempts", lambda: f"{call} has attempt {key[1]}")
         lost = self._losses[record]
@@ -68,7 +68,7 @@ class Engines:
 
     def _spared(self, call: Call, record: Request) -> int:
         """How many losses may not count: whether a worker was lost by a broker that was away, this one cannot know."""
-        return record.mishaps + record.excused if self._promise.hit(call, "freeze broker", before=5.0) else 0
+        return record.mishaps if self._promise.hit(call, "freeze broker", before=5.0) else 0
 
     def _as_asked(self, call: Call, worker: WorkerProcess, job: Job) -> None:
         submit, run = call.submit, job.run
