@@ -81,8 +81,9 @@ class Events(AsyncIterator[LoopEvent]):
         self._given = sync.messages_of(prompt_or_messages)
         prepare = functools.partial(sync.prepare, self._given, tools, session, before_tool is not None, settings)
         self._shell = _Shell(client, prepare, before_tool)
-        # It does not hold this object, and has no generator inside: so it ends as soon as nobody holds this any more,
-        # and is ended once, whoever does it (the collector and asyncio.run end each generator that they find).
+        # The generator does not refer to this object, so it ends as soon as nobody holds this any more; and it runs no
+        # other generator, so it is ended once, whoever does it (the collector and asyncio.run end each one that they
+        # find).
         self._events = self._shell.events()
 
     async def __anext__(self) -> LoopEvent:
@@ -95,7 +96,8 @@ class Events(AsyncIterator[LoopEvent]):
     @property
     def messages(self) -> list[ChatMessage]:
         """The transcript so far, at any time fit for resuming: calls without a result yet are answered with that."""
-        return self._shell.loop.transcript() if self._shell.plan else list(self._given)
+        plan = self._shell.plan
+        return plan.loop.transcript() if plan else list(self._given)
 
 
 @dataclass(slots=True)

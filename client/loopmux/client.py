@@ -278,7 +278,7 @@ class Client:
 
         The worker that ran it may have to give its attention state up for others: for a session that waits it counts
         double when it is expected (without ``expected`` now), half as much for every minute before or after; for one
-        that is ``done`` a fiftieth.
+        that is ``done`` a fiftieth. Without a connection it is dropped: none is opened for it.
 
         Raises:
             BadRequestError: a field is of the wrong type or too long, or the state unknown.

@@ -19,12 +19,12 @@ class Outlet:
     """The way to a text stream for programs that serve others meanwhile. A stream that was closed (None) takes nothing.
 
     Args:
-        lost: makes the line that says how many were lost before it.
+        tell_lost: makes the line that says how many were lost before it.
     """
 
-    def __init__(self, stream: TextIO | None, lost: Callable[[int], str]) -> None:
-        self._stream, self._told = stream, lost
-        self._waiting: deque[bytes] = deque()
+    def __init__(self, stream: TextIO | None, tell_lost: Callable[[int], str]) -> None:
+        self._stream, self._tell_lost = stream, tell_lost
+        self._waiting: deque[tuple[bytes, int]] = deque()  # each with how many lines more than its own are lost with it
         self._bytes = self._lost = 0
         self._terminal = None if stream is None else _own_way(stream)
         if self._terminal is not None:
@@ -37,24 +37,29 @@ class Outlet:
             self._lost += text.count("\n")
             return
         if self._lost:
-            text, self._lost = self._told(self._lost) + text, 0
-        data = text.encode(self._stream.encoding or "utf-8", "backslashreplace")
-        self._waiting += [data[at : at + _PIECE] for at in range(0, len(data), _PIECE)]
-        self._bytes += len(data)
+            self._keep(self._tell_lost(self._lost), self._lost - 1)
+            self._lost = 0
+        self._keep(text)
         self.flush()
 
     def flush(self) -> None:
         """Pass on what waits, as far as it is taken."""
         try:
-            while self._waiting and (written := self._put(self._waiting[0])):
+            while self._waiting and (written := self._put(self._waiting[0][0])):
                 self._bytes -= written
-                self._waiting[0] = self._waiting[0][written:]
-                if not self._waiting[0]:
-                    self._waiting.popleft()
+                data, told = self._waiting.popleft()
+                if rest := data[written:]:
+                    self._waiting.appendleft((rest, told))
         except (OSError, ValueError):  # its reader is gone, or the disk is full: to wait for them would be in vain
-            self._lost += sum(piece.count(b"\n") for piece in self._waiting)
+            self._lost += sum(data.count(b"\n") + told for data, told in self._waiting)
             self._waiting.clear()
             self._bytes = 0
+
+    def _keep(self, text: str, told: int = 0) -> None:
+        assert self._stream is not None
+        data = text.encode(self._stream.encoding or "utf-8", "backslashreplace")
+        self._waiting += [(data[at : at + _PIECE], told) for at in range(0, len(data), _PIECE)]
+        self._bytes += len(data)
 
     def _put(self, data: bytes) -> int:
         """Write past what Python would keep of it, if anything is taken now; returns how much was.

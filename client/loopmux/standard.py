@@ -9,7 +9,7 @@ _INPUT, _OUTPUT, _ERROR = range(3)
 
 
 def complete() -> None:
-    """Have nothing in the place of those that are closed.
+    """Put the null device in the place of those that are closed.
 
     The next files to be opened would get their numbers: sockets that children read from, and that libraries complain
     to.

@@ -68,11 +68,10 @@ class ToolServer:
         if not (token.isascii() and token.isprintable()):
             raise BadRequestError("tool server: found a token with other characters than a header may have")
         check_seconds(timeout, "tool server: timeout")
-        listed = None if schemas is None else _entries(schemas)
         self.url = url.rstrip("/")
         self._token = token
         self._timeout = timeout
-        self._schemas = listed
+        self._schemas = None if schemas is None else _entries(schemas)
         self._danger = danger if callable(danger) else lambda _: danger
         self._secure = parts.scheme == "https"
         self._host, self._port = parts.hostname, port or _PORTS[parts.scheme]

@@ -177,7 +177,7 @@ class Line:
         took = 0.0 if self.rate is None else size / self.rate
         await asyncio.sleep(self.delay * (1 + self._dice.random()) + took)
 
-    async def set(self, door: Door) -> None:
+    async def turn_to(self, door: Door) -> None:
         """Have this become of new connections from now on. What was mute until now is closed."""
         if door is Door.SHUT and self._task is not None:
             self._task.cancel()
@@ -197,11 +197,11 @@ class Line:
         for wire in self.wires:
             wire.go()
         self.delay, self.rate = 0.0, None
-        await self.set(Door.OPEN)
+        await self.turn_to(Door.OPEN)
 
     async def close(self) -> None:
         """End it with all its connections."""
-        await self.set(Door.SHUT)
+        await self.turn_to(Door.SHUT)
         ended = [wire.task for wire in self.wires]
         for task in ended:
             task.cancel()

@@ -31,7 +31,7 @@ _DEAD = 6.0
 """Seconds for which a connection passes nothing, twice the silence after which both its ends count as lost."""
 _CUTS, _BETWEEN = 3, 0.3
 """How often connections are cut in one go, and seconds from one time to the next: everybody is back, and under way."""
-_WAYS = (BOTH, (Way.UP,), (Way.DOWN,))
+_WAYS = ((Way.UP,), (Way.DOWN,), BOTH)
 _LATE, _SLOW = 0.1, 4_000
 """Seconds by which a bad line is late, and bytes a second that it carries: no more than one stream's."""
 _BAD = 1.5
@@ -84,7 +84,7 @@ async def _kill_clients_lines(house: House, _n: int) -> None:
 
 
 async def _kill_one_way(house: House, n: int) -> None:
-    await _go_dead(house.front.wires, _WAYS[1 + n % 2])
+    await _go_dead(house.front.wires, _WAYS[n % 2])
 
 
 async def _kill_workers_line(house: House, n: int) -> None:
@@ -96,7 +96,7 @@ async def _spoil(house: House, n: int) -> None:
     line = house.lines[n // 4 % 2]
     match n % 4:
         case 0 | 1:
-            await line.set((Door.SHUT, Door.MUTE)[n % 4])
+            await line.turn_to((Door.SHUT, Door.MUTE)[n % 4])
             for wire in list(line.wires):
                 wire.cut(reset=True)
         case 2:

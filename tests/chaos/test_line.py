@@ -134,7 +134,7 @@ async def closed_unheard(line: Line, caller: Caller) -> None:
 
 
 async def shut(line: Line, caller: Caller) -> None:
-    await line.set(Door.SHUT)
+    await line.turn_to(Door.SHUT)
     another = Caller(line)
     with pytest.raises(ConnectionRefusedError):
         await another.__aenter__()
@@ -145,7 +145,7 @@ async def shut(line: Line, caller: Caller) -> None:
 
 
 async def mute(line: Line, caller: Caller) -> None:
-    await line.set(Door.MUTE)
+    await line.turn_to(Door.MUTE)
     async with Caller(line) as unheard:
 
         async def taken() -> bool:

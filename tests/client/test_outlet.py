@@ -80,13 +80,18 @@ def test_a_full_disk_is_gone_on_from(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "2 lost\nthree\n"
 
 
-def test_a_reader_who_is_gone_is_no_trouble() -> None:
-    out, into = os.pipe()
-    os.close(out)
-    with os.fdopen(into, "w") as stream:
+def test_a_reader_who_is_gone_is_no_trouble_and_the_next_one_is_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    out = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    with (tmp_path / "log").open("w") as stream:
+        os.close(out)
         written = outlet(stream)
         for _ in range(3):
             written.write("one\n")
+        out = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+        written.write("two\n")
+        assert read(out, written) == ["3 lost", "two"]
+    os.close(out)
 
 
 def test_a_stream_that_was_closed_takes_nothing() -> None:

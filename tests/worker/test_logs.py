@@ -26,3 +26,27 @@ def test_lines_are_json_and_what_writes_them_is_imported_with_the_first() -> Non
     assert {**first, "timestamp": ""} == {"event": "first", "level": "warning", "number": 1, "timestamp": ""}
     assert (second["event"], second["level"]) == ("second", "error")
     assert "ValueError: a bug" in second["exception"]
+
+
+UNREAD = """
+import os
+from loopmux_worker import logs
+
+out, into = os.pipe()
+os.dup2(into, 2)
+logs.set_up("warning")
+for _ in range(2000):
+    logs.warning("much", text="x" * 1000)
+found = b""
+while b"lost" not in found:
+    found += os.read(out, 65536)
+    logs.warning("more")
+print(next(line for line in found.decode().splitlines() if "lost" in line))
+"""
+
+
+def test_how_many_lines_were_lost_is_a_field_of_the_line_that_says_so() -> None:
+    done = subprocess.run([sys.executable, "-c", UNREAD], capture_output=True, text=True, timeout=60, check=True)
+    line = json.loads(done.stdout)
+    assert line.pop("count") > 0
+    assert line == {"event": "log lines lost", "level": "warning"}

@@ -1,6 +1,6 @@
 """The worker's log: one JSON line per event on standard error. Prompts and outputs are never logged.
 
-Nobody who reads it is waited for.
+Nobody who reads it is waited for: what he has no room for goes with a later line.
 
 structlog is imported with the first line: most workers write none, and where no torch is loaded its import would be a
 good part of a worker's start, at the cost of those that stream beside it.
@@ -45,7 +45,7 @@ def exception(event: str, **fields: object) -> None:
 
 
 def _lost(count: int) -> str:
-    return json.dumps({"event": f"{count} lines of this log were lost", "level": "warning"}) + "\n"
+    return json.dumps({"event": "log lines lost", "level": "warning", "count": count}) + "\n"
 
 
 def _logger() -> Any:

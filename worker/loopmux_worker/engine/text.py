@@ -39,7 +39,7 @@ class Detokenizer:
         """Take one more token and return the text that is now certain."""
         out, piece = self._text[: self._shown], ""
         if not (text := self._decode([*self._window, token])).startswith(out):
-            piece, text = self._let_go(), self._decode([token])
+            piece, text = self.flush(), self._decode([token])
         self._window.append(token)
         self._text = text
         certain = max(self._shown, len(text) - _holes_at_end(text))
@@ -52,11 +52,7 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """The rest, at the end of the output: what is held back is never completed any more."""
-        return self._let_go()
-
-    def _let_go(self) -> str:
-        """Give out what is held back, and begin anew."""
+        """What is held back, and is never completed any more; what comes behind it is decoded by itself."""
         held = self._text[self._shown :]
         self._window, self._text, self._shown, self._context, self._context_length = [], "", 0, 0, 0
         return held
@@ -73,7 +69,7 @@ class Detokenizer:
         window, held = self._window[-_CONTEXT:], self._text[self._shown :]
         text = self._decode(window)
         if not text.endswith(held):  # the end of a row of bytes that is broken before it
-            return self._let_go()
+            return self.flush()
         self._window, self._text, self._shown = window, text, len(text) - len(held)
         self._context = self._context_length = 0
         return ""
