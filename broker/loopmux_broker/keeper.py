@@ -52,6 +52,7 @@ def keep(log: Logger, pulse: Pulse) -> int | None:
         broker = os.fork()
         if not broker:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _NEWS)
+            log.begin_anew()
             return None
         code, asked = _await_end(broker, pulse, log)
         if code == 0 or (asked and -code in _NEWS):
@@ -74,6 +75,7 @@ def _await_end(broker: int, pulse: Pulse, log: Logger) -> tuple[int, bool]:
     while True:
         news = signal.sigwait(_NEWS)
         if news == signal.SIGALRM:
+            log.pass_on()
             if silence.look(beat=pulse.taken(), now=time.monotonic()):
                 log.say("error", "broker hangs", seconds=round(_HUNG, 1), pid=broker)
                 os.kill(broker, signal.SIGKILL)

@@ -16,6 +16,8 @@ from typing import Literal
 from loopmux.outlet import Outlet
 from loopmux_broker.events import Level
 
+_FAREWELL = 1.0
+"""Seconds."""
 LEVELS: tuple[Level, ...] = ("debug", "info", "warning", "error")
 
 
@@ -34,6 +36,14 @@ class Logger:
     def pass_on(self) -> None:
         """Write what its reader had no room for before."""
         self._outlet.flush()
+
+    def end(self) -> None:
+        """The last line was said: give whoever reads them a moment to take them."""
+        self._outlet.drain(_FAREWELL)
+
+    def begin_anew(self) -> None:
+        """This process was forked, and what its parent has not passed on yet is still its parent's to."""
+        self._outlet.forget()
 
     def _line(self, level: Level, event: str, fields: dict[str, object]) -> str:
         return (self._json if self._form == "json" else self._console)(level, event, fields) + "\n"

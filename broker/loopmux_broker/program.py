@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         remedy = "make room (on the disk, for descriptors, for processes), then start it again"
         print(f"loopmux-broker: {error}: {remedy}", file=sys.stderr)
         return exitcodes.FAILURE
+    finally:
+        log.end()
 
 
 def _serve(config: BrokerConfig, listeners: list[Listener], pulse: Pulse, parents: list[Parent], log: Logger) -> int:

@@ -17,6 +17,8 @@ Format = Literal["plain", "json", "live"]
 
 _PACE = 2.0
 """Seconds between two plain progress lines of the same kind and subject."""
+_FAREWELL = 2.0
+"""Seconds for which the end of a program that serves others waits for a reader that is slow."""
 
 
 class Console:
@@ -30,7 +32,9 @@ class Console:
     others.
     """
 
-    def __init__(self, form: Format | None = None) -> None:
+    def __init__(self, form: Format | None = None, *, farewell: float = _FAREWELL) -> None:
+        """``farewell``: seconds for which its end waits for a reader that is slow; a command may take all the time."""
+        self._farewell = farewell
         self.form: Format = form or ("live" if sys.stdout and sys.stdout.isatty() else "plain")
         self._out, self._err = (Outlet(stream, self._lost) for stream in (sys.stdout, sys.stderr))
         self._began = time.monotonic()
@@ -83,6 +87,8 @@ class Console:
         """Leave the terminal without a live view."""
         self._doing, self._picture = {}, ()
         self._redraw()
+        self._out.drain(self._farewell)
+        self._err.drain(self._farewell)
 
     def _line(self, outlet: Outlet, text: str) -> None:
         self._out.write(self._erase())

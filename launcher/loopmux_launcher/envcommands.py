@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -36,7 +37,7 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _build_for_people(configuration: Configuration, one: Environment, options: argparse.Namespace) -> int:
-    with Console(options.log_format) as console:
+    with Console(options.log_format, farewell=math.inf) as console:
         built = _prepare(configuration, one, _progress(console, one), anew=options.anew, forward=True)
         console.announce(Announce(_subject(one), f"ready at {built.folder}: {built.summary}"))
     return 0
@@ -72,7 +73,7 @@ def _interrupted(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 
 def _lock(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupted)
     configuration = load(config.find(options.config))
-    with Console(options.log_format) as console:
+    with Console(options.log_format, farewell=math.inf) as console:
         for one in _wanted(configuration, options.name):
             if one.lock_file is None:
                 if options.name:
@@ -97,7 +98,7 @@ def _old_lock(file: Path) -> lockfile.Lock | None:
 def _verify(options: argparse.Namespace) -> int:
     configuration = load(config.find(options.config))
     code, worst = _code(), 0
-    with Console(options.log_format) as console:
+    with Console(options.log_format, farewell=math.inf) as console:
         for one in _wanted(configuration, options.name):
             torch = _torch(configuration, one)
             try:
@@ -120,7 +121,7 @@ def _path(options: argparse.Namespace) -> int:
 def _rollback(options: argparse.Namespace) -> int:
     configuration = load(config.find(options.config))
     (one,) = _wanted(configuration, options.name)
-    with Console(options.log_format) as console:
+    with Console(options.log_format, farewell=math.inf) as console:
         torch = _torch(configuration, one)
         built = environments.rollback(one, _envs(), _code(), _progress(console, one), torch=torch)
         text = (

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from loopmux import exitcodes, standard
 from loopmux.errors import BadRequestError, ConfigError, EngineError, LoopmuxError
-from loopmux_worker import caches
+from loopmux_worker import caches, logs
 from loopmux_worker.causes import causes
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"loopmux-worker: error: {_told(error)} (--debug shows where)", file=sys.stderr)
         return exitcodes.FAILURE
     finally:
+        logs.end()
         _close(out)
 
 
@@ -139,7 +140,6 @@ def _probe(options: argparse.Namespace, out: TextIO) -> int:
 
 def _run_adapter(options: argparse.Namespace, out: TextIO) -> int:
     from loopmux.messages import Generate, Sampling
-    from loopmux_worker import logs
     from loopmux_worker.oneshot import one_shot, spec_for
 
     logs.set_up("warning")
@@ -172,7 +172,6 @@ def _serve(options: argparse.Namespace, out: TextIO) -> int:
         die_with_parent(options.parent_pid)
     from loopmux.codec import shorten
     from loopmux.pulse import Pulse
-    from loopmux_worker import logs
 
     logs.set_up(options.log_level)
 
@@ -187,6 +186,7 @@ def _serve(options: argparse.Namespace, out: TextIO) -> int:
         progress("failed", _told(error))
         raise
     # Everything is closed or, deep in a step, not worth waiting for; unloading torch would take up to a second more
+    logs.end()
     _close(out)
     sys.stderr.flush()
     os._exit(code)
@@ -223,7 +223,6 @@ def _from_input() -> str:
 def _work(spec: WorkerSpec, progress: Callable[..., None], pulse: Pulse) -> int:
     from loopmux.cadence import LEAVE_PATIENTLY
     from loopmux.keys import credentials
-    from loopmux_worker import logs
     from loopmux_worker.engine import freed, memory, open_engine
 
     shown = credentials(spec.endpoint)  # before the engine is opened, which takes long: it may be wrong

@@ -171,6 +171,7 @@ class Worker:
         return ended
 
     def _turn(self, readable: set[object]) -> None:
+        logs.pass_on()
         if self._ear.fileno() in readable:
             self._ear.recv(4096)
         if self._dealer.monitor in readable:
