@@ -29,6 +29,8 @@ class Ends:
         """A worker's own terminal for a request that still wants it."""
         lease.request.lease, lease.request.origin = None, lease
         self._finish(lease.request, kind, data, now)
+        if kind is Kind.END:
+            self._t.queues.answered(lease.request)
 
     def cancel(self, request: Request, now: float, why: str = "the client cancelled the request") -> None:
         """End a request on somebody's wish, whatever its state; one that has ended says so again."""

@@ -104,16 +104,16 @@ class Ledgers:
 
     def unite(self, models: Iterable[str]) -> list[Account]:
         """Let models have one ledger from now on. Returns the accounts that changed by that."""
-        models, changed = list(models), list[Account]()
+        models = list(models)
         found = dict.fromkeys(self._by_model[model] for model in models if model in self._by_model)
-        kept, *absorbed = found or [Ledger()]
+        kept, *rest = found or [Ledger()]
+        absorbed = dict.fromkeys(rest)
         for ledger in absorbed:
             kept.absorb(ledger)
-            changed += [kept.accounts[principal] for principal in ledger.accounts]
-            self._by_model |= {model: kept for model, other in self._by_model.items() if other is ledger}
+        self._by_model |= {model: kept for model, ledger in self._by_model.items() if ledger in absorbed}
         self._sweep()
         self._by_model |= dict.fromkeys(models, kept)
-        return changed
+        return [kept.accounts[who] for who in dict.fromkeys(who for ledger in absorbed for who in ledger.accounts)]
 
     def forget(self, principal: Principal) -> None:
         """Drop the accounts of somebody who is gone for good."""

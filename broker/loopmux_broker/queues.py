@@ -26,7 +26,7 @@ from typing import Any
 from loopmux_broker.clients import Principal
 from loopmux_broker.ledger import Account, Ledger, Ledgers
 from loopmux_broker.pool import Worker
-from loopmux_broker.requests import Lane, Request, State
+from loopmux_broker.requests import Lane, Request
 
 Rank = tuple[float, int]
 _Turn = tuple[float, float, int, int, "Line"]
@@ -259,11 +259,14 @@ class Queues:
 
     def settle(self, request: Request) -> None:
         """It gives the slot back with the tokens that it has."""
+        account = self._account(request)
+        if account is not None and request.charged:
+            self._bill(request, account, request.output.total)
+
+    def answered(self, request: Request) -> None:
+        """It has ended well: that is how long its client's answers are."""
         account, total = self._account(request), request.output.total
-        if account is None or not request.charged:
-            return
-        self._bill(request, account, total)
-        if request.state is State.DONE:
+        if account is not None:
             usual = total if account.usual is None else account.usual
             account.usual = usual + _RECENT * (total - usual)
 

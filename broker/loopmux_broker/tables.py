@@ -102,8 +102,8 @@ class Tables:
     timers: Timers[TimerKey] = field(default_factory=Timers)
     settled: bool = False
     """Whether whoever belongs to this broker has had the time to join."""
-    missed: set[str] = field(default_factory=set)
-    """Models that no launcher declares and whose last worker was lost a moment ago, or only its connection."""
+    missed: dict[str, float] = field(default_factory=dict)
+    """Models that no launcher declares and whose last worker was lost a moment ago, or only its connection: when."""
     rivals: dict[Peer, float] = field(default_factory=dict)
     pardoned: set[Peer] = field(default_factory=set)
     """The connections that stood when the broker itself was away, but those that have shown since that they still do:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -94,24 +95,23 @@ class Waiting:
         """A worker is lost, or only its connection: where nobody else knows its model it has the time to join again."""
         pool = self._t.pool
         if not pool.knows(model) and model not in pool.withdrawn and self._t.config.settle > 0:
-            self._t.missed.add(model)
+            self._t.missed[model] = now
             self._t.timers.set((Alarm.MISSED, model, 0), now + self._t.config.settle)
 
     def missed(self, model: str, now: float) -> None:
-        """It has had that time."""
-        self._t.missed.discard(model)
-        self._look_for(model, now)
+        """It has had that time. Who waited before goes on waiting: the model was there, and may be loading."""
+        self._look_for(model, now, self._t.missed.pop(model))
 
-    def _look_for(self, model: str, now: float) -> None:
-        """Refuse who waits for a model that nobody knows, if whoever might know it has had the time to join."""
+    def _look_for(self, model: str, now: float, since: float = -math.inf) -> None:
+        """Refuse who has come ``since`` for a model that nobody knows, if those who might have had the time to join."""
         pool = self._t.pool
         if pool.knows(model) or not self._t.joined(model):
             self.model_changed(model, now)
         else:
-            self._each(model, partial(self._unknown, unknown_model(model, pool.known())), now)
+            self._each(model, partial(self._unknown, unknown_model(model, pool.known()), since), now)
 
-    def _unknown(self, error: ModelNotFoundError, request: Request, now: float) -> None:
-        if not request.attempt:  # one that ran before waits for a worker to come back
+    def _unknown(self, error: ModelNotFoundError, since: float, request: Request, now: float) -> None:
+        if request.arrived >= since and not request.attempt:  # one that ran before waits for a worker to come back
             self._ends.end(request, Kind.ERROR, error, now)
 
     def model_left(self, model: str, now: float) -> None:

@@ -215,7 +215,7 @@ def unknown_model(model: str, known: Iterable[str]) -> ModelNotFoundError:
     """The error for a model id that nobody serves, with those that there are, or some of very many."""
     there = sorted(known)
     if not there:
-        text = f"model {model!r} is not known: no launcher and no worker has joined the broker"
+        text = f"model {model!r} is not known: no launcher and no worker is with the broker"
     else:
         hint = did_you_mean(model, there)
         text = f"model {model!r} is not known, expected one of {listed(there)}{hint and f'; {hint}'}"

@@ -20,8 +20,9 @@ from brokerkit import (
     tok,
 )
 from loopmux.messages import Register, ServedModel, Submit
-from loopmux.wire import VERSIONS
+from loopmux.wire import VERSIONS, Kind
 from loopmux_broker.clients import Client, Principal
+from loopmux_broker.events import say
 from loopmux_broker.ledger import Account, Ledger, Ledgers
 from loopmux_broker.output import Output
 from loopmux_broker.pool import Worker
@@ -132,6 +133,16 @@ def test_who_allows_for_long_answers_and_gets_short_ones_has_as_many_slots_as_ot
         held.append(sum(lease.request.id[:4] == b"long" for lease in core.tables.pool.leases.values()))
         short(core)
     assert set(held) <= {3, 4, 5}
+
+
+def test_what_ended_before_it_was_an_answer_says_nothing_about_the_next_ones(core: Core) -> None:
+    core.register()
+    for n in range(20):
+        core.submit(b"given up" + n.to_bytes(8), max_new_tokens=100)
+        core.client(say(Kind.CANCEL, b"given up" + n.to_bytes(8)))
+        core.worker(stopped(b"given up" + n.to_bytes(8)))
+    core.submit(ONE, max_new_tokens=100)
+    assert (account(core).served, account(core).expected) == (20 + 100, 100)
 
 
 def test_who_gets_longer_answers_than_before_pays_for_them_while_they_run(core: Core) -> None:

@@ -182,7 +182,7 @@ def test_a_worker_may_change_what_it_serves(core: Core) -> None:
 
 def test_an_unknown_model(core: Core) -> None:
     [answer] = core.submit(ONE, model="tols")
-    assert "no launcher and no worker has joined" in failure(answer)[3].message
+    assert "no launcher and no worker is with the broker" in failure(answer)[3].message
     core.register(models=("default", "tools"))
     core.launcher()
     core.declare("cold", "idle")
@@ -595,7 +595,24 @@ def test_a_model_whose_last_worker_has_lost_its_connection_is_still_known() -> N
     assert runs(core.register()) == [(WORKER, ONE, 1)]
     core.worker(say(Kind.RUNACK, ONE, attempt=1))
     assert core.wait(3.0) == []
-    assert core.tables.missed == set()
+    assert not core.tables.missed
+
+
+def test_who_waited_when_it_was_lost_waits_until_it_is_back() -> None:
+    """It may take a minute to load."""
+    core = Core(settle=3.0)
+    core.hello()
+    core.register()
+    core.wait(3.25)
+    core.submit(ONE)
+    core.submit(TWO)
+    core.wait(0.25)
+    core.lose(WORKER)
+    core.submit(THREE)
+    (refusal,) = [failure(a) for a in core.wait(60.0) if kinds([a]) == [(CLIENT, Kind.ERROR)]]
+    assert refusal[3].code == "model_not_found"
+    assert {core.tables.requests[r].state for r in (ONE, TWO)} == {State.QUEUED}
+    assert (SECOND, TWO, 1) in runs(core.register(SECOND, slots=2))
 
 
 def test_and_so_may_an_adapter_be_that_none_of_its_workers_has_yet() -> None:
