@@ -609,8 +609,10 @@ def test_who_waited_when_it_was_lost_waits_until_it_is_back() -> None:
     core.wait(0.25)
     core.lose(WORKER)
     core.submit(THREE)
-    (refusal,) = [failure(a) for a in core.wait(60.0) if kinds([a]) == [(CLIENT, Kind.ERROR)]]
+    (refusal,) = [failure(a) for a in core.wait(3.0) if kinds([a]) == [(CLIENT, Kind.ERROR)]]
     assert refusal[3].code == "model_not_found"
+    core.client(say(Kind.ENDACK, THREE))
+    assert core.wait(60.0) == []
     assert {core.tables.requests[r].state for r in (ONE, TWO)} == {State.QUEUED}
     assert (SECOND, TWO, 1) in runs(core.register(SECOND, slots=2))
 
