@@ -172,13 +172,17 @@ class Door:
         messages, sent = split(frame.bytes), self._sent
         for data in messages:
             if data[3:4] in _INTRODUCTIONS:
-                self._introduced(int(frame.get(zmq.SRCFD)), peer)
+                self._introduced(frame, peer)
                 if self._keyed:
                     key = frame.get("User-Id")
                     return [sent(peer, data, key) for data in messages]
         return [sent(peer, data) for data in messages]
 
-    def _introduced(self, descriptor: int, peer: Peer) -> None:
+    def _introduced(self, frame: zmq.Frame, peer: Peer) -> None:
+        try:
+            descriptor = int(frame.get(zmq.SRCFD))
+        except zmq.ZMQError:
+            return  # libzmq does not know it of peers that speak ZMTP 1 or 2; their silence is noticed all the same
         self.watch()  # the descriptor's last user is gone, which the monitor has said but nobody may have read yet
         self._lose(self._descriptors.introduced(descriptor, peer))
 

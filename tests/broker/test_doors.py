@@ -105,6 +105,20 @@ def disconnect(socket: zmq.Socket[bytes], door: Door) -> None:
     until(heard_of, "the news that it is closed")
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_peer_that_speaks_an_old_zmtp_is_heard_though_its_descriptor_is_not_known(door: Door, version: int) -> None:
+    hello = wire.to_bytes(Message(Header(Kind.HELLO), route=codec.pack(Hello(wire.VERSIONS, b"i" * 16))))
+    length = len(hello)
+    said = {
+        1: b"\x01\x00" + bytes([length + 1, 0]) + hello,  # an empty identity, a message
+        2: b"\xff" + bytes(8) + b"\x7f\x01\x05" + b"\x00\x00" + bytes([0, length]) + hello,  # signature, DEALER
+    }
+    with socket.socket(socket.AF_UNIX) as old:
+        old.connect(door.endpoint.removeprefix("ipc://"))
+        old.sendall(said[version])
+        assert heard(door)
+
+
 def test_routing_ids_tell_who_connected_later(door: Door) -> None:
     peers = []
     for _ in range(5):
