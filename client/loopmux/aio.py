@@ -17,42 +17,37 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from loopmux import __version__, wire
-from loopmux.client import (
+from loopmux import wire
+from loopmux.baseclient import (
+    BaseClient,
     Messages,
+    answer_of,
     evict_order,
     hint_of,
     load_order,
-    loop_settings,
-    make_request,
     outcome_of,
+    status_of,
     unload_order,
 )
-from loopmux.connection import Connection
-from loopmux.endpoints import default_endpoint, ipc_path
-from loopmux.errors import AuthError, CancelledError, ConnectionLostError, LoopmuxError
+from loopmux.basestream import BaseStream
+from loopmux.driving import Driver, ForCaller, Sink
+from loopmux.errors import AuthError, ConnectionLostError, LoopmuxError
 from loopmux.events import (
-    Answer,
     Asked,
     CancelAsked,
     Closed,
     ConnectionEvent,
-    Consumed,
-    Deliver,
     Fail,
-    Finish,
     Hinted,
     Received,
     Request,
     Submitted,
     TimePassed,
 )
-from loopmux.keys import Credentials, credentials
-from loopmux.link import Link
-from loopmux.messages import DEFAULT_TIMEOUT, AdapterStatus, Done, ModelStatus, Status
-from loopmux.options import Defaults, Options, PromptOptions, merge, seconds
-from loopmux.pump import Sink, dispatch
-from loopmux.results import Result, StreamEvent, TextDelta
+from loopmux.keys import Credentials
+from loopmux.messages import AdapterStatus, Done, ModelStatus, Status
+from loopmux.options import Options, PromptOptions
+from loopmux.results import Result, StreamEvent
 
 if TYPE_CHECKING:
     from typing import Self
@@ -64,21 +59,18 @@ _DRAIN = 64
 """Messages taken per turn of the loop before other tasks get theirs."""
 
 
-_Inbox = asyncio.Queue[Deliver | Finish | Fail | Answer]
+_Inbox = asyncio.Queue[ForCaller]
 """What came for one request or question."""
 
 
-class _Driver:
+class _Driver(Driver):
     """One connection, driven by the event loop it was made in."""
 
     def __init__(self, endpoint: str, connect_timeout: float, credentials: Credentials | None) -> None:
         self.loop = asyncio.get_running_loop()
-        self.pid = os.getpid()
+        super().__init__(endpoint, connect_timeout, credentials)
         self.closed = False
         self._endpoint = endpoint
-        self._core = Connection(endpoint, wire.new_id(), connect_timeout, f"loopmux {__version__}")
-        self._link = Link(endpoint, credentials)
-        self._sinks: dict[bytes, Sink] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._again: asyncio.Handle | None = None
         self._flushing: asyncio.Handle | None = None
@@ -98,12 +90,8 @@ class _Driver:
     def post(self, event: ConnectionEvent) -> None:
         """Handle an event of a caller now."""
         if not self.closed:
-            self._handle(event)
+            self._handle(event, self.loop.time())
             self._settle()
-
-    def forget(self, request: bytes) -> None:
-        """Nobody waits for the outcome of this request any more."""
-        self._sinks.pop(request, None)
 
     def abandon(self, request: bytes) -> None:
         """Cancel a request that nobody reads any more; from any thread, as the collector may run in any."""
@@ -122,7 +110,7 @@ class _Driver:
             return
         self.closed = True
         if not self.loop.is_closed():
-            self._handle(Closed())
+            self._handle(Closed(), self.loop.time())
             self.loop.remove_reader(self._link.descriptor)
             self.loop.remove_reader(self._link.monitor.FD)
             for handle in (self._timer, self._again, self._flushing):
@@ -144,22 +132,19 @@ class _Driver:
             stacklevel=2,
         )
 
-    def _handle(self, event: ConnectionEvent) -> None:
-        dispatch(self._core.handle(event, self.loop.time()), self._link, self._sinks)
-
     def _turn(self) -> None:
         """Take what is there; the descriptor only says that something may have changed."""
         if self._again is not None:
             self._again.cancel()  # it is the descriptor that called, and who closes must find no other turn
             self._again = None
         for data in self._link.arrived(_DRAIN):
-            self._handle(Received(data))
+            self._handle(Received(data), self.loop.time())
         self._settle()
 
     def _watch(self) -> None:
         """What happened to the connection, until there is no more: this descriptor announces only changes, too."""
         while (event := self._link.news()) is not None:
-            self._handle(event)
+            self._handle(event, self.loop.time())
         if self._link.barred:
             self.close()  # another one may try
         else:
@@ -167,7 +152,7 @@ class _Driver:
 
     def _tick(self) -> None:
         self._timer = None
-        self._handle(TimePassed())
+        self._handle(TimePassed(), self.loop.time())
         self._settle()
 
     def _settle(self) -> None:
@@ -253,22 +238,16 @@ class _Channel:
             driver.close()
 
 
-class AsyncStream:
+class AsyncStream(BaseStream[_Driver]):
     """A generation that is being received: ``async for`` over its events, once, in one task.
 
     As an async context manager it cancels the request in the engine when the block is left before the end.
     """
 
     def __init__(self, channel: _Channel, driver: _Driver, request: Request) -> None:
-        self.request_id = request.id.hex()
         self._channel = channel  # which stays open for as long as anybody reads
-        self._driver = driver
-        self._id = request.id
         self._inbox = _Inbox()
-        self._texts: list[str] = []
-        self._outcome: Result | LoopmuxError | None = None
-        self._raised = False
-        driver.start(Submitted(request), self._inbox.put_nowait)
+        super().__init__(driver, request, self._inbox.put_nowait)
 
     def __aiter__(self) -> AsyncIterator[StreamEvent]:
         return self
@@ -278,10 +257,7 @@ class AsyncStream:
             event = await self._take()
             if event is not None:
                 return event
-        if isinstance(self._outcome, LoopmuxError) and not self._raised:
-            self._raised = True
-            raise self._outcome
-        raise StopAsyncIteration
+        raise self._over(StopAsyncIteration)
 
     async def __aenter__(self) -> Self:
         return self
@@ -297,11 +273,6 @@ class AsyncStream:
             self._driver.abandon(self._id)
 
     @property
-    def text(self) -> str:
-        """The text of the events read so far."""
-        return "".join(self._texts)
-
-    @property
     def result(self) -> Result:
         """The whole result of a stream that was read to its end; ``await wait()`` reads the rest first.
 
@@ -310,9 +281,7 @@ class AsyncStream:
         """
         if self._outcome is None:
             raise LoopmuxError("the stream has not ended: read it to its end, or use `await stream.wait()`")
-        if isinstance(self._outcome, LoopmuxError):
-            raise self._outcome
-        return self._outcome
+        return self._result()
 
     async def wait(self) -> Result:
         """Read the rest of the stream and return the whole result.
@@ -322,65 +291,23 @@ class AsyncStream:
         """
         while self._outcome is None:
             await self._take()
-        return self.result
-
-    def cancel(self) -> None:
-        """Ask for the end of the request; the reader then gets CancelledError, or the end if that was first."""
-        if self._outcome is None:
-            self._driver.post(CancelAsked(self._id))
-
-    def leave(self) -> None:
-        """Stop reading: an unfinished request is cancelled in the engine, and the reader's side ends at once."""
-        if self._outcome is None:
-            self._driver.forget(self._id)
-            self._driver.post(CancelAsked(self._id))
-            left = "the stream was left before its end"
-            self._outcome = CancelledError(left, request_id=self.request_id, partial_text=self.text)
-            self._inbox.put_nowait(Fail(self._id, self._outcome))  # for a task that waits for the next event
+        return self._result()
 
     async def _take(self) -> StreamEvent | None:
         """Wait for the next event; None when the outcome came instead."""
         if asyncio.get_running_loop() is not self._driver.loop:
             raise RuntimeError("this stream belongs to another event loop: read it in the one that it was begun in")
-        item = await self._inbox.get()
-        match item:
-            case Deliver(_, event, report):
-                if isinstance(event, TextDelta):
-                    self._texts.append(event.text)
-                if report:
-                    self._driver.post(Consumed(self._id, report))
-                return event
-            case Finish(_, result):
-                self._outcome = result
-            case Fail(_, error):
-                self._outcome = error
-        self._inbox.put_nowait(item)  # another task that waits here as well must not wait for ever
-        return None
+        return self._taken(await self._inbox.get())
 
 
-class AsyncClient:
+class AsyncClient(BaseClient[_Channel]):
     """``Client`` for asyncio: the same methods, awaited. Belongs to the event loop it is first used in.
 
     Cancelling a task that awaits a call cancels the request in the engine. One that is dropped unclosed is closed, with
     a ResourceWarning.
     """
 
-    def __init__(
-        self,
-        endpoint: str | None = None,
-        *,
-        timeout: float = DEFAULT_TIMEOUT,
-        connect_timeout: float = 5.0,
-        key: str | Path | None = None,
-        server_key: str | None = None,
-        **options: Unpack[Defaults],
-    ) -> None:
-        self.endpoint = endpoint or default_endpoint()
-        ipc_path(self.endpoint)
-        self._options = merge(options, {"timeout": timeout})
-        patience = seconds("connect_timeout", connect_timeout, forever=True)
-        self._channel = _Channel(self.endpoint, patience, credentials(self.endpoint, key, server_key))
-        self._owner = True
+    _channel_class = _Channel
 
     async def __aenter__(self) -> Self:
         return self
@@ -394,15 +321,6 @@ class AsyncClient:
         """Cancel what runs and close the connection. A copy made by ``with_options`` leaves it to its original."""
         if self._owner:
             self._channel.close()
-
-    def with_options(self, **options: Unpack[Options]) -> AsyncClient:
-        """A client with other defaults that shares this one's connection."""
-        copy = object.__new__(type(self))
-        copy.endpoint = self.endpoint
-        copy._options = merge(self._options, options)
-        copy._channel = self._channel
-        copy._owner = False
-        return copy
 
     async def generate(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> Result:
         """Generate from a prompt (or ``messages=``, ``prompt_token_ids=``) and wait for the whole result.
@@ -439,7 +357,7 @@ class AsyncClient:
         """Let the model use tools until it answers; see ``loopmux.loop.arun``."""
         from loopmux import loop
 
-        settings = loop_settings(self._options, options)
+        settings = self._loop_settings(options)
         return await loop.arun(self, prompt_or_messages, tools=tools, max_turns=max_turns, **settings)
 
     def iter_tools(
@@ -456,7 +374,7 @@ class AsyncClient:
         """
         from loopmux import loop
 
-        settings = loop_settings(self._options, options)
+        settings = self._loop_settings(options)
         return loop.aiterate(self, prompt_or_messages, tools=tools, max_turns=max_turns, **settings)
 
     async def hint(
@@ -479,9 +397,7 @@ class AsyncClient:
         Raises:
             ConnectionLostError: no answer within ``connect_timeout``.
         """
-        status = await self._ask(Asked(wire.new_id(), self._give_up_at()))
-        assert isinstance(status, Status), "STATUS is answered with REPORT"
-        return status
+        return status_of(await self._ask(Asked(wire.new_id(), self._give_up_at())))
 
     async def models(self) -> list[ModelStatus]:
         """The models the broker knows, as in ``status``."""
@@ -501,9 +417,7 @@ class AsyncClient:
 
     async def drain(self, worker: str, *, within: float = 60.0) -> Status:
         """Have a worker leave in good order; see ``Client.drain``."""
-        status = await self._ask(evict_order(worker, within, self._give_up_at()))
-        assert isinstance(status, Status), "EVICT is answered with REPORT"
-        return status
+        return status_of(await self._ask(evict_order(worker, within, self._give_up_at())))
 
     def _give_up_at(self) -> float:
         """When a question that is asked now stops waiting for a broker."""
@@ -519,15 +433,9 @@ class AsyncClient:
             driver.forget(question.id)
             driver.post(CancelAsked(question.id))
             raise
-        match answered:
-            case Answer(_, answer):
-                return answer
-            case Fail(_, error):
-                raise error
-            case other:
-                raise AssertionError(f"a question was answered with {other}")
+        return answer_of(answered)
 
     def _begin(self, options: Mapping[str, Any], prompt: str | None, *, collect: bool) -> AsyncStream:
         driver = self._channel.driver()
-        request = make_request(merge(self._options, options, {"prompt": prompt}), driver.loop.time(), collect=collect)
+        request = self._request(options, prompt, driver.loop.time(), collect=collect)
         return AsyncStream(self._channel, driver, request)

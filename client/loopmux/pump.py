@@ -9,34 +9,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
 
 import zmq
 
-from loopmux import __version__
-from loopmux.connection import Connection
+from loopmux.driving import Driver, Sink
 from loopmux.errors import AuthError, ConnectionLostError, LoopmuxError
-from loopmux.events import (
-    Action,
-    Answer,
-    Asked,
-    Closed,
-    ConnectionEvent,
-    Deliver,
-    Fail,
-    Finish,
-    Introduce,
-    Received,
-    Send,
-    Submitted,
-    TimePassed,
-)
+from loopmux.events import Asked, Closed, ConnectionEvent, Fail, Received, Submitted, TimePassed
 from loopmux.keys import Credentials
-from loopmux.link import Link
-from loopmux.wire import new_id
-
-Sink = Callable[[Deliver | Finish | Fail | Answer], object]
-"""Where what concerns one request or question goes; called in the thread that owns the socket."""
 
 _DRAIN = 64
 """Messages taken from the socket before callers and timers get their turn again."""
@@ -44,23 +23,7 @@ _STOP_WITHIN = 2.0
 """Seconds that closing waits for the thread; it needs a millisecond, and an exit must not hang on it."""
 
 
-def dispatch(actions: list[Action], link: Link, sinks: dict[bytes, Sink]) -> None:
-    """Carry out what the connection core wants done; each request's last action takes its sink away."""
-    for action in actions:
-        match action:
-            case Send(message):
-                link.send(message)
-            case Deliver(request):
-                if sink := sinks.get(request):
-                    sink(action)
-            case Finish(id_) | Fail(id_) | Answer(id_):
-                if sink := sinks.pop(id_, None):
-                    sink(action)
-            case Introduce(message):
-                link.introduce(message)
-
-
-class Pump:
+class Pump(Driver):
     """One connection and its thread, which runs from ``begin`` on.
 
     Every method but the thread's own may be called from any thread. It has ``ended`` when it was stopped, or the broker
@@ -68,10 +31,7 @@ class Pump:
     """
 
     def __init__(self, endpoint: str, connect_timeout: float, credentials: Credentials | None) -> None:
-        self.pid = os.getpid()
-        self._core = Connection(endpoint, new_id(), connect_timeout, f"loopmux {__version__}")
-        self._link = Link(endpoint, credentials)
-        self._sinks: dict[bytes, Sink] = {}
+        super().__init__(endpoint, connect_timeout, credentials)
         self._posted: deque[ConnectionEvent] = deque()
         self._asleep = False
         self._why_ended: LoopmuxError = _closed()
@@ -104,10 +64,6 @@ class Pump:
         self._posted.append(event)
         if self._asleep:
             self._ring()
-
-    def forget(self, request: bytes) -> None:
-        """Nobody waits for the outcome of this request any more."""
-        self._sinks.pop(request, None)
 
     def stop(self) -> None:
         """Cancel what runs, say goodbye, close the socket, end the thread. A forked child leaves its parent's alone."""
@@ -203,9 +159,6 @@ class Pump:
             if isinstance(event, Closed):
                 return False
         return True
-
-    def _handle(self, event: ConnectionEvent, now: float) -> None:
-        dispatch(self._core.handle(event, now), self._link, self._sinks)
 
 
 def _closed() -> ConnectionLostError:
