@@ -15,8 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from loopmux import loop as sync
-from loopmux import toolrun
+from loopmux import loopplan, toolrun
 from loopmux.errors import LoopmuxError, ToolLoopError
 from loopmux.loopevents import (
     AbandonTool,
@@ -52,7 +51,7 @@ _LAST_WORDS = 1.0
 
 
 async def run(
-    client: Any, prompt_or_messages: str | Iterable[ChatMessage], on_event: sync.OnEvent | None, **settings: Any
+    client: Any, prompt_or_messages: str | Iterable[ChatMessage], on_event: loopplan.OnEvent | None, **settings: Any
 ) -> ToolLoopResult:
     """``loop.arun``."""
     async with contextlib.aclosing(Events(client, prompt_or_messages, **settings)) as events:
@@ -73,13 +72,13 @@ class Events(AsyncIterator[LoopEvent]):
         prompt_or_messages: str | Iterable[ChatMessage],
         *,
         tools: Iterable[Any] | None,
-        before_tool: sync.BeforeTool | None = None,
+        before_tool: loopplan.BeforeTool | None = None,
         session: str | None = None,
         **settings: Any,
     ) -> None:
-        sync.check_callback("before_tool", before_tool, awaited=True)
-        self._given = sync.messages_of(prompt_or_messages)
-        prepare = functools.partial(sync.prepare, self._given, tools, session, before_tool is not None, settings)
+        loopplan.check_callback("before_tool", before_tool, awaited=True)
+        self._given = loopplan.messages_of(prompt_or_messages)
+        prepare = functools.partial(loopplan.prepare, self._given, tools, session, before_tool is not None, settings)
         self._shell = _Shell(client, prepare, before_tool)
         # The generator does not refer to this object, so it ends as soon as nobody holds this any more; and it runs no
         # other generator, so it is ended once, whoever does it (the collector and asyncio.run end each one that they
@@ -105,9 +104,9 @@ class _Shell:
     """Carries out the core's actions on the running event loop."""
 
     client: Any
-    prepare: Callable[[], sync.Plan]
-    before_tool: sync.BeforeTool | None
-    plan: sync.Plan | None = None
+    prepare: Callable[[], loopplan.Plan]
+    before_tool: loopplan.BeforeTool | None
+    plan: loopplan.Plan | None = None
     done: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
 
@@ -161,7 +160,7 @@ class _Shell:
                 await self._hint("waiting_on_tool", expected)
             case AskApproval(number, call):
                 answer = await _awaited(self.before_tool(call)) if self.before_tool else True
-                return self.loop.handle(Decided(number, sync.decision(answer, call)), time.monotonic())
+                return self.loop.handle(Decided(number, loopplan.decision(answer, call)), time.monotonic())
             case AbandonTool(number):
                 if task := self.tasks.pop(number, None):
                     task.cancel()
