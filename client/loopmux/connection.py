@@ -109,8 +109,7 @@ class Connection:
         self._questions: dict[bytes, _Question] = {}
         self._timers: list[tuple[float, bytes]] = []
         self._armed: dict[bytes, float] = {}  # the earliest timer of each request that is in the heap
-        self._hello_at = math.inf
-        self._ping_at = math.inf
+        self._speak_at = math.inf  # when to say HELLO again (GREETING) or PING (READY)
         self._heard = 0.0
         self._seen: float | None = None
         self._cut = False  # the connection was closed since the last HELLO
@@ -150,7 +149,7 @@ class Connection:
         """When ``TimePassed`` is to be handled next; infinity for never."""
         requests = self._timers[0][0] if self._timers else math.inf
         questions = min((min(q.deadline, q.resend_at) for q in self._questions.values()), default=math.inf)
-        return min(requests, questions, self._hello_at, self._ping_at, self._unreachable_at())
+        return min(requests, questions, self._speak_at, self._unreachable_at())
 
     # --- callers ------------------------------------------------------------------------------------------------------
 
@@ -201,7 +200,7 @@ class Connection:
         if self.state is State.READY:
             actions.append(Send(Message(Header(Kind.BYE))))
         self.state = State.CLOSED
-        self._hello_at = self._ping_at = math.inf
+        self._speak_at = math.inf
         return actions
 
     # --- requests -----------------------------------------------------------------------------------------------------
@@ -310,8 +309,7 @@ class Connection:
             self._welcome = None
             return self._refuse(ProtocolError(f"the broker at {self._endpoint} sent an impossible WELCOME: {welcome}"))
         self.state = State.READY
-        self._hello_at = math.inf
-        self._ping_at = now + welcome.heartbeat
+        self._speak_at = now + welcome.heartbeat
         actions = self._tell_all(_attached(welcome, fresh=fresh), now)
         actions += [self._put(question, now) for question in self._questions.values()]
         return actions
@@ -322,7 +320,7 @@ class Connection:
     def _refuse(self, error: LoopmuxError) -> list[Action]:
         """Nobody will serve what waits now; the next request tries anew."""
         self.state = State.IDLE
-        self._hello_at = self._ping_at = math.inf
+        self._speak_at = math.inf
         actions: list[Action] = [Fail(id_, error) for id_ in self._questions]
         self._questions.clear()
         for request in list(self._exchanges):
@@ -333,8 +331,7 @@ class Connection:
 
     def _greet(self, now: float) -> list[Action]:
         self.state, self._cut = State.GREETING, False
-        self._ping_at = math.inf
-        self._hello_at = now + INTRODUCE_AGAIN
+        self._speak_at = now + INTRODUCE_AGAIN
         return [Introduce(Message(Header(Kind.HELLO, seq=self._introduction), self._hello))]
 
     def _disconnected(self, now: float) -> list[Action]:
@@ -390,17 +387,18 @@ class Connection:
         actions += self._ask_again(now)
         if self.state is State.GREETING and self._welcome is None and not self._exchanges and not self._questions:
             self.state = State.IDLE
-            self._hello_at = math.inf
+            self._speak_at = math.inf
         return actions
 
     def _presence(self, now: float) -> list[Action]:
-        if self.state is State.GREETING and now >= self._hello_at:
-            return self._greet(now)
-        if self.state is not State.READY or self._welcome is None or now < self._ping_at:
+        if now < self._speak_at:
             return []
+        if self.state is State.GREETING:
+            return self._greet(now)
+        assert self._welcome is not None, "it is READY: nobody else has a time to speak"
         if now - self._heard > SILENT_HEARTBEATS * self._welcome.heartbeat:
             return self._lose(now)
-        self._ping_at = now + self._welcome.heartbeat
+        self._speak_at = now + self._welcome.heartbeat
         return [Send(Message(Header(Kind.PING)))]
 
     def _ask_again(self, now: float) -> list[Action]:
