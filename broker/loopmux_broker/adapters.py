@@ -131,7 +131,7 @@ class Adapters:
             self._check_free(order)
             workers = self._loadable(order) if load else self._unloadable(order)
         except LoopmuxError as error:
-            self._answer(peer, id_, Done(_failure(error, order.model)))
+            self._answer(peer, id_, Done(Failure.of(error, model=order.model)))
             return
         declared = self._t.pool.launchers_of(order.model if load else order.name)
         stages: list[tuple[_Role, set[str]]] = [("worker", workers), ("launcher", set(declared))]
@@ -486,10 +486,6 @@ class Adapters:
             self._waiting.model_withdrawn(name, now, "it was unloaded")
         for model in worker.models:
             self._waiting.model_changed(model, now)
-
-
-def _failure(error: LoopmuxError, model: str) -> Failure:
-    return Failure(error.code, error.message, error.retryable, model, retry_after=error.retry_after)
 
 
 def _told(op: _Operation, what: str) -> Failure:

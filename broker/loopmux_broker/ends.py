@@ -188,4 +188,4 @@ def packed(
     error: LoopmuxError, *, model: str | None = None, worker: str | None = None, usage: Usage | None = None
 ) -> bytes:
     """An error as BODY."""
-    return codec.pack(Failure(error.code, error.message, error.retryable, model, worker, error.retry_after, usage))
+    return codec.pack(Failure.of(error, model=model, worker=worker, usage=usage))

@@ -10,7 +10,7 @@ from loopmux import wire
 from loopmux.codec import FieldError, build, pack, show
 from loopmux.driving import ForCaller
 from loopmux.endpoints import default_endpoint, ipc_path
-from loopmux.errors import BadRequestError, from_code
+from loopmux.errors import BadRequestError
 from loopmux.events import Answer, Asked, Fail, Request
 from loopmux.keys import Credentials, credentials
 from loopmux.messages import DEFAULT_TIMEOUT, AdapterOrder, Done, Evict, SessionHint, Status
@@ -155,14 +155,8 @@ def outcome_of(answer: Status | Done) -> Done:
         LoopmuxError: it was not done.
     """
     assert isinstance(answer, Done), "LOAD and UNLOAD are answered with DONE"
-    if (failure := answer.failure) is not None:
-        raise from_code(
-            failure.code,
-            failure.message,
-            retryable=failure.retryable,
-            model=failure.model,
-            retry_after=failure.retry_after,
-        )
+    if answer.failure is not None:
+        raise answer.failure.error()
     return answer
 
 

@@ -27,7 +27,6 @@ from loopmux.errors import (
     LoopmuxError,
     OverloadedError,
     ProtocolError,
-    from_code,
 )
 from loopmux.events import (
     Action,
@@ -280,7 +279,7 @@ class Connection:
             case Kind.ERROR if message.header.request in self._questions:
                 return self._rejected(message)
             case Kind.ERROR if message.header.request == wire.NO_ID:
-                return self._turned_away(_failure(message)) if self.state is State.GREETING else []
+                return self._refuse(_error(message)) if self.state is State.GREETING else []
             case kind if kind in wire.TERMINALS:  # our ENDACK was lost
                 return [Send(Message(Header(Kind.ENDACK, message.header.request)))]
         return []
@@ -295,9 +294,8 @@ class Connection:
             return [Fail(id_, error)]
 
     def _rejected(self, message: Message) -> list[Action]:
-        failure = _failure(message)
+        error = _error(message)
         del self._questions[message.header.request]
-        error = from_code(failure.code, failure.message, retryable=failure.retryable)
         return [Fail(message.header.request, error)]
 
     def _welcomed(self, welcome: Welcome, now: float) -> list[Action]:
@@ -313,9 +311,6 @@ class Connection:
         actions = self._tell_all(_attached(welcome, fresh=fresh), now)
         actions += [self._put(question, now) for question in self._questions.values()]
         return actions
-
-    def _turned_away(self, failure: Failure) -> list[Action]:
-        return self._refuse(from_code(failure.code, failure.message, retryable=failure.retryable))
 
     def _refuse(self, error: LoopmuxError) -> list[Action]:
         """Nobody will serve what waits now; the next request tries anew."""
@@ -412,8 +407,8 @@ class Connection:
         return actions
 
 
-def _failure(message: Message) -> Failure:
-    return codec.unpack(Failure, message.body, codec.BODY_LIMITS)
+def _error(message: Message) -> LoopmuxError:
+    return codec.unpack(Failure, message.body, codec.BODY_LIMITS).error()
 
 
 def _attached(welcome: Welcome, *, fresh: bool) -> Attached:

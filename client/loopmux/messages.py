@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loopmux.errors import BadRequestError, ConfigError, LoopmuxError
+from loopmux.errors import BadRequestError, ConfigError, LoopmuxError, from_code
 from loopmux.results import FinishReason, Timing, TokenLogprob, ToolCall, Usage
 from loopmux.wire import CLIENT_BODY_LIMIT
 
@@ -300,7 +300,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """BODY of ERROR, CANCELLED and EXPIRED: becomes one of ``loopmux.errors`` by its code."""
+    """BODY of ERROR, CANCELLED and EXPIRED: one of ``loopmux.errors`` on its way, by its code."""
 
     code: str
     message: str
@@ -309,6 +309,24 @@ class Failure:
     worker: str | None = None
     retry_after: float | None = None
     usage: Usage | None = None
+
+    @classmethod
+    def of(
+        cls, error: LoopmuxError, *, model: str | None = None, worker: str | None = None, usage: Usage | None = None
+    ) -> Failure:
+        """An error of a request for ``model`` that ``worker`` ran and that cost ``usage``, as far as these are known."""
+        return cls(error.code, error.message, error.retryable, model, worker, error.retry_after, usage)
+
+    def error(self) -> LoopmuxError:
+        """The error that it was."""
+        return from_code(
+            self.code,
+            self.message,
+            retryable=self.retryable,
+            model=self.model,
+            worker=self.worker,
+            retry_after=self.retry_after,
+        )
 
 
 # --- membership -------------------------------------------------------------------------------------------------------

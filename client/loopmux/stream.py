@@ -31,7 +31,6 @@ from loopmux.errors import (
     LoopmuxError,
     PayloadTooLargeError,
     ProtocolError,
-    from_code,
 )
 from loopmux.events import (
     Arrived,
@@ -302,7 +301,7 @@ class Exchange:
 
     def _outcome(self, message: Message) -> list[RequestAction]:
         if message.kind is not Kind.END:
-            return self._fail(self._failure(codec.unpack(Failure, message.body, codec.BODY_LIMITS)))
+            return self._fail(codec.unpack(Failure, message.body, codec.BODY_LIMITS).error())
         if message.header.seq != self.received:
             return self._fail(CancelledError("the request was cancelled before all of its output was here"))
         end = codec.unpack(End, message.body, codec.BODY_LIMITS)
@@ -326,11 +325,6 @@ class Exchange:
             attempts=max(attempt, 1),
             reasoning="".join(self._reasoning),
         )
-
-    def _failure(self, failure: Failure) -> LoopmuxError:
-        error = from_code(failure.code, failure.message, retryable=failure.retryable, retry_after=failure.retry_after)
-        error.model, error.worker = failure.model, failure.worker
-        return error
 
     def _deliver(self, event: StreamEvent) -> list[RequestAction]:
         return [] if self._settled or self.request.collect else [Deliver(self.request.id, event)]
