@@ -48,6 +48,8 @@ from loopmux_broker.worker_side import WorkerSide
 
 _IN_SLICES = frozenset({Alarm.ROUND, Alarm.CLIENT_LOST, Alarm.CLIENT_GRACE})
 """Timers that deal with many requests each."""
+_Find = Callable[[Any], Any]
+_Ring = Callable[[Any, float], None]
 
 
 class Broker:
@@ -93,6 +95,7 @@ class Broker:
             ConnectionLost: self._connection_lost,
             LoopStalled: self._stalled,
         }
+        self._alarms = self._by_alarm()
         if config.settle > 0:
             self.tables.timers.set((Alarm.SETTLED, b"", 0), now + config.settle)
         else:
@@ -217,76 +220,66 @@ class Broker:
         tables.timers.delay(lambda key: key[0] in LIVENESS, gap)
 
     def _ring(self, key: TimerKey, now: float) -> None:
-        alarm, whose, attempt = key
-        if isinstance(whose, str):
-            self._named_rings(alarm, whose, now)
-        elif alarm in (Alarm.RUN, Alarm.STOP):
-            self._lease_rings(alarm, whose, attempt, now)
-        elif alarm is Alarm.ADAPTER:
-            self._adapters.ring(whose, now)
-        elif alarm in (Alarm.DEADLINE, Alarm.TERMINAL, Alarm.TOMBSTONE, Alarm.RECOVERY, Alarm.HOME):
-            self._request_rings(alarm, whose, now)
-        else:
-            self._peer_rings(alarm, whose, now)
+        """Do what a timer was set for, if whoever it is about is still there."""
+        find, ring = self._alarms[key[0]]
+        about = find(key)
+        if about is not None:
+            ring(about, now)
 
-    def _named_rings(self, alarm: Alarm, name: str, now: float) -> None:
-        match alarm:
-            case Alarm.ROUND:
-                self._waiting.go_on(name, now)
-            case Alarm.MISSED:
-                self._waiting.missed(name, now)
-            case _:
-                self._workers.redeclared(name, now)
+    def _by_alarm(self) -> dict[Alarm, tuple[_Find, _Ring]]:
+        """What timers are for: who each is about, by its key, and what is done about that one."""
+        t, clients, pool = self.tables, self.tables.clients, self.tables.pool
+        about: list[tuple[_Find, dict[Alarm, _Ring]]] = [
+            (
+                lambda key: pool.leases.get(key[1:]),
+                {Alarm.RUN: self._attempts.run_unanswered, Alarm.STOP: self._leases.stop_again},
+            ),
+            (
+                lambda key: t.requests.get(key[1]),
+                {
+                    Alarm.DEADLINE: self._ends.deadline,
+                    Alarm.TERMINAL: self._streams.repeat_terminal,
+                    Alarm.TOMBSTONE: lambda request, _: self._ends.forget(request),
+                    Alarm.RECOVERY: self._recovery.unclaimed,
+                    Alarm.HOME: self._attempts.waited,
+                },
+            ),
+            (
+                lambda key: clients.by_instance.get(key[1]),
+                {
+                    Alarm.CLIENT_BLOCKED: self._streams.unblock,
+                    Alarm.CLIENT_LOST: self._ends.detach,
+                    Alarm.CLIENT_GRACE: self._ends.abandon,
+                },
+            ),
+            (lambda key: clients.by_peer.get(key[1]), {Alarm.CLIENT_SILENT: self._clients.silent}),
+            (lambda key: pool.member(key[1]), {Alarm.MEMBER_SILENT: self._workers.silent}),
+            (
+                lambda key: pool.workers.get(key[1]),
+                {
+                    Alarm.STALL: self._workers.stalled,
+                    Alarm.DRAIN: self._attempts.hand_over,
+                    Alarm.HELD: self._recovery.introduced,
+                },
+            ),
+            (
+                lambda key: key[1],
+                {
+                    Alarm.STRIKES: self._strikes_age,
+                    Alarm.LAUNCHER: self._workers.redeclared,
+                    Alarm.ROUND: self._waiting.go_on,
+                    Alarm.MISSED: self._waiting.missed,
+                    Alarm.ADAPTER: self._adapters.ring,
+                    Alarm.SETTLED: self._settled,
+                },
+            ),
+        ]
+        return {alarm: (find, ring) for find, rings in about for alarm, ring in rings.items()}
 
-    def _lease_rings(self, alarm: Alarm, request_id: bytes, attempt: int, now: float) -> None:
-        lease = self.tables.pool.leases.get((request_id, attempt))
-        if lease is None:
-            return
-        if alarm is Alarm.RUN:
-            self._attempts.run_unanswered(lease, now)
-        elif lease.stopping is not None:
-            self._leases.stop(lease, lease.stopping, now)
+    def _settled(self, _: bytes, now: float) -> None:
+        self._waiting.settled(now)
+        self._adapters.settled(now)
 
-    def _request_rings(self, alarm: Alarm, request_id: bytes, now: float) -> None:
-        request = self.tables.requests.get(request_id)
-        if request is None:
-            return
-        match alarm:
-            case Alarm.DEADLINE:
-                self._ends.deadline(request, now)
-            case Alarm.TERMINAL:
-                self._streams.repeat_terminal(request, now)
-            case Alarm.RECOVERY:
-                self._recovery.unclaimed(request, now)
-            case Alarm.HOME:
-                self._attempts.waited(request, now)
-            case _:
-                self._ends.forget(request)
-
-    def _peer_rings(self, alarm: Alarm, whose: bytes, now: float) -> None:
-        client = self.tables.clients.by_instance.get(whose)
-        worker = self.tables.pool.workers.get(whose)
-        match alarm:
-            case Alarm.SETTLED:
-                self._waiting.settled(now)
-                self._adapters.settled(now)
-            case Alarm.STALL:
-                self._workers.stalled(whose, now)
-            case Alarm.DRAIN if worker is not None:
-                self._attempts.hand_over(worker, now)
-            case Alarm.HELD if worker is not None:
-                self._recovery.introduced(worker, now)
-            case Alarm.CLIENT_SILENT:
-                self._clients.silent(whose, now)
-            case Alarm.MEMBER_SILENT:
-                self._workers.silent(whose, now)
-            case Alarm.CLIENT_BLOCKED if client is not None:
-                self._streams.unblock(client, now)
-            case Alarm.CLIENT_LOST if client is not None:
-                self._ends.detach(client, now)
-            case Alarm.CLIENT_GRACE if client is not None:
-                self._ends.abandon(client, now)
-            case Alarm.STRIKES if not self.tables.strikes.expired(whose, now):
-                self.tables.timers.set((Alarm.STRIKES, whose, 0), now + WINDOW)
-            case _:
-                pass
+    def _strikes_age(self, peer: Peer, now: float) -> None:
+        if not self.tables.strikes.expired(peer, now):
+            self.tables.timers.set((Alarm.STRIKES, peer, 0), now + WINDOW)

@@ -110,14 +110,12 @@ class ClientSide:
             self._t.timers.set((Alarm.CLIENT_SILENT, peer, 0), now + self._t.patience)
         self._t.out.append(welcome(self._t, peer, version, wire.CLIENT_BODY_LIMIT, introduction))
 
-    def silent(self, peer: Peer, now: float) -> None:
-        """The time has come to see whether a client was silent for too long."""
-        client = self._t.clients.by_peer.get(peer)
-        if client is None:
-            return
+    def silent(self, client: Client, now: float) -> None:
+        """The time has come to see whether a client that is here was silent for too long."""
+        assert client.peer is not None
         due = client.heard + self._t.patience
         if now < due:
-            self._t.timers.set((Alarm.CLIENT_SILENT, peer, 0), due)
+            self._t.timers.set((Alarm.CLIENT_SILENT, client.peer, 0), due)
         else:
             self.lost(client, now)
 

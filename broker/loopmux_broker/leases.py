@@ -62,6 +62,11 @@ class Leases:
         self._t.timers.set((Alarm.STOP, lease.request.id, lease.attempt), now + self._t.config.resend)
         self._t.out.append(Send(lease.worker.peer, say(Kind.STOP, lease.key[0], arg=reason, attempt=lease.attempt)))
 
+    def stop_again(self, lease: Lease, now: float) -> None:
+        """STOP was not answered for a while: say it again."""
+        assert lease.stopping is not None
+        self.stop(lease, lease.stopping, now)
+
     def begins(self, worker: Worker, now: float) -> None:
         """A worker is about to get something to do: if it had nothing, its standing still until now means nothing."""
         if not busy(worker):

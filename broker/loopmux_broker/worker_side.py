@@ -318,14 +318,11 @@ class WorkerSide:
         for model in self._t.pool.withdraw(name, keep=keep):
             self._waiting.model_withdrawn(model, now)
 
-    def silent(self, peer: Peer, now: float) -> None:
+    def silent(self, member: Worker | Launcher, now: float) -> None:
         """The time has come to see whether a worker or launcher was silent for too long."""
-        member = self._t.pool.member(peer)
-        if member is None:
-            return
         due = member.heard + self._t.patience
         if now < due:
-            self._t.timers.set((Alarm.MEMBER_SILENT, peer, 0), due)
+            self._t.timers.set((Alarm.MEMBER_SILENT, member.peer, 0), due)
         else:
             self.lost(member, f"was silent for {now - member.heard:.1f} s", now)
 
@@ -359,18 +356,17 @@ class WorkerSide:
                 del self._lost_launchers[name]
                 self._withdraw(name, None, now)
 
-    def stalled(self, peer: Peer, now: float) -> None:
+    def stalled(self, worker: Worker, now: float) -> None:
         """The time has come to see whether a worker's engine stands still."""
-        worker = self._t.pool.workers.get(peer)
-        due = None if worker is None else self._t.config.stall.due(worker)
-        if worker is None or due is None:
+        due = self._t.config.stall.due(worker)
+        if due is None:
             return
         if now < due:
-            self._t.timers.set((Alarm.STALL, peer, 0), min(due, now + self._t.config.stall.shortest))
+            self._t.timers.set((Alarm.STALL, worker.peer, 0), min(due, now + self._t.config.stall.shortest))
             return
         self._t.counters["stalled"] += 1
         # Its own thread lives and can end the process, which no signal to the engine could.
-        self._t.out.append(Send(peer, say(Kind.DIE)))
+        self._t.out.append(Send(worker.peer, say(Kind.DIE)))
         self.lost(worker, f"made no progress for {now - worker.moved:.0f} s", now)
 
 

@@ -314,7 +314,7 @@ class Failure:
     def of(
         cls, error: LoopmuxError, *, model: str | None = None, worker: str | None = None, usage: Usage | None = None
     ) -> Failure:
-        """An error of a request for ``model`` that ``worker`` ran and that cost ``usage``, as far as these are known."""
+        """The error of a request for ``model``, which ``worker`` ran and which took ``usage``, as far as is known."""
         return cls(error.code, error.message, error.retryable, model, worker, error.retry_after, usage)
 
     def error(self) -> LoopmuxError:
