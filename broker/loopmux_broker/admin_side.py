@@ -7,9 +7,9 @@ from loopmux.errors import BadRequestError, ProtocolError
 from loopmux.messages import Evict, Hello
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.attempts import Attempts
-from loopmux_broker.client_side import agree, no_common_version, welcome
 from loopmux_broker.ends import packed
 from loopmux_broker.events import Log, Peer, Send, say
+from loopmux_broker.introductions import agree, no_common_version, welcome
 from loopmux_broker.report import reported
 from loopmux_broker.tables import Tables
 

@@ -10,11 +10,11 @@ from loopmux.messages import Catalogue, Heartbeat, Held, Register
 from loopmux.wire import ID_SIZE, MOST_TOKENS, WORKER_BODY_LIMIT, Header, Kind, Message
 from loopmux_broker.adapters import Adapters
 from loopmux_broker.attempts import Attempts
-from loopmux_broker.client_side import agree, another_key, no_common_version, welcome
 from loopmux_broker.dispatch import paced
 from loopmux_broker.ends import Ends, protocol_failure
 from loopmux_broker.entry import Entry
 from loopmux_broker.events import Log, Peer, Send, say
+from loopmux_broker.introductions import agree, another_key, no_common_version, welcome
 from loopmux_broker.leases import Leases
 from loopmux_broker.pool import Launcher, Lease, Registration, Worker
 from loopmux_broker.recovery import Recovery
