@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 from loopmux import codec, wire
-from loopmux.codec import shorten
 from loopmux.errors import (
     AdapterNotFoundError,
-    BadRequestError,
     LoopmuxError,
     OverloadedError,
     ProtocolError,
-    listed,
-    unknown_model,
 )
 from loopmux.messages import AdapterOrder, Catalogue, Done, Failure
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import Log, Peer, Send
+from loopmux_broker.operation import Operation, Role
+from loopmux_broker.orders import RETRY, loadable, unloadable
 from loopmux_broker.pool import Launcher, Worker
 from loopmux_broker.tables import Alarm, Tables
 from loopmux_broker.waiting import Waiting
@@ -37,58 +34,6 @@ _MOST = 64
 """Operations at once. Each holds up the engines of its workers, so more of them would only wait for each other."""
 _KEPT = 256
 """Ended operations whose outcome is kept for who asks again, and for workers that answer late."""
-_LONGEST_NAME = 100
-"""Bytes of an adapter's name: REGISTER has room for 64 models in 4 KiB."""
-_LONGEST_FOLDER = 2000
-_REASON = 300
-"""Bytes of one worker's reason in the answer about all of them."""
-_RETRY = 1.0
-
-_Role = Literal["worker", "launcher"]
-
-
-@dataclass(slots=True)
-class _Operation:
-    """LOAD or UNLOAD under way.
-
-    Attributes:
-        asker: the connection over which it was asked for last; None where the broker does it by itself.
-        stages: who has to do it, by name; the first ones are under way.
-        since: when the present stage began.
-        done, failures: what was answered, by name.
-        had: boots of the workers that served the adapter before, from which a failed LOAD does not take it.
-        fresh: the workers, by name, that have it through this.
-        single: it is about the one worker that it names, and not what all of them should do.
-    """
-
-    id: bytes
-    load: bool
-    order: AdapterOrder
-    asker: Peer | None
-    stages: list[tuple[_Role, set[str]]]
-    since: float
-    had: frozenset[bytes] = frozenset()
-    fresh: set[str] = field(default_factory=set)
-    done: dict[str, Done] = field(default_factory=dict)
-    failures: dict[str, Failure] = field(default_factory=dict)
-    remembered: set[str] = field(default_factory=set)
-    single: bool = False
-
-    def waits_for(self, role: _Role, name: str) -> bool:
-        return bool(self.stages) and self.stages[0][0] == role and name in self.stages[0][1]
-
-    def counts_on(self, worker: Worker, name: str) -> bool:
-        """Whether it has a worker load this adapter."""
-        return (
-            self.load
-            and self.order.name == name
-            and (worker.name in self.done or self.waits_for("worker", worker.name))
-        )
-
-    def takes_in(self, worker: Worker) -> bool:
-        """Whether a worker that has just come has to load it, too."""
-        loading = self.load and not self.single and self.stages[0][0] == "worker"
-        return loading and self.order.model in worker.models and worker.name not in self.done
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +50,7 @@ class Adapters:
 
     def __init__(self, tables: Tables, waiting: Waiting) -> None:
         self._t, self._waiting = tables, waiting
-        self._operations: dict[bytes, _Operation] = {}
+        self._operations: dict[bytes, Operation] = {}
         self._ended: OrderedDict[bytes, _Ended] = OrderedDict()
         self._made = 0
 
@@ -129,91 +74,22 @@ class Adapters:
         load = message.kind is Kind.LOAD
         try:
             self._check_free(order)
-            workers = self._loadable(order) if load else self._unloadable(order)
+            workers = loadable(self._t, order) if load else unloadable(self._t, order)
         except LoopmuxError as error:
             self._answer(peer, id_, Done(Failure.of(error, model=order.model)))
             return
         declared = self._t.pool.launchers_of(order.model if load else order.name)
-        stages: list[tuple[_Role, set[str]]] = [("worker", workers), ("launcher", set(declared))]
+        stages: list[tuple[Role, set[str]]] = [("worker", workers), ("launcher", set(declared))]
         had = frozenset(w.register.boot for w in self._t.pool.serving(order.name))
-        self._begin(_Operation(id_, load, order, peer, stages if load else stages[::-1], now, had), now)
+        self._begin(Operation(id_, load, order, peer, stages if load else stages[::-1], now, had), now)
 
     def _check_free(self, order: AdapterOrder) -> None:
         if any(op.order.name == order.name for op in self._operations.values()):
             raise OverloadedError(
-                f"adapter {order.name!r} is being loaded or unloaded: try again when that is done", retry_after=_RETRY
+                f"adapter {order.name!r} is being loaded or unloaded: try again when that is done", retry_after=RETRY
             )
         if len(self._operations) >= _MOST:
-            raise OverloadedError(f"{_MOST} adapters are being loaded or unloaded: try again", retry_after=_RETRY)
-
-    def _loadable(self, order: AdapterOrder) -> set[str]:
-        """The workers that are to load it; none where the model runs on demand and does not now: the next one will.
-
-        Raises:
-            LoopmuxError: there are none, or the name is another model's.
-        """
-        pool, model, name = self._t.pool, order.model, order.name
-        if not name or len(name.encode()) > _LONGEST_NAME:
-            raise BadRequestError(f"name: found {name[:80]!r}, expected 1 to {_LONGEST_NAME} bytes")
-        if not order.folder.startswith("/") or len(order.folder.encode()) > _LONGEST_FOLDER:
-            raise BadRequestError(
-                f"folder: found {order.folder[:80]!r}, expected an absolute path of at most {_LONGEST_FOLDER} bytes"
-            )
-        workers = self._running(model) if self._on_demand(model) else self._workers_of(model)
-        if (onto := self._loaded_for(model)) is not None:
-            raise BadRequestError(f"model {model!r} is an adapter that was loaded for {onto!r}: name that one")
-        words = pool.launchers_of(name).values()
-        others = [w.name for w in pool.serving(name) if w.name not in workers]
-        if others or any(word.entry.onto != model for word in words):
-            raise BadRequestError(f"adapter {name!r}: found a model of that name already, choose another one")
-        return workers
-
-    def _unloadable(self, order: AdapterOrder) -> set[str]:
-        """The workers that are to unload it; there may be none now where launchers remember it.
-
-        Raises:
-            LoopmuxError: they do not have it, or the configuration says that they should.
-        """
-        pool, model, name = self._t.pool, order.model, order.name
-        words = pool.launchers_of(name).values()
-        remembered = any(word.entry.onto == model for word in words)
-        workers = self._running(model) if remembered else self._workers_of(model)
-        if any(word.entry.onto is None for word in words) and name in pool.adapters(model):
-            raise BadRequestError(
-                f"adapter {name!r} is one of the configuration: take it out there, `unload` is for what `load` brought"
-            )
-        having = {w.name for w in pool.serving(name) if name in w.register.adapters} & workers
-        if not having and not remembered:
-            known = listed(pool.adapters(model))
-            raise AdapterNotFoundError(f"model {model!r} has no adapter {name!r}, loaded are: {known}")
-        return having
-
-    def _workers_of(self, model: str) -> set[str]:
-        pool = self._t.pool
-        if not pool.knows(model) and self._t.settled:
-            raise unknown_model(model, pool.known())
-        workers = self._running(model)
-        if not workers:
-            how = pool.standing(model, 0.0)
-            why = f"{how.phase}: {how.detail}" if how.detail else how.phase
-            raise OverloadedError(
-                f"model {model!r} has no worker now (it is {why}): adapters are loaded into workers that run; try "
-                "again when there is one",
-                retry_after=_RETRY,
-            )
-        return workers
-
-    def _on_demand(self, model: str) -> bool:
-        """Whether a launcher starts workers of a model when they are needed, and they can be."""
-        words = self._t.pool.launchers_of(model).values()
-        return any(word.entry.scales and word.entry.phase != "failed" for word in words)
-
-    def _running(self, model: str) -> set[str]:
-        return {w.name for w in self._t.pool.serving(model) if not w.draining}
-
-    def _loaded_for(self, name: str) -> str | None:
-        """The model that an adapter was loaded for at run time."""
-        return next((word.entry.onto for word in self._t.pool.launchers_of(name).values() if word.entry.onto), None)
+            raise OverloadedError(f"{_MOST} adapters are being loaded or unloaded: try again", retry_after=RETRY)
 
     # --- what workers and launchers answer ----------------------------------------------------------------------------
 
@@ -224,11 +100,10 @@ class Adapters:
             ProtocolError: malformed.
         """
         done, id_ = codec.unpack(Done, message.body), message.header.request
-        role: _Role = "worker" if isinstance(member, Worker) else "launcher"
         if isinstance(member, Worker):
             member.moved, member.loading = now, member.loading - {id_}
         op = self._operations.get(id_)
-        if op is not None and op.waits_for(role, member.name):
+        if op is not None and op.waits_for(member.register.role, member.name):
             loaded = op.load and isinstance(member, Worker) and done.failure is None
             if loaded and (done.served is None or done.served.id != op.order.name):
                 raise ProtocolError(f"DONE: expected what is served since, {op.order.name!r}, found {done.served}")
@@ -237,8 +112,8 @@ class Adapters:
         elif isinstance(member, Worker) and done.served is not None:
             self._late(member, id_, done, now)
 
-    def _note(self, op: _Operation, member: Worker | Launcher, done: Done, now: float) -> None:
-        op.stages[0][1].discard(member.name)
+    def _note(self, op: Operation, member: Worker | Launcher, done: Done, now: float) -> None:
+        op.awaited.discard(member.name)
         gone_already = not op.load and done.failure is not None and done.failure.code == AdapterNotFoundError.code
         if done.failure is not None and not gone_already:
             op.failures[member.name] = done.failure
@@ -246,8 +121,6 @@ class Adapters:
             op.remembered.add(member.name)
         else:
             op.done[member.name] = done
-            if member.register.boot not in op.had:
-                op.fresh.add(member.name)
             if not op.load:
                 self._gone_from(member, op.order.name, now)
 
@@ -282,7 +155,7 @@ class Adapters:
             if op.waits_for("worker", worker.name):
                 self._tell(op, [worker])
             elif op.takes_in(worker):
-                op.stages[0][1].add(worker.name)
+                op.awaited.add(worker.name)
                 self._tell(op, [worker])
         for entry in self._t.pool.run_time_adapters():
             self._complete(worker, entry, now)
@@ -330,9 +203,8 @@ class Adapters:
             return
         for op in list(self._operations.values()):
             op.done.pop(member.name, None)
-            op.fresh.discard(member.name)
             if op.waits_for("worker", member.name):
-                op.stages[0][1].discard(member.name)
+                op.awaited.discard(member.name)
                 if op.load:
                     op.failures[member.name] = Failure("engine", f"it {why} while it loaded it", retryable=True)
                 self._go_on(op, now)
@@ -348,14 +220,11 @@ class Adapters:
         if op is None:
             return
         if now - op.since < self._t.config.stall.adapter:
-            self._tell(op, self._members(*op.stages[0]))
-            self._t.timers.set((Alarm.ADAPTER, id_, 0), now + self._t.config.resend)
+            self._tell_all(op, now)
             return
-        role, silent = op.stages[0]
-        for name in silent:
-            why = f"the {role} did not answer within {self._t.config.stall.adapter:g} s"
-            op.failures[name] = Failure("engine", why, retryable=True)
-        silent.clear()
+        why = f"the {op.role} did not answer within {self._t.config.stall.adapter:g} s"
+        op.failures |= dict.fromkeys(op.awaited, Failure("engine", why, retryable=True))
+        op.awaited.clear()
         self._go_on(op, now)
 
     # --- the course of an operation -----------------------------------------------------------------------------------
@@ -365,39 +234,41 @@ class Adapters:
         self._by_itself(kind, order, [("worker", {worker.name})], now, single=True)
 
     def _by_itself(
-        self, kind: Kind, order: AdapterOrder, stages: list[tuple[_Role, set[str]]], now: float, *, single: bool
+        self, kind: Kind, order: AdapterOrder, stages: list[tuple[Role, set[str]]], now: float, *, single: bool
     ) -> None:
         """An operation that no client asked for."""
         self._made += 1
         id_ = hashlib.blake2b(self._t.identity.epoch + self._made.to_bytes(8), digest_size=wire.ID_SIZE).digest()
-        self._begin(_Operation(id_, kind is Kind.LOAD, order, None, stages, now, single=single), now)
+        self._begin(Operation(id_, kind is Kind.LOAD, order, None, stages, now, single=single), now)
 
-    def _begin(self, op: _Operation, now: float) -> None:
+    def _begin(self, op: Operation, now: float) -> None:
         self._operations[op.id] = op
         verb = "loading" if op.load else "unloading"
         self._t.out.append(Log("info", f"{verb} an adapter", {"name": op.order.name, "model": op.order.model}))
-        self._tell(op, self._members(*op.stages[0]))
-        self._t.timers.set((Alarm.ADAPTER, op.id, 0), now + self._t.config.resend)
+        self._tell_all(op, now)
         self._go_on(op, now)
 
-    def _members(self, role: _Role, names: Collection[str]) -> list[Worker] | list[Launcher]:
-        launchers = [one for one in self._t.pool.launchers.values() if one.name in names]
-        return self._workers(names) if role == "worker" else launchers
+    def _tell_all(self, op: Operation, now: float) -> None:
+        """Tell whoever has not answered, and again in a while."""
+        pool = self._t.pool
+        members = pool.workers if op.role == "worker" else pool.launchers
+        self._tell(op, [member for member in members.values() if member.name in op.awaited])
+        self._t.timers.set((Alarm.ADAPTER, op.id, 0), now + self._t.config.resend)
 
     def _workers(self, names: Collection[str]) -> list[Worker]:
         return [worker for worker in self._t.pool.workers.values() if worker.name in names]
 
-    def _tell(self, op: _Operation, members: Iterable[Worker | Launcher]) -> None:
+    def _tell(self, op: Operation, members: Iterable[Worker | Launcher]) -> None:
         kind, route = Kind.LOAD if op.load else Kind.UNLOAD, codec.pack(op.order)
         for member in members:
             if isinstance(member, Worker) and op.load:
                 member.loading |= {op.id}
             self._t.out.append(Send(member.peer, Message(Header(kind, op.id), route)))
 
-    def _go_on(self, op: _Operation, now: float) -> None:
+    def _go_on(self, op: Operation, now: float) -> None:
         """To the next stage that anybody has a part in, when all of this one have answered; then to the end."""
-        while not op.stages[0][1]:
-            if op.failures and (op.load or op.stages[0][0] == "launcher"):
+        while not op.awaited:
+            if op.failures and (op.load or op.role == "launcher"):
                 self._fail(op, now)
                 self._catch_up(op, now)
                 return
@@ -407,33 +278,34 @@ class Adapters:
                 self._catch_up(op, now)
                 return
             op.since = now
-            self._tell(op, self._members(*op.stages[0]))
-            self._t.timers.set((Alarm.ADAPTER, op.id, 0), now + self._t.config.resend)
+            self._tell_all(op, now)
 
-    def _conclude(self, op: _Operation, now: float) -> None:
+    def _conclude(self, op: Operation, now: float) -> None:
         if op.load:
             for worker in self._workers(op.done):
                 self._serves(worker, op.done[worker.name], now)
         content = next((done.content for done in op.done.values() if done.content), "")
-        failure = _told(op, "was not unloaded everywhere") if op.failures else None
+        failure = op.failure("was not unloaded everywhere") if op.failures else None
         self._end(op, Done(failure, content, None, tuple(sorted(op.done)), bool(op.remembered)), now)
 
-    def _fail(self, op: _Operation, now: float) -> None:
+    def _fail(self, op: Operation, now: float) -> None:
         """Take back what was done, and say why."""
-        self._end(op, Done(_told(op, "was loaded nowhere" if op.load else "was not unloaded")), now, undone=op.load)
         if not op.load:
+            self._end(op, Done(op.failure("was not unloaded")), now)
             return
+        fresh = {worker.name for worker in self._workers(op.done) if worker.register.boot not in op.had}
+        self._end(op, Done(op.failure("was loaded nowhere", fresh)), now, undone=True)
         if op.asker is None:
             for worker in self._workers(op.failures if self._t.pool.launchers_of(op.order.name) else ()):
                 self._t.pool.leave_out(worker, op.order.name, op.failures[worker.name].message)
                 self._waiting.model_changed(op.order.name, now)
             return
         remembered = set() if op.had else op.remembered
-        stages: list[tuple[_Role, set[str]]] = [("launcher", remembered), ("worker", set(op.fresh))]
+        stages: list[tuple[Role, set[str]]] = [("launcher", remembered), ("worker", fresh)]
         if back := [stage for stage in stages if stage[1]]:
             self._by_itself(Kind.UNLOAD, op.order, back, now, single=False)
 
-    def _end(self, op: _Operation, answer: Done, now: float, *, undone: bool = False) -> None:
+    def _end(self, op: Operation, answer: Done, now: float, *, undone: bool = False) -> None:
         del self._operations[op.id]
         self._t.timers.cancel((Alarm.ADAPTER, op.id, 0))
         for worker in self._t.pool.workers.values():
@@ -454,7 +326,7 @@ class Adapters:
         if alarm in self._t.timers:
             self._t.timers.set(alarm, now)
 
-    def _catch_up(self, op: _Operation, now: float) -> None:
+    def _catch_up(self, op: Operation, now: float) -> None:
         """Workers that came when it was too late to take part are held to what is remembered."""
         name = op.order.name
         for entry in self._t.pool.run_time_adapters():
@@ -486,20 +358,3 @@ class Adapters:
             self._waiting.model_withdrawn(name, now, "it was unloaded")
         for model in worker.models:
             self._waiting.model_changed(model, now)
-
-
-def _told(op: _Operation, what: str) -> Failure:
-    """The failures of all members as one: the first one's code, and who said what."""
-    first = next(iter(op.failures.values()))
-    said = "; ".join(f"{name}: {shorten(f.message, _REASON)}" for name, f in _by_reason(op.failures).items())
-    undone = f"; taken back from {listed(op.fresh)}" if op.load and op.fresh else ""
-    retryable = all(failure.retryable for failure in op.failures.values())
-    return Failure(first.code, f"adapter {op.order.name!r} {what}: {said}{undone}", retryable, op.order.model)
-
-
-def _by_reason(failures: Mapping[str, Failure]) -> dict[str, Failure]:
-    """Those who say the same together, so that it is read once."""
-    names: dict[str, list[str]] = {}
-    for name in sorted(failures):
-        names.setdefault(failures[name].message, []).append(name)
-    return {listed(said): failures[said[0]] for said in names.values()}
