@@ -90,7 +90,6 @@ class Exchange:
         self._reported = 0  # position up to which the reader was asked to report
         self._connected = False
         self._cancelling = False
-        self._settled = False
         self._attaching = False  # SUBMIT was sent to a broker that is gone
         self._fingerprint: str | None = None  # of the weights that the tokens came from
         self._attempt = 0  # the highest one that anything came from
@@ -132,8 +131,7 @@ class Exchange:
                 self._resend_at = math.inf
                 return []
             case Refused(error):
-                self.stage = Stage.DONE
-                return self._fail(error)
+                return self._end(error)
             case _:
                 assert_never(event)
 
@@ -147,9 +145,8 @@ class Exchange:
             return [self._bare(Kind.CANCEL)]
         begins = self.stage is Stage.WAITING or event.fresh
         if begins and len(self.request.body) > event.max_body:
-            self.stage = Stage.DONE
             size, limit = len(self.request.body), event.max_body
-            return self._fail(PayloadTooLargeError(f"the request has {size} bytes, this broker accepts {limit}"))
+            return self._end(PayloadTooLargeError(f"the request has {size} bytes, this broker accepts {limit}"))
         if event.fresh and self.stage is not Stage.WAITING:
             return [self._reattach(now)]
         if self.stage is Stage.WAITING:
@@ -188,7 +185,7 @@ class Exchange:
         return Send(Message(Header(kind, self.request.id)))
 
     def _ponged(self) -> list[RequestAction]:
-        repeat = self._quiet and self.stage is Stage.OPEN and not self._settled
+        repeat = self._quiet and self.stage is Stage.OPEN
         self._quiet = True
         return [self._credit()] if repeat else []
 
@@ -215,7 +212,7 @@ class Exchange:
                 case kind if kind in wire.TERMINALS:
                     return self._terminal(message, now)
         except ProtocolError as error:
-            return self._fail(error) + self._close(now)
+            return self._abort(error, now)
         return []
 
     def _tokens(self, message: Message, now: float) -> list[RequestAction]:
@@ -301,12 +298,11 @@ class Exchange:
 
     def _outcome(self, message: Message) -> list[RequestAction]:
         if message.kind is not Kind.END:
-            return self._fail(codec.unpack(Failure, message.body, codec.BODY_LIMITS).error())
+            return self._failed(codec.unpack(Failure, message.body, codec.BODY_LIMITS).error())
         if message.header.seq != self.received:
-            return self._fail(CancelledError("the request was cancelled before all of its output was here"))
+            return self._failed(CancelledError("the request was cancelled before all of its output was here"))
         end = codec.unpack(End, message.body, codec.BODY_LIMITS)
         usage = self._deliver(end.usage)
-        self._settle()
         return [*usage, Finish(self.request.id, self._result(end, message.header.attempt))]
 
     def _result(self, end: End, attempt: int) -> Result:
@@ -331,38 +327,45 @@ class Exchange:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    def _settle(self) -> None:
-        self._settled = True
-        self._idle_at = self._resend_at = self._give_up_at = math.inf
+    @property
+    def _settled(self) -> bool:
+        """Whether the caller has an outcome."""
+        return self.stage in (Stage.CLOSING, Stage.DONE)
 
-    def _fail(self, error: LoopmuxError) -> list[RequestAction]:
+    def _failed(self, error: LoopmuxError) -> list[RequestAction]:
         """The caller's outcome is this error; nothing if there was an outcome already."""
         if self._settled:
             return []
-        self._settle()
         error.request_id = self.request.id.hex()
         error.model = error.model or self.request.submit.model
         error.partial_text = self.text
         return [Fail(self.request.id, error)]
 
-    def _close(self, now: float) -> list[RequestAction]:
-        """The outcome is settled; tell the broker until it confirms, unless it never heard of the request."""
+    def _end(self, error: LoopmuxError) -> list[RequestAction]:
+        """It fails, and the broker need not be told."""
+        failed = self._failed(error)
+        self.stage = Stage.DONE
+        return failed
+
+    def _abort(self, error: LoopmuxError, now: float) -> list[RequestAction]:
+        """It fails; the broker is told until it confirms, unless it never heard of the request."""
         if self.stage is Stage.WAITING:
-            self.stage = Stage.DONE
-            return []
-        self.stage = Stage.CLOSING
-        self._cancelling = True
-        self._give_up_at = now + KEPT
-        self._resend_at = now + RESEND if self._connected else math.inf
-        return [self._bare(Kind.CANCEL)] if self._connected else []
+            return self._end(error)
+        failed = self._failed(error)
+        self.stage, self._idle_at = Stage.CLOSING, math.inf
+        return failed + self._call_off(KEPT, now)
 
     def _cancel(self, now: float) -> list[RequestAction]:
         if self._settled or self._cancelling:
             return []
         if self.stage is Stage.WAITING:
-            return self._fail(CancelledError("the request was cancelled before it was sent")) + self._close(now)
+            return self._end(CancelledError("the request was cancelled before it was sent"))
+        return self._call_off(PATIENCE, now)
+
+    def _call_off(self, patience: float, now: float) -> list[RequestAction]:
+        """Ask the broker to cancel it, again and again for as long as there is patience."""
         self._cancelling = True
-        self._give_up_at = now + PATIENCE
+        self._give_up_at = now + patience
         self._resend_at = now + RESEND if self._connected else math.inf
         return [self._bare(Kind.CANCEL)] if self._connected else []
 
@@ -380,7 +383,7 @@ class Exchange:
 
     def _time_passed(self, now: float) -> list[RequestAction]:
         if now >= self._expires_at():
-            return self._fail(DeadlineExceededError(self._late())) + self._close(now)
+            return self._abort(DeadlineExceededError(self._late()), now)
         if now >= self._idle_at:
             return self._idle(now)
         if now >= self._give_up_at:
@@ -401,7 +404,7 @@ class Exchange:
         if self.received >= self._limit:  # it is the reader who does not take what is there
             return []
         quiet = f"no token came for {self.request.idle_timeout:g} s after {self.received} tokens"
-        return self._fail(DeadlineExceededError(f"{quiet} (idle_timeout)")) + self._close(now)
+        return self._abort(DeadlineExceededError(f"{quiet} (idle_timeout)"), now)
 
     def _give_up(self, now: float) -> list[RequestAction]:
         """The broker had its time: to confirm a cancellation, or to send the tokens that its terminal counts."""
@@ -410,6 +413,6 @@ class Exchange:
             self.stage = Stage.DONE
             return []
         if self._cancelling or self._early is None:
-            return self._fail(CancelledError("the request was cancelled")) + self._close(now)
+            return self._abort(CancelledError("the request was cancelled"), now)
         missing = f"{self._early.header.seq - self.received} tokens at the end of the output were lost"
-        return self._fail(ConnectionLostError(missing)) + self._close(now)
+        return self._abort(ConnectionLostError(missing), now)
