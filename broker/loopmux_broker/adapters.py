@@ -197,16 +197,14 @@ class Adapters:
             for op in self._operations.values()
         )
 
-    def lost(self, member: Worker | Launcher, why: str, now: float) -> None:
-        """A worker is gone. A launcher that is gone may come back, and is waited for."""
-        if not isinstance(member, Worker):
-            return
+    def lost(self, worker: Worker, why: str, now: float) -> None:
+        """A worker is gone. (A launcher that is gone may come back, and is waited for.)"""
         for op in list(self._operations.values()):
-            op.done.pop(member.name, None)
-            if op.waits_for("worker", member.name):
-                op.awaited.discard(member.name)
+            op.done.pop(worker.name, None)
+            if op.waits_for("worker", worker.name):
+                op.awaited.discard(worker.name)
                 if op.load:
-                    op.failures[member.name] = Failure("engine", f"it {why} while it loaded it", retryable=True)
+                    op.failures[worker.name] = Failure("engine", f"it {why} while it loaded it", retryable=True)
                 self._go_on(op, now)
 
     def delay(self, gap: float) -> None:

@@ -1,6 +1,7 @@
 """The broker's core: one event in, a list of actions out. No input or output, no clock.
 
-``ClientSide``, ``WorkerSide`` and ``AdminSide`` say what follows from a message. ``Entry`` lets requests in,
+``ClientSide``, ``WorkerSide`` and ``AdminSide`` say what follows from a message, and ``Membership`` from who comes and
+goes of workers and launchers. ``Entry`` lets requests in,
 ``Recovery`` takes up those of a former broker, ``Attempts`` gives them to workers, ``Ends`` ends them, ``Streams``
 sends output on; they share ``Tables``.
 """
@@ -39,6 +40,7 @@ from loopmux_broker.events import (
     WorkerSent,
 )
 from loopmux_broker.leases import Leases
+from loopmux_broker.membership import Membership
 from loopmux_broker.recovery import Recovery
 from loopmux_broker.streams import Streams
 from loopmux_broker.strikes import WINDOW
@@ -69,6 +71,7 @@ class Broker:
         self._recovery = Recovery(t, entry, self._attempts, self._leases, self._ends, self._waiting)
         self._adapters = Adapters(t, self._waiting)
         self._clients = ClientSide(t, entry, self._recovery, self._ends, self._streams, self._adapters)
+        self._members = Membership(t, self._attempts, self._leases, self._recovery, self._waiting, self._adapters)
         self._workers = WorkerSide(
             t,
             entry,
@@ -79,6 +82,7 @@ class Broker:
             self._waiting,
             self._streams,
             self._adapters,
+            self._members,
         )
         self._admins = AdminSide(t, self._attempts)
         self._warn_again_at: dict[str, float] = {}
@@ -198,7 +202,7 @@ class Broker:
         if client is not None and not pardoned:
             self._clients.lost(client, now)
         if member is not None:
-            self._workers.cut(member) if pardoned else self._workers.lost(member, "lost its connection", now)
+            self._members.cut(member) if pardoned else self._members.lost(member, "lost its connection", now)
 
     def _stalled(self, event: LoopStalled, now: float) -> None:
         """Nobody was silent while the broker itself was away; whoever took it for dead has the time to come back."""
@@ -253,11 +257,11 @@ class Broker:
                 },
             ),
             (lambda key: clients.by_peer.get(key[1]), {Alarm.CLIENT_SILENT: self._clients.silent}),
-            (lambda key: pool.member(key[1]), {Alarm.MEMBER_SILENT: self._workers.silent}),
+            (lambda key: pool.member(key[1]), {Alarm.MEMBER_SILENT: self._members.silent}),
             (
                 lambda key: pool.workers.get(key[1]),
                 {
-                    Alarm.STALL: self._workers.stalled,
+                    Alarm.STALL: self._members.stalled,
                     Alarm.DRAIN: self._attempts.hand_over,
                     Alarm.HELD: self._recovery.introduced,
                 },
@@ -266,7 +270,7 @@ class Broker:
                 lambda key: key[1],
                 {
                     Alarm.STRIKES: self._strikes_age,
-                    Alarm.LAUNCHER: self._workers.redeclared,
+                    Alarm.LAUNCHER: self._members.redeclared,
                     Alarm.ROUND: self._waiting.go_on,
                     Alarm.MISSED: self._waiting.missed,
                     Alarm.ADAPTER: self._adapters.ring,

@@ -32,7 +32,7 @@ from brokerkit import (
 from loopmux import codec, wire
 from loopmux.messages import Heartbeat, ModelStatus, Phase, Register, ServedModel, Status, Welcome
 from loopmux.wire import Header, Kind, Message
-from loopmux_broker import worker_side
+from loopmux_broker import membership
 from loopmux_broker.events import Action, LoopStalled, Send, TimerDue, say
 from loopmux_broker.requests import State
 
@@ -279,7 +279,7 @@ def test_a_launcher_that_leaves_takes_its_models_along(core: Core) -> None:
 def test_of_many_launchers_that_are_lost_the_longest_lost_are_not_waited_for(
     core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_side, "_LOST_LAUNCHERS", 2)
+    monkeypatch.setattr(membership, "_LOST_LAUNCHERS", 2)
     answers: list[Action] = []
     for n in range(4):
         core.launcher(name=f"host{n}")
