@@ -90,8 +90,6 @@ class Affinity:
         their state is there, and tools may make them longer than they look.
         """
         submit = request.submit
-        if submit.session is None:
-            return 0.0
         if submit.prompt_size >= _LONG:
             return min(worker.pace * submit.prompt_size, _LONGEST_WAIT)
         return min(worker.short, _LONGEST_WAIT) if submit.continues else 0.0

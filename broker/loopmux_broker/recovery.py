@@ -106,8 +106,6 @@ class Recovery:
 
     def unclaimed(self, request: Request, now: float) -> None:
         """The other half has not come in time."""
-        if request.state is not State.RECOVERING:
-            return
         if request.lease is None:
             self._begin_anew(request, now)
         else:
