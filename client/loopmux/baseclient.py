@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, Unpack
 
 from loopmux import wire
 from loopmux.codec import FieldError, build, pack, show
-from loopmux.driving import ForCaller
+from loopmux.driver import ForCaller
 from loopmux.endpoints import default_endpoint, ipc_path
 from loopmux.errors import BadRequestError
 from loopmux.events import Answer, Asked, Fail, Request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
-from loopmux.driving import Driver, ForCaller, Sink
+from loopmux.driver import Driver, ForCaller, Sink
 from loopmux.errors import CancelledError, LoopmuxError
 from loopmux.events import CancelAsked, Consumed, Deliver, Fail, Finish, Request, Submitted
 from loopmux.results import Result, StreamEvent, TextDelta

@@ -26,7 +26,7 @@ from loopmux.baseclient import (
     unload_order,
 )
 from loopmux.basestream import BaseStream
-from loopmux.driving import ForCaller
+from loopmux.driver import ForCaller
 from loopmux.errors import ConnectionLostError
 from loopmux.events import Asked, CancelAsked, Fail, Finish, Hinted, Request
 from loopmux.messages import (

@@ -1,4 +1,4 @@
-"""A connection core on its socket, as both clients drive it: ``pump`` in a thread, ``aio`` in the event loop."""
+"""A connection core on its socket, as both clients drive it: ``pump`` in a thread, ``aiodriver`` in the event loop."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What happens to a client's connection and its requests (events), and what there is to do about it (actions).
 
 Shared by the two pure cores, ``stream`` (one request) and ``connection`` (all requests of a client), and by the two
-shells, ``pump`` (a thread) and ``aio``.
+shells, ``pump`` (a thread) and ``aiodriver``.
 """
 
 from __future__ import annotations

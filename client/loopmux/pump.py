@@ -12,7 +12,7 @@ from collections import deque
 
 import zmq
 
-from loopmux.driving import Driver, Sink
+from loopmux.driver import Driver, Sink
 from loopmux.errors import AuthError, ConnectionLostError, LoopmuxError
 from loopmux.events import Asked, Closed, ConnectionEvent, Fail, Received, Submitted, TimePassed
 from loopmux.keys import Credentials

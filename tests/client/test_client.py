@@ -18,7 +18,7 @@ import pytest
 
 import loopmux
 from fakebroker import FakeBroker, wait_until, whole_text
-from loopmux import codec, connection, driving, keys, wire
+from loopmux import codec, connection, driver, keys, wire
 from loopmux.events import Finish
 from loopmux.messages import Generate, SessionHint, Submit
 from loopmux.wire import Kind, Message
@@ -467,7 +467,7 @@ def test_a_keyboard_interrupt_in_the_first_call_leaves_nothing_behind(
     assert not _threads()
 
 
-@pytest.mark.parametrize("instant", [(driving, "Link"), (threading.Thread, "start")])
+@pytest.mark.parametrize("instant", [(driver, "Link"), (threading.Thread, "start")])
 def test_a_handler_of_a_signal_may_close_the_client_in_its_first_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instant: tuple[object, str]
 ) -> None:
