@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 from collections.abc import Callable, Iterable
 from enum import Enum
 
 import zmq
 
-from loopmux.sockets import COMMON, NOW, SEAL, readable, send
+from loopmux.sockets import COMMON, NOW, SEAL, news, readable, send
 from loopmux.wire import CLIENT_BODY_LIMIT, WORKER_BODY_LIMIT, Kind, frames, message_limit, split
 from loopmux_broker.descriptors import most, turn_away
 from loopmux_broker.events import AdminSent, ClientSent, FramesSent, Peer, Sent, WorkerSent
@@ -24,8 +23,6 @@ _PASSED = 64
 """Frames of what has too many that are read at once: they take a tenth of a millisecond."""
 _NEWS = 2001
 """News of a monitor that are read at once: all that its pipe can hold."""
-_EVENT = struct.Struct("=Hi")
-"""First frame of a monitor's message: event number and descriptor."""
 _CLOSE_DEAD = {
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 30,
@@ -216,17 +213,16 @@ class Door:
 
     def watch(self) -> None:
         """Read the monitor: whose connections have closed, and whether there are too many."""
-        try:
-            for _ in range(_NEWS):
-                frame, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
-                event, descriptor = _EVENT.unpack(frame)
-                if event == zmq.EVENT_DISCONNECTED:
-                    self._lose(self._descriptors.closed(descriptor))
-                elif descriptor >= self._most:
-                    turn_away(descriptor)
-                    self.turned_away += 1
-        except zmq.Again:
-            return
+        for _ in range(_NEWS):
+            told = news(self.monitor)
+            if told is None:
+                return
+            event, descriptor = told
+            if event == zmq.EVENT_DISCONNECTED:
+                self._lose(self._descriptors.closed(descriptor))
+            elif descriptor >= self._most:
+                turn_away(descriptor)
+                self.turned_away += 1
 
     def _lose(self, peer: Peer | None) -> None:
         if peer is not None:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from types import FrameType, TracebackType
 
 from loopmux.errors import LoopmuxError
+from loopmux.pulse import exists
 
 PARENT_DIED = "parent died"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -32,7 +33,7 @@ class Parent:
     def dead(self) -> bool:
         """Whether it has ended."""
         if self.descriptor is None:
-            return not _alive(self._process)
+            return not exists(self._process)
         return bool(select.select([self.descriptor], [], [], 0)[0])
 
 
@@ -91,7 +92,7 @@ class Lifeline:
 
 def _process_descriptor(process: int) -> int | None:
     """A descriptor that is readable once the process has ended; None where the system has no such thing."""
-    if not _alive(process):
+    if not exists(process):
         raise LoopmuxError(f"--parent-pid {process}: there is no such process (any more), so nobody needs this broker")
     try:
         return os.pidfd_open(process)
@@ -99,13 +100,3 @@ def _process_descriptor(process: int) -> int | None:
         raise LoopmuxError(f"--parent-pid {process}: the process has just ended, so nobody needs this broker") from None
     except (OSError, AttributeError):
         return None
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

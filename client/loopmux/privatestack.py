@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -18,9 +17,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from loopmux import exitcodes
+from loopmux import exitcodes, program
 from loopmux.endpoints import ipc_path, private_folder, runtime_folder
 from loopmux.errors import ConfigError, ConnectionLostError, LoopmuxError
+from loopmux.pulse import exists
 
 _LAST_LINES = 20
 """Lines of a stack that did not start which its error carries."""
@@ -46,12 +46,8 @@ def launcher_command() -> list[str]:
     Raises:
         ConfigError: a package it needs is not installed.
     """
-    missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConfigError(
-            f"no broker is running, and starting one needs {', '.join(missing)}, which {sys.executable} does not have: "
-            "install Loopmux with its extra [server], in its source folder  pip install '.[server]'"
-        )
+    if missing := program.missing(_NEEDED):
+        raise ConfigError(program.needs("no broker is running, and starting one", missing, "server"))
     return [sys.executable, "-m", "loopmux_launcher"]
 
 
@@ -217,7 +213,8 @@ def _new_folder() -> Path:
     """A fresh folder for this process's stack, after removing those of processes that died without doing so."""
     parent = private_folder(runtime_folder())
     for old in parent.glob("private-*-*"):
-        if not _exists(old.name.split("-")[1]):
+        owner = old.name.split("-")[1]
+        if not (owner.isdecimal() and exists(int(owner))):
             shutil.rmtree(old, ignore_errors=True)
     # numbered on: what is left of a killed stack may still be on its way out of the folder before
     folder = parent / f"private-{os.getpid()}-{next(_numbers)}"
@@ -233,13 +230,3 @@ def _remove(folder: Path) -> None:
         if not folder.exists() or time.monotonic() > end:
             return
         time.sleep(_ON_ITS_WAY / 40)
-
-
-def _exists(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True

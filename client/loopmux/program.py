@@ -1,9 +1,11 @@
-"""Starting a program of the server side, which needs packages that the client does not."""
+"""Starting programs that need packages which the client does not, or saying what to install for them."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
+from collections.abc import Iterable
 
 from loopmux import exitcodes
 
@@ -17,11 +19,20 @@ def run(name: str, module: str) -> int:
     try:
         return int(importlib.import_module(module).main())
     except ModuleNotFoundError as error:
-        print(
-            f"{name}: needs {error.name}, which {sys.executable} does not have: "
-            "install Loopmux with its extra [server], in its source folder  pip install '.[server]'",
-            file=sys.stderr,
-        )
+        print(needs(f"{name}:", [str(error.name)], "server"), file=sys.stderr)
         return exitcodes.FAILURE
     except KeyboardInterrupt:
         return exitcodes.INTERRUPTED
+
+
+def missing(packages: Iterable[str]) -> list[str]:
+    """Those of these packages that are not installed here."""
+    return [package for package in packages if importlib.util.find_spec(package) is None]
+
+
+def needs(what: str, packages: Iterable[str], extra: str) -> str:
+    """What to tell people where something needs packages that are missing, all of them of one extra."""
+    return (
+        f"{what} needs {', '.join(packages)}, which {sys.executable} does not have: "
+        f"install Loopmux with its extra [{extra}], in its source folder  pip install '.[{extra}]'"
+    )

@@ -1,8 +1,20 @@
-"""Signs of life between two processes, which cost the one that gives them no call of the system, and their absence."""
+"""Signs of life of a process: that it is there, those that cost it no call of the system, and their absence."""
 
 from __future__ import annotations
 
 import mmap
+import os
+
+
+def exists(process: int) -> bool:
+    """Whether there is a process of this number, whoever's."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 class Pulse:

@@ -45,7 +45,7 @@ is not answered takes ``HANDSHAKE_IVL``.)"""
 _DESCRIPTORS = 12
 """Of a context with one socket and its connection (9), and of a thread that drives it."""
 _EVENT: Final = struct.Struct("=Hi")
-"""First frame of a monitor's message: event number and its value."""
+"""First frame of a monitor's message: event number and value."""
 _EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)  # plain numbers: an enum's `&` costs as much as asking the socket
 
 # The compiled method itself: what zmq.Socket wraps around it is for other types of sockets and doubles the cost.
@@ -76,6 +76,16 @@ def send(socket: zmq.Socket[bytes], data: bytes, to: bytes | None = None) -> Non
 def readable(socket: zmq.Socket[bytes]) -> bool:
     """Whether there is a message to receive."""
     return int(socket.get(_EVENTS)) & _READABLE != 0
+
+
+def news(monitor: zmq.Socket[bytes]) -> tuple[int, int] | None:
+    """The next event of a socket's monitor, its number and value; None if there is none now."""
+    try:
+        message, _endpoint = monitor.recv_multipart(NOW)
+    except zmq.Again:
+        return None
+    event, value = _EVENT.unpack(message)
+    return event, value
 
 
 def use_keys(socket: zmq.Socket[bytes], credentials: Credentials | None) -> None:
@@ -187,12 +197,8 @@ class Dealer:
 
     def news(self) -> bool | None:
         """What happened to the connection, in order: True, it is there; False, it is gone or barred; None, no more."""
-        while True:
-            try:
-                message, _endpoint = self.monitor.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return None
-            event, value = _EVENT.unpack(message)
+        while (told := news(self.monitor)) is not None:
+            event, value = told
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.connected, self._cut_off = True, None
                 return True
@@ -202,6 +208,7 @@ class Dealer:
             self.barred = self._why_barred(event, value)
             if self.barred:
                 return False
+        return None
 
     def _why_barred(self, event: int, value: int) -> str:
         """What a handshake that failed means; empty where the next one may succeed."""

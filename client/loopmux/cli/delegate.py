@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass
 
 from loopmux.errors import LoopmuxError
+from loopmux.program import missing, needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,8 @@ def run(name: str, arguments: list[str]) -> int:
         LoopmuxError: a package it needs is not installed here.
     """
     program = PROGRAMS[name]
-    missing = [package for package in program.needs if importlib.util.find_spec(package) is None]
-    if missing:
-        raise LoopmuxError(
-            f"`loopmux {name}` needs {', '.join(missing)}, which {sys.executable} does not have: "
-            f"install Loopmux with its extra [{program.extra}], in its source folder  pip install '.[{program.extra}]'"
-        )
+    if lacks := missing(program.needs):
+        raise LoopmuxError(needs(f"`loopmux {name}`", lacks, program.extra))
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, "-m", program.module, *program.words, *arguments])  # noqa: S606
