@@ -5,9 +5,9 @@ from __future__ import annotations
 from loopmux import codec, wire
 from loopmux.errors import BadRequestError, ProtocolError
 from loopmux.messages import Evict, Hello
-from loopmux.wire import Header, Kind, Message
+from loopmux.wire import Kind, Message
 from loopmux_broker.attempts import Attempts
-from loopmux_broker.ends import packed
+from loopmux_broker.ends import error_to
 from loopmux_broker.events import Log, Peer, Send, say
 from loopmux_broker.introductions import agree, no_common_version, welcome
 from loopmux_broker.report import reported
@@ -50,7 +50,7 @@ class AdminSide:
             evict.check()
             worker = self._t.pool.worker_named(evict.worker)
         except BadRequestError as error:
-            self._t.out.append(Send(peer, Message(Header(Kind.ERROR, question), body=packed(error))))
+            self._t.out.append(error_to(peer, error, question))
             return
         if not worker.draining:
             self._t.out.append(Log("info", "worker is drained", {"name": worker.name, "within": evict.within}))

@@ -19,7 +19,7 @@ from loopmux_broker.admin_side import AdminSide
 from loopmux_broker.attempts import Attempts
 from loopmux_broker.client_side import ClientSide
 from loopmux_broker.config import BrokerConfig
-from loopmux_broker.ends import Ends, protocol_failure
+from loopmux_broker.ends import Ends, error_to
 from loopmux_broker.entry import Entry
 from loopmux_broker.events import (
     Action,
@@ -151,7 +151,7 @@ class Broker:
         tables.counters["strikes"] += 1
         # Told under the request's id where the header can be read, so that the sender knows which one failed.
         request_id = data[6:22] if len(data) >= wire.HEADER_SIZE else wire.NO_ID
-        tables.out.append(protocol_failure(peer, error, request_id))
+        tables.out.append(error_to(peer, error, request_id))
         if tables.strikes.strike(peer, now):
             fields: dict[str, object] = {"peer": peer.hex()}
             if wire.foreign(data):

@@ -179,8 +179,8 @@ class Ends:
             self.forget(request)
 
 
-def protocol_failure(peer: Peer, error: LoopmuxError, request_id: bytes = wire.NO_ID) -> Send:
-    """The answer to what is no message, or none that this peer may send."""
+def error_to(peer: Peer, error: LoopmuxError, request_id: bytes = wire.NO_ID) -> Send:
+    """ERROR, to a peer whose message is none, or says what cannot be done for it."""
     return Send(peer, Message(Header(Kind.ERROR, request_id), body=packed(error)))
 
 

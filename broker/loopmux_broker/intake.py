@@ -43,9 +43,8 @@ def objection(pool: Pool, request: Request, *, settled: bool, returning: bool = 
         return failed_to_start(submit.model, declared.entry.detail)
     if not submit.wait and not returning:
         how = pool.standing(submit.model, request.arrived)
-        why = f"{how.phase}: {how.detail}" if how.detail else how.phase
         text = (
-            f"model {submit.model!r} has no worker now (it is {why}) and the request does not wait: submit it again "
+            f"model {submit.model!r} has no worker now (it is {how}) and the request does not wait: submit it again "
             "later, or with wait=True"
         )
         return OverloadedError(text, retry_after=_COLD_RETRY)

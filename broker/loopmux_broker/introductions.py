@@ -6,7 +6,7 @@ from loopmux import codec, wire
 from loopmux.errors import AuthError, ProtocolError
 from loopmux.messages import Welcome
 from loopmux.wire import Header, Kind, Message
-from loopmux_broker.ends import protocol_failure
+from loopmux_broker.ends import error_to
 from loopmux_broker.events import Action, Log, Peer, Send
 from loopmux_broker.tables import Tables
 
@@ -20,7 +20,7 @@ def no_common_version(peer: Peer, versions: tuple[int, ...]) -> Send:
     """The answer to a peer whose protocol versions are all unknown here."""
     theirs, ours = (", ".join(map(str, v)) or "none" for v in (versions, wire.VERSIONS))
     text = f"no common protocol version: the peer speaks {theirs}, the broker {ours}; install one release everywhere"
-    return protocol_failure(peer, ProtocolError(text))
+    return error_to(peer, ProtocolError(text))
 
 
 def another_key(tables: Tables, peer: Peer, role: str, name: str, key: str, holder: str) -> list[Action]:
@@ -28,7 +28,7 @@ def another_key(tables: Tables, peer: Peer, role: str, name: str, key: str, hold
     tables.counters["other_keys"] += 1
     fields: dict[str, object] = {"role": role, "name": name, "key": key, "known_under": holder}
     error = AuthError(f"this {role} is known here under another key than the one that it comes with: use that one")
-    return [Log("warning", "another key", fields), protocol_failure(peer, error)]
+    return [Log("warning", "another key", fields), error_to(peer, error)]
 
 
 def welcome(tables: Tables, peer: Peer, version: int, max_body: int, introduction: int) -> Send:

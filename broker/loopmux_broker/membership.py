@@ -10,7 +10,7 @@ from loopmux.messages import Register
 from loopmux.wire import ID_SIZE, WORKER_BODY_LIMIT, Kind, Message
 from loopmux_broker.adapters import Adapters
 from loopmux_broker.attempts import Attempts
-from loopmux_broker.ends import protocol_failure
+from loopmux_broker.ends import error_to
 from loopmux_broker.events import Log, Peer, Send, say
 from loopmux_broker.introductions import agree, another_key, no_common_version, welcome
 from loopmux_broker.leases import Leases
@@ -84,7 +84,7 @@ class Membership:
                 f"the {register.role} name {register.name!r} is taken by a living process "
                 f"(pid {holder.register.pid} on {holder.register.host or 'this host'}): stop it or choose another name"
             )
-            self._t.out.append(protocol_failure(peer, BadRequestError(text)))
+            self._t.out.append(error_to(peer, BadRequestError(text)))
         return False
 
     def _join(

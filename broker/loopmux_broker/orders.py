@@ -65,9 +65,8 @@ def _workers_of(tables: Tables, model: str) -> set[str]:
     workers = _running(pool, model)
     if not workers:
         how = pool.standing(model, 0.0)
-        why = f"{how.phase}: {how.detail}" if how.detail else how.phase
         raise OverloadedError(
-            f"model {model!r} has no worker now (it is {why}): adapters are loaded into workers that run; try "
+            f"model {model!r} has no worker now (it is {how}): adapters are loaded into workers that run; try "
             "again when there is one",
             retry_after=RETRY,
         )

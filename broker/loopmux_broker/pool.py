@@ -198,6 +198,9 @@ class Standing:
     elapsed: float = 0.0
     detail: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.phase}: {self.detail}" if self.detail else self.phase
+
 
 _WITHDRAWN = 1000
 """Names of models that were taken back, of which so many are kept; beyond that, those that workers still serve."""
