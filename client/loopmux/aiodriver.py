@@ -13,8 +13,8 @@ import os
 import warnings
 import weakref
 
-from loopmux.driver import Driver, Sink
-from loopmux.errors import AuthError, ConnectionLostError
+from loopmux.driver import Driver, Sink, closed
+from loopmux.errors import AuthError
 from loopmux.events import Asked, CancelAsked, Closed, ConnectionEvent, Fail, Received, Submitted, TimePassed
 from loopmux.keys import Credentials
 
@@ -39,11 +39,10 @@ class AsyncDriver(Driver):
 
     def start(self, event: Submitted | Asked, sink: Sink) -> None:
         """Begin a request or a question whose outcome and events go to ``sink``."""
-        id_ = event.request.id if isinstance(event, Submitted) else event.id
         if self._link.barred:  # as soon as it was made: nothing comes from it any more
-            sink(Fail(id_, AuthError(self._link.barred)))
+            sink(Fail(event.id, AuthError(self._link.barred)))
             return
-        self._sinks[id_] = sink
+        self._sinks[event.id] = sink
         self.post(event)
 
     def post(self, event: ConnectionEvent) -> None:
@@ -182,7 +181,7 @@ class AsyncChannel:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ConnectionLostError("the client is closed: make another one", retryable=False)
+            raise closed()
 
     def close(self) -> None:
         """Close for good; a second time does nothing. A driver whose loop runs elsewhere is closed there, soon."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from loopmux import __version__
 from loopmux.connection import Connection
+from loopmux.errors import ConnectionLostError
 from loopmux.events import (
     Answer,
     Asked,
@@ -27,6 +28,11 @@ ForCaller = Deliver | Finish | Fail | Answer
 """What the core has for whoever asked for something."""
 Sink = Callable[[ForCaller], object]
 """Where what concerns one request or question goes; called by whoever drives the connection."""
+
+
+def closed() -> ConnectionLostError:
+    """The error for whoever uses a client that was closed."""
+    return ConnectionLostError("the client is closed: make another one", retryable=False)
 
 
 class Driver(ABC):

@@ -93,6 +93,11 @@ class Submitted:
 
     request: Request
 
+    @property
+    def id(self) -> bytes:
+        """The request's, as ``Asked`` has its own."""
+        return self.request.id
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:

@@ -12,8 +12,8 @@ from collections import deque
 
 import zmq
 
-from loopmux.driver import Driver, Sink
-from loopmux.errors import AuthError, ConnectionLostError, LoopmuxError
+from loopmux.driver import Driver, Sink, closed
+from loopmux.errors import AuthError, LoopmuxError
 from loopmux.events import Asked, Closed, ConnectionEvent, Fail, Received, Submitted, TimePassed
 from loopmux.keys import Credentials
 
@@ -34,7 +34,7 @@ class Pump(Driver):
         super().__init__(endpoint, connect_timeout, credentials)
         self._posted: deque[ConnectionEvent] = deque()
         self._asleep = False
-        self._why_ended: LoopmuxError = _closed()
+        self._why_ended: LoopmuxError = closed()
         self.ended = False
         self._bell, self._button = socket.socketpair()
         self._bell.setblocking(False)
@@ -52,12 +52,11 @@ class Pump(Driver):
 
     def start(self, event: Submitted | Asked, sink: Sink) -> None:
         """Begin a request or a question whose outcome and events go to ``sink``."""
-        id_ = event.request.id if isinstance(event, Submitted) else event.id
-        self._sinks[id_] = sink
+        self._sinks[event.id] = sink
         self.post(event)
-        if self.ended and id_ in self._sinks:  # the thread ended before it could see the event
-            self.forget(id_)
-            sink(Fail(id_, self._why_ended))
+        if self.ended and event.id in self._sinks:  # the thread ended before it could see the event
+            self.forget(event.id)
+            sink(Fail(event.id, self._why_ended))
 
     def post(self, event: ConnectionEvent) -> None:
         """Hand an event to the thread."""
@@ -161,10 +160,6 @@ class Pump(Driver):
         return True
 
 
-def _closed() -> ConnectionLostError:
-    return ConnectionLostError("the client is closed: make another one", retryable=False)
-
-
 class Channel:
     """The way to a broker that a client and its ``with_options`` copies share; opened at the first use.
 
@@ -204,7 +199,7 @@ class Channel:
                 self._open()
             if self._closed or self._pump is None:
                 self._stop()  # what was begun while a handler closed it
-                raise _closed()
+                raise closed()
             return self._pump
 
     def mention(self, event: ConnectionEvent) -> None:
@@ -216,7 +211,7 @@ class Channel:
         self._ours()
         with self._lock:
             if self._closed:
-                raise _closed()
+                raise closed()
             pump = self._pump
         if pump is not None and not pump.ended:
             pump.post(event)
