@@ -79,7 +79,6 @@ class Failed:
     """A request could not be run or continued; the engine goes on without it."""
 
     key: Key
-    total: int
     error: LoopmuxError
     usage: Usage = field(default_factory=Usage)
 

@@ -244,7 +244,7 @@ class EchoEngine(Engine):
             if running.position == settings.fail_after:
                 del self._running[key]
                 error = EngineError(f"echo.fail_after: position {running.position} was reached")
-                failed = Failed(key, running.position, error, Usage(running.prompt, running.position))
+                failed = Failed(key, error, Usage(running.prompt, running.position))
                 return [*([Produced(key, start, tuple(ids), text, tuple(calls))] if ids else []), failed]
             token, piece, new = self._produce(running)
             ids.append(token)

@@ -182,8 +182,8 @@ class PlainEngine(Engine):
                     self._done.put(self._finished(task))
             except Exception as error:  # noqa: BLE001 - it ends this request; the next one may well run
                 self._note_failure(error)
-                total = task.request.reader.total
-                self._done.put(Failed(task.job.key, total, engine_error("generate()", error), task.usage(total)))
+                usage = task.usage(task.request.reader.total)
+                self._done.put(Failed(task.job.key, engine_error("generate()", error), usage))
 
     def _let_go(self, leave: _Leave) -> None:
         try:

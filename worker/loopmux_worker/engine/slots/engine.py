@@ -264,7 +264,7 @@ class SlotsEngine(Engine):
     def _fail(self, task: Task, error: LoopmuxError) -> Failed:
         self._scheduler.remove(task.job.key, time.monotonic(), park=False)
         del self._tasks[task.job.key]
-        return Failed(task.job.key, task.request.reader.total, error, task.usage())
+        return Failed(task.job.key, error, task.usage())
 
     def _not_copied(self, copies: list[Copy], error: Exception) -> None:
         """Rows could not be copied: who was to get them waits again, and computes its beginning itself."""
