@@ -31,16 +31,13 @@ from loopmux_launcher.config import Configuration
 from loopmux_launcher.console import Console
 from loopmux_launcher.events import (
     Action,
-    AdapterOrdered,
     AdaptersSaved,
     Announce,
     AnswerOrder,
     Began,
-    BrokerWelcomed,
     BuildEnvironment,
     ConfigurationChanged,
     ConfigurationRefused,
-    DemandReported,
     EnvironmentFailed,
     EnvironmentProgressed,
     EnvironmentReady,
@@ -63,7 +60,7 @@ from loopmux_launcher.events import (
 from loopmux_launcher.groups import Group, group
 from loopmux_launcher.guard import Guard
 from loopmux_launcher.lifecycle import STOP_GRACE
-from loopmux_launcher.link import Demanded, Link, Ordered, Refused, Welcomed
+from loopmux_launcher.link import Link, Refused
 from loopmux_launcher.plan import BROKER, Plan
 from loopmux_launcher.probe import worker_command, worker_variables
 from loopmux_launcher.processes import Child, Said, broker_line, phase_line
@@ -434,14 +431,10 @@ class Launcher:
         except ProtocolError as error:
             self._console.announce(Announce("launcher", f"the broker sent something malformed: {error}", "warning"))
             return
-        if isinstance(news, Welcomed):
-            self._handle(BrokerWelcomed())
-        elif isinstance(news, Demanded):
-            self._handle(DemandReported(news.demand))
-        elif isinstance(news, Ordered):
-            self._handle(AdapterOrdered(news.id, news.order, news.load))
-        elif isinstance(news, Refused):
+        if isinstance(news, Refused):
             raise LoopmuxError(f"the broker at {self._endpoint} refused this launcher: {news.reason}")
+        if news is not None:
+            self._handle(news)
 
     def _send(self, messages: list[Message]) -> None:
         if self._dealer.send(map(to_bytes, messages)) < len(messages):
