@@ -101,7 +101,7 @@ class PlainEngine(Engine):
         if task is None:
             return None
         task.cancelled.set()
-        return task.usage(task.reported)
+        return task.request.usage(task.reported)
 
     def hint(self, hint: SessionHint) -> None:
         """Nothing is kept of sessions."""
@@ -182,7 +182,7 @@ class PlainEngine(Engine):
                     self._done.put(self._finished(task))
             except Exception as error:  # noqa: BLE001 - it ends this request; the next one may well run
                 self._note_failure(error)
-                usage = task.usage(task.request.reader.total)
+                usage = task.request.usage(task.request.reader.total)
                 self._done.put(Failed(task.job.key, engine_error("generate()", error), usage))
 
     def _let_go(self, leave: _Leave) -> None:
@@ -222,11 +222,10 @@ class PlainEngine(Engine):
             )
 
     def _finished(self, task: Task) -> Finished:
-        reader = task.request.reader
-        total, reason = reader.total, reader.reason
-        if reason is None:
+        total = task.request.reader.total
+        if task.request.reader.reason is None:
             raise EngineError(f"generate() returned after {total} of {task.request.limit} tokens without a reason")
-        return Finished(task.job.key, total, reason, task.usage(total), task.timing(time.monotonic()))
+        return task.finished(task.request.usage(total), time.monotonic())
 
     def _note(self, output: Output) -> bool:
         """Keep the books on an output; False for one of a request that was cancelled meanwhile."""

@@ -10,16 +10,16 @@ import torch
 
 from loopmux.errors import AdapterNotFoundError, BadRequestError
 from loopmux.messages import Generate
-from loopmux.results import Timing, Usage
+from loopmux.results import Usage
 from loopmux_worker.causes import panics_as_errors
 from loopmux_worker.engine import admission, templates
-from loopmux_worker.engine.base import Job, timing_of
+from loopmux_worker.engine.base import Finished, Job, Produced, timing_of
 from loopmux_worker.engine.continuing import Prompt
 from loopmux_worker.engine.grammars import asked, matching
 from loopmux_worker.engine.loading import Loaded
 from loopmux_worker.engine.models import Models
 from loopmux_worker.engine.output import Piece, Reader
-from loopmux_worker.engine.sampling import Sampler, seed_of
+from loopmux_worker.engine.sampling import Pick, Sampler, seed_of
 from loopmux_worker.engine.served import Served
 
 
@@ -84,10 +84,20 @@ class Running:
     started: float | None = None
     first: float | None = None
 
-    def timing(self, now: float) -> Timing:
-        """Where the time went, seconds."""
-        tokens = self.request.reader.total - len(self.job.prefix)
-        return timing_of(self.arrived, self.started, self.first, now, tokens)
+    def produced(self, pick: Pick, now: float) -> Produced:
+        """Take in a token that was chosen, and say what it brings."""
+        position = self.request.reader.total
+        piece = self.request.push(pick.token)
+        self.first = self.first or now
+        logprobs = (pick.logprob,) if pick.logprob else ()
+        return Produced(self.job.key, position, (pick.token,), piece.text, piece.calls, logprobs, piece.reasoning)
+
+    def finished(self, usage: Usage, now: float) -> Finished:
+        """Its end, which its last token has brought."""
+        total, reason = self.request.reader.total, self.request.reader.reason
+        assert reason is not None
+        timing = timing_of(self.arrived, self.started, self.first, now, total - len(self.job.prefix))
+        return Finished(self.job.key, total, reason, usage, timing)
 
 
 class Requests:

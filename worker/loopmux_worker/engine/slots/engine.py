@@ -28,7 +28,6 @@ from loopmux_worker.engine.base import (
     Key,
     Load,
     Output,
-    Produced,
     engine_error,
 )
 from loopmux_worker.engine.failures import Failures
@@ -237,17 +236,12 @@ class SlotsEngine(Engine):
         task = self._tasks[key]
         if isinstance(pick, EngineError):
             return [self._fail(task, pick)]
-        request = task.request
-        position = request.reader.total
         try:
-            piece = request.push(pick.token)
+            out: list[Output] = [task.produced(pick, now)]
         except Exception as error:  # noqa: BLE001 - reading a token is that request's alone
             logs.exception("reading a token failed", request=key.request.hex())
             return [self._fail(task, engine_error("the engine", error))]
-        task.first = task.first or now
-        logprobs = (pick.logprob,) if pick.logprob else ()
-        out: list[Output] = [Produced(key, position, (pick.token,), piece.text, piece.calls, logprobs, piece.reasoning)]
-        if request.reader.reason is None:
+        if task.request.reader.reason is None:
             self._scheduler.append(key, pick.token)
         else:
             out.append(self._end(task))
@@ -257,9 +251,7 @@ class SlotsEngine(Engine):
         now = time.monotonic()
         self._scheduler.remove(task.job.key, now)
         del self._tasks[task.job.key]
-        reader = task.request.reader
-        assert reader.reason is not None
-        return Finished(task.job.key, reader.total, reader.reason, task.usage(), task.timing(now))
+        return task.finished(task.usage(), now)
 
     def _fail(self, task: Task, error: LoopmuxError) -> Failed:
         self._scheduler.remove(task.job.key, time.monotonic(), park=False)
