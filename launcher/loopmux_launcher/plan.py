@@ -316,7 +316,7 @@ class Plan:
                 yield Finish(self.exit_code)
 
     def _busy(self) -> bool:
-        building = any(premises.state in ("building", "unused") for premises in self.fleet.premises.values())
+        building = any(premises.building for premises in self.fleet.premises.values())
         return building or any(process.runs for process in self.fleet.processes())
 
     def _tell_ready(self, now: float) -> Iterator[Action]:
