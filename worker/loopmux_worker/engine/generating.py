@@ -14,18 +14,19 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from loopmux_worker.engine.base import Output
-from loopmux_worker.engine.requests import Running
+from loopmux_worker.engine.requests import Request
 from loopmux_worker.engine.sampling import Pick
 
 
 @dataclass(slots=True)
-class Task(Running):
+class Task:
     """A request on its way through ``generate()``.
 
     ``cancelled`` is the one field that two threads use: the engine's sets it, the helper's looks at it between tokens.
     ``again`` are known tokens that are to be computed one by one all the same, as they were at first.
     """
 
+    request: Request
     cancelled: threading.Event = field(default_factory=threading.Event)
     again: deque[int] = field(default_factory=deque)
     pick: Pick | None = None
@@ -61,6 +62,6 @@ class Read(StoppingCriteria):  # type: ignore[misc]
         """Whether to stop, shape (1,)."""
         task = self._task
         if not task.cancelled.is_set() and task.pick is not None:
-            self._report.put(task.produced(task.pick, time.monotonic()))
+            self._report.put(task.request.produced(task.pick, time.monotonic()))
         ended = task.cancelled.is_set() or task.request.reader.reason is not None
         return torch.tensor([ended], device=input_ids.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from loopmux_worker.engine.base import (
 )
 from loopmux_worker.engine.failures import Failures
 from loopmux_worker.engine.models import Models
-from loopmux_worker.engine.requests import Prepared, Requests, Running
+from loopmux_worker.engine.requests import Prepared, Request, Requests
 from loopmux_worker.engine.sampling import Pick, choose_rows
 from loopmux_worker.engine.slots.forward import Forward
 from loopmux_worker.engine.slots.pace import Pace
@@ -41,10 +41,11 @@ from loopmux_worker.engine.slots.schedule import Plan, Scheduler, Segment, Seque
 
 
 @dataclass(slots=True)
-class Task(Running):
+class Task:
     """A request on its way; it starts when its first prompt token is computed."""
 
-    sequence: Sequence = field(kw_only=True)
+    request: Request
+    sequence: Sequence
 
     def usage(self) -> Usage:
         """Token counts so far."""
@@ -102,7 +103,7 @@ class SlotsEngine(Engine):
             job.run.session,
             len(request.prompt) if request.exact else None,
         )
-        task = self._tasks[job.key] = Task(job, request, prepared.arrived, sequence=sequence)
+        task = self._tasks[job.key] = Task(request, sequence)
         if request.reader.reason is None:
             self._scheduler.add(sequence)
         else:  # the lost attempt had produced the last token already
@@ -200,8 +201,8 @@ class SlotsEngine(Engine):
     def _note(self, task: Task, segment: Segment, began: float) -> None:
         """Keep the books on a computed segment."""
         prompt = len(task.request.prompt)
-        if task.started is None:
-            task.started = began
+        if task.request.started is None:
+            task.request.started = began
             self._cached += task.usage().cached_tokens
         self._computed += max(0, min(segment.start + segment.count, prompt) - segment.start)
 
@@ -237,7 +238,7 @@ class SlotsEngine(Engine):
         if isinstance(pick, EngineError):
             return [self._fail(task, pick)]
         try:
-            out: list[Output] = [task.produced(pick, now)]
+            out: list[Output] = [task.request.produced(pick, now)]
         except Exception as error:  # noqa: BLE001 - reading a token is that request's alone
             logs.exception("reading a token failed", request=key.request.hex())
             return [self._fail(task, engine_error("the engine", error))]
@@ -249,14 +250,15 @@ class SlotsEngine(Engine):
 
     def _end(self, task: Task) -> Finished:
         now = time.monotonic()
-        self._scheduler.remove(task.job.key, now)
-        del self._tasks[task.job.key]
-        return task.finished(task.usage(), now)
+        self._scheduler.remove(task.sequence.key, now)
+        del self._tasks[task.sequence.key]
+        return task.request.finished(task.usage(), now)
 
     def _fail(self, task: Task, error: LoopmuxError) -> Failed:
-        self._scheduler.remove(task.job.key, time.monotonic(), park=False)
-        del self._tasks[task.job.key]
-        return Failed(task.job.key, error, task.usage())
+        key = task.sequence.key
+        self._scheduler.remove(key, time.monotonic(), park=False)
+        del self._tasks[key]
+        return Failed(key, error, task.usage())
 
     def _not_copied(self, copies: list[Copy], error: Exception) -> None:
         """Rows could not be copied: who was to get them waits again, and computes its beginning itself."""
