@@ -49,7 +49,7 @@ class Task:
 
     def usage(self) -> Usage:
         """Token counts so far."""
-        return self.request.usage(self.request.reader.total, self.sequence.cached)
+        return self.request.usage(self.request.reader.total, self.sequence.cached or 0)
 
 
 class SlotsEngine(Engine):
