@@ -23,7 +23,7 @@ class Group:
 
     Attributes:
         fewest: processes that always run.
-        most: processes that may run when they are needed; never below ``fewest``.
+        most: processes that may run when they are needed, where these are more than ``fewest``; see ``limit``.
         idle_timeout: seconds without requests after which one beyond ``fewest`` stops.
         memory: GiB that each takes.
         shares_cores: its number of threads was not asked for: it follows from how many processes the host has.

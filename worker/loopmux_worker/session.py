@@ -220,7 +220,7 @@ class Session:
             case Kind.SESSION:
                 return [Hint(unpack(SessionHint, message.route))]
             case Kind.DRAIN:
-                return self._evicted(header.arg / 1000, now)
+                return self._leave_within(header.arg / 1000, now)
             case Kind.LOAD | Kind.UNLOAD if self._welcomed:
                 return self._adapt(message)
             case Kind.DIE:
@@ -310,11 +310,10 @@ class Session:
         if self._signalled <= leave_at or not self._welcomed or not self._requests:
             return self._goodbye()
         self._signalled = leave_at
-        self._leave_at = min(leave_at, self._leave_at)
-        return [self._drain(now)]
+        return self._leave_within(within, now)
 
-    def _evicted(self, within: float, now: float) -> list[Action]:
-        """An administrator wants this worker empty, and the broker says it until it hears DRAIN itself."""
+    def _leave_within(self, within: float, now: float) -> list[Action]:
+        """Take nothing more. Where an administrator wants that, the broker says it until it hears DRAIN itself."""
         self._leave_at = min(now + within, self._leave_at)
         return [self._drain(now)]
 
