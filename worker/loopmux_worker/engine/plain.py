@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from loopmux.errors import EngineError
-from loopmux.messages import ServedModel, SessionHint
+from loopmux.messages import ServedModel
 from loopmux.results import Usage
 from loopmux_worker import logs
 from loopmux_worker.causes import DeviceLostError
@@ -102,9 +102,6 @@ class PlainEngine(Engine):
             return None
         task.cancelled.set()
         return task.request.usage(task.reported)
-
-    def hint(self, hint: SessionHint) -> None:
-        """Nothing is kept of sessions."""
 
     def step(self) -> list[Output]:
         """What the helper thread has made since the last call; waits a moment for something."""

@@ -143,10 +143,6 @@ class SlotsEngine(Engine):
         core = self._scheduler
         return Load(core.running, core.waiting, self._progress, cached=self._cached, computed=self._computed)
 
-    def can_load(self) -> bool:
-        """Always: between two steps nothing runs."""
-        return True
-
     def load_adapter(self, name: str, directory: str, like: str = "") -> ServedModel:
         """Load an adapter between two steps."""
         return self._models.load_adapter(name, directory, like)
@@ -162,9 +158,6 @@ class SlotsEngine(Engine):
             for name in leaving - {task.request.adapter for task in self._tasks.values()}:
                 self._scheduler.rows.forget(self._models.identity(name))
                 self._models.unload(name)
-
-    def close(self) -> None:
-        """Nothing runs beside the steps."""
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
