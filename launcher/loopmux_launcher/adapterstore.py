@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 from loopmux.codec import FieldError, build
 from loopmux.errors import ConfigError
+from loopmux_launcher import atomic
 from loopmux_launcher.adapters import Added
 
 
@@ -31,19 +31,10 @@ def read(file: Path) -> tuple[Added, ...]:
 
 
 def write(file: Path, added: Iterable[Added]) -> None:
-    """Remember these and no others; whatever happens on the way, the file is the former one or this one.
+    """Remember these and no others.
 
     Raises:
         OSError: it cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f"{file.name}.new")
-    try:
-        with fresh.open("w") as stream:
-            json.dump([asdict(one) for one in added], stream, indent=2)
-            stream.flush()
-            os.fsync(stream.fileno())
-        fresh.replace(file)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
+    atomic.write(file, json.dumps([asdict(one) for one in added], indent=2))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
 def write(path: Path, text: str) -> None:
-    """Write a text in UTF-8, in place of what is there.
+    """Write a text in UTF-8, in place of what is there; it lasts when this returns.
 
     Raises:
         OSError: it cannot be written; nothing is left of the trial.
     """
     beside = path.with_name(f".{path.name}.new")
     try:
-        beside.write_text(text, encoding="utf-8")
+        with beside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
         beside.rename(path)
     except OSError as error:
         beside.unlink(missing_ok=True)

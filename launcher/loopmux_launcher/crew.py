@@ -20,19 +20,23 @@ class Premises:
     """An environment that workers are to run in.
 
     Attributes:
-        state: wanted: to be built when somebody needs it; unused: no group names it any more, its build is being ended.
+        state: wanted: to be built when somebody needs it; abandoned: its build is being ended, and is worth nothing: no
+            group names it any more, or its declaration has changed.
         python: its interpreter, once it was ready; stays while it is built again by another declaration.
         changed: processes that run were started in what an earlier declaration made.
-        again: the declaration changed in the middle of a build, which therefore is worth nothing.
     """
 
     name: str
-    state: Literal["wanted", "building", "ready", "failed", "unused"] = "wanted"
+    state: Literal["wanted", "building", "abandoned", "ready", "failed"] = "wanted"
     python: str = ""
     detail: str = ""
     since: float = 0.0
     changed: bool = False
-    again: bool = False
+
+    @property
+    def building(self) -> bool:
+        """Whether a builder is at it."""
+        return self.state in ("building", "abandoned")
 
 
 class Crew:
@@ -141,7 +145,7 @@ class Crew:
             return "ready", parked[0].parked_because() if parked else "", ready
         if premises and premises.state == "failed":
             return "failed", premises.detail, 0
-        if premises and premises.state == "building" and self.scaling.wanted:
+        if premises and premises.building and self.scaling.wanted:
             return "building", premises.detail, 0
         without = [process for process in processes if process.state is State.READY]
         if processes and len(without) + len(parked) == len(processes):

@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,9 +19,8 @@ from loopmux_launcher.config import Configuration, Environment
 from loopmux_launcher.console import Console
 from loopmux_launcher.events import Announce
 from loopmux_launcher.interpreters import EnvironmentUnusable
+from loopmux_launcher.progress import Report
 from loopmux_launcher.reader import load
-
-Report = Callable[[str], None]
 
 
 def _build(options: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +22,7 @@ from loopmux_launcher.installer import Installation, Log
 from loopmux_launcher.interpreters import EnvironmentUnusable, Interpreter
 from loopmux_launcher.lock import locked
 from loopmux_launcher.probe import probe
-
-Report = Callable[[str], None]
+from loopmux_launcher.progress import Report
 
 
 def prepare(
@@ -43,7 +42,6 @@ def prepare(
         folder: where environments are kept (``envs``).
         code: the folder with the workers' code.
         log: file for the full output of the installer.
-        report: told what is being done, one line at a time.
         torch: whether workers in it need torch, transformers and peft (all but the echo engine do).
         anew: build it beside the one that is there.
         forward: give up an earlier rollback.

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from loopmux_launcher import atomic
@@ -57,7 +57,7 @@ def read_marker(target: Path) -> Built | None:
         built = Built(**json.loads((target / MARKER).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
-    built = Built(Path(built.python), built.summary, built.version, built.torch, built.code, built.when)
+    built = replace(built, python=Path(built.python))
     return built if built.python.exists() else None
 
 

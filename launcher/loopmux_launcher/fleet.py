@@ -232,13 +232,13 @@ class Fleet:
     def _verdict(self, name: str) -> Premises | None:
         """The environment that a build was for; None if that has come to nothing meanwhile."""
         premises = self.premises[name]
-        if premises.state == "unused":
+        if premises.state != "abandoned":
+            return premises
+        if self._inside(name):
+            premises.state, premises.detail = "wanted", ""
+        else:
             del self.premises[name]
-            return None
-        if premises.again:
-            premises.again, premises.state, premises.detail = False, "wanted", ""
-            return None
-        return premises
+        return None
 
     def _inside(self, environment: str) -> list[Crew]:
         return [crew for crew in self.crews.values() if crew.group.environment == environment]
@@ -295,25 +295,19 @@ class Fleet:
         for name in named - self.premises.keys():
             self.premises[name] = Premises(name)
         for name, premises in list(self.premises.items()):
-            building = premises.state in ("building", "unused")
-            if name not in named:
-                self.notes.pop(f"environment {name}", None)
-                if building:
-                    premises.state = "unused"
-                    yield StopBuild(name)
-                else:
-                    del self.premises[name]
-            elif name in event.environments or premises.state == "unused":
-                self.notes.pop(f"environment {name}", None)
-                premises.changed = bool(premises.python)
-                premises.again = building
-                if building:
-                    premises.state = "building"
-                    yield StopBuild(name)
-                else:
+            if name in named and name not in event.environments:
+                if event.retry and not premises.building:
                     premises.state = "wanted"
-            elif event.retry and not building:
+                continue
+            self.notes.pop(f"environment {name}", None)
+            premises.changed = bool(premises.python)
+            if premises.building:
+                premises.state = "abandoned"
+                yield StopBuild(name)
+            elif name in named:
                 premises.state = "wanted"
+            else:
+                del self.premises[name]
 
 
 def _outdate(crew: Crew, *, last_of_its_kind: bool = False) -> None:

@@ -23,7 +23,7 @@ class Group:
 
     Attributes:
         fewest: processes that always run.
-        most: processes that may run when they are needed; never below ``fewest``.
+        most: processes that may run when they are needed, where these are more than ``fewest``; see ``limit``.
         idle_timeout: seconds without requests after which one beyond ``fewest`` stops.
         memory: GiB that each takes.
         shares_cores: its number of threads was not asked for: it follows from how many processes the host has.
@@ -112,9 +112,9 @@ def group(models: Iterable[Model], endpoint: str, cores: int, host: str = "") ->
     A group has as many processes as the most demanding of its models that say how many. Where no thread count is given,
     the cores are shared out between all processes that compute, so that they do not fight for them.
     """
-    shared: dict[tuple[Any, ...], list[list[Model]]] = {}
+    shared: dict[str, list[list[Model]]] = {}  # by a text: there is a mapping among the settings
     for model in models:
-        packs = shared.setdefault(_key(model), [[]])
+        packs = shared.setdefault(repr((model.environment, _settings(model))), [[]])
         if len(packs[-1]) == MODELS_PER_WORKER:
             packs.append([])
         packs[-1].append(model)
@@ -130,37 +130,14 @@ def _fewest(pack: list[Model]) -> int:
     return max((model.fewest for model in pack if model.fewest is not None), default=1)
 
 
-def _key(model: Model) -> tuple[Any, ...]:
-    entry = model.entry
-    echo = dataclasses.astuple(entry.echo) if entry.echo else None
-    return (
-        model.base_model,
-        model.environment,
-        entry.engine,
-        entry.use_4bit,
-        entry.use_8bit,
-        entry.dtype,
-        entry.device,
-        _number(entry.slots),
-        _number(entry.context),
-        _number(entry.kv_cache_gib),
-        _number(entry.torch_threads),
-        entry.kernels,
-        entry.trust_remote_code,
-        entry.allow_pickle_weights,
-        echo,
-    )
-
-
-def _group(pack: list[Model], name: str, endpoint: str, threads: int | None, host: str) -> Group:
-    model = pack[0]
+def _settings(model: Model) -> WorkerSpec:
+    """What a process is told for the sake of one model, as far as all models of the process have to agree."""
     entry = model.entry
     echo = dataclasses.asdict(entry.echo) if entry.echo else {}
-    own_threads = _number(entry.torch_threads)
-    spec = WorkerSpec(
-        name=name,
-        endpoint=endpoint,
-        models=tuple(map(_spec, pack)),
+    return WorkerSpec(
+        name="",
+        endpoint="",
+        models=(),
         base_model=model.base_model,
         engine=entry.engine,
         dtype=entry.dtype,
@@ -168,7 +145,7 @@ def _group(pack: list[Model], name: str, endpoint: str, threads: int | None, hos
         slots=_number(entry.slots),
         context=_number(entry.context),
         kv_cache_gib=_number(entry.kv_cache_gib),
-        torch_threads=own_threads or (threads if entry.engine != "echo" else None),
+        torch_threads=_number(entry.torch_threads),
         kernels=entry.kernels,
         use_4bit=entry.use_4bit,
         use_8bit=entry.use_8bit,
@@ -176,10 +153,16 @@ def _group(pack: list[Model], name: str, endpoint: str, threads: int | None, hos
         allow_pickle_weights=entry.allow_pickle_weights,
         echo={setting: value for setting, value in echo.items() if value is not None},
     )
+
+
+def _group(pack: list[Model], name: str, endpoint: str, threads: int | None, host: str) -> Group:
+    settings = _settings(pack[0])
+    own_threads = settings.torch_threads
+    threads = own_threads or (threads if settings.engine != "echo" else None)
     return Group(
         name,
-        model.environment,
-        spec,
+        pack[0].environment,
+        replace(settings, name=name, endpoint=endpoint, models=tuple(map(_spec, pack)), torch_threads=threads),
         _fewest(pack),
         max(m.entry.start_timeout for m in pack),
         most=max(m.most for m in pack),

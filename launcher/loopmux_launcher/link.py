@@ -10,16 +10,10 @@ from loopmux.codec import BODY_LIMITS, pack, shorten, unpack
 from loopmux.errors import ProtocolError
 from loopmux.messages import AdapterOrder, Catalogue, Demand, Done, Failure, Heartbeat, Register, Welcome
 from loopmux.wire import Header, Kind, Message
+from loopmux_launcher.events import AdapterOrdered, BrokerWelcomed, DemandReported
 
 _LONGEST = 2_000
 """Bytes of a note in HB, and of a reason in DONE: the broker reads texts of up to 4 KiB."""
-
-
-@dataclass(frozen=True, slots=True)
-class Welcomed:
-    """The broker took us in and knows nothing of our models yet."""
-
-    epoch: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,23 +23,7 @@ class Refused:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Demanded:
-    """The broker says how much there is to do for our models that scale."""
-
-    demand: Demand
-
-
-@dataclass(frozen=True, slots=True)
-class Ordered:
-    """An adapter is to be remembered for workers to come, or forgotten."""
-
-    id: bytes
-    order: AdapterOrder
-    load: bool
-
-
-News = Welcomed | Refused | Demanded | Ordered
+News = BrokerWelcomed | DemandReported | AdapterOrdered | Refused
 
 
 class Link:
@@ -85,16 +63,16 @@ class Link:
                     raise ProtocolError(f"WELCOME with a heartbeat of {welcome.heartbeat} s")
                 self._heartbeat = welcome.heartbeat
                 self._next = now + welcome.heartbeat
-                return Welcomed(welcome.epoch)
+                return BrokerWelcomed()
             case Kind.WHO:
                 self.lost()
             case Kind.SCALE:
-                return Demanded(unpack(Demand, message.body, BODY_LIMITS))
+                return DemandReported(unpack(Demand, message.body, BODY_LIMITS))
             case Kind.ERROR:
                 return Refused(unpack(Failure, message.body, BODY_LIMITS).message)
             case Kind.LOAD | Kind.UNLOAD:
                 order = unpack(AdapterOrder, message.route)
-                return Ordered(message.header.request, order, message.kind is Kind.LOAD)
+                return AdapterOrdered(message.header.request, order, message.kind is Kind.LOAD)
             case _:
                 pass  # PONG; what a newer broker may ask is not for us
         return None

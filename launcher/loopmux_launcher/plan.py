@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
+from typing import Literal
 
 from loopmux.cadence import LEAVE_PATIENTLY
 from loopmux.codec import shorten
@@ -79,7 +80,8 @@ class Plan:
         self.broker = Process(BROKER, _BROKER_START_TIMEOUT, backoff=Backoff(eager=True)) if with_broker else None
         self.exit_code = 0
         self._began = 0.0
-        self._started = self._stopping = self._told = self._finished = False
+        self._stage: Literal["starting", "serving", "stopping"] = "starting"  # it serves once our broker is ready
+        self._told = False
         self._reported: dict[str, tuple[Catalogue, float]] = {}
         self._left_out: dict[str, str] = {}  # by model, as it was announced
         self._refused = ""
@@ -87,7 +89,7 @@ class Plan:
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event in and say what to do."""
         actions = [*self._on(event, now)]
-        if self._started and not self._stopping:
+        if self._stage == "serving":
             actions += self.fleet.staff(now)
         actions += self._report_changes(now)
         actions += self._conclude(now)
@@ -125,7 +127,7 @@ class Plan:
             case Began():
                 self._began = now
                 if self.broker is None:
-                    self._started = True
+                    self._stage = "serving"
                 else:
                     yield from self._start(self.broker, now)
             case EnvironmentProgressed(name, detail):
@@ -159,9 +161,9 @@ class Plan:
     def _asked(self, event: Event, now: float) -> Iterator[Action]:
         """Somebody wants something else than before."""
         match event:
-            case DemandReported(demand) if self._started and not self._stopping:
+            case DemandReported(demand) if self._stage == "serving":
                 yield from self.fleet.told(demand, now)
-            case ConfigurationChanged() if not self._stopping:
+            case ConfigurationChanged() if self._stage != "stopping":
                 self._refused = ""
                 groups, idle = self._remembered.renew(event.groups)
                 for one, why in idle.items():
@@ -180,7 +182,7 @@ class Plan:
     def _unless_stopping(self, actions: Iterator[Action]) -> Iterator[Action]:
         """Note what happened in any case, and speak of it only where it still matters."""
         done = [*actions]
-        yield from [] if self._stopping else done
+        yield from [] if self._stage == "stopping" else done
 
     def _process(self, name: str) -> Process:
         return self.broker if self.broker and name == BROKER else self.fleet.process(name)
@@ -203,8 +205,8 @@ class Plan:
         if phase == "ready":
             process.got_ready(now)
             yield Announce(process.name, f"ready in {process.took:.1f} s" + (f": {detail}" if detail else ""))
-            if process is self.broker:
-                self._started = True
+            if process is self.broker and self._stage == "starting":
+                self._stage = "serving"
         elif phase == "failed":
             # It leaves by itself: its exit code says whether another try makes sense. If it stays, ``wake`` ends it.
             process.end(detail or "it failed to start", now, explained=bool(detail))
@@ -232,7 +234,7 @@ class Plan:
             elif left:
                 self.fleet.left(process)
             return
-        first_broker_failure = process is self.broker and not self._started
+        first_broker_failure = process is self.broker and self._stage == "starting"
         said = "".join(f"\n    {line}" for line in process.last_lines)
         if delay is not None and not first_broker_failure:
             yield Announce(process.name, f"{process.reason}; starts again in {delay:.1f} s{said}", "warning")
@@ -283,7 +285,7 @@ class Plan:
         return f"stopping{waits}; once more to stop at once"
 
     def _stop(self, now: float, how: StopRequested) -> Iterator[Action]:
-        self._stopping = True
+        self._stage = "stopping"
         for premises in self.fleet.premises.values():
             if premises.state == "building":
                 yield StopBuild(premises.name)
@@ -298,31 +300,28 @@ class Plan:
 
     def _conclude(self, now: float) -> Iterator[Action]:
         """What follows from all states together: ready, nothing left to serve, or nothing left to stop."""
-        if self._finished:
-            return
-        if not self._stopping:
+        if self._stage == "serving":
             yield from self._tell_ready(now)
-            if self._started and all(crew.group.fewest and self._failed(crew) for crew in self._crews):
+            if all(crew.group.fewest and self._failed(crew) for crew in self._crews):
                 self.exit_code = 1
                 yield Announce("launcher", "no model is left that could be served: stopping", "error")
                 yield from self._stop(now, StopRequested())
-        if self._stopping and not self._busy():
+        if self._stage == "stopping" and not self._busy():
             if self.broker and self.broker.state not in (State.STOPPING, State.GONE, State.PARKED):
                 self.broker.stop(now)
                 if self.broker.runs:
                     yield StopProcess(BROKER)
             if not (self.broker and self.broker.runs):
-                self._finished = True
                 yield Finish(self.exit_code)
 
     def _busy(self) -> bool:
-        building = any(premises.state in ("building", "unused") for premises in self.fleet.premises.values())
+        building = any(premises.building for premises in self.fleet.premises.values())
         return building or any(process.runs for process in self.fleet.processes())
 
     def _tell_ready(self, now: float) -> Iterator[Action]:
         """Say once that all is ready; or, when some of it has failed for good, what is and what is not."""
         waited_for = [crew for crew in self._crews if crew.group.fewest]
-        if self._told or not self._started or not all(crew.settled() or self._failed(crew) for crew in waited_for):
+        if self._told or not all(crew.settled() or self._failed(crew) for crew in waited_for):
             return
         phases = {model: self._phase(crew, model)[0] for crew in waited_for for model in crew.group.model_ids}
         if (self.broker and self.broker.state is not State.READY) or (phases and "ready" not in phases.values()):
@@ -344,7 +343,7 @@ class Plan:
     # --- the catalogue
 
     def _report_changes(self, now: float) -> Iterator[Action]:
-        if self._stopping:
+        if self._stage == "stopping":
             return
         for crew in self._crews:
             for model in crew.group.model_ids:

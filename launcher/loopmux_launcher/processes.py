@@ -59,7 +59,7 @@ class Child:
     Args:
         handover: bytes for its stdin, which is closed after them.
         descriptors: of ours that it inherits under the same numbers.
-        said: recognises the lines that tell a phase.
+        said: recognises the lines that tell a phase; default: those of workers and builders.
         guard: ends its group should this process be killed.
         pulse: the option that tells it the descriptor of the byte in which it gives signs of life, if it does.
 
@@ -102,7 +102,7 @@ class Child:
         assert self.process.stderr is not None
         self._stdin: IO[bytes] = self.process.stdin
         self._open: dict[int, IO[bytes]] = {s.fileno(): s for s in (self.process.stdout, self.process.stderr)}
-        self._said = said or phase_line
+        self._said = said or _phase_line
         self._partial: dict[int, bytes] = dict.fromkeys(self._open, b"")
         self._handover = handover
         self._last: deque[str] = deque(maxlen=LAST_LINES)
@@ -214,7 +214,7 @@ class Child:
         tether.kill_group(self.process)
 
 
-def phase_line(line: bytes) -> Said | None:
+def _phase_line(line: bytes) -> Said | None:
     """``{"phase": …, "detail": …}``; other fields are kept for who knows them."""
     value = _json(line)
     if value is None or not isinstance(value.get("phase"), str):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 Report = Callable[[str], None]
+"""Told what is being done, one line at a time."""
 _PIP = re.compile(r"(Collecting|Processing|Downloading|Using cached|Installing|Building wheel for) (.*)")
 _UV = re.compile(r"(Resolved|Prepared|Downloading|Downloaded|Building) (.*)")
 _SIZE = re.compile(r"\((\d+(?:\.\d+)?) ?([MG])i?B\)")

@@ -1,6 +1,6 @@
 """The configuration file as types: one dataclass per mapping, one ``key`` per entry.
 
-What a key means, its bounds and its default stand here once; the checks (``config``), the JSON schema for editors
+What a key means, its bounds and its default stand here once; the checks (``reader``), the JSON schema for editors
 (``jsonschema``) and the error messages are all made from it.
 """
 

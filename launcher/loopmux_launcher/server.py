@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import zmq
 
@@ -31,16 +32,13 @@ from loopmux_launcher.config import Configuration
 from loopmux_launcher.console import Console
 from loopmux_launcher.events import (
     Action,
-    AdapterOrdered,
     AdaptersSaved,
     Announce,
     AnswerOrder,
     Began,
-    BrokerWelcomed,
     BuildEnvironment,
     ConfigurationChanged,
     ConfigurationRefused,
-    DemandReported,
     EnvironmentFailed,
     EnvironmentProgressed,
     EnvironmentReady,
@@ -63,10 +61,10 @@ from loopmux_launcher.events import (
 from loopmux_launcher.groups import Group, group
 from loopmux_launcher.guard import Guard
 from loopmux_launcher.lifecycle import STOP_GRACE
-from loopmux_launcher.link import Demanded, Link, Ordered, Refused, Welcomed
+from loopmux_launcher.link import Link, Refused
 from loopmux_launcher.plan import BROKER, Plan
 from loopmux_launcher.probe import worker_command, worker_variables
-from loopmux_launcher.processes import Child, Said, broker_line, phase_line
+from loopmux_launcher.processes import Child, Said, broker_line
 from loopmux_launcher.reader import load
 from loopmux_launcher.signals import Signals
 from loopmux_launcher.watch import FileWatch, declared
@@ -123,6 +121,8 @@ class Launcher:
         self._looks_at = 0.0
         self._builds: dict[str, EnvironmentReady | EnvironmentFailed | None] = {}
         self._log_troubles: dict[str, str] = {}  # by process, as they were announced
+        self._stopped = False
+        self._asking: Asking | None = None
         self._exit: int | None = None
         self._guard: Guard | None = None
         # They are the launcher's, so that connections wait instead of being refused while a broker is started again.
@@ -217,9 +217,6 @@ class Launcher:
             status, picture = self._asking.status, livelook.leaving if self._stopped else livelook.picture
             self._console.show(picture(status) if status else ())
 
-    _stopped = False
-    _asking: Asking | None = None
-
     def _wait(self, signals: Signals) -> tuple[set[int], set[int]]:
         poller = zmq.Poller()
         poller.register(self._dealer.socket, zmq.POLLIN)
@@ -250,7 +247,8 @@ class Launcher:
             case StopBuild(name):
                 self._children[_builder(name)].terminate()
             case StartBroker():
-                self._start(BROKER, self._broker_command(), dict(os.environ), descriptors=self._descriptors())
+                descriptors = tuple(one.fileno() for one in self._listening.values())
+                self._start(BROKER, self._broker_command(), dict(os.environ), descriptors=descriptors, said=broker_line)
             case StartWorker():
                 self._start_worker(action)
             case StopProcess(name, patiently):
@@ -307,9 +305,6 @@ class Launcher:
             command += ["--config", str(self._broker_config)]
         return command
 
-    def _descriptors(self) -> tuple[int, ...]:
-        return tuple(one.fileno() for one in self._listening.values())
-
     def _build(self, name: str) -> None:
         """Environments are built in a process of their own: it may be killed, and this loop never waits for it."""
         self._builds[name] = None
@@ -322,29 +317,17 @@ class Launcher:
         command = worker_command(action.python or sys.executable, "--spec", "-", "--parent-pid", str(os.getpid()))
         variables = worker_variables(self._code, environment.variables if environment else {})
         handover = json.dumps(plain(action.spec)).encode() + b"\n"
-        self._start(action.name, command, variables, handover, pulse="--pulse-fd")
+        # Broker and builders, which nobody guards, die with us by SIGTERM, and put their files away first.
+        self._start(action.name, command, variables, handover=handover, pulse="--pulse-fd", guard=self._guard)
         if action.name in self._children:
             serves = ", ".join(model.id for model in action.spec.models)
             text = f"starting, pid {self._children[action.name].pid}, for {serves}, log {self._log(action.name)}"
             self._console.announce(Announce(action.name, text))
 
-    def _start(
-        self,
-        name: str,
-        command: list[str],
-        variables: dict[str, str],
-        handover: bytes = b"",
-        descriptors: tuple[int, ...] = (),
-        pulse: str | None = None,
-    ) -> None:
-        said = broker_line if name == BROKER else phase_line
-        # broker and builders die with us by SIGTERM, and put their files away first
-        guard = None if name == BROKER or _built_by(name) is not None else self._guard
+    def _start(self, name: str, command: list[str], variables: dict[str, str], **how: Any) -> None:
+        """Start a process; ``how`` is what else ``Child`` is told."""
         try:
-            self._children[name] = Child(
-                name, command, variables, self._log(name), handover=handover, descriptors=descriptors, said=said,
-                guard=guard, pulse=pulse,
-            )  # fmt: skip
+            self._children[name] = Child(name, command, variables, self._log(name), **how)
         except OSError as error:
             self._never_began(name, f"{command[0]} could not be started: {error.strerror}")
 
@@ -434,14 +417,10 @@ class Launcher:
         except ProtocolError as error:
             self._console.announce(Announce("launcher", f"the broker sent something malformed: {error}", "warning"))
             return
-        if isinstance(news, Welcomed):
-            self._handle(BrokerWelcomed())
-        elif isinstance(news, Demanded):
-            self._handle(DemandReported(news.demand))
-        elif isinstance(news, Ordered):
-            self._handle(AdapterOrdered(news.id, news.order, news.load))
-        elif isinstance(news, Refused):
+        if isinstance(news, Refused):
             raise LoopmuxError(f"the broker at {self._endpoint} refused this launcher: {news.reason}")
+        if news is not None:
+            self._handle(news)
 
     def _send(self, messages: list[Message]) -> None:
         if self._dealer.send(map(to_bytes, messages)) < len(messages):

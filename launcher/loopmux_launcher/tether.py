@@ -23,14 +23,14 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def die_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """Have this process signalled when its parent dies; end at once if it is dead already.
+def die_with_parent(parent: int) -> None:
+    """Have this process end (SIGTERM) when its parent dies; end at once if it is dead already.
 
     Raises:
         SystemExit: the parent is not (any more) the given process.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number))
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != parent:
         raise SystemExit(1)
 

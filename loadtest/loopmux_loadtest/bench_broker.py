@@ -41,7 +41,7 @@ import zmq
 from loopmux import keys
 from loopmux_loadtest import middles
 from loopmux_loadtest.bench_core import core
-from loopmux_loadtest.ends import WireCallers, work
+from loopmux_loadtest.ends import WireCallers
 from loopmux_loadtest.middles import Middle, processor_time
 from loopmux_loadtest.stopping import lasting, times
 from loopmux_loadtest.tally import percentile
@@ -220,11 +220,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="*", default=CLIENTS, help="of ``load``; none leaves it out")
     parser.add_argument("--peers", metavar="PYTHON", help="the interpreter of an environment with the HTTP servers")
     parser.add_argument("--results", type=Path, default=Path("bench-results"), help="where the lines are kept as well")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        work(*options.worker)
-        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing that was started is to stay
     options.results.mkdir(parents=True, exist_ok=True)
     name = time.strftime("broker-%Y%m%d-%H%M%S.jsonl")

@@ -65,7 +65,6 @@ class Ours:
     name = "loopmux"
 
     def __init__(self, model: Path, adapters: int, folder: Path) -> None:
-        self._folder = folder
         models: dict[str, Any] = {"base": _model(model)}
         models |= {f"lora{n}": {**_model(model), "adapter_dir": f"{model}-lora{n}"} for n in range(adapters)}
         config = folder / "bench.yaml"

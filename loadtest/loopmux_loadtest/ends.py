@@ -5,6 +5,7 @@ Both do nothing but speak: a request names how many chunks it wants, the worker 
 
 from __future__ import annotations
 
+import itertools
 import json
 import select
 import socket
@@ -33,6 +34,8 @@ SLOTS = 1024
 PATIENCE = 20.0
 """Seconds without any message after which the benchmark gives up."""
 
+_WINDOW = 1024
+"""Tokens that a caller allows a stream to be ahead."""
 _TOK_BODY = codec.pack(Tok(TEXT))
 _IDS = wire.pack_tokens(list(range(CHUNK)))
 _END_BODY = codec.pack(End("stop", Usage(10, 10), Timing(), "echo", "bench"))
@@ -173,17 +176,11 @@ class WireCallers:
     """Callers as DEALERs; ``introduce`` to a broker, which then gets credit, acknowledgements and heartbeats too."""
 
     def __init__(
-        self,
-        endpoint: str,
-        connections: int,
-        *,
-        introduce: bool,
-        window: int = 1024,
-        credentials: Credentials | None = None,
+        self, endpoint: str, connections: int, *, introduce: bool, credentials: Credentials | None = None
     ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 2 * connections + 100)
-        self._introduce, self._window = introduce, window
+        self._introduce = introduce
         self._begun: dict[bytes, float] = {}
         self._epoll = select.epoll()
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
@@ -214,7 +211,8 @@ class WireCallers:
         """See ``Callers``; ``width`` tokens a chunk, ``rate`` of them a second or as fast as it goes."""
         body = codec.pack({"chunks": chunks, "width": width, "rate": rate})
         begun, latencies, came = time.perf_counter(), list[float](), 0
-        started = [c for _, c in zip(range(at_once), _round_and_round(self._sockets), strict=False) if again()]
+        callers = itertools.cycle(self._sockets.values())
+        started = [caller for _, caller in zip(range(at_once), callers, strict=False) if again()]
         for caller in started:
             self._submit(body)
             self._flush(caller)
@@ -251,8 +249,8 @@ class WireCallers:
 
     def _credit(self, header: Header) -> None:
         received = header.seq + header.arg
-        if received % (self._window // 2) < header.arg:  # as the client does: when half the window was used
-            self._say(Kind.CREDIT, header.request, received + self._window, received)
+        if received % (_WINDOW // 2) < header.arg:  # as the client does: when half the window was used
+            self._say(Kind.CREDIT, header.request, received + _WINDOW, received)
 
     def _say(self, kind: Kind, request: bytes, seq: int = 0, arg: int = 0) -> None:
         if self._introduce:
@@ -281,11 +279,6 @@ class WireCallers:
         """Let the connections go."""
         self._epoll.close()
         self._context.destroy(0)
-
-
-def _round_and_round(sockets: dict[int, zmq.Socket[bytes]]) -> Iterator[zmq.Socket[bytes]]:
-    while True:
-        yield from sockets.values()
 
 
 def _headers(caller: zmq.Socket[bytes]) -> Iterator[Header]:
@@ -378,3 +371,7 @@ class HttpCallers:
         self._epoll.close()
         for line in self._lines.values():
             line.socket.close()
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])

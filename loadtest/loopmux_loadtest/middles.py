@@ -20,7 +20,6 @@ from loopmux import keys
 from loopmux_loadtest.ends import PATIENCE, Callers, HttpCallers, WireCallers
 from loopmux_loadtest.stopping import times
 
-_THIS = "loopmux_loadtest.middles"
 _OURS = ("--parent-pid", str(os.getpid()))
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -107,25 +106,33 @@ def _module(
     return program(sys.executable, "-m", *arguments, ready=ready, variables=variables)
 
 
-def broker(front: str, back: str) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+def broker(front: str, back: str, *options: str) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
     """Our broker, for clients in front and workers at the back."""
-    return _module("loopmux_broker", "--endpoint", front, "--worker-endpoint", back, *_OURS, ready=True)
+    return _module("loopmux_broker", "--endpoint", front, "--worker-endpoint", back, *options, *_OURS, ready=True)
+
+
+def _worker(
+    endpoint: str, how: str, variables: Mapping[str, str] | None = None
+) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    """The echo worker; see ``ends.work``."""
+    return _module("loopmux_loadtest.ends", endpoint, how, ready=how == "joined", variables=variables)
+
+
+@contextlib.contextmanager
+def _joined(front: str, back: str, *options: str, variables: Mapping[str, str] | None = None) -> Iterator[Middle]:
+    with broker(front, back, *options) as ours, _worker(back, "joined", variables) as worker:
+        _, serving = _with_children([ours.pid])
+        yield Middle("loopmux", front, [ours.pid, worker.pid], serving)
 
 
 @contextlib.contextmanager
 def loopmux(folder: str) -> Iterator[Middle]:
     """Our broker and one echo worker that joined it."""
-    front, back = f"ipc://{folder}/front", f"ipc://{folder}/back"
-    with (
-        broker(front, back) as ours,
-        _module("loopmux_loadtest.bench_broker", "--worker", back, "joined", ready=True) as worker,
-    ):
-        _, serving = _with_children([ours.pid])
-        yield _answering(Middle("loopmux", front, [ours.pid, worker.pid], serving))
+    with _joined(f"ipc://{folder}/front", f"ipc://{folder}/back") as middle:
+        yield _answering(middle)
 
 
-@contextlib.contextmanager
-def tcp(folder: str, *, keyed: bool) -> Iterator[Middle]:
+def tcp(folder: str, *, keyed: bool) -> contextlib.AbstractContextManager[Middle]:
     """As ``loopmux``, over tcp: in the clear, or with keys ``broker`` and ``bench`` of the folder, for both sides."""
     front, back = (f"tcp://127.0.0.1:{_free_port()}" for _ in range(2))
     settings, variables = Path(folder, f"keyed-{keyed}.yaml"), dict(os.environ)
@@ -135,13 +142,7 @@ def tcp(folder: str, *, keyed: bool) -> Iterator[Middle]:
         names = {"client_keys": {"bench": public}, "worker_keys": {"bench": public}}
         settings.write_text(json.dumps({"key": "broker.key", **names}))  # JSON is YAML
         variables |= {keys.KEY_VARIABLE: f"{folder}/bench.key", keys.SERVER_KEY_VARIABLE: f"{folder}/broker.key"}
-    ends = ("--endpoint", front, "--worker-endpoint", back)
-    with (
-        _module("loopmux_broker", "--config", str(settings), *ends, *_OURS, ready=True) as ours,
-        _module("loopmux_loadtest.bench_broker", "--worker", back, "joined", ready=True, variables=variables) as worker,
-    ):
-        _, serving = _with_children([ours.pid])
-        yield Middle("loopmux", front, [ours.pid, worker.pid], serving)
+    return _joined(front, back, "--config", str(settings), variables=variables)
 
 
 def _free_port() -> int:
@@ -155,7 +156,7 @@ def _free_port() -> int:
 def direct(folder: str) -> Iterator[Middle]:
     """Nothing in the middle: callers are connected to the worker."""
     endpoint = f"ipc://{folder}/direct"
-    with _module("loopmux_loadtest.bench_broker", "--worker", endpoint, "direct") as worker:
+    with _worker(endpoint, "direct") as worker:
         yield _answering(Middle("direct", endpoint, [worker.pid]))
 
 
@@ -163,10 +164,7 @@ def direct(folder: str) -> Iterator[Middle]:
 def passing(folder: str, how: str) -> Iterator[Middle]:
     """A ROUTER and a DEALER that pass everything on: ``zmq.proxy`` in C, or a ``poller`` in Python."""
     front, back = f"ipc://{folder}/{how}-front", f"ipc://{folder}/{how}-back"
-    with (
-        _module(_THIS, how, front, back) as middle,
-        _module("loopmux_loadtest.bench_broker", "--worker", back, "behind") as worker,
-    ):
+    with _module("loopmux_loadtest.middles", how, front, back) as middle, _worker(back, "behind") as worker:
         yield _answering(Middle(how, front, [middle.pid, worker.pid], middle.pid))
 
 

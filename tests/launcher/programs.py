@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import psutil
 
+from processes import running
+
 T = TypeVar("T")
 BUILD_LIMIT = 200.0
 """Seconds for a command that may build an environment, which takes five on an idle machine."""
@@ -32,14 +34,7 @@ def wait_for(condition: Callable[[], T], what: str, limit: float = LIMIT) -> T:
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that still run; a zombie has ended and waits for its parent."""
-    running = []
-    for process in processes:
-        try:
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                running.append(process)
-        except psutil.NoSuchProcess:
-            pass
-    return running
+    return list(filter(running, processes))
 
 
 class Program:

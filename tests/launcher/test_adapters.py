@@ -33,7 +33,7 @@ from loopmux_launcher.events import (
     TimerFired,
 )
 from loopmux_launcher.groups import Group
-from loopmux_launcher.link import Link, Ordered
+from loopmux_launcher.link import Link
 from loopmux_launcher.plan import Plan
 
 ID, NEXT = b"o" * 16, b"p" * 16
@@ -245,7 +245,8 @@ def test_orders_come_over_the_link_and_are_answered() -> None:
     link = Link(Register("launcher", "launcher@host", bytes(16), VERSIONS))
     link.received(Message(Header(Kind.WELCOME), pack(Welcome(VERSION, b"e" * 8, 1.0, 1 << 20, 1024))), 0.0)
     for kind in (Kind.LOAD, Kind.UNLOAD):
-        assert link.received(Message(Header(kind, ID), pack(ORDER)), 1.0) == Ordered(ID, ORDER, kind is Kind.LOAD)
+        ordered = link.received(Message(Header(kind, ID), pack(ORDER)), 1.0)
+        assert ordered == AdapterOrdered(ID, ORDER, kind is Kind.LOAD)
     [done] = link.answer(ID, "")
     assert (done.kind, done.header.request, unpack(Done, done.body)) == (Kind.DONE, ID, Done())
     [failed] = link.answer(ID, "the disk is full")

@@ -6,7 +6,8 @@ from loopmux.codec import pack, unpack
 from loopmux.errors import ProtocolError
 from loopmux.messages import Catalogue, Failure, Register, Welcome
 from loopmux.wire import VERSION, VERSIONS, Header, Kind, Message
-from loopmux_launcher.link import Link, Refused, Welcomed
+from loopmux_launcher.events import BrokerWelcomed
+from loopmux_launcher.link import Link, Refused
 
 REGISTER = Register("launcher", "launcher@host", bytes(16), VERSIONS)
 
@@ -21,7 +22,7 @@ def kinds(messages: list[Message]) -> list[Kind]:
 
 def joined(now: float = 0.0) -> Link:
     link = Link(REGISTER)
-    assert link.received(welcome(), now) == Welcomed(b"e" * 8)
+    assert link.received(welcome(), now) == BrokerWelcomed()
     return link
 
 
@@ -87,4 +88,4 @@ def test_a_welcome_from_the_connection_that_is_gone_is_none_to_the_new_one() -> 
     assert new.header.seq > old.header.seq
     assert link.received(welcome(to=old.header.seq), 0.2) is None
     assert not link.welcome
-    assert link.received(welcome(to=new.header.seq), 0.3) == Welcomed(b"e" * 8)
+    assert link.received(welcome(to=new.header.seq), 0.3) == BrokerWelcomed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -94,7 +95,7 @@ class Engines:
 
         What one ran that had said it leaves goes on elsewhere as migrated, before anybody knows that it died.
         """
-        if worker.core is not None and worker.core._leave_at is not None:
+        if worker.core is not None and worker.core._leave_at < math.inf:
             return
         tables = self._world.broker.core.tables
         for key in worker.engine._running:

@@ -10,7 +10,7 @@ from loopmux_launcher import events
 from loopmux_launcher.adapters import Added, extended
 from loopmux_launcher.groups import Group
 from loopmux_launcher.lifecycle import State
-from loopmux_launcher.link import Demanded, Link, Ordered, Refused, Welcomed
+from loopmux_launcher.link import Link, Refused
 from loopmux_launcher.plan import Plan
 from simulation.process import Endpoint
 from simulation.worker import WorkerProcess
@@ -101,12 +101,8 @@ class LauncherProcess(Endpoint):
             self.world.story.tell(self, f"was refused: {news.reason}")
             self.die()
             self.clock.after(1.0, self.start)
-        elif isinstance(news, Welcomed):
-            self.handle(events.BrokerWelcomed())
-        elif isinstance(news, Demanded):
-            self.handle(events.DemandReported(news.demand))
-        elif isinstance(news, Ordered):
-            self.handle(events.AdapterOrdered(news.id, news.order, news.load))
+        elif news is not None:
+            self.handle(news)
         self.look()
 
     # --- processes

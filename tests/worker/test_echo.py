@@ -138,7 +138,7 @@ def test_planned_failures():
     some.submit(job())
     outputs = drain(some)
     assert len(ids(outputs)) == 10
-    assert (type(outputs[-1]), outputs[-1].total, outputs[-1].error.code) == (Failed, 10, "engine")
+    assert (type(outputs[-1]), outputs[-1].usage.completion_tokens, outputs[-1].error.code) == (Failed, 10, "engine")
     some = engine(tokens=20, raise_after=0)
     some.submit(job())
     with pytest.raises(RuntimeError, match="raise_after"):

@@ -323,14 +323,14 @@ def test_a_passed_deadline_ends_the_request_even_without_the_broker():
 
 def test_an_engine_failure_carries_code_and_usage():
     session = running()
-    (error,) = sent(session.handle(stepped(Failed(KEY, 0, EngineError("boom"), Usage(4, 0))), 1.0))
+    (error,) = sent(session.handle(stepped(Failed(KEY, EngineError("boom"), Usage(4, 0))), 1.0))
     failure = unpack(Failure, error.body)
     assert (failure.code, failure.message, failure.usage, failure.model) == ("engine", "boom", Usage(4, 0), "m")
 
 
 def test_an_error_of_many_words_is_shortened_and_keeps_its_code():
     words = "out of memory" + "!" * WORKER_BODY_LIMIT + ": the cause"
-    (error,) = sent(running().handle(stepped(Failed(KEY, 0, EngineError(words), Usage())), 1.0))
+    (error,) = sent(running().handle(stepped(Failed(KEY, EngineError(words))), 1.0))
     failure = unpack(Failure, error.body, BODY_LIMITS)
     assert failure.code == "engine"
     assert (failure.message[:13], failure.message[-11:]) == ("out of memory", ": the cause")

@@ -56,7 +56,7 @@ class Driver:
         self._commands: queue.SimpleQueue[Command | _Preparing | None] = queue.SimpleQueue()  # None only wakes
         self._events: queue.Queue[Event] = queue.Queue(_BACKLOG)
         self._stopping = threading.Event()
-        self._keys: dict[Key, int] = {}  # running requests and how many tokens each has
+        self._running: set[Key] = set()
         self._load = Load(0, 0, 0)
         self._adapts: deque[tuple[Adapt, frozenset[Key]]] = deque()  # with what was being prepared before
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -156,15 +156,15 @@ class Driver:
             else:
                 self._engine.add(prepared.result())
         except Exception as error:  # noqa: BLE001 - whatever a request does to the engine, it is that request's failure
-            self._report([Failed(job.key, len(job.prefix), _survived(error))])
+            self._report([Failed(job.key, _survived(error))])
         else:
-            self._keys[job.key] = len(job.prefix)
+            self._running.add(job.key)
 
     def _cancel(self, key: Key) -> Usage | None:
         if (preparing := self._preparing.pop(key, None)) is not None:
             preparing.prepared.cancel()  # if it is not its turn yet; else what comes of it is left alone
             return Usage(completion_tokens=len(preparing.job.prefix))
-        self._keys.pop(key, None)
+        self._running.discard(key)
         return self._engine.cancel(key)
 
     def _may_adapt(self, command: Adapt, before: frozenset[Key]) -> bool:
@@ -190,21 +190,14 @@ class Driver:
         try:
             outputs = self._engine.step()
         except Exception as error:  # noqa: BLE001 - one bad batch must not end the worker
-            logs.exception("engine step failed", requests=len(self._keys))
+            logs.exception("engine step failed", requests=len(self._running))
             return self._fail_all(_survived(error))
-        for output in outputs:
-            if isinstance(output, (Finished, Failed)):
-                self._keys.pop(output.key, None)
-            elif output.key in self._keys:
-                self._keys[output.key] = output.position + len(output.ids)
+        self._running -= {output.key for output in outputs if isinstance(output, (Finished, Failed))}
         return outputs
 
     def _fail_all(self, error: LoopmuxError) -> list[Output]:
-        outputs: list[Output] = []
-        for key, total in list(self._keys.items()):
-            usage = self._engine.cancel(key)
-            outputs.append(Failed(key, total, error) if usage is None else Failed(key, total, error, usage))
-        self._keys.clear()
+        outputs: list[Output] = [Failed(key, error, self._engine.cancel(key) or Usage()) for key in self._running]
+        self._running.clear()
         return outputs
 
     def _report(self, outputs: list[Output]) -> None:

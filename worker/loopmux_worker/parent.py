@@ -11,20 +11,20 @@ import threading
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent: int | None) -> None:
+def die_with_parent(parent: int) -> None:
     """Have this process killed when its parent dies; end at once if it has died already.
 
     On Linux the kernel does it (the *thread* that started this process counts as its parent: it has to live as long as
     the worker is to). Elsewhere a thread waits for the end of the standard input, which the parent holds open.
 
     Args:
-        parent: process id of the parent as it told it, None to take whoever that is now.
+        parent: process id of the parent as it told it.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-        if parent is not None and os.getppid() != parent:  # it died before the call above
+        if os.getppid() != parent:  # it died before the call above
             os._exit(1)
     else:
         threading.Thread(target=_watch_input, name="parent", daemon=True).start()

@@ -111,9 +111,10 @@ class Session:
         self._beat_at = now
         self._lost_since = now
         self._offer_at = now
-        self._drain_at = now
-        self._leave_at: float | None = None  # once it was asked to leave
-        self._signalled: float | None = None  # until when a signal has given it time
+        # These are infinity until it is asked to leave.
+        self._leave_at = math.inf
+        self._drain_at = math.inf
+        self._signalled = math.inf  # until when a signal has given it time
 
     # --- what happened ------------------------------------------------------------------------------------------------
 
@@ -127,7 +128,7 @@ class Session:
             self._heard += now - self._now
         self._now = now
         actions = self._handle(event, now)
-        if self._leave_at is not None and not self._requests and not isinstance(event, Asked):
+        if self._leave_at < math.inf and not self._requests and not isinstance(event, Asked):
             actions += self._goodbye()
         return actions
 
@@ -160,8 +161,7 @@ class Session:
             times.append(self._offer_at)
         if not self._welcomed:
             times = [self._register_at] + ([self._lost_since + KEPT] if self._requests else [])
-        if self._leave_at is not None:
-            times += [self._leave_at, self._drain_at]
+        times += (self._leave_at, self._drain_at)
         for request in self._requests.values():
             # While the broker is away, output waits: only what expires needs the clock.
             if self._flows(request):
@@ -220,7 +220,7 @@ class Session:
             case Kind.SESSION:
                 return [Hint(unpack(SessionHint, message.route))]
             case Kind.DRAIN:
-                return self._evicted(header.arg / 1000, now)
+                return self._leave_within(header.arg / 1000, now)
             case Kind.LOAD | Kind.UNLOAD if self._welcomed:
                 return self._adapt(message)
             case Kind.DIE:
@@ -307,20 +307,18 @@ class Session:
     def _asked(self, within: float, now: float) -> list[Action]:
         """Leave once nothing runs here any more; at once when that is so, or a signal was in as much hurry before."""
         leave_at = now + within
-        again = self._signalled is not None and self._signalled <= leave_at
-        if again or not self._welcomed or not self._requests:
+        if self._signalled <= leave_at or not self._welcomed or not self._requests:
             return self._goodbye()
         self._signalled = leave_at
-        self._leave_at = min(leave_at, math.inf if self._leave_at is None else self._leave_at)
-        return [self._drain(now)]
+        return self._leave_within(within, now)
 
-    def _evicted(self, within: float, now: float) -> list[Action]:
-        """An administrator wants this worker empty, and the broker says it until it hears DRAIN itself."""
-        self._leave_at = min(now + within, math.inf if self._leave_at is None else self._leave_at)
+    def _leave_within(self, within: float, now: float) -> list[Action]:
+        """Take nothing more. Where an administrator wants that, the broker says it until it hears DRAIN itself."""
+        self._leave_at = min(now + within, self._leave_at)
         return [self._drain(now)]
 
     def _drain(self, now: float) -> Action:
-        left = max((self._leave_at or now) - now, 0.0)
+        left = max(self._leave_at - now, 0.0)
         self._drain_at = now + RESEND
         return Send(Message(Header(Kind.DRAIN, arg=round(1000 * left))), lasting=False)
 
@@ -499,11 +497,10 @@ class Session:
             if now >= self._offer_at:
                 actions += self._give_up_the_largest()
                 actions += self._offer(now)
-        if self._leave_at is not None:
-            if now >= self._leave_at:
-                return [*actions, *self._goodbye()]
-            if now >= self._drain_at:
-                actions.append(self._drain(now))
+        if now >= self._leave_at:
+            return [*actions, *self._goodbye()]
+        if now >= self._drain_at:
+            actions.append(self._drain(now))
         for request in list(self._requests.values()):
             actions += self._tick(request, now)
         return actions

@@ -79,7 +79,6 @@ class Failed:
     """A request could not be run or continued; the engine goes on without it."""
 
     key: Key
-    total: int
     error: LoopmuxError
     usage: Usage = field(default_factory=Usage)
 
@@ -136,6 +135,8 @@ class Load:
 class Engine(Protocol):
     """What the worker drives. Not thread-safe, but for ``prepare``: one thread owns it.
 
+    ``submit``, ``hint``, ``can_load`` and ``close`` are as most engines have them.
+
     Attributes:
         slow_to_prepare: whether ``prepare`` may take long enough to be worth a thread of its own.
     """
@@ -174,9 +175,9 @@ class Engine(Protocol):
         """Forget a request before the next token; None if it is not here (any more)."""
         ...
 
-    def hint(self, hint: SessionHint) -> None:
-        """Take note of whether a session comes back; an engine that keeps nothing of sessions ignores it."""
-        ...
+    def hint(self, hint: SessionHint) -> None:  # noqa: ARG002 - most engines keep nothing of sessions
+        """Take note of whether a session comes back, where an engine keeps something of sessions."""
+        return
 
     def step(self) -> list[Output]:
         """Advance everything by one step and return what came of it; ``[]`` at once when there is nothing to do."""
@@ -194,8 +195,11 @@ class Engine(Protocol):
         ...
 
     def can_load(self) -> bool:
-        """Whether ``load_adapter`` can begin at once; if not, it can soon: what runs may end, nothing else begins."""
-        ...
+        """Whether ``load_adapter`` can begin at once, as where nothing runs between two steps.
+
+        If not, it can soon: what runs may end, nothing else begins.
+        """
+        return True
 
     def load_adapter(self, name: str, directory: str, like: str = "") -> ServedModel:
         """Load an adapter beside the others and serve it as a model id of that name.
@@ -218,8 +222,8 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Release threads and memory."""
-        ...
+        """Release threads and memory of its own."""
+        return
 
 
 def taken(name: str) -> LoopmuxError:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from loopmux.errors import AdapterNotFoundError, BadRequestError, ConfigError, EngineError
-from loopmux.messages import Generate, ModelSpec, ServedModel, SessionHint, WorkerSpec
+from loopmux.messages import Generate, ModelSpec, ServedModel, WorkerSpec
 from loopmux.results import FinishReason, ToolCall, Usage
 from loopmux.wire import unpack_tokens
 from loopmux_worker.engine import admission
@@ -182,9 +182,6 @@ class EchoEngine(Engine):
         running = self._running.pop(key, None)
         return None if running is None else Usage(running.prompt, running.position)
 
-    def hint(self, hint: SessionHint) -> None:
-        """Nothing is kept of sessions."""
-
     def step(self) -> list[Output]:
         """Every token that is due."""
         now = self._clock()
@@ -208,10 +205,6 @@ class EchoEngine(Engine):
         running = min(len(self._running), self._slots)
         return Load(running, len(self._running) - running, self._progress, computed=self._computed)
 
-    def can_load(self) -> bool:
-        """Always."""
-        return True
-
     def load_adapter(self, name: str, directory: str, like: str = "") -> ServedModel:
         """Serve one more model id; of the directory only the name matters."""
         if self._models.get(name, ModelSpec(name, directory)).adapter_dir != directory:
@@ -224,9 +217,6 @@ class EchoEngine(Engine):
         if name not in self._models or not self._models[name].adapter_dir:
             raise AdapterNotFoundError(f"adapter {name!r} is not loaded")
         del self._models[name]
-
-    def close(self) -> None:
-        """Nothing is held."""
 
     def _available(self, generate: Generate, limit: int) -> int:
         return limit if generate.ignore_eos else max(1, int(self._settings.tokens))
@@ -244,7 +234,7 @@ class EchoEngine(Engine):
             if running.position == settings.fail_after:
                 del self._running[key]
                 error = EngineError(f"echo.fail_after: position {running.position} was reached")
-                failed = Failed(key, running.position, error, Usage(running.prompt, running.position))
+                failed = Failed(key, error, Usage(running.prompt, running.position))
                 return [*([Produced(key, start, tuple(ids), text, tuple(calls))] if ids else []), failed]
             token, piece, new = self._produce(running)
             ids.append(token)

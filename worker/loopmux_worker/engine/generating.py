@@ -13,28 +13,24 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from loopmux.results import Usage
-from loopmux_worker.engine.base import Output, Produced
-from loopmux_worker.engine.requests import Running
+from loopmux_worker.engine.base import Output
+from loopmux_worker.engine.requests import Request
 from loopmux_worker.engine.sampling import Pick
 
 
 @dataclass(slots=True)
-class Task(Running):
+class Task:
     """A request on its way through ``generate()``.
 
     ``cancelled`` is the one field that two threads use: the engine's sets it, the helper's looks at it between tokens.
     ``again`` are known tokens that are to be computed one by one all the same, as they were at first.
     """
 
+    request: Request
     cancelled: threading.Event = field(default_factory=threading.Event)
     again: deque[int] = field(default_factory=deque)
     pick: Pick | None = None
     reported: int = 0  # tokens that ``step`` has returned, prefix included
-
-    def usage(self, total: int) -> Usage:
-        """Token counts after ``total`` tokens of output."""
-        return self.request.usage(total)
 
 
 class Choose(LogitsProcessor):  # type: ignore[misc]
@@ -66,14 +62,6 @@ class Read(StoppingCriteria):  # type: ignore[misc]
         """Whether to stop, shape (1,)."""
         task = self._task
         if not task.cancelled.is_set() and task.pick is not None:
-            self._report.put(_produce(task, task.pick))
+            self._report.put(task.request.produced(task.pick, time.monotonic()))
         ended = task.cancelled.is_set() or task.request.reader.reason is not None
         return torch.tensor([ended], device=input_ids.device)
-
-
-def _produce(task: Task, pick: Pick) -> Produced:
-    task.first = task.first or time.monotonic()
-    position = task.request.reader.total
-    piece = task.request.push(pick.token)
-    logprobs = (pick.logprob,) if pick.logprob else ()
-    return Produced(task.job.key, position, (pick.token,), piece.text, piece.calls, logprobs, piece.reasoning)

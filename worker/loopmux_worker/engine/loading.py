@@ -17,7 +17,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.messages import ModelSpec, WorkerSpec
@@ -150,16 +150,12 @@ def check_environment(spec: WorkerSpec, folder: Path) -> None:
             f"{wanted}: this environment has no bitsandbytes: add it to the environment's requirements, or set "
             f"{wanted}: false"
         )
-    if "auto_map" in config and not spec.trust_remote_code and config.get("model_type") not in _known_types():
+    if "auto_map" in config and not spec.trust_remote_code and config.get("model_type") not in CONFIG_MAPPING:
         raise ConfigError(
             f"{folder}: its config.json names code of its own (auto_map), which is not run: set trust_remote_code: "
             "true if you trust its source"
         )
     _check_rope(config, folder)
-
-
-def _known_types() -> Any:
-    return transformers.CONFIG_MAPPING
 
 
 def _check_rope(config: dict[str, Any], folder: Path) -> None:

@@ -33,7 +33,7 @@ def open_on_model(spec: WorkerSpec, progress: Progress) -> Engine:
     """
     with memory.loading(spec):
         loaded = load(spec, progress)
-        trial = Trial("configured", 0) if spec.engine == "plain" else _try(spec, loaded)
+        trial = Trial("configured") if spec.engine == "plain" else _try(spec, loaded)
     if spec.engine == "slots" and trial.why_not is not None:
         raise ConfigError(
             f"engine: found slots, but {trial.why_not}; use auto or plain, which takes one request at a time"
@@ -85,7 +85,7 @@ def ruled_out(spec: WorkerSpec, device: str, version: str) -> str | None:
 def _try(spec: WorkerSpec, loaded: Loaded) -> Trial:
     """Whether the slots engine can serve this; if only ``generate()`` can, why."""
     if reason := ruled_out(spec, loaded.device.type, transformers.__version__):
-        return Trial(reason, 0)
+        return Trial(reason)
     for model in spec.models:
         if model.adapter_dir is None:
             continue
@@ -94,13 +94,13 @@ def _try(spec: WorkerSpec, loaded: Loaded) -> Trial:
                 found = adapterfiles.read(model.adapter_dir, allow_pickle=spec.allow_pickle_weights)
                 pairs_of(loaded.model, found)
         except CannotMix as error:
-            return Trial(f"adapter {model.id}: {error.message}", 0)
+            return Trial(f"adapter {model.id}: {error.message}")
         except memory.OutOfMemory:
             raise
         except ConfigError:
             continue  # it is left out with this reason, by whichever engine
     if reason := positions_by_length(loaded.model, loaded.context):
-        return Trial(reason, 0)
+        return Trial(reason)
     return _try_rows(spec, loaded)
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from loopmux.errors import EngineError
-from loopmux.messages import ServedModel, SessionHint
+from loopmux.messages import ServedModel
 from loopmux.results import Usage
 from loopmux_worker import logs
 from loopmux_worker.causes import DeviceLostError
@@ -88,8 +88,8 @@ class PlainEngine(Engine):
 
     def add(self, prepared: Prepared) -> None:
         """Take a request in; one at a time runs, others wait."""
-        job, request = prepared.job, self._requests.begin(prepared)
-        task = self._tasks[job.key] = Task(job, request, prepared.arrived, reported=request.reader.total)
+        request = self._requests.begin(prepared)
+        task = self._tasks[request.job.key] = Task(request, reported=request.reader.total)
         if request.reader.reason is None:
             self._todo.put(task)
         else:  # the lost attempt had produced the last token already
@@ -101,10 +101,7 @@ class PlainEngine(Engine):
         if task is None:
             return None
         task.cancelled.set()
-        return task.usage(task.reported)
-
-    def hint(self, hint: SessionHint) -> None:
-        """Nothing is kept of sessions."""
+        return task.request.usage(task.reported)
 
     def step(self) -> list[Output]:
         """What the helper thread has made since the last call; waits a moment for something."""
@@ -173,7 +170,7 @@ class PlainEngine(Engine):
             self._may_begin.wait()
             if task.cancelled.is_set():
                 continue
-            task.started = time.monotonic()
+            task.request.started = time.monotonic()
             self._computed += len(task.request.prompt)
             try:
                 self._generate(task)
@@ -182,8 +179,8 @@ class PlainEngine(Engine):
                     self._done.put(self._finished(task))
             except Exception as error:  # noqa: BLE001 - it ends this request; the next one may well run
                 self._note_failure(error)
-                total = task.request.reader.total
-                self._done.put(Failed(task.job.key, total, engine_error("generate()", error), task.usage(total)))
+                usage = task.request.usage(task.request.reader.total)
+                self._done.put(Failed(task.request.job.key, engine_error("generate()", error), usage))
 
     def _let_go(self, leave: _Leave) -> None:
         try:
@@ -201,7 +198,7 @@ class PlainEngine(Engine):
             self._lost = lost
 
     def _generate(self, task: Task) -> None:
-        request, known = task.request, task.job.prefix
+        request, known = task.request, task.request.job.prefix
         if request.exact:  # in floating point the state of tokens computed together is another than one by one
             task.again.extend(known)
             known = ()
@@ -222,11 +219,10 @@ class PlainEngine(Engine):
             )
 
     def _finished(self, task: Task) -> Finished:
-        reader = task.request.reader
-        total, reason = reader.total, reader.reason
-        if reason is None:
-            raise EngineError(f"generate() returned after {total} of {task.request.limit} tokens without a reason")
-        return Finished(task.job.key, total, reason, task.usage(total), task.timing(time.monotonic()))
+        request, total = task.request, task.request.reader.total
+        if request.reader.reason is None:
+            raise EngineError(f"generate() returned after {total} of {request.limit} tokens without a reason")
+        return request.finished(request.usage(total), time.monotonic())
 
     def _note(self, output: Output) -> bool:
         """Keep the books on an output; False for one of a request that was cancelled meanwhile."""

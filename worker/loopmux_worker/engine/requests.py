@@ -10,16 +10,16 @@ import torch
 
 from loopmux.errors import AdapterNotFoundError, BadRequestError
 from loopmux.messages import Generate
-from loopmux.results import Timing, Usage
+from loopmux.results import Usage
 from loopmux_worker.causes import panics_as_errors
 from loopmux_worker.engine import admission, templates
-from loopmux_worker.engine.base import Job, timing_of
+from loopmux_worker.engine.base import Finished, Job, Produced, timing_of
 from loopmux_worker.engine.continuing import Prompt
 from loopmux_worker.engine.grammars import asked, matching
 from loopmux_worker.engine.loading import Loaded
 from loopmux_worker.engine.models import Models
-from loopmux_worker.engine.output import Piece, Reader
-from loopmux_worker.engine.sampling import Sampler, seed_of
+from loopmux_worker.engine.output import Reader
+from loopmux_worker.engine.sampling import Pick, Sampler, seed_of
 from loopmux_worker.engine.served import Served
 
 
@@ -49,18 +49,28 @@ class Prepared:
 
 @dataclass(slots=True)
 class Request:
-    """A job that may run: its prompt as token ids, and everything that its tokens go through.
+    """A job that an engine has taken in: its prompt as token ids, and everything that its tokens go through.
 
-    ``exact``: its tokens are to be the same whatever runs beside it, and after a worker was lost.
+    Attributes:
+        adapter, limit, arrived: see ``Prepared``.
+        started, first: when it was begun, and when its first own token came.
     """
 
+    job: Job
     prompt: list[int]
     rewritten: int
     adapter: str | None
     limit: int
     reader: Reader
     sampler: Sampler
-    exact: bool
+    arrived: float
+    started: float | None = None
+    first: float | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether its tokens are to be the same whatever runs beside it, and after a worker was lost."""
+        return _exact(self.job)
 
     def usage(self, total: int, cached: int = 0) -> Usage:
         """Token counts after ``total`` tokens of output; of the whole sequence ``cached`` were found."""
@@ -68,26 +78,21 @@ class Request:
         return Usage(prompt, total, min(cached, prompt), self.rewritten)
 
     @panics_as_errors()
-    def push(self, token: int) -> Piece:
-        """Take in the next token."""
-        self.sampler.note(token)
-        return self.reader.push(token, last=self.sampler.complete)
+    def produced(self, pick: Pick, now: float) -> Produced:
+        """Take in a token that was chosen, and say what it brings."""
+        position = self.reader.total
+        self.sampler.note(pick.token)
+        piece = self.reader.push(pick.token, last=self.sampler.complete)
+        self.first = self.first or now
+        logprobs = (pick.logprob,) if pick.logprob else ()
+        return Produced(self.job.key, position, (pick.token,), piece.text, piece.calls, logprobs, piece.reasoning)
 
-
-@dataclass(slots=True)
-class Running:
-    """A request that an engine has taken in: when it came, when it was begun, when its first own token came."""
-
-    job: Job
-    request: Request
-    arrived: float
-    started: float | None = None
-    first: float | None = None
-
-    def timing(self, now: float) -> Timing:
-        """Where the time went, seconds."""
-        tokens = self.request.reader.total - len(self.job.prefix)
-        return timing_of(self.arrived, self.started, self.first, now, tokens)
+    def finished(self, usage: Usage, now: float) -> Finished:
+        """Its end, which its last token has brought."""
+        total, reason = self.reader.total, self.reader.reason
+        assert reason is not None
+        timing = timing_of(self.arrived, self.started, self.first, now, total - len(self.job.prefix))
+        return Finished(self.job.key, total, reason, usage, timing)
 
 
 class Requests:
@@ -156,9 +161,10 @@ class Requests:
             device=loaded.device,
             grammar=prepared.grammar,
         )
-        adapter = prepared.adapter.spec.id if prepared.adapter else None
-        said = prepared.prompt, prepared.rewritten, adapter, prepared.limit
-        return Request(*said, prepared.reader, sampler, _exact(job))
+        own = prepared.adapter.spec.id if prepared.adapter else None
+        return Request(
+            job, prepared.prompt, prepared.rewritten, own, prepared.limit, prepared.reader, sampler, prepared.arrived
+        )
 
     def _prompt(self, generate: Generate, model: Served) -> Prompt:
         prompt = templates.render(generate, model.spec, model.tokenizer, model.ends)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,12 +28,11 @@ from loopmux_worker.engine.base import (
     Key,
     Load,
     Output,
-    Produced,
     engine_error,
 )
 from loopmux_worker.engine.failures import Failures
 from loopmux_worker.engine.models import Models
-from loopmux_worker.engine.requests import Prepared, Requests, Running
+from loopmux_worker.engine.requests import Prepared, Request, Requests
 from loopmux_worker.engine.sampling import Pick, choose_rows
 from loopmux_worker.engine.slots.forward import Forward
 from loopmux_worker.engine.slots.pace import Pace
@@ -42,14 +41,15 @@ from loopmux_worker.engine.slots.schedule import Plan, Scheduler, Segment, Seque
 
 
 @dataclass(slots=True)
-class Task(Running):
+class Task:
     """A request on its way; it starts when its first prompt token is computed."""
 
-    sequence: Sequence = field(kw_only=True)
+    request: Request
+    sequence: Sequence
 
     def usage(self) -> Usage:
         """Token counts so far."""
-        return self.request.usage(self.request.reader.total, self.sequence.cached)
+        return self.request.usage(self.request.reader.total, self.sequence.cached or 0)
 
 
 class SlotsEngine(Engine):
@@ -103,7 +103,7 @@ class SlotsEngine(Engine):
             job.run.session,
             len(request.prompt) if request.exact else None,
         )
-        task = self._tasks[job.key] = Task(job, request, prepared.arrived, sequence=sequence)
+        task = self._tasks[job.key] = Task(request, sequence)
         if request.reader.reason is None:
             self._scheduler.add(sequence)
         else:  # the lost attempt had produced the last token already
@@ -143,10 +143,6 @@ class SlotsEngine(Engine):
         core = self._scheduler
         return Load(core.running, core.waiting, self._progress, cached=self._cached, computed=self._computed)
 
-    def can_load(self) -> bool:
-        """Always: between two steps nothing runs."""
-        return True
-
     def load_adapter(self, name: str, directory: str, like: str = "") -> ServedModel:
         """Load an adapter between two steps."""
         return self._models.load_adapter(name, directory, like)
@@ -162,9 +158,6 @@ class SlotsEngine(Engine):
             for name in leaving - {task.request.adapter for task in self._tasks.values()}:
                 self._scheduler.rows.forget(self._models.identity(name))
                 self._models.unload(name)
-
-    def close(self) -> None:
-        """Nothing runs beside the steps."""
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -201,8 +194,8 @@ class SlotsEngine(Engine):
     def _note(self, task: Task, segment: Segment, began: float) -> None:
         """Keep the books on a computed segment."""
         prompt = len(task.request.prompt)
-        if task.started is None:
-            task.started = began
+        if task.request.started is None:
+            task.request.started = began
             self._cached += task.usage().cached_tokens
         self._computed += max(0, min(segment.start + segment.count, prompt) - segment.start)
 
@@ -237,17 +230,12 @@ class SlotsEngine(Engine):
         task = self._tasks[key]
         if isinstance(pick, EngineError):
             return [self._fail(task, pick)]
-        request = task.request
-        position = request.reader.total
         try:
-            piece = request.push(pick.token)
+            out: list[Output] = [task.request.produced(pick, now)]
         except Exception as error:  # noqa: BLE001 - reading a token is that request's alone
             logs.exception("reading a token failed", request=key.request.hex())
             return [self._fail(task, engine_error("the engine", error))]
-        task.first = task.first or now
-        logprobs = (pick.logprob,) if pick.logprob else ()
-        out: list[Output] = [Produced(key, position, (pick.token,), piece.text, piece.calls, logprobs, piece.reasoning)]
-        if request.reader.reason is None:
+        if task.request.reader.reason is None:
             self._scheduler.append(key, pick.token)
         else:
             out.append(self._end(task))
@@ -255,16 +243,15 @@ class SlotsEngine(Engine):
 
     def _end(self, task: Task) -> Finished:
         now = time.monotonic()
-        self._scheduler.remove(task.job.key, now)
-        del self._tasks[task.job.key]
-        reader = task.request.reader
-        assert reader.reason is not None
-        return Finished(task.job.key, reader.total, reader.reason, task.usage(), task.timing(now))
+        self._scheduler.remove(task.sequence.key, now)
+        del self._tasks[task.sequence.key]
+        return task.request.finished(task.usage(), now)
 
     def _fail(self, task: Task, error: LoopmuxError) -> Failed:
-        self._scheduler.remove(task.job.key, time.monotonic(), park=False)
-        del self._tasks[task.job.key]
-        return Failed(task.job.key, task.request.reader.total, error, task.usage())
+        key = task.sequence.key
+        self._scheduler.remove(key, time.monotonic(), park=False)
+        del self._tasks[key]
+        return Failed(key, error, task.usage())
 
     def _not_copied(self, copies: list[Copy], error: Exception) -> None:
         """Rows could not be copied: who was to get them waits again, and computes its beginning itself."""

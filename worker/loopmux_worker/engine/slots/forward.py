@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from loopmux_worker.causes import device_lost, ran_out
 from loopmux_worker.engine.base import Key
 from loopmux_worker.engine.slots.attention import KVMemory, Unsupported
-from loopmux_worker.engine.slots.lora import Span
+from loopmux_worker.engine.slots.lora import MixedAdapters
 from loopmux_worker.engine.slots.schedule import Segment
 
 _TRIED = 24
@@ -19,14 +19,6 @@ _TRIED = 24
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 """Largest difference of two logits in the trial, as a share of their range. Masks or positions that are wrong show up
 as a difference of the order of the range itself."""
-
-
-class Packed(Protocol):
-    """Adapters that are told what the next forward is made of."""
-
-    def use(self, spans: Sequence[Span], head: Sequence[Span] | None = None) -> None:
-        """The adapter (or None) and the number of tokens of each span; ``head`` of those that get logits."""
-        ...
 
 
 class Trial(NamedTuple):
@@ -39,7 +31,7 @@ class Trial(NamedTuple):
     """
 
     why_not: str | None
-    token_bytes: int
+    token_bytes: int = 0
     plain: tuple[Tensor, ...] = ()
 
 
@@ -52,7 +44,7 @@ class Forward:
         adapters: told about every step.
     """
 
-    def __init__(self, model: Any, memory: KVMemory, adapters: Packed) -> None:
+    def __init__(self, model: Any, memory: KVMemory, adapters: MixedAdapters) -> None:
         self._model, self.memory, self._adapters = model, memory, adapters
         model.set_attn_implementation(memory.name)
 
@@ -77,7 +69,7 @@ class Forward:
 @torch.inference_mode()
 def try_rows(
     model: Any,
-    adapters: Packed,
+    adapters: MixedAdapters,
     device: torch.device,
     vocabulary: int,
     plain: tuple[Tensor, ...] = (),
@@ -94,7 +86,7 @@ def try_rows(
     """
     own = model.config._attn_implementation
     if not type(model)._can_set_attn_implementation():
-        return Trial(f"{type(model).__name__} has an attention of its own, which cannot be replaced", 0)
+        return Trial(f"{type(model).__name__} has an attention of its own, which cannot be replaced")
     one = [(7 * i + 3) % vocabulary for i in range(_TRIED)]
     other = [(11 * i + 5) % vocabulary for i in range(_TRIED)]
     memory = _Watched(2, _TRIED, device, kernels)
@@ -106,17 +98,17 @@ def try_rows(
     except (Unsupported, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         if ran_out(error) or device_lost(error):
             raise  # that says nothing about the model
-        return Trial(f"{type(model).__name__} cannot be run over rows ({error})", 0)
+        return Trial(f"{type(model).__name__} cannot be run over rows ({error})")
     finally:
         model.set_attn_implementation(own)
     if untold := _untold(model, memory.windows):
-        return Trial(f"{type(model).__name__} {untold}", 0)
+        return Trial(f"{type(model).__name__} {untold}")
     for wanted, got in zip(plain, found, strict=True):
         extent = float(wanted.max() - wanted.min())
         worst = float((wanted.float() - got.float()).abs().max())
         if not worst <= _TOLERANCE.get(wanted.dtype, 0.1) * extent:
             found_out = f"other logits over rows (by {worst:.3g} in a range of {extent:.3g})"
-            return Trial(f"{type(model).__name__} gives {found_out}", 0)
+            return Trial(f"{type(model).__name__} gives {found_out}")
     return Trial(None, memory.size // (memory.rows * memory.context), plain)
 
 

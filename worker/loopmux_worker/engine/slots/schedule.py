@@ -39,8 +39,7 @@ class Sequence:
     exact: int | None = None
     row: int | None = None
     computed: int = 0
-    cached: int = 0  # of its tokens, found when it was first computed
-    begun: bool = False
+    cached: int | None = None  # of its tokens, found when it was first computed
     afresh: bool = False  # whatever others know of its beginning is not copied
     strikes: int = 0
     alone: bool = False
@@ -231,8 +230,8 @@ class Scheduler:
         for segment in plan.segments:
             sequence = self._running.get(segment.key)
             if sequence is not None:
-                if not sequence.begun:
-                    sequence.begun, sequence.cached = True, segment.start
+                if sequence.cached is None:
+                    sequence.cached = segment.start
                 sequence.computed = segment.start + segment.count
                 self._note(sequence)
                 if sequence.alone and sequence.strikes < _TRUST:
