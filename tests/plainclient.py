@@ -46,6 +46,7 @@ class Request:
     weights: dict[str, str] = field(default_factory=dict)
     limit: int = 0
     attempt: int = 0
+    submitted: int = 0
     attached: bool = False
     quiet: bool = False
     paused: bool = False
@@ -168,6 +169,7 @@ class Client:
         """SUBMIT; ATTACH once this request had to be attached."""
         now = time.monotonic()
         request.state, request.again_at = "sent", now + AGAIN
+        request.submitted += 1
         left = max(request.deadline - now, 0.001)
         route = msgpack.packb({"model": request.model, "timeout": left} | request.weights)
         request.limit = request.consumed + self.window
@@ -284,6 +286,8 @@ class Client:
         if request.state == "cancelling" or seq == request.received:
             self.over(request, kind, msgpack.unpackb(body))
             self.say(ENDACK, request.id)
+            if kind == ERROR and request.submitted > 1:
+                self.say(CANCEL, request.id)
         elif seq < request.received:
             self.fail(request, "protocol")
         else:

@@ -53,7 +53,8 @@ class Ends:
             error = DeadlineExceededError(f"the request was still queued at its deadline, after {after}")
             self.end(request, Kind.EXPIRED, error, now)
             return
-        error = DeadlineExceededError(f"the deadline passed while the request ran, after {after}")
+        did = "ran" if request.lease else "waited to go on"
+        error = DeadlineExceededError(f"the deadline passed while the request {did}, after {after}")
         self._halt(request, Kind.ERROR, error, StopReason.DEADLINE, now)
 
     def _halt(self, request: Request, kind: Kind, error: LoopmuxError, reason: StopReason, now: float) -> None:

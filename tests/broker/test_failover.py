@@ -91,6 +91,7 @@ def test_its_deadline_holds_while_it_waits(core: Core) -> None:
     [answer] = core.wait(5)
     assert failure(answer)[:3] == (CLIENT, Kind.ERROR, 1)
     assert failure(answer)[3].code == "deadline"
+    assert "while the request waited to go on" in failure(answer)[3].message
 
 
 def test_it_goes_on_only_where_the_same_weights_are_loaded(core: Core) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from plainclient import ATTACH, CANCELLED, CREDIT, END, ERROR, HELLO, Client, Request
+from plainclient import ATTACH, CANCEL, CANCELLED, CREDIT, END, ERROR, HELLO, Client, Request
 
 WINDOW, ENDLESS = 32, 1_000_000
 
@@ -115,6 +115,14 @@ def test_refusals(client: Client) -> None:
         client.finish(client.start("echo", prompt="hello", max_new_tokens=ENDLESS, timeout=0.3))[1]["code"]
         == "deadline"
     )
+
+
+def test_a_refusal_of_what_was_said_twice_is_followed_by_cancel(client: Client) -> None:
+    client.until(lambda: client.status().get("settled", True))
+    request = client.start("nope", prompt="hello")
+    client.submit(request)
+    assert client.finish(request)[0] == ERROR
+    assert client.sent[CANCEL] == 1
 
 
 @pytest.mark.parametrize("away", [0.0, 2.5], ids=["at once", "when the broker has given it up"])

@@ -177,6 +177,8 @@ def test_vectors(vector: dict[str, Any]) -> None:
         "attempt": header.attempt,
     } == vector["header"]
     assert to_bytes(message) == data
+    for part, content in ((Part.ROUTE, message.route), (Part.BODY, message.body)):
+        assert bool(content) == (part in PARTS[header.kind]), "without fields it is an empty map"
     for part, limits in (("route", codec.ROUTE_LIMITS), ("body", codec.BODY_LIMITS)):
         if part in vector:
             content = getattr(message, part)
