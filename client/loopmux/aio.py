@@ -430,7 +430,7 @@ class AsyncClient:
 
     async def run_tools(
         self,
-        prompt_or_messages: str | Iterable[dict[str, Any]],
+        prompt_or_messages: str | Iterable[Mapping[str, Any]],
         *,
         tools: Iterable[Any],
         max_turns: int = 10,
@@ -444,7 +444,7 @@ class AsyncClient:
 
     def iter_tools(
         self,
-        prompt_or_messages: str | Iterable[dict[str, Any]],
+        prompt_or_messages: str | Iterable[Mapping[str, Any]],
         *,
         tools: Iterable[Any],
         max_turns: int = 10,

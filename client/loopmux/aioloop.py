@@ -11,7 +11,7 @@ import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -52,7 +52,7 @@ _LAST_WORDS = 1.0
 
 
 async def run(
-    client: Any, prompt_or_messages: str | Iterable[ChatMessage], on_event: sync.OnEvent | None, **settings: Any
+    client: Any, prompt_or_messages: str | Iterable[Mapping[str, Any]], on_event: sync.OnEvent | None, **settings: Any
 ) -> ToolLoopResult:
     """``loop.arun``."""
     async with contextlib.aclosing(Events(client, prompt_or_messages, **settings)) as events:
@@ -70,7 +70,7 @@ class Events(AsyncIterator[LoopEvent]):
     def __init__(
         self,
         client: Any,
-        prompt_or_messages: str | Iterable[ChatMessage],
+        prompt_or_messages: str | Iterable[Mapping[str, Any]],
         *,
         tools: Iterable[Any] | None,
         before_tool: sync.BeforeTool | None = None,

@@ -244,7 +244,7 @@ class Client:
 
     def run_tools(
         self,
-        prompt_or_messages: str | Iterable[dict[str, Any]],
+        prompt_or_messages: str | Iterable[Mapping[str, Any]],
         *,
         tools: Iterable[Any],
         max_turns: int = 10,
@@ -258,7 +258,7 @@ class Client:
 
     def iter_tools(
         self,
-        prompt_or_messages: str | Iterable[dict[str, Any]],
+        prompt_or_messages: str | Iterable[Mapping[str, Any]],
         *,
         tools: Iterable[Any],
         max_turns: int = 10,

@@ -29,7 +29,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -129,7 +129,7 @@ class LoopClient(Protocol):
 
 def run(
     client: LoopClient,
-    prompt_or_messages: str | Iterable[ChatMessage],
+    prompt_or_messages: str | Iterable[Mapping[str, Any]],
     *,
     tools: Iterable[Any] | None,
     max_turns: int = 10,
@@ -166,7 +166,7 @@ def run(
 
 def iterate(
     client: LoopClient,
-    prompt_or_messages: str | Iterable[ChatMessage],
+    prompt_or_messages: str | Iterable[Mapping[str, Any]],
     *,
     tools: Iterable[Any] | None,
     max_turns: int = 10,
@@ -182,7 +182,7 @@ def iterate(
 
 async def arun(
     client: Any,
-    prompt_or_messages: str | Iterable[ChatMessage],
+    prompt_or_messages: str | Iterable[Mapping[str, Any]],
     *,
     tools: Iterable[Any] | None,
     max_turns: int = 10,
@@ -198,7 +198,7 @@ async def arun(
 
 def aiterate(
     client: Any,
-    prompt_or_messages: str | Iterable[ChatMessage],
+    prompt_or_messages: str | Iterable[Mapping[str, Any]],
     *,
     tools: Iterable[Any] | None,
     max_turns: int = 10,
@@ -236,7 +236,7 @@ class Plan:
 
 
 def prepare(
-    prompt_or_messages: str | Iterable[ChatMessage],
+    prompt_or_messages: str | Iterable[Mapping[str, Any]],
     given: Iterable[Any] | None,
     session: str | None,
     approval: bool,
@@ -280,7 +280,7 @@ def _plan(
     return Plan(loop, [tool.schema for tool in by_name.values()], options, ends_session=not session)
 
 
-def messages_of(given: str | Iterable[ChatMessage]) -> list[ChatMessage]:
+def messages_of(given: str | Iterable[Mapping[str, Any]]) -> list[ChatMessage]:
     """The messages that a loop begins with.
 
     Raises:
@@ -290,7 +290,7 @@ def messages_of(given: str | Iterable[ChatMessage]) -> list[ChatMessage]:
         return [{"role": "user", "content": given}]
     if isinstance(given, (dict, bytes)) or not isinstance(given, Iterable):
         raise BadRequestError(f"messages: found {type(given).__name__}, expected a prompt or a list of messages")
-    return list(given)
+    return [dict(message) if isinstance(message, Mapping) else message for message in given]
 
 
 def check_callback(name: str, callback: Callable[..., Any] | None, *, awaited: bool) -> None:
