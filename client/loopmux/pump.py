@@ -79,6 +79,7 @@ class Pump:
         self._bell, self._button = socket.socketpair()
         self._bell.setblocking(False)
         self._button.setblocking(False)
+        self._left = threading.Event()
         self._owned = threading.Lock()  # taken by whoever ends it: its thread, or who stops it before that runs
         self._thread = threading.Thread(target=self._run, name="loopmux-client", daemon=True)
 
@@ -118,7 +119,7 @@ class Pump:
         if self._owned.acquire(blocking=False):  # begin() failed or was interrupted
             self._end()
         elif threading.current_thread() is not self._thread:  # the collector may run finalizers in any thread
-            self._thread.join(_STOP_WITHIN)
+            (self._left.wait if _exiting() else self._thread.join)(_STOP_WITHIN)
 
     def _ring(self) -> None:
         try:
@@ -144,12 +145,20 @@ class Pump:
 
     def _end(self) -> None:
         self.ended = True
-        for id_ in list(self._sinks):
-            if sink := self._sinks.pop(id_, None):
-                sink(Fail(id_, self._why_ended))
+        if not _exiting():
+            self._fail_all()
         self._link.close()
         self._bell.close()
         self._button.close()
+        self._left.set()
+        if self._sinks and _exiting():  # daemon threads end with the interpreter, unless somebody joins one even now
+            time.sleep(_STOP_WITHIN)
+            self._fail_all()
+
+    def _fail_all(self) -> None:
+        for id_ in list(self._sinks):
+            if sink := self._sinks.pop(id_, None):
+                sink(Fail(id_, self._why_ended))
 
     def _turn_until_closed(self) -> None:
         poller = zmq.Poller()
@@ -199,13 +208,20 @@ class Pump:
         """Handle what callers posted; False when that ended the connection."""
         while self._posted:
             event = self._posted.popleft()
-            self._handle(event, time.monotonic())
             if isinstance(event, Closed):
+                sinks = {} if _exiting() else self._sinks  # those who wait at exit are told late: see _end
+                dispatch(self._core.handle(event, time.monotonic()), self._link, sinks)
                 return False
+            self._handle(event, time.monotonic())
         return True
 
     def _handle(self, event: ConnectionEvent, now: float) -> None:
         dispatch(self._core.handle(event, now), self._link, self._sinks)
+
+
+def _exiting() -> bool:
+    """Whether the interpreter ends: only daemon threads are left beside what is done at exit."""
+    return not threading.main_thread().is_alive()
 
 
 def _closed() -> ConnectionLostError:

@@ -386,6 +386,48 @@ def test_an_unclosed_client_does_not_hang_the_interpreter(ipc_broker: FakeBroker
     ipc_broker.wait_for(Kind.BYE)
 
 
+_LEFT_WAITING = """
+    import atexit, sys, threading, time
+
+    def join():
+        thread.join()
+        print("joined")
+
+    if sys.argv[2:]:
+        atexit.register(join)
+    import loopmux
+
+    client = loopmux.Client(sys.argv[1], model="hang")
+    stream = client.stream("x")
+    next(stream)
+
+    def call():
+        try:
+            stream.result
+        except loopmux.LoopmuxError as error:
+            print(type(error).__name__)
+            raise SystemExit
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+"""
+
+
+@pytest.mark.parametrize(("told", "joins"), [("", []), ("ConnectionLostError\njoined\n", ["join"])])
+def test_a_daemon_thread_that_waits_at_exit_hears_of_it_only_if_it_is_joined(
+    ipc_broker: FakeBroker, told: str, joins: list[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(_LEFT_WAITING), ipc_broker.endpoint, *joins],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
+    ipc_broker.wait_for(Kind.CANCEL)
+    ipc_broker.wait_for(Kind.BYE)
+
+
 @pytest.mark.parametrize("kind", ["Client", "AsyncClient"])
 def test_a_program_that_may_open_no_more_files_gets_an_error_and_goes_on(ipc_broker: FakeBroker, kind: str) -> None:
     program = f"""
