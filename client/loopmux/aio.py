@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from loopmux import __version__, wire
+from loopmux.bound import Bound
 from loopmux.client import (
     Messages,
     evict_order,
@@ -253,11 +254,13 @@ class _Channel:
             driver.close()
 
 
-class AsyncStream:
+class AsyncStream(Bound):
     """A generation that is being received: ``async for`` over its events, once, in one task.
 
     As an async context manager it cancels the request in the engine when the block is left before the end.
     """
+
+    _instead = "read it here, and pass on its result"
 
     def __init__(self, channel: _Channel, driver: _Driver, request: Request) -> None:
         self.request_id = request.id.hex()
@@ -358,12 +361,14 @@ class AsyncStream:
         return None
 
 
-class AsyncClient:
+class AsyncClient(Bound):
     """``Client`` for asyncio: the same methods, awaited. Belongs to the event loop it is first used in.
 
     Cancelling a task that awaits a call cancels the request in the engine. One that is dropped unclosed is closed, with
     a ResourceWarning.
     """
+
+    _instead = "make one in each process; here with_options() makes one that shares its connection"
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from loopmux import loop as sync
 from loopmux import toolrun
+from loopmux.bound import Bound
 from loopmux.errors import LoopmuxError, ToolLoopError
 from loopmux.loopevents import (
     AbandonTool,
@@ -64,8 +65,10 @@ async def run(
     raise ToolLoopError("the tool loop ended without a result")  # unreachable: a loop ends in a result or an error
 
 
-class Events(AsyncIterator[LoopEvent]):
+class Events(Bound, AsyncIterator[LoopEvent]):
     """``loop.Events`` for asyncio; ``aclose`` ends the loop where it stands."""
+
+    _instead = "run it here, and pass on its messages"
 
     def __init__(
         self,

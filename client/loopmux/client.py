@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 from loopmux import wire
+from loopmux.bound import Bound
 from loopmux.codec import FieldError, build, pack, show
 from loopmux.endpoints import default_endpoint, ipc_path
 from loopmux.errors import BadRequestError, CancelledError, ConnectionLostError, LoopmuxError, from_code
@@ -66,12 +67,14 @@ class _Inbox:
         return self._outcome if self._outcome and self._queue.empty() else self._queue.get()
 
 
-class Stream:
+class Stream(Bound):
     """A generation that is being received: iterate over its events, once, in one thread.
 
     As a context manager it cancels the request in the engine when the block is left before the end. Iterating raises
     the request's error where it failed.
     """
+
+    _instead = "read it here, and pass on its result"
 
     def __init__(self, channel: Channel, request: Request) -> None:
         self.request_id = request.id.hex()
@@ -165,7 +168,7 @@ class Stream:
         return None
 
 
-class Client:
+class Client(Bound):
     """A client of the broker at ``endpoint`` (``$LOOPMUX_ENDPOINT``, else this user's ipc socket).
 
     Nothing is opened before the first call. ``timeout`` is the total deadline of a call that names none,
@@ -180,6 +183,8 @@ class Client:
         ConfigError: the endpoint is not one, or the keys are not what it needs.
         BadRequestError: an unknown option, or a ``connect_timeout`` that is no time.
     """
+
+    _instead = "make one in each process; here with_options() makes one that shares its connection"
 
     def __init__(
         self,

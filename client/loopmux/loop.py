@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loopmux import codec, toolrun, tools
+from loopmux.bound import Bound
 from loopmux.errors import BadRequestError, LoopmuxError, ToolLoopError, ToolNotFoundError
 from loopmux.loopevents import (
     AbandonTool,
@@ -422,8 +423,10 @@ class _Shell:
             pass  # a hint saves work and changes no result: a broken connection shows in the next turn
 
 
-class Events(Iterator[LoopEvent]):
+class Events(Bound, Iterator[LoopEvent]):
     """What happens in a loop, to iterate over once; ``close`` ends it where it stands."""
+
+    _instead = "run it here, and pass on its messages"
 
     def __init__(self, shell: _Shell) -> None:
         self._loop = shell.plan.loop

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import os
+import pickle
 import queue
 import re
 import signal
@@ -384,6 +386,24 @@ def test_an_unclosed_client_does_not_hang_the_interpreter(ipc_broker: FakeBroker
     )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, whole_text(2).strip(), "")
     ipc_broker.wait_for(Kind.BYE)
+
+
+@pytest.mark.parametrize("away", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_what_belongs_to_this_process_says_so_to_who_would_send_it_to_another(
+    ipc_broker: FakeBroker, away: Callable[[object], object]
+) -> None:
+    def refused(*bound: object) -> None:
+        for one in bound:
+            with pytest.raises(TypeError, match=r"belongs to this process .* copied: (make|read|run) \w+"):
+                away(one)
+
+    async def story() -> None:
+        async with loopmux.AsyncClient(ipc_broker.endpoint) as client, client.stream("x") as stream:
+            refused(client, stream, client.iter_tools("x", tools=[]))
+
+    with loopmux.Client(ipc_broker.endpoint) as client, client.stream("x") as stream:
+        refused(client, client.with_options(), stream, client.iter_tools("x", tools=[]))
+    asyncio.run(story())
 
 
 _LEFT_WAITING = """
