@@ -123,7 +123,7 @@ class _Shell:
     async def events(self) -> AsyncGenerator[LoopEvent]:
         """The loop, from start to end."""
         # in a thread: a tool source may ask its server what it has
-        plan = self.plan = await _in_thread("loopmux-tools", self.prepare)
+        plan = self.plan = await in_thread("loopmux-tools", self.prepare)
         loop = plan.loop
         try:
             actions = deque(loop.start(time.monotonic()))
@@ -187,7 +187,7 @@ class _Shell:
 
     def _start_thread(self, job: RunTool) -> None:
         perform = functools.partial(toolrun.perform, job.tool, job.call)
-        _in_thread(f"loopmux-tool-{job.call.name}", perform).add_done_callback(
+        in_thread(f"loopmux-tool-{job.call.name}", perform).add_done_callback(
             lambda done: self.done.put_nowait(ToolFinished(job.number, done.result()))
         )
 
@@ -217,7 +217,7 @@ class _Shell:
             pass  # a hint saves work and changes no result: a broken connection shows in the next turn
 
 
-def _in_thread(name: str, function: Callable[[], T]) -> asyncio.Future[T]:
+def in_thread(name: str, function: Callable[[], T]) -> asyncio.Future[T]:
     """What a function comes to that is called in a thread of its own, in the caller's context.
 
     Not in asyncio's pool: that one may be full of callers who wait for this loop, and it is joined at the end, where a
