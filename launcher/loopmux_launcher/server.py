@@ -66,7 +66,7 @@ from loopmux_launcher.lifecycle import STOP_GRACE
 from loopmux_launcher.link import Demanded, Link, Ordered, Refused, Welcomed
 from loopmux_launcher.plan import BROKER, Plan
 from loopmux_launcher.probe import worker_command, worker_variables
-from loopmux_launcher.processes import Child, Said, broker_line, phase_line
+from loopmux_launcher.processes import Child, Said, broker_line, phase_line, remedy
 from loopmux_launcher.reader import load
 from loopmux_launcher.signals import Signals
 from loopmux_launcher.watch import FileWatch, declared
@@ -346,7 +346,7 @@ class Launcher:
                 guard=guard, pulse=pulse,
             )  # fmt: skip
         except OSError as error:
-            self._never_began(name, f"{command[0]} could not be started: {error.strerror}")
+            self._never_began(name, f"{command[0]} could not be started: {error.strerror}{remedy(error)}")
 
     def _never_began(self, name: str, why: str) -> None:
         environment = _built_by(name)
