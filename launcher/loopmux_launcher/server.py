@@ -20,7 +20,7 @@ from loopmux import endpoints
 from loopmux.codec import plain
 from loopmux.errors import AuthError, ConfigError, LoopmuxError, ProtocolError
 from loopmux.keys import credentials
-from loopmux.listening import Listening
+from loopmux.listening import Listening, renew
 from loopmux.messages import Register
 from loopmux.sockets import Dealer, new_context
 from loopmux.wire import VERSIONS, WORKER_BODY_LIMIT, Message, from_bytes, message_limit, new_id, to_bytes
@@ -146,9 +146,7 @@ class Launcher:
     def _listen_anew(self) -> None:
         """Somebody removed the files of our sockets. A broker that is started again has new ones, as who is with it."""
         try:
-            for one in self._listening.values():
-                if one.file.gone:
-                    one.renew()
+            renew(self._listening.values())
         except LoopmuxError as error:
             text = (
                 f"somebody removed the files of its sockets: nobody new can connect, and others cannot be made: {error}"

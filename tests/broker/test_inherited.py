@@ -18,7 +18,7 @@ from brokerkit import end, tok
 from brokerwire import Peer, broker, fails, plain
 from loopmux.claims import BusyError
 from loopmux.errors import ConfigError
-from loopmux.listening import Listening
+from loopmux.listening import Listening, renew
 from loopmux.wire import Kind
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Side
@@ -199,11 +199,31 @@ def test_one_whose_file_was_removed_listens_anew_as_soon_as_it_can(tmp_path: Pat
     assert one.file.gone
     before = one.fileno()
     with pytest.raises(ConfigError, match="found the file"):
-        one.renew()
+        renew([one])
     assert one.fileno() == before
     path.parent.unlink()
-    one.renew()
+    renew([one])
     assert not one.file.gone
     plain(one.endpoint).close()
     one.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_one_of_several_cannot_listen_anew_none_does(tmp_path: Path) -> None:
+    """A new socket that its server does not know would take connections that nobody answers."""
+    folders = [tmp_path / name for name in ("first", "second")]
+    both = [Listening(f"ipc://{folder}/b.ipc") for folder in folders]
+    for folder in folders:
+        shutil.rmtree(folder)
+    folders[1].write_text("in the way")
+    before = [one.fileno() for one in both]
+    with pytest.raises(ConfigError, match="found the file"):
+        renew(both)
+    assert [(one.fileno(), one.file.gone) for one in both] == [(number, True) for number in before]
+    assert list(tmp_path.iterdir()) == [folders[1]]
+    folders[1].unlink()
+    renew(both)
+    for one in both:
+        plain(one.endpoint).close()
+        one.close()
     assert list(tmp_path.iterdir()) == []
