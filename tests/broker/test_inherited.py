@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ import pytest
 from brokerkit import end, tok
 from brokerwire import Peer, broker, fails, plain
 from loopmux.claims import BusyError
-from loopmux.errors import ConfigError
+from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.listening import Listening, renew
 from loopmux.wire import Kind
 from loopmux_broker.config import BrokerConfig
@@ -188,6 +189,17 @@ def test_a_second_one_on_the_same_endpoint_is_refused(tmp_path: Path) -> None:
         near.close()
     with pytest.raises(ConfigError, match="loopback"):
         Listening("tcp://0.0.0.0:0")
+
+
+def test_one_that_gets_no_descriptor_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr(os, "open", refused)
+        with pytest.raises(LoopmuxError, match="Too many open files"):
+            Listening(f"ipc://{tmp_path}/some/sockets/b.ipc")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_whose_file_was_removed_listens_anew_as_soon_as_it_can(tmp_path: Path) -> None:
