@@ -161,11 +161,12 @@ def test_what_is_no_listening_socket_is_refused(argument: str, words: str) -> No
 
 
 def test_a_socket_without_a_file_is_refused_as_where_it_is_named() -> None:
+    name = f"loopmux-test-{os.getpid()}"  # such names are shared by the whole host
     with socket.socket(socket.AF_UNIX) as nobody_s:
-        nobody_s.bind("\0loopmux-test")
+        nobody_s.bind(f"\0{name}")
         nobody_s.listen()
         [given] = inherited([f"clients={nobody_s.fileno()}"], {})
-        with pytest.raises(ConfigError, match="'ipc://@loopmux-test' is neither ipc:///path/to/socket nor tcp"):
+        with pytest.raises(ConfigError, match=f"'ipc://@{name}' is neither ipc:///path/to/socket nor tcp"):
             Listeners([], [], BrokerConfig(), [replace(given, descriptor=os.dup(given.descriptor))])
 
 
