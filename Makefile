@@ -45,7 +45,7 @@ chaos: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy client broker worker launcher loadtest
+	$(BIN)/mypy client broker worker launcher loadtest tests/client/typed_application.py
 	$(BIN)/lint-imports --no-cache
 
 clean:

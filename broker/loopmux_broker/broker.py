@@ -50,6 +50,7 @@ from loopmux_broker.worker_side import WorkerSide
 
 _IN_SLICES = frozenset({Alarm.ROUND, Alarm.CLIENT_LOST, Alarm.CLIENT_GRACE})
 """Timers that deal with many requests each."""
+_MEMORY = "more memory, or lower `limits` in the file of settings"
 _Find = Callable[[Any], Any]
 _Ring = Callable[[Any, float], None]
 
@@ -120,6 +121,8 @@ class Broker:
                 self._attempts.fill(now)
             if self.tables.cold:
                 self._workers.tell_cold(now)
+        except MemoryError:  # no bug; what was not answered for it is said again by whoever waits
+            self._warn("out of memory", "out_of_memory", 1, {"handled": type(event).__name__, "remedy": _MEMORY}, now)
         except Exception:  # noqa: BLE001 - the one choke point: a bug met by one message must not stop all others
             self.tables.counters["internal_errors"] += 1
             fields: dict[str, object] = {"handled": type(event).__name__, "traceback": traceback.format_exc()}

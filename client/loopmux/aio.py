@@ -134,11 +134,15 @@ class AsyncClient(BaseClient[AsyncChannel]):
         Raises:
             LoopmuxError: one of the family in ``loopmux.errors``, with the text so far.
         """
-        async with self._begin(options, prompt, collect=True) as answer:
+        async with self._begin(await _listed(options), prompt, collect=True) as answer:
             return await answer.wait()
 
     def stream(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> AsyncStream:
-        """Begin a generation whose events are read as they come: ``async with client.stream(…) as s``."""
+        """Begin a generation whose events are read as they come: ``async with client.stream(…) as s``.
+
+        A source among ``tools`` is asked for them before this returns, and the event loop waits: rather hand over
+        ``await asyncio.to_thread(source.tools)``.
+        """
         return self._begin(options, prompt, collect=False)
 
     async def chat(
@@ -149,12 +153,12 @@ class AsyncClient(BaseClient[AsyncChannel]):
         The calls that the model makes are in the result's ``tool_calls``; nothing is run.
         """
         turn = {**options, "messages": messages, "tools": None if tools is None else list(tools)}
-        async with self._begin(turn, None, collect=True) as answer:
+        async with self._begin(await _listed(turn), None, collect=True) as answer:
             return await answer.wait()
 
     async def run_tools(
         self,
-        prompt_or_messages: str | Iterable[dict[str, Any]],
+        prompt_or_messages: str | Iterable[Mapping[str, Any]],
         *,
         tools: Iterable[Any],
         max_turns: int = 10,
@@ -168,7 +172,7 @@ class AsyncClient(BaseClient[AsyncChannel]):
 
     def iter_tools(
         self,
-        prompt_or_messages: str | Iterable[dict[str, Any]],
+        prompt_or_messages: str | Iterable[Mapping[str, Any]],
         *,
         tools: Iterable[Any],
         max_turns: int = 10,
@@ -245,3 +249,15 @@ class AsyncClient(BaseClient[AsyncChannel]):
         driver = self._channel.driver()
         request = self._request(options, prompt, driver.loop.time(), collect=collect)
         return AsyncStream(self._channel, driver, request)
+
+
+async def _listed(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options with the schemas of their tools where a source is among these: it may ask its server, so in a thread."""
+    from loopmux.tools import ToolSource, schemas
+
+    tools = options.get("tools")
+    if not isinstance(tools, (list, tuple)) or not any(isinstance(entry, ToolSource) for entry in tools):
+        return options
+    from loopmux.aioloop import in_thread
+
+    return {**options, "tools": await in_thread("loopmux-tools", lambda: schemas(tools))}

@@ -11,11 +11,12 @@ import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from loopmux import loopplan, toolrun
+from loopmux.bound import Bound
 from loopmux.errors import LoopmuxError, ToolLoopError
 from loopmux.loopevents import (
     AbandonTool,
@@ -51,7 +52,10 @@ _LAST_WORDS = 1.0
 
 
 async def run(
-    client: Any, prompt_or_messages: str | Iterable[ChatMessage], on_event: loopplan.OnEvent | None, **settings: Any
+    client: Any,
+    prompt_or_messages: str | Iterable[Mapping[str, Any]],
+    on_event: loopplan.OnEvent | None,
+    **settings: Any,
 ) -> ToolLoopResult:
     """``loop.arun``."""
     async with contextlib.aclosing(Events(client, prompt_or_messages, **settings)) as events:
@@ -63,13 +67,15 @@ async def run(
     raise ToolLoopError("the tool loop ended without a result")  # unreachable: a loop ends in a result or an error
 
 
-class Events(AsyncIterator[LoopEvent]):
+class Events(Bound, AsyncIterator[LoopEvent]):
     """``loop.Events`` for asyncio; ``aclose`` ends the loop where it stands."""
+
+    _instead = "run it here, and pass on its messages"
 
     def __init__(
         self,
         client: Any,
-        prompt_or_messages: str | Iterable[ChatMessage],
+        prompt_or_messages: str | Iterable[Mapping[str, Any]],
         *,
         tools: Iterable[Any] | None,
         before_tool: loopplan.BeforeTool | None = None,
@@ -119,7 +125,7 @@ class _Shell:
     async def events(self) -> AsyncGenerator[LoopEvent]:
         """The loop, from start to end."""
         # in a thread: a tool source may ask its server what it has
-        plan = self.plan = await _in_thread("loopmux-tools", self.prepare)
+        plan = self.plan = await in_thread("loopmux-tools", self.prepare)
         loop = plan.loop
         try:
             actions = deque(loop.start(time.monotonic()))
@@ -183,7 +189,7 @@ class _Shell:
 
     def _start_thread(self, job: RunTool) -> None:
         perform = functools.partial(toolrun.perform, job.tool, job.call)
-        _in_thread(f"loopmux-tool-{job.call.name}", perform).add_done_callback(
+        in_thread(f"loopmux-tool-{job.call.name}", perform).add_done_callback(
             lambda done: self.done.put_nowait(ToolFinished(job.number, done.result()))
         )
 
@@ -213,7 +219,7 @@ class _Shell:
             pass  # a hint saves work and changes no result: a broken connection shows in the next turn
 
 
-def _in_thread(name: str, function: Callable[[], T]) -> asyncio.Future[T]:
+def in_thread(name: str, function: Callable[[], T]) -> asyncio.Future[T]:
     """What a function comes to that is called in a thread of its own, in the caller's context.
 
     Not in asyncio's pool: that one may be full of callers who wait for this loop, and it is joined at the end, where a

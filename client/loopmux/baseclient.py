@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, Unpack
 
 from loopmux import wire
+from loopmux.bound import Bound
 from loopmux.codec import FieldError, build, pack, show
 from loopmux.driver import ForCaller
 from loopmux.endpoints import default_endpoint, ipc_path
@@ -36,9 +37,10 @@ class _Channel(Protocol):
 C = TypeVar("C", bound=_Channel)
 
 
-class BaseClient(Generic[C]):
+class BaseClient(Bound, Generic[C]):
     """An endpoint, the options of every call, and the way to the broker, which copies share."""
 
+    _instead = "make one in each process; here with_options() makes one that shares its connection"
     _channel_class: type[C]
 
     def __init__(

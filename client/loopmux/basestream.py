@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
+from loopmux.bound import Bound
 from loopmux.driver import Driver, ForCaller, Sink
 from loopmux.errors import CancelledError, LoopmuxError
 from loopmux.events import CancelAsked, Consumed, Deliver, Fail, Finish, Request, Submitted
@@ -12,8 +13,10 @@ from loopmux.results import Result, StreamEvent, TextDelta
 D = TypeVar("D", bound=Driver)
 
 
-class BaseStream(Generic[D]):
+class BaseStream(Bound, Generic[D]):
     """What ``Stream`` and ``AsyncStream`` are but for waiting; ``put`` hands something to whoever waits."""
+
+    _instead = "read it here, and pass on its result"
 
     def __init__(self, driver: D, request: Request, put: Sink) -> None:
         self.request_id = request.id.hex()

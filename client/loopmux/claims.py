@@ -46,6 +46,7 @@ class Claim:
             try:
                 descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except OSError as error:
+                self._unmake()
                 raise unusable(self.path.parent, "sockets", CHOOSE_ANOTHER, error) from error
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,6 +100,9 @@ class Claim:
                     self.path.unlink()
             self.lock.unlink(missing_ok=True)
         os.close(self._descriptor)
+        self._unmake()
+
+    def _unmake(self) -> None:
         with contextlib.suppress(OSError):  # not empty: somebody else uses it too
             for folder in self._made:
                 folder.rmdir()

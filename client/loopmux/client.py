@@ -171,7 +171,7 @@ class Client(BaseClient[Channel]):
 
     def run_tools(
         self,
-        prompt_or_messages: str | Iterable[dict[str, Any]],
+        prompt_or_messages: str | Iterable[Mapping[str, Any]],
         *,
         tools: Iterable[Any],
         max_turns: int = 10,
@@ -185,7 +185,7 @@ class Client(BaseClient[Channel]):
 
     def iter_tools(
         self,
-        prompt_or_messages: str | Iterable[dict[str, Any]],
+        prompt_or_messages: str | Iterable[Mapping[str, Any]],
         *,
         tools: Iterable[Any],
         max_turns: int = 10,

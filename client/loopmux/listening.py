@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Iterable
+from contextlib import ExitStack
 
 from loopmux.claims import BusyError, Claim
 from loopmux.endpoints import check_local, ipc_path
@@ -74,14 +76,11 @@ class Listening:
         self.socket.close()
         self._release()
 
-    def renew(self) -> None:
-        """Listen there anew, as its file is gone; who is connected stays so.
-
-        Raises:
-            BusyError, ConfigError: as when it is made. Then the former socket stays, which nobody finds any more.
-        """
+    def _fresh(self) -> Listening:
         self._release()
-        fresh = Listening(self.endpoint, keyed=self._keyed)
+        return Listening(self.endpoint, keyed=self._keyed)
+
+    def _become(self, fresh: Listening) -> None:
         self.socket.close()
         self.socket, self.file, self._claim = fresh.socket, fresh.file, fresh._claim
 
@@ -89,6 +88,23 @@ class Listening:
         if self._claim is not None:
             self._claim.release()
             self._claim = None
+
+
+def renew(those: Iterable[Listening]) -> None:
+    """Listen anew where the file is gone, everywhere or nowhere; who is connected stays so.
+
+    Raises:
+        BusyError, ConfigError: as when one is made. Then the former sockets stay, which nobody finds any more.
+    """
+    gone = [one for one in those if one.file.gone]
+    with ExitStack() as undone:
+        fresh: list[Listening] = []
+        for one in gone:
+            fresh.append(one._fresh())
+            undone.callback(fresh[-1].close)
+        undone.pop_all()
+    for one, new in zip(gone, fresh, strict=True):
+        one._become(new)
 
 
 def _unix(path: str) -> socket.socket:

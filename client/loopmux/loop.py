@@ -27,12 +27,13 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loopmux import toolrun
+from loopmux.bound import Bound
 from loopmux.errors import LoopmuxError, ToolLoopError
 from loopmux.loopevents import (
     AbandonTool,
@@ -118,7 +119,7 @@ class LoopClient(Protocol):
 
 def run(
     client: LoopClient,
-    prompt_or_messages: str | Iterable[ChatMessage],
+    prompt_or_messages: str | Iterable[Mapping[str, Any]],
     *,
     tools: Iterable[Any] | None,
     max_turns: int = 10,
@@ -155,7 +156,7 @@ def run(
 
 def iterate(
     client: LoopClient,
-    prompt_or_messages: str | Iterable[ChatMessage],
+    prompt_or_messages: str | Iterable[Mapping[str, Any]],
     *,
     tools: Iterable[Any] | None,
     max_turns: int = 10,
@@ -171,7 +172,7 @@ def iterate(
 
 async def arun(
     client: Any,
-    prompt_or_messages: str | Iterable[ChatMessage],
+    prompt_or_messages: str | Iterable[Mapping[str, Any]],
     *,
     tools: Iterable[Any] | None,
     max_turns: int = 10,
@@ -187,7 +188,7 @@ async def arun(
 
 def aiterate(
     client: Any,
-    prompt_or_messages: str | Iterable[ChatMessage],
+    prompt_or_messages: str | Iterable[Mapping[str, Any]],
     *,
     tools: Iterable[Any] | None,
     max_turns: int = 10,
@@ -284,8 +285,10 @@ class _Shell:
             pass  # a hint saves work and changes no result: a broken connection shows in the next turn
 
 
-class Events(Iterator[LoopEvent]):
+class Events(Bound, Iterator[LoopEvent]):
     """What happens in a loop, to iterate over once; ``close`` ends it where it stands."""
+
+    _instead = "run it here, and pass on its messages"
 
     def __init__(self, shell: _Shell) -> None:
         self._loop = shell.plan.loop

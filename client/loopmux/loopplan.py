@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Plan:
 
 
 def prepare(
-    prompt_or_messages: str | Iterable[ChatMessage],
+    prompt_or_messages: str | Iterable[Mapping[str, Any]],
     given: Iterable[Any] | None,
     session: str | None,
     approval: bool,
@@ -95,7 +95,7 @@ def _plan(
     return Plan(loop, [tool.schema for tool in by_name.values()], options, ends_session=not session)
 
 
-def messages_of(given: str | Iterable[ChatMessage]) -> list[ChatMessage]:
+def messages_of(given: str | Iterable[Mapping[str, Any]]) -> list[ChatMessage]:
     """The messages that a loop begins with.
 
     Raises:
@@ -105,7 +105,7 @@ def messages_of(given: str | Iterable[ChatMessage]) -> list[ChatMessage]:
         return [{"role": "user", "content": given}]
     if isinstance(given, (dict, bytes)) or not isinstance(given, Iterable):
         raise BadRequestError(f"messages: found {type(given).__name__}, expected a prompt or a list of messages")
-    return list(given)
+    return [dict(message) if isinstance(message, Mapping) else message for message in given]
 
 
 def check_callback(name: str, callback: Callable[..., Any] | None, *, awaited: bool) -> None:

@@ -38,6 +38,11 @@ class Outlet:
         if self._terminal is not None:
             weakref.finalize(self, os.close, self._terminal)
 
+    @property
+    def behind(self) -> bool:
+        """Whether something waits for the reader."""
+        return bool(self._waiting)
+
     def write(self, text: str) -> None:
         """Lines to be read, behind those that wait."""
         with self._turn:

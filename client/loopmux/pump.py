@@ -39,6 +39,7 @@ class Pump(Driver):
         self._bell, self._button = socket.socketpair()
         self._bell.setblocking(False)
         self._button.setblocking(False)
+        self._left = threading.Event()
         self._owned = threading.Lock()  # taken by whoever ends it: its thread, or who stops it before that runs
         self._thread = threading.Thread(target=self._run, name="loopmux-client", daemon=True)
 
@@ -73,7 +74,7 @@ class Pump(Driver):
         if self._owned.acquire(blocking=False):  # begin() failed or was interrupted
             self._end()
         elif threading.current_thread() is not self._thread:  # the collector may run finalizers in any thread
-            self._thread.join(_STOP_WITHIN)
+            (self._left.wait if _exiting() else self._thread.join)(_STOP_WITHIN)
 
     def _ring(self) -> None:
         try:
@@ -99,12 +100,20 @@ class Pump(Driver):
 
     def _end(self) -> None:
         self.ended = True
-        for id_ in list(self._sinks):
-            if sink := self._sinks.pop(id_, None):
-                sink(Fail(id_, self._why_ended))
+        if not _exiting():
+            self._fail_all()
         self._link.close()
         self._bell.close()
         self._button.close()
+        self._left.set()
+        if self._sinks and _exiting():  # daemon threads end with the interpreter, unless somebody joins one even now
+            time.sleep(_STOP_WITHIN)
+            self._fail_all()
+
+    def _fail_all(self) -> None:
+        for id_ in list(self._sinks):
+            if sink := self._sinks.pop(id_, None):
+                sink(Fail(id_, self._why_ended))
 
     def _turn_until_closed(self) -> None:
         poller = zmq.Poller()
@@ -154,10 +163,20 @@ class Pump(Driver):
         """Handle what callers posted; False when that ended the connection."""
         while self._posted:
             event = self._posted.popleft()
-            self._handle(event, time.monotonic())
             if isinstance(event, Closed):
+                waiting = self._sinks
+                if _exiting():
+                    self._sinks = {}  # those who wait at exit are told late: see _end
+                self._handle(event, time.monotonic())
+                self._sinks = waiting
                 return False
+            self._handle(event, time.monotonic())
         return True
+
+
+def _exiting() -> bool:
+    """Whether the interpreter ends: only daemon threads are left beside what is done at exit."""
+    return not threading.main_thread().is_alive()
 
 
 class Channel:

@@ -38,9 +38,11 @@ _NEWS = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDS
 _NEWS_OF_KEYS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _MISMATCH = 0x11000002
 """ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH, which pyzmq has no name for."""
-_CUT_OFF, _WITHIN = 10, 2.0
-"""Handshakes that the other end cut off, within so many seconds, before any succeeded: it cannot read them. (One that
-is not answered takes ``HANDSHAKE_IVL``.)"""
+_MANY, _WITHIN = 10, 2.0
+"""Handshakes that the other end cut off, within so many seconds. (One that is not answered takes ``HANDSHAKE_IVL``.)"""
+_SOON, _LATE = 10, 1000
+"""Milliseconds, and up to twice as many, until the next try: a broker that died is followed by another one in no more
+time; and where many handshakes are cut off, in steps of ten. libzmq waits longer only where no connection is had."""
 
 _DESCRIPTORS = 12
 """Of a context with one socket and its connection (9), and of a thread that drives it."""
@@ -118,6 +120,21 @@ def new_context(endpoint: str) -> zmq.Context[zmq.Socket[bytes]]:
     return zmq.Context()
 
 
+class _Often:
+    """Notices what happens many times within a while."""
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque(maxlen=_MANY)
+
+    def again(self) -> bool:
+        """It happened once more; whether that makes many, which are counted anew then."""
+        self._times.append(time.monotonic())
+        if len(self._times) < _MANY or self._times[-1] - self._times[0] >= _WITHIN:
+            return False
+        self._times.clear()
+        return True
+
+
 class Dealer:
     """A DEALER to the broker that knows whether it has a connection; belongs to one thread at a time.
 
@@ -141,10 +158,12 @@ class Dealer:
         self.barred = ""
         self._key = None if credentials is None else credentials.key
         self._endpoint = ""
-        self._cut_off: deque[float] | None = deque(maxlen=_CUT_OFF)  # None since a handshake succeeded
+        self._unread: _Often | None = _Often()  # handshakes, none of which has succeeded so far
+        self._cut_off = _Often()
+        self._interval = _SOON
         self.socket = context.socket(zmq.DEALER)
         options = COMMON | {
-            zmq.RECONNECT_IVL: 10,  # a broker that died is followed by another one in no more time
+            zmq.RECONNECT_IVL: _SOON,
             zmq.RECONNECT_IVL_MAX: 2000,  # one that stays away costs hundreds of peers little, and is found soon
             zmq.CONNECT_TIMEOUT: 2000,  # who is not answered asks anew: the system waits ever longer, up to a minute
             zmq.MAXMSGSIZE: largest + (0 if credentials is None else SEAL),
@@ -200,15 +219,27 @@ class Dealer:
         while (told := news(self.monitor)) is not None:
             event, value = told
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self.connected, self._cut_off = True, None
-                return True
-            if event == zmq.EVENT_DISCONNECTED:
+                self._unread = None
+                if self._interval == _SOON:
+                    self.connected = True
+                    return True
+                self._connect_anew(_SOON)  # libzmq keeps to the interval with which a connection was begun
+            elif event == zmq.EVENT_DISCONNECTED:
+                if not (self.connected or self.barred) and self._cut_off.again():
+                    self._connect_anew(min(10 * self._interval, _LATE))
                 self.connected = False
                 return False
-            self.barred = self._why_barred(event, value)
-            if self.barred:
-                return False
+            else:
+                self.barred = self._why_barred(event, value)
+                if self.barred:
+                    return False
         return None
+
+    def _connect_anew(self, interval: int) -> None:
+        self._interval = interval
+        self.socket.disconnect(self._endpoint)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, interval)
+        self.socket.connect(self._endpoint)
 
     def _why_barred(self, event: int, value: int) -> str:
         """What a handshake that failed means; empty where the next one may succeed."""
@@ -224,16 +255,13 @@ class Dealer:
                 else "lets in keys only: set $LOOPMUX_KEY to a key file (`loopmux keys new NAME`) and "
                 "$LOOPMUX_SERVER_KEY to the broker's public key"
             )
-        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._key and self._cut_off is not None:
-            self._cut_off.append(time.monotonic())
-            if len(self._cut_off) == _CUT_OFF and self._cut_off[-1] - self._cut_off[0] < _WITHIN:
-                self.socket.disconnect(self._endpoint)
-                self._cut_off.clear()
-                return (
-                    f"what listens at {self._endpoint} cannot read what is said to it with $LOOPMUX_SERVER_KEY: set it "
-                    "to the public key of the broker there (`loopmux keys show FILE` on its host); or it is a tunnel "
-                    "or proxy with no broker behind it: start that one first"
-                )
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._key and self._unread and self._unread.again():
+            self.socket.disconnect(self._endpoint)
+            return (
+                f"what listens at {self._endpoint} cannot read what is said to it with $LOOPMUX_SERVER_KEY: set it "
+                "to the public key of the broker there (`loopmux keys show FILE` on its host); or it is a tunnel "
+                "or proxy with no broker behind it: start that one first"
+            )
         return ""
 
     def close(self) -> None:

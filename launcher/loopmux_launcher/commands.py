@@ -16,6 +16,7 @@ from loopmux_launcher.config import Configuration
 from loopmux_launcher.console import Console
 from loopmux_launcher.events import Announce
 from loopmux_launcher.holder import Held, Holder, Watch
+from loopmux_launcher.processes import remedy
 from loopmux_launcher.reader import load
 from loopmux_launcher.server import Launcher
 
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that cannot be written
         if options.debug:
             traceback.print_exc()
-        print(f"loopmux-launcher: {error}", file=sys.stderr)
+        print(f"loopmux-launcher: {error}{remedy(error)}", file=sys.stderr)
         return exitcodes.FAILURE
     except KeyboardInterrupt:
         return exitcodes.INTERRUPTED

@@ -42,6 +42,7 @@ class Console:
         self._picture: Sequence[str] = ()
         self._drawn = 0
         """Lines of the live view that are on the screen, the cursor below them."""
+        self._stale = False  # the live view is another one by now
         self._told: dict[str, tuple[str, float]] = {}
 
     def announce(self, news: Announce) -> None:
@@ -61,6 +62,8 @@ class Console:
         """Print what its reader had no room for before."""
         self._out.flush()
         self._err.flush()
+        if self._stale:
+            self._redraw()
 
     def show(self, picture: Sequence[str]) -> None:
         """What stands below everything in the live view."""
@@ -86,7 +89,7 @@ class Console:
     def __exit__(self, *failure: object) -> None:
         """Leave the terminal without a live view."""
         self._doing, self._picture = {}, ()
-        self._redraw()
+        self._out.write(self._erase())
         self._out.drain(self._farewell)
         self._err.drain(self._farewell)
 
@@ -96,7 +99,13 @@ class Console:
         self._redraw()
 
     def _redraw(self) -> None:
-        """The live view anew, as much of its end as the terminal has room for: a view that scrolls stays for good."""
+        """The live view anew, as much of its end as the terminal has room for: a view that scrolls stays for good.
+
+        For a reader who is behind it waits: all the views meanwhile would take the room of lines.
+        """
+        self._stale = self._out.behind
+        if self._stale:
+            return
         columns, rows = shutil.get_terminal_size()
         lines = [*self._doing.values(), *self._picture] if self.form == "live" else []
         shown = [line[: columns - 1] for line in lines[-max(1, rows - 1) :]]

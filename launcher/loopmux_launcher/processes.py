@@ -6,6 +6,7 @@ broker by a line of its log. Everything else belongs in the log file.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -30,6 +31,13 @@ _LAST_READS = 4
 _LONGEST_LINE = 16 * 1024
 """Bytes; a longer line is cut into pieces of this size."""
 _LONGEST_SHOWN = 400
+
+
+def remedy(error: OSError) -> str:
+    """What helps against an error of the system, to be said behind it; nothing where that is not known."""
+    return (
+        ": let this process open more (`ulimit -n`, or LimitNOFILE= of a unit)" if error.errno == errno.EMFILE else ""
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from loopmux import endpoints
 from loopmux.codec import plain
 from loopmux.errors import AuthError, ConfigError, LoopmuxError, ProtocolError
 from loopmux.keys import credentials
-from loopmux.listening import Listening
+from loopmux.listening import Listening, renew
 from loopmux.messages import Register
 from loopmux.sockets import Dealer, new_context
 from loopmux.wire import VERSIONS, WORKER_BODY_LIMIT, Message, from_bytes, message_limit, new_id, to_bytes
@@ -64,7 +64,7 @@ from loopmux_launcher.lifecycle import STOP_GRACE
 from loopmux_launcher.link import Link, Refused
 from loopmux_launcher.plan import BROKER, Plan
 from loopmux_launcher.probe import worker_command, worker_variables
-from loopmux_launcher.processes import Child, Said, broker_line
+from loopmux_launcher.processes import Child, Said, broker_line, remedy
 from loopmux_launcher.reader import load
 from loopmux_launcher.signals import Signals
 from loopmux_launcher.watch import FileWatch, declared
@@ -146,9 +146,7 @@ class Launcher:
     def _listen_anew(self) -> None:
         """Somebody removed the files of our sockets. A broker that is started again has new ones, as who is with it."""
         try:
-            for one in self._listening.values():
-                if one.file.gone:
-                    one.renew()
+            renew(self._listening.values())
         except LoopmuxError as error:
             text = (
                 f"somebody removed the files of its sockets: nobody new can connect, and others cannot be made: {error}"
@@ -329,7 +327,7 @@ class Launcher:
         try:
             self._children[name] = Child(name, command, variables, self._log(name), **how)
         except OSError as error:
-            self._never_began(name, f"{command[0]} could not be started: {error.strerror}")
+            self._never_began(name, f"{command[0]} could not be started: {error.strerror}{remedy(error)}")
 
     def _never_began(self, name: str, why: str) -> None:
         environment = _built_by(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -17,8 +18,8 @@ import pytest
 from brokerkit import end, tok
 from brokerwire import Peer, broker, fails, plain
 from loopmux.claims import BusyError
-from loopmux.errors import ConfigError
-from loopmux.listening import Listening
+from loopmux.errors import ConfigError, LoopmuxError
+from loopmux.listening import Listening, renew
 from loopmux.wire import Kind
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.doors import Side
@@ -160,11 +161,12 @@ def test_what_is_no_listening_socket_is_refused(argument: str, words: str) -> No
 
 
 def test_a_socket_without_a_file_is_refused_as_where_it_is_named() -> None:
+    name = f"loopmux-test-{os.getpid()}"  # such names are shared by the whole host
     with socket.socket(socket.AF_UNIX) as nobody_s:
-        nobody_s.bind("\0loopmux-test")
+        nobody_s.bind(f"\0{name}")
         nobody_s.listen()
         [given] = inherited([f"clients={nobody_s.fileno()}"], {})
-        with pytest.raises(ConfigError, match="'ipc://@loopmux-test' is neither ipc:///path/to/socket nor tcp"):
+        with pytest.raises(ConfigError, match=f"'ipc://@{name}' is neither ipc:///path/to/socket nor tcp"):
             Listeners([], [], BrokerConfig(), [replace(given, descriptor=os.dup(given.descriptor))])
 
 
@@ -190,6 +192,17 @@ def test_a_second_one_on_the_same_endpoint_is_refused(tmp_path: Path) -> None:
         Listening("tcp://0.0.0.0:0")
 
 
+def test_one_that_gets_no_descriptor_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr(os, "open", refused)
+        with pytest.raises(LoopmuxError, match="Too many open files"):
+            Listening(f"ipc://{tmp_path}/some/sockets/b.ipc")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_one_whose_file_was_removed_listens_anew_as_soon_as_it_can(tmp_path: Path) -> None:
     path = tmp_path / "sockets" / "b.ipc"
     one = Listening(f"ipc://{path}")
@@ -199,11 +212,31 @@ def test_one_whose_file_was_removed_listens_anew_as_soon_as_it_can(tmp_path: Pat
     assert one.file.gone
     before = one.fileno()
     with pytest.raises(ConfigError, match="found the file"):
-        one.renew()
+        renew([one])
     assert one.fileno() == before
     path.parent.unlink()
-    one.renew()
+    renew([one])
     assert not one.file.gone
     plain(one.endpoint).close()
     one.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_one_of_several_cannot_listen_anew_none_does(tmp_path: Path) -> None:
+    """A new socket that its server does not know would take connections that nobody answers."""
+    folders = [tmp_path / name for name in ("first", "second")]
+    both = [Listening(f"ipc://{folder}/b.ipc") for folder in folders]
+    for folder in folders:
+        shutil.rmtree(folder)
+    folders[1].write_text("in the way")
+    before = [one.fileno() for one in both]
+    with pytest.raises(ConfigError, match="found the file"):
+        renew(both)
+    assert [(one.fileno(), one.file.gone) for one in both] == [(number, True) for number in before]
+    assert list(tmp_path.iterdir()) == [folders[1]]
+    folders[1].unlink()
+    renew(both)
+    for one in both:
+        plain(one.endpoint).close()
+        one.close()
     assert list(tmp_path.iterdir()) == []

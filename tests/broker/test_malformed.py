@@ -234,6 +234,25 @@ def test_a_bug_is_logged_and_counted_and_the_loop_lives(core: Core, monkeypatch:
     assert core.submit(ONE)[0] == run(ONE)
 
 
+def test_memory_that_runs_out_is_no_bug_and_whoever_asks_again_is_served(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: bytes) -> Message:
+        raise MemoryError
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr(wire, "from_bytes", full)
+        logged = [core.broker.handle(ClientSent(CLIENT, SUBMIT), core.now) for _ in range(3)]
+    assert [[(a.level, a.event) for a in actions if isinstance(a, Log)] for actions in logged] == [
+        [("warning", "out of memory")],
+        [],
+        [],
+    ]
+    assert core.counted["out_of_memory"] == 3
+    assert "internal_errors" not in core.counted
+    assert core.submit(ONE)[0] == run(ONE)
+
+
 # --- what it costs
 
 NESTED = b"\x91" * 4000 + b"\x00"

@@ -645,6 +645,32 @@ def test_one_whose_worker_stays_away_or_has_left_is_not() -> None:
     assert failure(core.submit(THREE)[0])[3].code == "model_not_found"
 
 
+def test_who_waits_when_the_last_worker_leaves_waits_on() -> None:
+    core = Core(settle=3.0)
+    core.hello()
+    core.register(slots=1)
+    core.wait(3.25)
+    core.submit(ONE)
+    core.submit(TWO)
+    assert (CLIENT, Kind.ERROR) not in kinds(core.worker(say(Kind.BYE)))
+    assert failure(core.submit(THREE)[0])[3].code == "model_not_found"
+    assert (CLIENT, Kind.ERROR) not in kinds(core.wait(60.0))
+    assert {core.tables.requests[r].state for r in (ONE, TWO)} == {State.QUEUED}
+    assert {request for _, request, _ in runs(core.register(slots=2))} == {ONE, TWO}
+
+
+def test_one_lost_before_may_still_be_back_when_another_one_leaves() -> None:
+    core = Core(settle=3.0)
+    core.hello()
+    core.register()
+    core.wait(3.25)
+    core.lose(WORKER)
+    core.register(SECOND)
+    core.worker(say(Kind.BYE), peer=SECOND)
+    assert kinds(core.submit(ONE)) == [(CLIENT, Kind.ACCEPTED), (CLIENT, Kind.PHASE)]
+    assert runs(core.register()) == [(WORKER, ONE, 1)]
+
+
 # --- many who wait
 
 

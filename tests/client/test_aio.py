@@ -16,9 +16,10 @@ import pytest
 
 import loopmux
 from fakebroker import FakeBroker, whole_text
-from loopmux import connection
+from loopmux import codec, connection
 from loopmux.events import Barred
 from loopmux.link import Link
+from loopmux.messages import Generate
 from loopmux.wire import Kind
 
 
@@ -72,6 +73,34 @@ def test_many_tasks_share_a_client(ipc_broker: FakeBroker) -> None:
 
     run(ipc_broker.endpoint, story)
     assert len(ipc_broker.peers) == 1
+
+
+@pytest.mark.parametrize("call", ["chat", "generate", "run_tools"])
+def test_a_source_of_tools_that_takes_its_time_does_not_hold_up_the_event_loop(
+    ipc_broker: FakeBroker, call: str
+) -> None:
+    class Source:
+        def __init__(self) -> None:
+            self.answers = threading.Event()
+
+        def tools(self) -> list[loopmux.Tool]:
+            assert self.answers.wait(5), "the event loop waited"
+            return [loopmux.Tool("far", "", {"type": "object"}, print)]
+
+    async def story(client: loopmux.AsyncClient) -> None:
+        source = Source()
+        asyncio.get_running_loop().call_later(0.01, source.answers.set)
+        match call:
+            case "chat":
+                await client.chat([{"role": "user", "content": "x"}], tools=[source])
+            case "generate":
+                await client.generate("x", tools=[source])
+            case _:
+                await client.run_tools("x", tools=[source])
+
+    run(ipc_broker.endpoint, story)
+    asked = codec.unpack(Generate, ipc_broker.wait_for(Kind.SUBMIT).body, codec.BODY_LIMITS)
+    assert [tool["function"]["name"] for tool in asked.tools or ()] == ["far"]
 
 
 def test_what_tasks_say_in_one_turn_of_the_loop_travels_together(ipc_broker: FakeBroker) -> None:

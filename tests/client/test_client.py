@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import os
+import pickle
 import queue
 import re
 import signal
@@ -383,6 +385,66 @@ def test_an_unclosed_client_does_not_hang_the_interpreter(ipc_broker: FakeBroker
         [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=20
     )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, whole_text(2).strip(), "")
+    ipc_broker.wait_for(Kind.BYE)
+
+
+@pytest.mark.parametrize("away", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_what_belongs_to_this_process_says_so_to_who_would_send_it_to_another(
+    ipc_broker: FakeBroker, away: Callable[[object], object]
+) -> None:
+    def refused(*bound: object) -> None:
+        for one in bound:
+            with pytest.raises(TypeError, match=r"belongs to this process .* copied: (make|read|run) \w+"):
+                away(one)
+
+    async def story() -> None:
+        async with loopmux.AsyncClient(ipc_broker.endpoint) as client, client.stream("x") as stream:
+            refused(client, stream, client.iter_tools("x", tools=[]))
+
+    with loopmux.Client(ipc_broker.endpoint) as client, client.stream("x") as stream:
+        refused(client, client.with_options(), stream, client.iter_tools("x", tools=[]))
+    asyncio.run(story())
+
+
+_LEFT_WAITING = """
+    import atexit, sys, threading, time
+
+    def join():
+        thread.join()
+        print("joined")
+
+    if sys.argv[2:]:
+        atexit.register(join)
+    import loopmux
+
+    client = loopmux.Client(sys.argv[1], model="hang")
+    stream = client.stream("x")
+    next(stream)
+
+    def call():
+        try:
+            stream.result
+        except loopmux.LoopmuxError as error:
+            print(type(error).__name__)
+            raise SystemExit
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+"""
+
+
+@pytest.mark.parametrize(("told", "joins"), [("", []), ("ConnectionLostError\njoined\n", ["join"])])
+def test_a_daemon_thread_that_waits_at_exit_hears_of_it_only_if_it_is_joined(
+    ipc_broker: FakeBroker, told: str, joins: list[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(_LEFT_WAITING), ipc_broker.endpoint, *joins],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
+    ipc_broker.wait_for(Kind.CANCEL)
     ipc_broker.wait_for(Kind.BYE)
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from typing import Any
 
 import pytest
@@ -331,6 +332,12 @@ def test_max_turns_carries_everything():
     assert caught.value.result.turns == 3
     assert caught.value.messages == caught.value.result.messages
     assert client.hints[-1][1] == "done"
+
+
+def test_messages_may_be_any_mappings():
+    message = types.MappingProxyType({"role": "user", "content": "go"})
+    out = loop.run(ScriptedClient([turn("done")]), (message,), tools=[add])
+    assert out.messages == [{"role": "user", "content": "go"}, {"role": "assistant", "content": "done"}]
 
 
 def test_a_loop_is_resumed_from_the_messages_of_an_error():

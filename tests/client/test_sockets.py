@@ -129,6 +129,34 @@ def test_a_connection_that_is_not_answered_is_tried_again_within_seconds(
             until(tried_again, "another try")
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_who_is_cut_off_again_and_again_asks_ever_less_often_and_as_soon_as_ever_once_let_in(
+    context: zmq.Context[zmq.Socket[bytes]], host: str
+) -> None:
+    """A proxy whose broker is down takes every connection, and closes it."""
+    with contextlib.closing(Dealer(context, 1 << 20)) as dealer:
+        with socket.create_server(("127.0.0.1", 0)) as proxy:
+            proxy.settimeout(5)
+            port = proxy.getsockname()[1]
+            dealer.connect(f"tcp://{host}:{port}")
+            intervals = [dealer.socket.getsockopt(zmq.RECONNECT_IVL)]
+            while intervals[-1] < 1000:
+                proxy.accept()[0].close()
+                while dealer.news() is not None:
+                    intervals.append(dealer.socket.getsockopt(zmq.RECONNECT_IVL))
+        assert list(dict.fromkeys(intervals)) == [10, 100, 1000]
+        for _ in range(2):
+            router = context.socket(zmq.ROUTER)
+            router.bind(f"tcp://127.0.0.1:{port}")
+            until(lambda: dealer.news() is True, "a connection")
+            assert dealer.socket.getsockopt(zmq.RECONNECT_IVL) == 10
+            assert dealer.send([b"to the broker"]) == 1
+            assert router.recv_multipart()[1:] == [b"to the broker"]
+            router.unbind(f"tcp://127.0.0.1:{port}")
+            router.close(0)
+            until(lambda: dealer.news() is False, "its end")
+
+
 def test_a_line_that_goes_dead_is_left_by_the_time_its_ends_count_as_lost() -> None:
     """Within one question of the last word the next one is asked, and the answer has its time from then on."""
     assert COMMON[zmq.HEARTBEAT_IVL] + COMMON[zmq.HEARTBEAT_TIMEOUT] <= 1000 * HEARTBEAT * SILENT_HEARTBEATS

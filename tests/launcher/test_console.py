@@ -124,6 +124,25 @@ def test_a_reader_who_does_not_read_is_not_waited_for_and_gets_it_later(monkeypa
     assert [line.split()[4] for line in found.decode().splitlines()] == [str(n) for n in range(200)]
 
 
+def test_a_live_view_that_nobody_reads_takes_no_room_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, into = os.pipe()
+    fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, 4096)
+    found = b""
+    with os.fdopen(into, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        console = Console("live")
+        for n in range(20_000):
+            console.show(["x" * 70, f"view {n}"])
+        say(console, *[("a", f"line {n}", "info") for n in range(100)])
+        console.show(["the last view"])
+        os.set_blocking(out, False)
+        while not found.endswith(b"the last view\n"):
+            found += os.read(out, 4096)
+            console.pass_on()
+    os.close(out)
+    assert words(screen(found.decode())) == [*[f"a: line {n}" for n in range(100)], "the last view"]
+
+
 def test_a_closed_output_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     say(Console(), ("a", "started", "info"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -23,8 +24,8 @@ import pytest
 
 import loopmux
 from launcher.programs import Program, alive, launch, program, wait_for
-from loopmux import endpoints, keys
-from loopmux_launcher import places
+from loopmux import endpoints, exitcodes, keys
+from loopmux_launcher import commands, places
 from loopmux_launcher.backoff import CRASHES
 from loopmux_launcher.console import Console
 from loopmux_launcher.events import Announce
@@ -579,6 +580,26 @@ def test_debug_shows_the_traceback_that_is_hidden_otherwise(home: Path) -> None:
     words = ("config", "check", str(home / "gone.yaml"))
     assert "Traceback" not in launch(*words).stderr
     assert "Traceback" in launch(*words, "--debug").stderr
+
+
+def test_too_few_descriptors_are_named_with_what_helps(config: Path, endpoint: str) -> None:
+    words = [sys.executable, "-m", "loopmux_launcher", "up", "--config", str(config), "--endpoint", endpoint]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 25; exec "$@"', "sh", *words], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode not in (0, exitcodes.CONFIG)
+    assert re.search(r"Too many open files.*let this process open more \(`ulimit -n`", done.stderr)
+
+
+def test_so_are_they_by_every_other_command(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(file: Path) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(file))
+
+    monkeypatch.setattr("loopmux_launcher.commands.load", fails)
+    assert commands.main(["config", "check", str(config)]) == exitcodes.FAILURE
+    assert re.search(r"Too many open files.*let this process open more \(`ulimit -n`", capsys.readouterr().err)
 
 
 def test_a_failure_of_the_launcher_itself_leaves_nothing(
