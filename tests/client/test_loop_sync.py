@@ -12,12 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+from types import FrameType
 from typing import Any
 
 import pytest
 
 import loopmux
-from loopmux import codec, loop, options
+from loopmux import codec, loop, options, transcript, turns
 from loopmux.errors import (
     BadRequestError,
     ConnectionLostError,
@@ -322,6 +323,39 @@ def test_a_transcript_that_was_cut_anywhere_goes_on_or_says_what_is_missing():
         answers = [{"role": "tool", "tool_call_id": c.id, "name": c.name, "content": "lost"} for c in missing]
         assert loop.run(client, [*whole[:size], *answers], tools=[add]).text == "ok"
         assert client.messages(0) == [*whole[:size], *answers]
+
+
+def test_the_transcript_is_whole_and_true_at_every_line_of_the_loops_code():
+    """Which Ctrl-C may end, and a tool's thread may look from."""
+    made = [call("note", f"c{n}", n=n) for n in range(4)]
+    ran: list[str] = []
+    seen: list[list[str]] = []
+
+    def note(n: int) -> None:
+        ran.append(f"c{n}")
+
+    def look(frame: FrameType, what: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in (turns.__file__, transcript.__file__):
+            return None
+        if what == "line":
+            sys.settrace(None)
+            told = [m for m in events.messages if m["role"] == "tool"]
+            seen.append([m["tool_call_id"] for m in told])
+            assert seen[-1] == [c["id"] for m in events.messages for c in m.get("tool_calls", ())]
+            assert not [m for m in told if m["content"].startswith("Not run") and m["tool_call_id"] in ran]
+            sys.settrace(look)
+        return look
+
+    script = [turn("a", *made[:3]), turn("b", made[3]), turn("c")]
+    events = loop.iterate(ScriptedClient(script), "go", tools=[note])
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        list(events)
+    finally:
+        sys.settrace(before)
+    assert [len(ids) for ids in seen] == sorted(len(ids) for ids in seen)
+    assert {len(ids) for ids in seen} == {0, 3, 4}
 
 
 def test_max_turns_carries_everything():
