@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import socket
@@ -74,7 +75,7 @@ class Pump:
         self._sinks: dict[bytes, Sink] = {}
         self._posted: deque[ConnectionEvent] = deque()
         self._asleep = False
-        self._why_ended: LoopmuxError = _closed()
+        self._why_ended: Callable[[], LoopmuxError] = _closed  # each caller's own: a loop notes its transcript on it
         self.ended = False
         self._bell, self._button = socket.socketpair()
         self._bell.setblocking(False)
@@ -97,7 +98,7 @@ class Pump:
         self.post(event)
         if self.ended and id_ in self._sinks:  # the thread ended before it could see the event
             self.forget(id_)
-            sink(Fail(id_, self._why_ended))
+            sink(Fail(id_, self._why_ended()))
 
     def post(self, event: ConnectionEvent) -> None:
         """Hand an event to the thread."""
@@ -135,9 +136,8 @@ class Pump:
         try:
             self._turn_until_closed()
         except BaseException as cause:
-            self._why_ended = LoopmuxError(
-                f"the client's connection thread failed ({type(cause).__name__}: {cause}): report this"
-            )
+            failed = f"the client's connection thread failed ({type(cause).__name__}: {cause}): report this"
+            self._why_ended = functools.partial(LoopmuxError, failed)
             raise  # threading.excepthook prints it; callers get the error above
         finally:
             self._end()
@@ -146,7 +146,7 @@ class Pump:
         self.ended = True
         for id_ in list(self._sinks):
             if sink := self._sinks.pop(id_, None):
-                sink(Fail(id_, self._why_ended))
+                sink(Fail(id_, self._why_ended()))
         self._link.close()
         self._bell.close()
         self._button.close()
@@ -173,7 +173,7 @@ class Pump:
             if not self._take_posted():
                 return
             if self._link.barred:
-                self._why_ended = AuthError(self._link.barred)
+                self._why_ended = functools.partial(AuthError, self._link.barred)
                 return
             now = time.monotonic()
             if now >= self._core.next_timer():
