@@ -65,7 +65,7 @@ from loopmux.loopevents import (
     TurnStarted,
 )
 from loopmux.options import KNOWN, check_known, check_plain
-from loopmux.outcome import readable, succeeded
+from loopmux.outcome import described, failed, readable, succeeded
 from loopmux.results import Result, StreamEvent, ToolCall
 from loopmux.turns import Loop
 
@@ -404,7 +404,11 @@ class _Shell:
             self.done.put(ToolFinished(action.number, context.run(toolrun.perform, action.tool, action.call)))
 
         # a daemon: a tool that never returns must not keep the program from ending
-        threading.Thread(target=work, name=f"loopmux-tool-{action.call.name}", daemon=True).start()
+        thread = threading.Thread(target=work, name=f"loopmux-tool-{action.call.name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # there may be no more threads
+            self.done.put(ToolFinished(action.number, failed(described(error))))
 
     def _next(self) -> Event:
         """Wait for a tool, or for the time at which the next one is late."""
