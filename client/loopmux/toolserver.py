@@ -57,9 +57,10 @@ class ToolServer:
         try:
             parts = urllib.parse.urlsplit(url)
             port = parts.port
+            host = (parts.hostname or "").encode("idna").decode()  # as a socket takes it
         except ValueError as error:
             raise BadRequestError(f"tool server: found the URL {url!r}: {error}") from error
-        if parts.scheme not in _PORTS or not parts.hostname:
+        if parts.scheme not in _PORTS or not host or not host.isprintable() or " " in host:
             raise BadRequestError(f"tool server: found the URL {url!r}, expected one such as http://127.0.0.1:8763")
         if not (parts.path.isascii() and parts.path.isprintable() and " " not in parts.path):
             raise BadRequestError(f"tool server: found the URL {url!r}, expected a path in ASCII, all else as in %20")
@@ -74,7 +75,7 @@ class ToolServer:
         self._schemas = None if schemas is None else _entries(schemas)
         self._danger = danger if callable(danger) else lambda _: danger
         self._secure = parts.scheme == "https"
-        self._host, self._port = parts.hostname, port or _PORTS[parts.scheme]
+        self._host, self._port = host, port or _PORTS[parts.scheme]
         self._path = parts.path.rstrip("/")
 
     def tools(self) -> list[Tool]:
