@@ -158,7 +158,7 @@ class Loop:
         )
 
     def _ask(self, now: float) -> list[Action]:
-        if self.deadline is not None and now >= self.deadline:
+        if self._late(now):
             return [Fail(self._with_transcript(DeadlineExceededError(self._deadline_text())))]
         self.turn += 1
         left = None if self.deadline is None else self.deadline - now
@@ -167,6 +167,9 @@ class Loop:
     def _with_transcript(self, error: LoopmuxError) -> LoopmuxError:
         error.messages = list(self.messages)
         return error
+
+    def _late(self, now: float) -> bool:
+        return self.deadline is not None and now >= self.deadline
 
     def _deadline_text(self) -> str:
         return f"the tool loop's deadline of {self.limits.timeout:g} s passed after {self.turn} turns"
@@ -264,7 +267,7 @@ class Loop:
         actions: list[Action] = []
         while self._queue and not self._unasked and len(self._running) < self.limits.concurrency:
             number = self._queue.popleft()
-            if self.deadline is not None and now >= self.deadline:
+            if self._late(now):
                 actions += self._settle(number, failed("not run: the loop's deadline passed"))
                 continue
             self._running[number] = math.inf
@@ -282,7 +285,7 @@ class Loop:
     def _abandon_late(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for number in [n for n, until in self._running.items() if until <= now]:
-            late = self.deadline is not None and now >= self.deadline
+            late = self._late(now)
             limit = "the loop's deadline" if late else f"{self._limit(number):g} s"
             actions += [AbandonTool(number), *self._settle(number, failed(f"no result within {limit}"))]
         return actions
@@ -305,7 +308,7 @@ class Loop:
             self.tool_log.append(log_entry(call, outcome, self.turn))
         if self.limits.stop_when_denied and all(outcome.status == "denied" for _, outcome in done):
             return [Finish(self.result("denied"))]
-        if self._repeats(done):
+        if self._repeats(done) and not self._late(now):
             return [Finish(self.result("repeat"))]
         match self._finish_reason:
             case "":

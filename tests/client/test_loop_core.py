@@ -319,6 +319,14 @@ def test_a_deadline_that_passes_ends_the_loop_with_a_whole_transcript():
     ]
 
 
+def test_a_call_that_the_deadline_ends_is_no_repetition():
+    loop = new(timeout=10, max_failures=1)
+    asked(loop, turn("", call(a=1, b=2)))
+    fail = loop.handle(TimePassed(), 10.0)[-1]
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, DeadlineExceededError)
+
+
 def test_a_long_result_is_cut_and_said_to_be():
     loop = new(max_result_size=4)
     asked(loop, turn("", call("echo", text="x")))
