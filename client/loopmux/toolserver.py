@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,6 +24,8 @@ from loopmux.tools import DANGERS, LATER, Danger, Tool, ToolError, check_seconds
 
 _LARGEST_ANSWER = 16 * 1024 * 1024
 """Bytes; a model reads a few thousand characters, so more is a mistake and would only fill the memory."""
+_PIECE = 64 * 1024
+"""Bytes that are read at once."""
 _SHOWN = 200
 """Characters of an unexpected answer that an error shows."""
 _PORTS = {"http": 80, "https": 443}
@@ -139,12 +143,14 @@ class ToolServer:
 
     def _request(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        end = time.monotonic() + self._timeout
         connection = kind(self._host, self._port, timeout=min(self._timeout, threading.TIMEOUT_MAX))
         try:
             data = None if body is None else json.dumps(body)
             connection.request(method, self._path + path, data, self._headers())
+            line = connection.sock
             response = connection.getresponse()
-            answer = response.read(_LARGEST_ANSWER + 1)
+            answer = _body(response, line, end)
         except TimeoutError as error:
             late = f"the tool server at {self.url} did not answer within {self._timeout:g} s"
             raise DeadlineExceededError(late) from error
@@ -177,6 +183,23 @@ def _entries(schemas: Any) -> list[Mapping[str, Any]]:
     if entries is None or not all(isinstance(entry, Mapping) for entry in entries):
         raise BadRequestError(f"tool server: found the schemas {show(schemas)}, expected a list of JSON schemas")
     return entries
+
+
+def _body(response: http.client.HTTPResponse, line: socket.socket, end: float) -> bytes:
+    """What was answered, or somewhat more than the largest answer of it; a server may send a byte at a time for ever.
+
+    Raises:
+        TimeoutError: it has not ended by ``end``, monotonic seconds.
+    """
+    answer = bytearray()
+    while len(answer) <= _LARGEST_ANSWER and not response.isclosed():
+        if (left := end - time.monotonic()) <= 0:
+            raise TimeoutError
+        line.settimeout(min(left, threading.TIMEOUT_MAX))
+        if not (piece := response.read1(_PIECE)):
+            break
+        answer += piece
+    return bytes(answer)
 
 
 def _json(body: bytes) -> Any:
