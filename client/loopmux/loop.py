@@ -26,6 +26,7 @@ import dataclasses
 import inspect
 import queue
 import secrets
+import sys
 import threading
 import time
 from collections import deque
@@ -420,6 +421,8 @@ class _Shell:
             return TimePassed()
 
     def _hint(self, state: str, expected: float | None = None) -> None:
+        if sys.is_finalizing():  # a loop that was left open: clients are closed by now, and modules torn down
+            return
         try:
             self.client.hint(self.plan.loop.session, state, expected)
         except LoopmuxError:

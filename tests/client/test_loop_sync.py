@@ -214,11 +214,29 @@ def hang() -> None:
 
 print(loop.run(ScriptedClient([turn("", call("hang")), turn("ok")]), "go", tools=[hang], tool_timeout=0.01).text)
 """
+    assert play(program) == (0, "ok\n", "")
+
+
+def test_a_program_may_end_in_the_middle_of_a_loop():
+    program = """
+import loopmux
+
+def add(a: int, b: int) -> int:
+    return a + b
+
+client = loopmux.Client("ipc:///nobody/there")
+events = client.iter_tools("go", tools=[add])
+print(next(events))
+"""
+    assert play(program) == (0, "TurnStarted(turn=1)\n", "")
+
+
+def play(program: str) -> tuple[int, str, str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=30, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_tools_see_the_callers_context():
