@@ -186,10 +186,9 @@ def test_a_tool_that_ended_in_time_did_so_however_late_the_event_loop_looks():
             ended.wait(10)
             time.sleep(0.2)  # the event loop stands still until the time of the tool is over
 
-    def other() -> None: ...
-
     client = AsyncScriptedClient([turn("", call("quick"), call("other", "c1")), turn("ok")])
-    out = run(client, tools=[quick, other], on_event=observer, tool_timeout=0.1)
+    tools = [Tool.from_function(quick, timeout=0.1), Tool("other", "", {"type": "object"}, lambda: None)]
+    out = run(client, tools=tools, on_event=observer)
     assert [entry["status"] for entry in out.tool_log] == ["success", "success"]
 
 
