@@ -155,9 +155,11 @@ class _Shell:
             error.messages = error.messages or loop.transcript()
             raise
         finally:
-            await self._cancel_tools()
-            if plan.ends_session:
-                await self._hint("done")
+            try:
+                await self._cancel_tools()
+            finally:
+                if plan.ends_session:
+                    await self._hint("done")
 
     async def _perform(self, action: Action) -> list[Action]:
         """The actions that tell observers nothing; what follows from them."""
@@ -168,7 +170,7 @@ class _Shell:
                 answer = await _awaited(self.before_tool(call)) if self.before_tool else True
                 return self.loop.handle(Decided(number, loopplan.decision(answer, call)), time.monotonic())
             case AbandonTool(number):
-                if task := self.tasks.pop(number, None):
+                if task := self.tasks.get(number):
                     task.cancel()
             case Fail(error):
                 raise error
@@ -189,9 +191,12 @@ class _Shell:
 
     def _start_thread(self, job: RunTool) -> None:
         perform = functools.partial(toolrun.perform, job.tool, job.call)
-        in_thread(f"loopmux-tool-{job.call.name}", perform).add_done_callback(
-            lambda done: self.done.put_nowait(ToolFinished(job.number, done.result()))
-        )
+        try:
+            running = in_thread(f"loopmux-tool-{job.call.name}", perform)
+        except RuntimeError as error:  # there may be no more threads
+            self.done.put_nowait(ToolFinished(job.number, failed(described(error))))
+        else:
+            running.add_done_callback(lambda done: self.done.put_nowait(ToolFinished(job.number, done.result())))
 
     async def _next(self) -> Event:
         """Wait for a tool, or for the time at which the next one is late."""
@@ -200,7 +205,9 @@ class _Shell:
             async with asyncio.timeout(None if wake is None else max(0.0, wake - time.monotonic())):
                 event = await self.done.get()
         except TimeoutError:
-            return TimePassed()
+            if self.done.empty():
+                return TimePassed()
+            event = self.done.get_nowait()  # it came while this event loop stood still
         if isinstance(event, ToolFinished):
             self.tasks.pop(event.number, None)
         return event
@@ -208,7 +215,8 @@ class _Shell:
     async def _cancel_tools(self) -> None:
         tasks = [task for task in self.tasks.values() if not task.done()]
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():  # one that was abandoned cleans up already
+                task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_LAST_WORDS)
 
@@ -232,6 +240,8 @@ def in_thread(name: str, function: Callable[[], T]) -> asyncio.Future[T]:
         if done.set_running_or_notify_cancel():
             try:
                 done.set_result(context.run(function))
+            except StopIteration as error:  # which no future takes: whoever waits for it would do so for ever
+                done.set_exception(RuntimeError(f"{name} raised {error!r}"))
             except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
                 done.set_exception(error)
 

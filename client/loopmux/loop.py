@@ -24,6 +24,7 @@ import contextlib
 import contextvars
 import dataclasses
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -64,6 +65,7 @@ from loopmux.loopevents import (
     TurnStarted,
 )
 from loopmux.loopplan import BeforeTool, OnEvent, Plan, check_callback, decision, prepare
+from loopmux.outcome import described, failed
 from loopmux.results import Result, StreamEvent
 
 if TYPE_CHECKING:
@@ -267,7 +269,11 @@ class _Shell:
             self.done.put(ToolFinished(action.number, context.run(toolrun.perform, action.tool, action.call)))
 
         # a daemon: a tool that never returns must not keep the program from ending
-        threading.Thread(target=work, name=f"loopmux-tool-{action.call.name}", daemon=True).start()
+        thread = threading.Thread(target=work, name=f"loopmux-tool-{action.call.name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # there may be no more threads
+            self.done.put(ToolFinished(action.number, failed(described(error))))
 
     def _next(self) -> Event:
         """Wait for a tool, or for the time at which the next one is late."""
@@ -279,6 +285,8 @@ class _Shell:
             return TimePassed()
 
     def _hint(self, state: str, expected: float | None = None) -> None:
+        if sys.is_finalizing():  # a loop that was left open: clients are closed by now, and modules torn down
+            return
         try:
             self.client.hint(self.plan.loop.session, state, expected)
         except LoopmuxError:

@@ -54,7 +54,7 @@ def described(error: BaseException) -> str:
     """An exception as one text: its type and what it says."""
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 - a broken __str__ must not hide the failure it tells of
+    except BaseException:  # noqa: BLE001 - a broken __str__ must not hide the failure it tells of
         text = "(its text cannot be shown)"
     if isinstance(error, ToolError) and text:
         return text

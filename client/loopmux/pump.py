@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import zmq
 
@@ -34,7 +36,7 @@ class Pump(Driver):
         super().__init__(endpoint, connect_timeout, credentials)
         self._posted: deque[ConnectionEvent] = deque()
         self._asleep = False
-        self._why_ended: LoopmuxError = closed()
+        self._why_ended: Callable[[], LoopmuxError] = closed  # each caller's own: a loop notes its transcript on it
         self.ended = False
         self._bell, self._button = socket.socketpair()
         self._bell.setblocking(False)
@@ -57,7 +59,7 @@ class Pump(Driver):
         self.post(event)
         if self.ended and event.id in self._sinks:  # the thread ended before it could see the event
             self.forget(event.id)
-            sink(Fail(event.id, self._why_ended))
+            sink(Fail(event.id, self._why_ended()))
 
     def post(self, event: ConnectionEvent) -> None:
         """Hand an event to the thread."""
@@ -91,9 +93,8 @@ class Pump(Driver):
         try:
             self._turn_until_closed()
         except BaseException as cause:
-            self._why_ended = LoopmuxError(
-                f"the client's connection thread failed ({type(cause).__name__}: {cause}): report this"
-            )
+            failed = f"the client's connection thread failed ({type(cause).__name__}: {cause}): report this"
+            self._why_ended = functools.partial(LoopmuxError, failed)
             raise  # threading.excepthook prints it; callers get the error above
         finally:
             self._end()
@@ -113,7 +114,7 @@ class Pump(Driver):
     def _fail_all(self) -> None:
         for id_ in list(self._sinks):
             if sink := self._sinks.pop(id_, None):
-                sink(Fail(id_, self._why_ended))
+                sink(Fail(id_, self._why_ended()))
 
     def _turn_until_closed(self) -> None:
         poller = zmq.Poller()
@@ -137,7 +138,7 @@ class Pump(Driver):
             if not self._take_posted():
                 return
             if self._link.barred:
-                self._why_ended = AuthError(self._link.barred)
+                self._why_ended = functools.partial(AuthError, self._link.barred)
                 return
             now = time.monotonic()
             if now >= self._core.next_timer():

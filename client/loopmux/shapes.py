@@ -35,6 +35,16 @@ class Shape:
     schema: dict[str, Any]
     convert: Callable[[Any], Any]
 
+    def checked(self, value: Any) -> Any:
+        """``convert`` for a value that was not checked yet.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        if found := schemacheck.problems(self.schema, value, closed=True):
+            raise ValueError("; ".join(found))
+        return self.convert(value)
+
 
 def _same(value: Any) -> Any:
     return value
@@ -110,7 +120,7 @@ class Shapes:
 
     def _class(self, kind: type[Any]) -> Shape:
         if kind in self._open:  # contains itself: the inner one is shown as an object and checked when it is made
-            return Shape({"type": "object"}, lambda value: self._made[kind].convert(value))
+            return Shape({"type": "object"}, lambda value: self._made[kind].checked(value))
         self._open.add(kind)
         try:
             self._made[kind] = self._new_class(kind)
@@ -179,10 +189,15 @@ class Shapes:
             schema = {"anyOf": [arm.schema for arm in arms]}
 
         def convert(value: Any) -> Any:
+            refused: list[Exception] = []
             for arm in arms:
                 if not schemacheck.problems(arm.schema, value, closed=True):
-                    return arm.convert(value)
-            raise ValueError(f"found {schemacheck.show(value)}, expected {schemacheck.expected(schema)}")
+                    try:
+                        return arm.convert(value)
+                    except Exception as error:  # noqa: BLE001 - a text that is no date may be another arm's
+                        refused.append(error)
+            found = f"found {schemacheck.show(value)}, expected {schemacheck.expected(schema)}"
+            raise refused[0] if refused else ValueError(found)
 
         return Shape(schema, convert)
 

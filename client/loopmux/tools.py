@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, overload, runtime_checkable
@@ -170,8 +172,8 @@ def check_seconds(value: Any, what: str) -> None:
     Raises:
         BadRequestError: it is no number above 0.
     """
-    if not is_positive(value):
-        raise BadRequestError(f"{what}: found {value!r}, expected seconds above 0")
+    if not is_positive(value) or sys.float_info.max < value < math.inf:  # an int may be larger than any time
+        raise BadRequestError(f"{what}: found {codec.show(value)}, expected seconds above 0")
 
 
 def collect(tools: Iterable[Any] | None) -> dict[str, Tool]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,6 +24,8 @@ from loopmux.tools import DANGERS, LATER, Danger, Tool, ToolError, check_seconds
 
 _LARGEST_ANSWER = 16 * 1024 * 1024
 """Bytes; a model reads a few thousand characters, so more is a mistake and would only fill the memory."""
+_PIECE = 64 * 1024
+"""Bytes that are read at once."""
 _SHOWN = 200
 """Characters of an unexpected answer that an error shows."""
 _PORTS = {"http": 80, "https": 443}
@@ -57,9 +61,10 @@ class ToolServer:
         try:
             parts = urllib.parse.urlsplit(url)
             port = parts.port
+            host = (parts.hostname or "").encode("idna").decode()  # as a socket takes it
         except ValueError as error:
             raise BadRequestError(f"tool server: found the URL {url!r}: {error}") from error
-        if parts.scheme not in _PORTS or not parts.hostname:
+        if parts.scheme not in _PORTS or not host or not host.isprintable() or " " in host:
             raise BadRequestError(f"tool server: found the URL {url!r}, expected one such as http://127.0.0.1:8763")
         if not (parts.path.isascii() and parts.path.isprintable() and " " not in parts.path):
             raise BadRequestError(f"tool server: found the URL {url!r}, expected a path in ASCII, all else as in %20")
@@ -74,7 +79,7 @@ class ToolServer:
         self._schemas = None if schemas is None else _entries(schemas)
         self._danger = danger if callable(danger) else lambda _: danger
         self._secure = parts.scheme == "https"
-        self._host, self._port = parts.hostname, port or _PORTS[parts.scheme]
+        self._host, self._port = host, port or _PORTS[parts.scheme]
         self._path = parts.path.rstrip("/")
 
     def tools(self) -> list[Tool]:
@@ -138,12 +143,14 @@ class ToolServer:
 
     def _request(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        end = time.monotonic() + self._timeout
         connection = kind(self._host, self._port, timeout=min(self._timeout, threading.TIMEOUT_MAX))
         try:
             data = None if body is None else json.dumps(body)
             connection.request(method, self._path + path, data, self._headers())
+            line = connection.sock
             response = connection.getresponse()
-            answer = response.read(_LARGEST_ANSWER + 1)
+            answer = _body(response, line, end)
         except TimeoutError as error:
             late = f"the tool server at {self.url} did not answer within {self._timeout:g} s"
             raise DeadlineExceededError(late) from error
@@ -176,6 +183,23 @@ def _entries(schemas: Any) -> list[Mapping[str, Any]]:
     if entries is None or not all(isinstance(entry, Mapping) for entry in entries):
         raise BadRequestError(f"tool server: found the schemas {show(schemas)}, expected a list of JSON schemas")
     return entries
+
+
+def _body(response: http.client.HTTPResponse, line: socket.socket, end: float) -> bytes:
+    """What was answered, or somewhat more than the largest answer of it; a server may send a byte at a time for ever.
+
+    Raises:
+        TimeoutError: it has not ended by ``end``, monotonic seconds.
+    """
+    answer = bytearray()
+    while len(answer) <= _LARGEST_ANSWER and not response.isclosed():
+        if (left := end - time.monotonic()) <= 0:
+            raise TimeoutError
+        line.settimeout(min(left, threading.TIMEOUT_MAX))
+        if not (piece := response.read1(_PIECE)):
+            break
+        answer += piece
+    return bytes(answer)
 
 
 def _json(body: bytes) -> Any:

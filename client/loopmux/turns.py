@@ -79,15 +79,18 @@ class Loop:
     _calls: int = 0
     _numbered: int = 0
     _pending: dict[int, _Pending] = field(default_factory=dict)
+    _unasked: deque[int] = field(default_factory=deque)  # about the first of them the caller is being asked
     _queue: deque[int] = field(default_factory=deque)
     _running: dict[int, float] = field(default_factory=dict)  # until when; infinite before it began
     _began: dict[int, float] = field(default_factory=dict)
     _took: dict[str, float] = field(default_factory=dict)  # seconds, by tool, the last time
     _produced: dict[int, tuple[int, ...]] = field(default_factory=dict)
     _failures: Counter[str] = field(default_factory=Counter)
+    _last: tuple[int, dict[int, _Pending]] = field(init=False)  # where the last turn's answers begin, and its calls
 
     def __post_init__(self) -> None:
         self.messages = copy.deepcopy(list(self.messages))
+        self._last = len(self.messages), {}
         check_answered(self.messages)
 
     @property
@@ -122,12 +125,21 @@ class Loop:
         self._running[number] = min(now + self._limit(number), self.deadline or math.inf)
 
     def transcript(self) -> list[ChatMessage]:
-        """The conversation as it stands, fit for resuming: a call that has no outcome yet is answered with that."""
-        answers = [tool_message(p.call, (p.outcome or self._stopped(n)).content) for n, p in self._pending.items()]
-        return [*self.messages, *answers]
+        """The conversation as it stands, fit for resuming: a call that has no outcome yet is answered with that.
 
-    def _stopped(self, number: int) -> Outcome:
-        if self._running.get(number, math.inf) < math.inf:
+        It may be asked for from another thread, or after Ctrl-C stopped this one anywhere.
+        """
+        answered, calls = self._last
+        messages = self.messages[:answered]
+        if len(messages) < answered:  # the turn is on its way in
+            return messages
+        return [*messages, *(tool_message(p.call, self._so_far(number, p).content) for number, p in calls.items())]
+
+    def _so_far(self, number: int, pending: _Pending) -> Outcome:
+        running = self._running.get(number, math.inf) < math.inf  # looked at first: it gets its outcome while it does
+        if pending.outcome:
+            return pending.outcome
+        if running:
             return failed("the loop was stopped while this ran; whether it did its work is not known")
         return skipped("the loop was stopped")
 
@@ -146,7 +158,7 @@ class Loop:
         )
 
     def _ask(self, now: float) -> list[Action]:
-        if self.deadline is not None and now >= self.deadline:
+        if self._late(now):
             return [Fail(self._with_transcript(DeadlineExceededError(self._deadline_text())))]
         self.turn += 1
         left = None if self.deadline is None else self.deadline - now
@@ -155,6 +167,9 @@ class Loop:
     def _with_transcript(self, error: LoopmuxError) -> LoopmuxError:
         error.messages = list(self.messages)
         return error
+
+    def _late(self, now: float) -> bool:
+        return self.deadline is not None and now >= self.deadline
 
     def _deadline_text(self) -> str:
         return f"the tool loop's deadline of {self.limits.timeout:g} s passed after {self.turn} turns"
@@ -166,13 +181,14 @@ class Loop:
         self.request_ids.append(result.request_id)
         if result.token_ids:
             self._produced[len(self.messages)] = result.token_ids
+        first = self._numbered
+        self._numbered += len(result.tool_calls)
+        self._pending = {first + at: _Pending(call) for at, call in enumerate(result.tool_calls)}
+        self._last = len(self.messages) + 1, self._pending
         self.messages.append(assistant_message(result.text, result.tool_calls, result.reasoning))
         actions: list[Action] = [Report(event)]
         if not result.tool_calls:
             return [*actions, Finish(self.result(result.finish_reason))]
-        first = self._numbered
-        self._numbered += len(result.tool_calls)
-        self._pending = {first + at: _Pending(call) for at, call in enumerate(result.tool_calls)}
         if stop := self._reason_to_run_nothing(result):
             self._finish_reason, why = stop
             for number in self._pending:
@@ -180,6 +196,7 @@ class Loop:
             return [*actions, *self._advance(now)]
         self._finish_reason = ""
         admitted = [action for number, pending in self._pending.items() for action in self._admit(number, pending.call)]
+        admitted += self._question()
         if any(pending.outcome is None for pending in self._pending.values()):
             actions.append(HintWaiting(self._expected()))
         return [*actions, *admitted, *self._advance(now)]
@@ -207,36 +224,50 @@ class Loop:
             return self._settle(number, failed(f"unknown tool {call.name!r}, expected one of: {names}"))
         if problems := tool.problems(call.arguments):
             return self._settle(number, failed(f"bad arguments for {call.name}: {problems}"))
+        if self.approval:
+            self._unasked.append(number)
+            return []
+        return self._allow(number)
+
+    def _allow(self, number: int) -> list[Action]:
+        """Queue a call, unless as many were run as may be."""
         if self._calls >= self.limits.max_tool_calls:
             self._finish_reason = "max_tool_calls"
             return self._settle(number, skipped(f"the limit of {self.limits.max_tool_calls} tool calls was reached"))
         self._calls += 1
-        if self.approval:
-            # a copy: whoever is asked must not change what was checked
-            return [AskApproval(number, replace(call, arguments=copy.deepcopy(call.arguments)))]
         self._queue.append(number)
         return []
 
+    def _question(self) -> list[Action]:
+        """Ask about the next call. Not before the one in front is decided: only what runs counts for the limit."""
+        actions: list[Action] = []
+        while self._unasked and self._calls >= self.limits.max_tool_calls:
+            actions += self._allow(self._unasked.popleft())
+        if self._unasked:
+            call = self._pending[self._unasked[0]].call
+            # a copy: whoever is asked must not change what was checked
+            actions.append(AskApproval(self._unasked[0], replace(call, arguments=copy.deepcopy(call.arguments))))
+        return actions
+
     def _decided(self, number: int, decision: Decision, now: float) -> list[Action]:
+        self._unasked.remove(number)
         actions: list[Action] = []
         match decision:
             case Run():
-                self._queue.append(number)
+                actions = self._allow(number)
             case Deny(reason):
-                self._calls -= 1
                 text = f"Denied: {reason}" if reason else "Denied: the user did not allow this call."
                 actions = self._settle(number, Outcome("denied", text, error=reason or None))
             case Substitute(result):
-                self._calls -= 1
                 actions = self._settle(number, succeeded(result, "substituted"))
-        return [*actions, *self._advance(now)]
+        return [*actions, *self._question(), *self._advance(now)]
 
     def _advance(self, now: float) -> list[Action]:
         """Start what may run; when nothing is left of the turn, close it."""
         actions: list[Action] = []
-        while self._queue and len(self._running) < self.limits.concurrency:
+        while self._queue and not self._unasked and len(self._running) < self.limits.concurrency:
             number = self._queue.popleft()
-            if self.deadline is not None and now >= self.deadline:
+            if self._late(now):
                 actions += self._settle(number, failed("not run: the loop's deadline passed"))
                 continue
             self._running[number] = math.inf
@@ -254,17 +285,17 @@ class Loop:
     def _abandon_late(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for number in [n for n, until in self._running.items() if until <= now]:
-            late = self.deadline is not None and now >= self.deadline
+            late = self._late(now)
             limit = "the loop's deadline" if late else f"{self._limit(number):g} s"
             actions += [AbandonTool(number), *self._settle(number, failed(f"no result within {limit}"))]
         return actions
 
     def _settle(self, number: int, outcome: Outcome) -> list[Action]:
         """Give a call its one outcome, its text within the limit."""
-        self._running.pop(number, None)
         outcome = cut(outcome, self.limits.max_result_size)
         pending = self._pending[number]
         pending.outcome = outcome
+        self._running.pop(number, None)  # behind it: what neither runs nor has an outcome was not run
         report = ToolResult(self.turn, pending.call, outcome.status, outcome.content, outcome.result, outcome.error)
         return [Report(report)]
 
@@ -277,7 +308,7 @@ class Loop:
             self.tool_log.append(log_entry(call, outcome, self.turn))
         if self.limits.stop_when_denied and all(outcome.status == "denied" for _, outcome in done):
             return [Finish(self.result("denied"))]
-        if self._repeats(done):
+        if self._repeats(done) and not self._late(now):
             return [Finish(self.result("repeat"))]
         match self._finish_reason:
             case "":

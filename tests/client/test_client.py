@@ -20,8 +20,8 @@ import pytest
 
 import loopmux
 from fakebroker import FakeBroker, wait_until, whole_text
-from loopmux import codec, connection, driver, keys, wire
-from loopmux.events import Finish
+from loopmux import codec, connection, driver, keys, pump, wire
+from loopmux.events import Asked, Fail, Finish
 from loopmux.messages import Generate, SessionHint, Submit
 from loopmux.wire import Kind, Message
 
@@ -550,6 +550,19 @@ def test_a_handler_of_a_signal_may_close_the_client_in_its_first_call(
         thread.join(5)
     assert [type(error) for error in errors] == [loopmux.ConnectionLostError]
     assert not _threads()
+
+
+def test_each_caller_gets_an_error_of_its_own_where_the_connection_ends(tmp_path: Path) -> None:
+    """A tool loop notes its transcript on the error that ends it."""
+    told: list[object] = []
+    ended = pump.Pump(f"ipc://{tmp_path / 'nobody'}", 5.0, None)
+    ended.start(Asked(b"one", 0.0), told.append)
+    ended.start(Asked(b"two", 0.0), told.append)
+    ended.stop()
+    ended.start(Asked(b"three", 0.0), told.append)
+    errors = [item.error for item in told if isinstance(item, Fail)]
+    assert [type(error) for error in errors] == [loopmux.ConnectionLostError] * 3
+    assert len(set(map(id, errors))) == 3
 
 
 def test_a_keyboard_interrupt_of_a_question_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ import pytest
 
 from loopmux import loop
 from loopmux.errors import BadRequestError, DeadlineExceededError, MaxTurnsError, ToolLoopError, WorkerLostError
-from loopmux.loopevents import Deny, LoopFinished, ToolResult, TurnStarted
+from loopmux.loopevents import Deny, LoopFinished, ToolResult, ToolStarted, TurnStarted
 from loopmux.results import Result, TextDelta, ToolCall
 from loopmux.tools import Tool
 from scripted import AsyncScriptedClient, ScriptedClient, call, turn
@@ -164,6 +165,47 @@ def test_a_source_of_tools_that_never_answers_does_not_hang_the_program():
     forever.set()
 
 
+def test_a_source_of_tools_that_raises_what_no_future_takes_is_told():
+    class Empty:
+        def tools(self) -> list[Tool]:
+            return [next(iter([]))]
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        run(AsyncScriptedClient([turn("ok")]), tools=[Empty()])
+
+
+def test_a_tool_that_ended_in_time_did_so_however_late_the_event_loop_looks():
+    ended = threading.Event()
+
+    def quick() -> str:
+        ended.set()
+        return "done"
+
+    def observer(event: Any) -> None:
+        if isinstance(event, ToolStarted) and event.call.name == "other":
+            ended.wait(10)
+            time.sleep(0.2)  # the event loop stands still until the time of the tool is over
+
+    client = AsyncScriptedClient([turn("", call("quick"), call("other", "c1")), turn("ok")])
+    tools = [Tool.from_function(quick, timeout=0.1), Tool("other", "", {"type": "object"}, lambda: None)]
+    out = run(client, tools=tools, on_event=observer)
+    assert [entry["status"] for entry in out.tool_log] == ["success", "success"]
+
+
+def test_where_there_is_no_thread_left_the_call_fails(monkeypatch: pytest.MonkeyPatch):
+    start = threading.Thread.start
+
+    def crowded(thread: threading.Thread) -> None:
+        if thread.name == "loopmux-tool-add":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", crowded)
+    script = [turn("", call(a=1, b=2)), turn("ok")]
+    for out in (run(AsyncScriptedClient(list(script))), loop.run(ScriptedClient(list(script)), "go", tools=[add])):
+        assert [entry["error"] for entry in out.tool_log] == ["RuntimeError: can't start new thread"]
+
+
 def test_hostile_coroutines():
     async def exits() -> None:
         raise SystemExit(3)
@@ -218,6 +260,52 @@ def test_cancelling_the_task_cancels_the_turns_tools():
         with pytest.raises(asyncio.CancelledError):
             await task
         assert ended == [True]  # here already: not left to the end of the event loop
+
+    wait(main())
+    assert client.hints[-1][1] == "done"
+
+
+@pytest.mark.parametrize("limit", ["timeout", "tool_timeout"])
+def test_a_coroutine_tool_that_took_too_long_may_clean_up_before_the_loop_has_ended(limit: str):
+    cleaned = []
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.02)
+            cleaned.append(True)
+
+    async def main() -> None:
+        client = AsyncScriptedClient([turn("", call("work")), turn("ok")])
+        with contextlib.suppress(DeadlineExceededError):
+            await loop.arun(client, "go", tools=[work], **{limit: 0.05})
+        assert cleaned == [True]
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    wait(main())
+
+
+def test_the_session_ends_with_the_loop_however_often_it_is_cancelled():
+    client = AsyncScriptedClient([turn("", call("work"))])
+
+    async def main() -> None:
+        started, cleaning = asyncio.Event(), asyncio.Event()
+
+        async def work() -> None:
+            try:
+                started.set()
+                await asyncio.Event().wait()
+            finally:
+                cleaning.set()
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(loop.arun(client, "go", tools=[work]))
+        for moment in (started, cleaning):
+            await moment.wait()
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
     wait(main())
     assert client.hints[-1][1] == "done"

@@ -14,6 +14,7 @@ from loopmux.loopevents import (
     AskApproval,
     AskModel,
     Decided,
+    Decision,
     Deny,
     Event,
     Fail,
@@ -318,6 +319,14 @@ def test_a_deadline_that_passes_ends_the_loop_with_a_whole_transcript():
     ]
 
 
+def test_a_call_that_the_deadline_ends_is_no_repetition():
+    loop = new(timeout=10, max_failures=1)
+    asked(loop, turn("", call(a=1, b=2)))
+    fail = loop.handle(TimePassed(), 10.0)[-1]
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, DeadlineExceededError)
+
+
 def test_a_long_result_is_cut_and_said_to_be():
     loop = new(max_result_size=4)
     asked(loop, turn("", call("echo", text="x")))
@@ -331,13 +340,15 @@ def test_the_caller_is_asked_in_call_order_before_anything_runs():
     loop = new(approval=True)
     calls = [call("echo", f"c{i}", text=str(i)) for i in range(3)]
     actions = asked(loop, turn("", *calls))
-    assert actions[1:] == [HintWaiting(), *(AskApproval(i, c) for i, c in enumerate(calls))]
-    assert told(loop, Decided(0, Run())) == [RunTool(0, 1, calls[0], ECHO)]
+    assert actions[1:] == [HintWaiting(), AskApproval(0, calls[0])]
+    assert loop.handle(Decided(0, Run()), 0) == [AskApproval(1, calls[1])]
     assert loop.handle(Decided(1, Deny("not today")), 0) == [
-        Report(ToolResult(1, calls[1], "denied", "Denied: not today", None, "not today"))
+        Report(ToolResult(1, calls[1], "denied", "Denied: not today", None, "not today")),
+        AskApproval(2, calls[2]),
     ]
-    assert loop.handle(Decided(2, Substitute({"a": 1})), 0) == [
-        Report(ToolResult(1, calls[2], "substituted", '{"a": 1}', {"a": 1}))
+    assert told(loop, Decided(2, Substitute({"a": 1}))) == [
+        Report(ToolResult(1, calls[2], "substituted", '{"a": 1}', {"a": 1})),
+        RunTool(0, 1, calls[0], ECHO),
     ]
     assert isinstance(loop.handle(ToolFinished(0, succeeded("0")), 0)[-1], AskModel)
     assert contents(loop) == ["0", "Denied: not today", '{"a": 1}']
@@ -426,6 +437,19 @@ def test_denied_calls_do_not_use_up_the_limit():
     assert loop.handle(Decided(1, Run()), 0) == [RunTool(1, 2, call("echo", text="b"), ECHO)]
 
 
+@pytest.mark.parametrize("decided", [Deny(), Substitute(1)])
+def test_a_call_that_is_not_run_leaves_its_place_to_the_next_of_its_turn(decided: Decision):
+    loop = new(approval=True, max_tool_calls=1)
+    calls = [call("echo", f"c{i}", text=str(i)) for i in range(3)]
+    asked(loop, turn("", *calls))
+    assert loop.handle(Decided(0, decided), 0)[1:] == [AskApproval(1, calls[1])]
+    report, job = told(loop, Decided(1, Run()))  # about the third nobody is asked in vain
+    assert isinstance(report, Report)
+    assert job == RunTool(1, 1, calls[1], ECHO)
+    assert isinstance(loop.handle(ToolFinished(1, succeeded("1")), 0)[-1], Fail)
+    assert contents(loop)[1:] == ["1", "Not run: the limit of 1 tool calls was reached."]
+
+
 def test_the_callers_messages_are_copied():
     given = [{"role": "user", "content": "go", "extra": {"a": [1]}}]
     loop = Loop(given, TOOLS)
@@ -491,6 +515,8 @@ def test_a_transcript_with_all_answers_is_resumed():
         {"tool_timeout": -1},
         {"timeout": 0},
         {"timeout": True},
+        {"timeout": 10**400},  # more than a float holds
+        {"tool_timeout": 10**400},
         {"max_result_size": 0},
     ],
 )

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import loopmux
-from loopmux import codec, loop, options
+from loopmux import codec, loop, options, transcript, turns
 from loopmux.errors import (
     BadRequestError,
     ConnectionLostError,
@@ -214,11 +214,29 @@ def hang() -> None:
 
 print(loop.run(ScriptedClient([turn("", call("hang")), turn("ok")]), "go", tools=[hang], tool_timeout=0.01).text)
 """
+    assert play(program) == (0, "ok\n", "")
+
+
+def test_a_program_may_end_in_the_middle_of_a_loop():
+    program = """
+import loopmux
+
+def add(a: int, b: int) -> int:
+    return a + b
+
+client = loopmux.Client("ipc:///nobody/there")
+events = client.iter_tools("go", tools=[add])
+print(next(events))
+"""
+    assert play(program) == (0, "TurnStarted(turn=1)\n", "")
+
+
+def play(program: str) -> tuple[int, str, str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=30, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_tools_see_the_callers_context():
@@ -323,6 +341,39 @@ def test_a_transcript_that_was_cut_anywhere_goes_on_or_says_what_is_missing():
         answers = [{"role": "tool", "tool_call_id": c.id, "name": c.name, "content": "lost"} for c in missing]
         assert loop.run(client, [*whole[:size], *answers], tools=[add]).text == "ok"
         assert client.messages(0) == [*whole[:size], *answers]
+
+
+def test_the_transcript_is_whole_and_true_at_every_line_of_the_loops_code():
+    """Which Ctrl-C may end, and a tool's thread may look from."""
+    made = [call("note", f"c{n}", n=n) for n in range(4)]
+    ran: list[str] = []
+    seen: list[list[str]] = []
+
+    def note(n: int) -> None:
+        ran.append(f"c{n}")
+
+    def look(frame: types.FrameType, what: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in (turns.__file__, transcript.__file__):
+            return None
+        if what == "line":
+            sys.settrace(None)
+            told = [m for m in events.messages if m["role"] == "tool"]
+            seen.append([m["tool_call_id"] for m in told])
+            assert seen[-1] == [c["id"] for m in events.messages for c in m.get("tool_calls", ())]
+            assert not [m for m in told if m["content"].startswith("Not run") and m["tool_call_id"] in ran]
+            sys.settrace(look)
+        return look
+
+    script = [turn("a", *made[:3]), turn("b", made[3]), turn("c")]
+    events = loop.iterate(ScriptedClient(script), "go", tools=[note])
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        list(events)
+    finally:
+        sys.settrace(before)
+    assert [len(ids) for ids in seen] == sorted(len(ids) for ids in seen)
+    assert {len(ids) for ids in seen} == {0, 3, 4}
 
 
 def test_max_turns_carries_everything():

@@ -71,6 +71,11 @@ class BrokenText(Exception):
         raise RuntimeError("no text either")
 
 
+class Leaving(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
 def forever_nested() -> list[Any]:
     nested: list[Any] = []
     nested.append(nested)
@@ -90,6 +95,7 @@ def raise_it(error: BaseException) -> None:
         (lambda: sys.exit(3), "Error: SystemExit: 3"),
         (lambda: raise_it(KeyboardInterrupt()), "Error: KeyboardInterrupt"),
         (lambda: raise_it(BrokenText()), "Error: BrokenText: (its text cannot be shown)"),
+        (lambda: raise_it(Leaving()), "Error: Leaving: (its text cannot be shown)"),
         (lambda: raise_it(ValueError("caf\udce9")), "Error: ValueError: caf?"),
         (
             lambda: [object()],

@@ -233,6 +233,29 @@ def test_a_union_takes_the_first_alternative_that_fits():
     assert shape.convert("red") is Colour.RED
 
 
+@pytest.mark.parametrize("hint", [datetime.date | Literal["today"], datetime.date | str, decimal.Decimal | Colour])
+def test_a_text_that_one_alternative_cannot_read_is_the_next_ones(hint: Any):
+    text, value = {decimal.Decimal | Colour: ("red", Colour.RED)}.get(hint, ("today", "today"))
+    assert Shapes().of(hint).convert(text) == value
+
+
+def test_a_text_that_no_alternative_can_read_is_told_by_the_first():
+    with pytest.raises(ValueError, match="Invalid isoformat string: 'soon'"):
+        Shapes().of(datetime.date | None).convert("soon")
+
+
+@pytest.mark.parametrize(
+    ("child", "problem"),
+    [
+        ({"title": "b"}, "name: missing, expected a text; title: unknown, expected name, children"),
+        ({"name": 1}, "name: "),
+    ],
+)
+def test_what_a_type_holds_of_itself_is_checked_in_words(child: dict[str, Any], problem: str):
+    with pytest.raises(ValueError, match=problem):
+        Shapes().of(Tree).convert({"name": "a", "children": [child]})
+
+
 @dataclass
 class Flat:
     x: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from typing import Any
@@ -184,6 +185,9 @@ def test_a_server_that_hangs_up():
         "http://h:99999",
         "http://h:port",
         "http://[h",
+        "http://a..b",
+        f"http://{'x' * 64}.example",
+        "http://a host",
         "http://h/größe",
         "http://h/a b",
     ],
@@ -236,6 +240,26 @@ def test_a_loop_waits_a_little_longer_than_the_server_may_take():
         server = ToolServer(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.05, schemas=[schema])
         out = loop.run(ScriptedClient([turn("", call("hang")), turn("ok")]), "go", tools=[server])
     assert "did not answer within 0.05 s" in out.tool_log[0]["error"]
+
+
+def test_the_time_limit_is_for_the_whole_answer():
+    over = threading.Event()
+
+    def trickle(listening: socket.socket) -> None:
+        line, _ = listening.accept()
+        with line, contextlib.suppress(OSError):  # the reader has gone
+            line.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n")
+            for _ in range(40):
+                over.wait(0.05)
+                line.sendall(b" ")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=trickle, args=(listening,))
+        thread.start()
+        with pytest.raises(DeadlineExceededError, match=r"did not answer within 0\.3 s"):
+            ToolServer(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=0.3).tools()
+        over.set()
+        thread.join()
 
 
 def test_a_proxy_of_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch):
