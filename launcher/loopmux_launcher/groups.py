@@ -77,7 +77,9 @@ class Group:
 def _told(group: Group) -> WorkerSpec:
     """What a process is told, without what may differ between two that are alike."""
     threads = None if group.shares_cores else group.spec.torch_threads
-    models = tuple(sorted(group.spec.models, key=lambda model: model.id))  # in which order the file has them is no matter
+    models = tuple(
+        sorted(group.spec.models, key=lambda model: model.id)
+    )  # in which order the file has them is no matter
     return replace(group.spec, name="", models=models, torch_threads=threads)
 
 
