@@ -1,7 +1,7 @@
 """The parent of the broker: the same program, ready to serve, that forks the broker and forks it again when it dies.
 
 What takes long about a broker's start are its interpreter and its imports. Here they are there once and for all; a fork
-takes milliseconds, shares their memory and the listening sockets, and reads its settings anew.
+takes milliseconds, and shares their memory and the listening sockets.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections import deque
+from collections.abc import Callable
 
 from loopmux import exitcodes
 from loopmux.pulse import Pulse, Silence, between
@@ -34,8 +35,10 @@ def hold() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _NEWS)
 
 
-def keep(log: Logger, pulse: Pulse) -> int | None:
+def keep(log: Logger, pulse: Pulse, renew: Callable[[], None] = lambda: None) -> int | None:
     """Have a broker, and another one at once when one dies that has served. Main thread only, and no other thread yet.
+
+    ``renew`` is called before there is another one.
 
     SIGTERM and SIGINT go on to the broker. When it ends by these or by itself, that is the end. One that has no pulse
     any more is killed.
@@ -65,6 +68,7 @@ def keep(log: Logger, pulse: Pulse) -> int | None:
             log.say("warning" if again else "error", "broker died", by=by, after=round(lived, 2), again=again)
         if not again:
             return code if code > 0 else 128 - code
+        renew()
 
 
 def _await_end(broker: int, pulse: Pulse, log: Logger) -> tuple[int, bool]:
