@@ -178,7 +178,7 @@ def test_it_goes_on_until_one_ends_by_itself(tmp_path: Path, last: int) -> None:
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("both", [False, True], ids=["the one that serves", "both, as Ctrl-C does"])
 def test_a_broker_that_is_asked_to_end_has_no_successor(
     tmp_path: Path, endpoint: str, number: signal.Signals, both: bool
@@ -190,6 +190,19 @@ def test_a_broker_that_is_asked_to_end_has_no_successor(
         assert asked.process.wait(10) == 0
         assert "broker died" not in asked.process.communicate()[1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_was_started_by_nohup_stays_when_its_terminal_goes(endpoint: str) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with broker("--endpoint", endpoint) as running, Peer(running.clients) as client:
+            client.hello()
+            for process in (running.process.pid, running.serving):
+                os.kill(process, signal.SIGHUP)
+            assert client.status().pid == running.serving
+            assert running.stop()[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_killed_parent_takes_its_broker_along(tmp_path: Path, endpoint: str) -> None:
