@@ -1,7 +1,7 @@
 """The parent of the broker: the same program, ready to serve, that forks the broker and forks it again when it dies.
 
 What takes long about a broker's start are its interpreter and its imports. Here they are there once and for all; a fork
-takes milliseconds, shares their memory and the listening sockets, and reads its settings anew.
+takes milliseconds, and shares their memory and the listening sockets.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import os
 import signal
 import time
 from collections import deque
+from collections.abc import Callable
 
 from loopmux import exitcodes
 from loopmux.pulse import Pulse, Silence, between
+from loopmux_broker.lifeline import ENDS, unheard
 from loopmux_broker.logs import Logger
 
 _SERVED = 1.0
@@ -23,7 +25,7 @@ _OFTEN, _WHILE = 20, 60.0
 """Deaths within so many seconds that are one cause's: the parent ends with the last of them, too."""
 _FOR_GOOD = (exitcodes.USAGE, exitcodes.CONFIG)
 """Exit codes of what would be the same again, however long it took to find out."""
-_NEWS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGALRM})
+_NEWS = frozenset({signal.SIGCHLD, signal.SIGALRM, *ENDS})
 _HUNG = 30.0
 """Seconds without a pulse after which a broker is killed: it loops without end, or somebody has stopped it and gone."""
 
@@ -31,14 +33,16 @@ _HUNG = 30.0
 def hold() -> None:
     """Keep signals for ``keep``, which takes them in one by one: no moment is the wrong one."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it passes that on, and would never hear of its children
-    signal.pthread_sigmask(signal.SIG_BLOCK, _NEWS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _NEWS - unheard())  # one that is blocked comes though it is ignored
 
 
-def keep(log: Logger, pulse: Pulse) -> int | None:
+def keep(log: Logger, pulse: Pulse, renew: Callable[[], None] = lambda: None) -> int | None:
     """Have a broker, and another one at once when one dies that has served. Main thread only, and no other thread yet.
 
-    SIGTERM and SIGINT go on to the broker. When it ends by these or by itself, that is the end. One that has no pulse
-    any more is killed.
+    ``renew`` is called before there is another one.
+
+    SIGTERM, SIGINT and SIGHUP go on to the broker. When it ends by these or by itself, that is the end. One that has no
+    pulse any more is killed.
 
     Returns:
         In every broker, each a child of the process that called: None. In that process, once there is to be no broker
@@ -65,6 +69,7 @@ def keep(log: Logger, pulse: Pulse) -> int | None:
             log.say("warning" if again else "error", "broker died", by=by, after=round(lived, 2), again=again)
         if not again:
             return code if code > 0 else 128 - code
+        renew()
 
 
 def _await_end(broker: int, pulse: Pulse, log: Logger) -> tuple[int, bool]:

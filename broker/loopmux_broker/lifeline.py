@@ -13,7 +13,13 @@ from loopmux.errors import LoopmuxError
 from loopmux.pulse import exists
 
 PARENT_DIED = "parent died"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ENDS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+"""Signals that ask for the end; the last one says that the terminal is gone."""
+
+
+def unheard() -> frozenset[signal.Signals]:
+    """Those that are passed over: who was started by nohup stays when its terminal goes."""
+    return frozenset({signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else ())
 
 
 class Parent:
@@ -57,9 +63,9 @@ class Lifeline:
         self.close()
 
     def catch_signals(self) -> None:
-        """Let SIGTERM and SIGINT end the broker in good order. Main thread only."""
+        """Let SIGTERM, SIGINT and SIGHUP end the broker in good order. Main thread only."""
         signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
-        for number in _SIGNALS:
+        for number in ENDS - unheard():
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -84,7 +90,7 @@ class Lifeline:
         """Give descriptors and signals back."""
         if signal.getsignal(signal.SIGTERM) == self._on_signal:
             signal.set_wakeup_fd(-1)
-            for number in _SIGNALS:
+            for number in ENDS - unheard():
                 signal.signal(number, signal.SIG_DFL)
         self._ear.close()
         self._mouth.close()

@@ -36,13 +36,14 @@ def main(arguments: list[str] | None = None) -> int:
         keeper, pulse, serving = Parent(os.getpid()), Pulse(), False
         hold()
         descriptors.allow()
-        listeners = Listeners(options.endpoint, options.worker_endpoint, _settings(options.config), given)
+        settings = _Settings(options.config, log)
+        listeners = Listeners(options.endpoint, options.worker_endpoint, settings.good, given)
         try:
-            code = keep(log, pulse)
+            code = keep(log, pulse, settings.renew)
             if code is None:
                 serving = True
                 parents.append(keeper)
-                code = _serve(_settings(options.config), listeners.all, pulse, parents, log)
+                code = _serve(settings.good, listeners.all, pulse, parents, log)
         finally:
             if not serving or keeper.dead():  # else it goes on listening, for the next one
                 listeners.close()
@@ -78,12 +79,26 @@ def _serve(config: BrokerConfig, listeners: list[Listener], pulse: Pulse, parent
     return 0
 
 
-def _settings(file: Path | None) -> BrokerConfig:
-    if file is None:
-        return BrokerConfig()
-    from loopmux_broker.configfile import load  # the parser takes its time, and most brokers have no file
+class _Settings:
+    """The settings as they were last found good."""
 
-    return load(file)
+    def __init__(self, file: Path | None, log: Logger) -> None:
+        self._file, self._log = file, log
+        self.good = self._read()
+
+    def renew(self) -> None:
+        """Read them again. Whose file has got a mistake since is not to have no broker for it."""
+        try:
+            self.good = self._read()
+        except LoopmuxError as error:
+            self._log.say("error", "settings refused, the former ones stay in force", reason=str(error))
+
+    def _read(self) -> BrokerConfig:
+        if self._file is None:
+            return BrokerConfig()
+        from loopmux_broker.configfile import load  # the parser takes its time, and most brokers have no file
+
+        return load(self._file)
 
 
 def _parser() -> argparse.ArgumentParser:

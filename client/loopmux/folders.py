@@ -14,9 +14,24 @@ _PASSING = (*FULL, errno.EMFILE, errno.ENFILE)
 """The same, or no descriptor: nothing is wrong with the folder, and another try may succeed."""
 
 
+def of_user(variable: str, below_home: str) -> Path:
+    """The folder that ``variable`` names, else the one at this place below the user's home.
+
+    Raises:
+        ConfigError: it is not set, and there is no home either, as of a container's user without a name.
+    """
+    try:
+        return Path(os.environ.get(variable) or Path.home() / below_home).absolute()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"${variable}: found neither this nor $HOME, and no user {os.getuid()} who has a home; expected a folder: "
+            f"set ${variable}, or $HOME"
+        ) from error
+
+
 def settings() -> Path:
     """``$XDG_CONFIG_HOME``, else ``~/.config``: every program has a folder there."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config").absolute()
+    return of_user("XDG_CONFIG_HOME", ".config")
 
 
 def usable(folder: Path, purpose: str, remedy: str) -> Path:

@@ -180,6 +180,10 @@ def _folders(folder: Path) -> list[str]:
 def _hub_cache(variables: Mapping[str, str]) -> Path:
     """Where huggingface_hub keeps what it has downloaded; the variables are its own."""
     if given := variables.get("HF_HUB_CACHE") or variables.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(given).expanduser()
+        return _expanded(given)
     caches = Path(variables.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(variables.get("HF_HOME") or caches / "huggingface").expanduser() / "hub"
+    return _expanded(variables.get("HF_HOME") or caches / "huggingface") / "hub"
+
+
+def _expanded(path: str | Path) -> Path:
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - raises nothing where nobody has such a home

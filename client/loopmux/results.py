@@ -132,7 +132,7 @@ class Result:
         finish_reason: why it ended.
         tool_calls: the calls of this turn, in order.
         model, adapter, worker: who answered.
-        request_id: hexadecimal, as in logs and ``status``.
+        request_id: hexadecimal, as in a worker's log where something is wrong with it.
         attempts: 1 unless a worker was lost on the way.
         reasoning: what the model thought, for models that say so.
     """

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Literal
 
 from loopmux.outlet import Outlet
@@ -128,4 +129,4 @@ def _plain(elapsed: float, news: Announce) -> str:
 
 def _json(elapsed: float, news: Announce) -> str:
     told = {"elapsed": round(elapsed, 3), "level": news.level, "subject": news.subject, "text": news.text}
-    return json.dumps(told)
+    return json.dumps(told | {"timestamp": datetime.now(UTC).isoformat(timespec="milliseconds")})

@@ -69,6 +69,16 @@ class Document:
         return Problem(self.file, self.line(where), spell(where), found, expected, hint)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's own, whose errors about values have a line, too."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # the 45th of a month, a number of 5 000 digits: yaml lets that pass
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
+
 def read(file: Path) -> Document:
     """Read and parse a file.
 
@@ -84,11 +94,14 @@ def read(file: Path) -> Document:
         raise InvalidConfiguration([Problem(file, 0, "", "more than 4 MiB", "a configuration file")])
     loader: yaml.SafeLoader | None = None
     try:
-        loader = yaml.SafeLoader(data)
+        loader = _Loader(data)
         root = loader.get_single_node()
         value = None if root is None else loader.construct_document(root)
     except yaml.YAMLError as error:
         raise InvalidConfiguration([_syntax_problem(file, data, error)]) from error
+    except RecursionError as error:
+        deep = Problem(file, 0, "", "lists or mappings in too many others", "a configuration file")
+        raise InvalidConfiguration([deep]) from error
     finally:
         if loader is not None:
             loader.dispose()

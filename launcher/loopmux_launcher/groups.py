@@ -77,7 +77,10 @@ class Group:
 def _told(group: Group) -> WorkerSpec:
     """What a process is told, without what may differ between two that are alike."""
     threads = None if group.shares_cores else group.spec.torch_threads
-    return replace(group.spec, name="", torch_threads=threads)
+    models = tuple(
+        sorted(group.spec.models, key=lambda model: model.id)
+    )  # in which order the file has them is no matter
+    return replace(group.spec, name="", models=models, torch_threads=threads)
 
 
 def succeed(before: Sequence[Group], after: Iterable[Group]) -> list[tuple[Group, Group | None]]:
@@ -88,7 +91,7 @@ def succeed(before: Sequence[Group], after: Iterable[Group]) -> list[tuple[Group
     after = list(after)
     found: dict[int, Group] = {}
     left = list(before)
-    for like in (Group.runs_like, _same_name):
+    for like in (Group.runs_like, _same_name, _same_model):
         for i, new in enumerate(after):
             old = next((one for one in left if like(new, one)), None) if i not in found else None
             if old is not None:
@@ -104,6 +107,11 @@ def succeed(before: Sequence[Group], after: Iterable[Group]) -> list[tuple[Group
 
 def _same_name(new: Group, old: Group) -> bool:
     return new.name == old.name
+
+
+def _same_model(new: Group, old: Group) -> bool:
+    """Whether they have one in common: a group is named after its first model, which may be another one now."""
+    return not set(new.model_ids).isdisjoint(old.model_ids)
 
 
 def group(models: Iterable[Model], endpoint: str, cores: int, host: str = "") -> tuple[Group, ...]:

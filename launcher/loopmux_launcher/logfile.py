@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +27,8 @@ class RotatingLog:
     def write(self, data: bytes) -> None:
         """Append; a write is never split over two files."""
         try:
+            if self._stream is not None and not self._there():
+                self.close()
             stream = self._stream or self._open()
             if self._size and self._size + len(data) > self._limit:
                 self._rotate()
@@ -42,6 +45,14 @@ class RotatingLog:
         self._stream = self.path.open("ab", buffering=0)
         self._size = self.path.stat().st_size
         return self._stream
+
+    def _there(self) -> bool:
+        """Whether who looks for the log finds what is written: nobody has moved or removed it (another rotation)."""
+        assert self._stream is not None
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._stream.fileno()))
+        except OSError:
+            return False
 
     def _rotate(self) -> None:
         self.close()

@@ -69,7 +69,7 @@ def _files(variables: Mapping[str, str]) -> list[Path]:
     named = variables.get("PIP_CONFIG_FILE")
     if named == os.devnull:
         return []
-    home = Path(variables.get("HOME") or Path.home())
+    home = Path(variables.get("HOME") or os.path.expanduser("~"))  # noqa: PTH111 - raises nothing where there is none
     folders = (variables.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(os.pathsep)
     user = Path(variables.get("XDG_CONFIG_HOME") or home / ".config")
     files = [Path(folder, "pip", "pip.conf") for folder in reversed(folders) if folder]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
 
 from loopmux import endpoints
-from loopmux.folders import usable
+from loopmux.folders import of_user, usable
 
 
 def data() -> Path:
     """``$XDG_DATA_HOME/loopmux``: built environments, code for the workers."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share").absolute() / "loopmux"
+    return of_user("XDG_DATA_HOME", ".local/share") / "loopmux"
 
 
 def usable_data() -> Path:
@@ -41,7 +40,7 @@ def adapters(endpoint: str) -> Path:
 
 def _state() -> Path:
     """``$XDG_STATE_HOME/loopmux``: logs, what was loaded at run time."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state").absolute() / "loopmux"
+    return of_user("XDG_STATE_HOME", ".local/state") / "loopmux"
 
 
 def logs(endpoint: str | None = None) -> Path:

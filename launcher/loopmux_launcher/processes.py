@@ -14,6 +14,7 @@ import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -114,7 +115,7 @@ class Child:
         self._partial: dict[int, bytes] = dict.fromkeys(self._open, b"")
         self._handover = handover
         self._last: deque[str] = deque(maxlen=LAST_LINES)
-        self._log.write(f"--- {name}: pid {self.pid}: {' '.join(command)}\n".encode())
+        self._note(f"pid {self.pid}: {' '.join(command)}")
         for stream in (self._stdin, *self._open.values()):
             os.set_blocking(stream.fileno(), False)
         self.write()
@@ -156,6 +157,10 @@ class Child:
         if not self._handover:
             self._stdin.close()
 
+    def _note(self, text: str) -> None:
+        """Our own line in its log."""
+        self._log.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} {self.name}: {text}\n".encode())
+
     def read(self, descriptor: int) -> list[Said]:
         """Read one chunk from a readable descriptor; returns the phases told in it."""
         try:
@@ -195,7 +200,7 @@ class Child:
             self._guard.forget(self.pid)
         code = self.process.wait()
         said = self._drain()
-        self._log.write(f"--- {self.name}: ended with {code}\n".encode())
+        self._note(f"ended with {code}")
         self._log.close()
         self._stdin.close()
         return Ended(code, said)

@@ -175,9 +175,21 @@ class _Reader:
             index_options=entry.index_options, installer=entry.installer, file=self.file,
         )  # fmt: skip
 
+    def _path(self, where: Where, text: str) -> Path:
+        """Where a text leads from the file's folder.
+
+        Not resolved: the interpreter of a virtual environment is a link, and following it leaves the environment.
+        """
+        try:
+            path = self.root / Path(text).expanduser()
+            os.access(path, os.F_OK)  # which says so where nothing can have that name
+            return Path(os.path.abspath(path))  # noqa: PTH100
+        except (RuntimeError, ValueError) as error:  # ~nobody, a NUL
+            self._refuse(where, repr(text), "a path", str(error))
+            return self.root
+
     def _interpreter_of(self, where: Where, text: str) -> Path:
-        # not resolved: the interpreter of a virtual environment is a link, and following it leaves the environment
-        path = Path(os.path.abspath(self.root / Path(text).expanduser()))  # noqa: PTH100
+        path = self._path((*where, "path"), text)
         interpreter = path / "bin" / "python" if path.is_dir() else path
         if not os.access(interpreter, os.X_OK):
             self._refuse((*where, "path"), f"no interpreter {interpreter}", "a virtual environment or its interpreter")
@@ -193,18 +205,18 @@ class _Reader:
                 expected = "the version of an interpreter that is on PATH, or the path of one"
                 self._refuse((*where, "python"), repr(text), expected, error.message)
             return text
-        path = Path(os.path.abspath(self.root / Path(text).expanduser()))  # noqa: PTH100 - as above
+        path = self._path((*where, "python"), text)
         if not path.is_file() or not os.access(path, os.X_OK):
             self._refuse((*where, "python"), f"{text!r}", 'a version such as "3.11" or the path of an interpreter')
         return str(path)
 
     def _requirements(self, where: Where, value: tuple[str, ...] | str) -> tuple[tuple[str, ...], Path | None]:
         if isinstance(value, str):
-            file = (self.root / Path(value).expanduser()).resolve()
+            file = self._path((*where, "requirements"), value)
             if not file.is_file():
                 hint = f"one package is written as a list: [{value}]" if not value.endswith(".txt") else ""
                 self._refuse((*where, "requirements"), f"no file {file}", "a requirements file or a list", hint)
-            return (), file
+            return (), file.resolve()
         for i, line in enumerate(value):
             if line.startswith(("-", ".", "/")) or "://" in line:  # options, folders and addresses are pip's to judge
                 continue

@@ -24,7 +24,7 @@ from loopmux.keys import credentials
 from loopmux.listening import Listening, renew
 from loopmux.messages import Register
 from loopmux.sockets import Dealer, new_context
-from loopmux.wire import VERSIONS, WORKER_BODY_LIMIT, Message, from_bytes, message_limit, new_id, to_bytes
+from loopmux.wire import VERSIONS, WORKER_BODY_LIMIT, Message, foreign, from_bytes, message_limit, new_id, to_bytes
 from loopmux_launcher import adapterstore, livelook, places, watchdog, workercode
 from loopmux_launcher.adapters import Added, extended
 from loopmux_launcher.asking import Asking
@@ -413,6 +413,8 @@ class Launcher:
         try:
             news = self._link.received(from_bytes(data), time.monotonic())
         except ProtocolError as error:
+            if foreign(data) and not self._link.welcome:  # a broker of another release, to which REGISTER says nothing
+                raise LoopmuxError(f"the broker at {self._endpoint} is of another release: {error}") from error
             self._console.announce(Announce("launcher", f"the broker sent something malformed: {error}", "warning"))
             return
         if isinstance(news, Refused):

@@ -44,6 +44,31 @@ def test_another_one_serves_at_once_with_the_settings_as_they_are_now(tmp_path: 
         assert client.status().pid == ready["pid"]
 
 
+def test_another_one_serves_by_the_last_good_settings_where_they_are_wrong_now(tmp_path: Path, endpoint: str) -> None:
+    path = settings(tmp_path, window=7)
+    with broker("--config", str(path), "--endpoint", endpoint) as first, Peer(first.clients) as client:
+
+        def next_one(window: int) -> list[dict[str, object]]:
+            client.hello()
+            until(lambda: client.status().uptime > 1.0, "it has served")
+            os.kill(client.status().pid, signal.SIGKILL)
+            said = [first.line()]
+            while said[-1]["event"] != "ready":
+                said.append(first.line())
+            assert client.hello().window == window
+            return said
+
+        settings(tmp_path, window=9)
+        assert [line["event"] for line in next_one(9)] == ["broker died", "ready"]
+        for text, reason in (("windw: 11", "did you mean 'window'"), ("window: 2026-02-31", "day is out of range")):
+            path.write_text(text)
+            _, refused, _ = next_one(9)
+            assert refused["event"] == "settings refused, the former ones stay in force"
+            assert reason in str(refused["reason"])
+        settings(tmp_path, window=11)
+        next_one(11)
+
+
 def test_what_a_broker_dies_of_at_once_is_for_others_to_judge(tmp_path: Path, endpoint: str) -> None:
     with broker("--endpoint", endpoint) as only:
         os.kill(only.serving, signal.SIGKILL)
@@ -153,7 +178,7 @@ def test_it_goes_on_until_one_ends_by_itself(tmp_path: Path, last: int) -> None:
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("both", [False, True], ids=["the one that serves", "both, as Ctrl-C does"])
 def test_a_broker_that_is_asked_to_end_has_no_successor(
     tmp_path: Path, endpoint: str, number: signal.Signals, both: bool
@@ -165,6 +190,19 @@ def test_a_broker_that_is_asked_to_end_has_no_successor(
         assert asked.process.wait(10) == 0
         assert "broker died" not in asked.process.communicate()[1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_was_started_by_nohup_stays_when_its_terminal_goes(endpoint: str) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with broker("--endpoint", endpoint) as running, Peer(running.clients) as client:
+            client.hello()
+            for process in (running.process.pid, running.serving):
+                os.kill(process, signal.SIGHUP)
+            assert client.status().pid == running.serving
+            assert running.stop()[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_killed_parent_takes_its_broker_along(tmp_path: Path, endpoint: str) -> None:

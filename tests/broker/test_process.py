@@ -57,7 +57,7 @@ def test_folder_and_sockets_are_this_users_alone(endpoint: str, tmp_path: Path) 
         assert running.ready["level"] == "info"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_and_removes_its_files(endpoint: str, tmp_path: Path, number: signal.Signals) -> None:
     with broker("--endpoint", endpoint) as running, Peer(running.clients) as client:
         client.hello()

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from brokerwire import broker
 from loopmux import cli, exitcodes
 from loopmux.cli import delegate, show, talk
-from loopmux.cli.printing import Printer
+from loopmux.cli.printing import Printer, as_json
 from loopmux.errors import BadRequestError
 from loopmux.messages import ModelStatus, Status, WorkerStatus
 from loopmux.results import ReasoningDelta, TextDelta, Waiting
@@ -92,6 +94,16 @@ def test_status_shows_what_workers_note_once() -> None:
     text = show.render_status(Status(b"e" * 8, 5, "0.1.0", 42, 1, 0, 0, (), tuple(workers)))
     assert text.splitlines()[-1] == "note: shout: no chat template"
     assert text.count("note:") == 1
+
+
+def test_for_programs_every_field_is_there_whatever_it_holds() -> None:
+    status = Status(b"\1\2", 1.0, "broker 1", 7, 1, 0, 0, models=(ModelStatus("m", "idle"),))
+    shown = json.loads(as_json(status))
+    assert shown.keys() == {field.name for field in fields(Status)}
+    assert (shown["epoch"], shown["workers"], shown["settled"]) == ("0102", [], True)
+    assert shown["models"] == [
+        {"id": "m", "phase": "idle", "workers": 0, "queued": 0, "running": 0, "detail": "", "elapsed": 0.0}
+    ]
 
 
 def test_status_without_workers_has_no_empty_table() -> None:

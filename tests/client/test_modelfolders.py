@@ -58,6 +58,7 @@ def test_a_hub_id_is_taken_with_a_note_unless_it_is_in_the_cache(models: Path, t
         ({"HF_HUB_CACHE": "/a"}, "/a"),
         ({"HF_HOME": "/b"}, "/b/hub"),
         ({"XDG_CACHE_HOME": "/c"}, "/c/huggingface/hub"),
+        ({"HF_HOME": "~no-such-user/x"}, "~no-such-user/x/hub"),
         ({}, f"{Path.home()}/.cache/huggingface/hub"),
     ],
 )

@@ -207,6 +207,14 @@ def test_an_environment_name_that_is_no_folder_name_is_refused(write: Write) -> 
     assert "../x" in only(write("models: {a: {engine: echo}}\nenvironments: {../x: {}}")).found
 
 
+@pytest.mark.parametrize("key", ["path", "python", "requirements"])
+@pytest.mark.parametrize(("text", "why"), [("~no-such-user/x", "home"), ("x\\0", "null byte"), ("\\ud800", "utf-8")])
+def test_a_path_that_there_cannot_be_is_a_problem_of_the_file(write: Write, key: str, text: str, why: str) -> None:
+    problem = only(write(f'models: {{a: {{engine: echo}}}}\nenvironments: {{own: {{{key}: "{text}"}}}}'))
+    assert problem.where == f"environments.own.{key}"
+    assert why in problem.hint
+
+
 def test_keys_written_twice_are_refused_with_both_lines(write: Write) -> None:
     problem = only(write("models:\n  a: {engine: echo}\n  b: {engine: echo}\n  a: {engine: echo}\n"))
     assert (problem.line, problem.where) == (4, "models.a")
@@ -231,6 +239,10 @@ def test_a_word_that_yaml_reads_as_something_else_is_explained(write: Write) -> 
         (b"[]", 1, "[] (list)"),
         (b"models: {}\n", 1, "no models"),
         (b"models: 3\n", 1, "3 (int)"),
+        (b"models:\n  a: {system_prompt: 2026-02-31}\n", 2, "day is out of range"),
+        (b"models:\n  a: {workers: !!int many}\n", 2, "invalid literal"),
+        (b"models:\n  a: {workers: " + b"9" * 5000 + b"}\n", 2, "exceeds the limit"),
+        (b"models: " + b"[" * 3000, 0, "too many others"),
     ],
 )
 def test_what_is_no_configuration_is_refused(models: Path, content: bytes, line: int, found: str) -> None:

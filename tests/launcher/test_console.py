@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -96,7 +97,9 @@ def test_nothing_is_shown_below_where_there_is_no_terminal(capsys: pytest.Captur
 def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     say(Console("json"), ("e", "it's\nso", "progress"))
     (line,) = capsys.readouterr().out.splitlines()
-    assert json.loads(line) | {"elapsed": 0} == {"elapsed": 0, "level": "progress", "subject": "e", "text": "it's\nso"}
+    said = json.loads(line)
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(said.pop("timestamp"))) < timedelta(minutes=1)
+    assert said | {"elapsed": 0} == {"elapsed": 0, "level": "progress", "subject": "e", "text": "it's\nso"}
 
 
 def test_a_pipe_without_a_reader_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:

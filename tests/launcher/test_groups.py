@@ -159,6 +159,16 @@ def test_a_group_that_goes_on_keeps_its_name_and_no_other_gets_it() -> None:
     assert [(new.name, old and old.name) for new, old in renamed] == [("y", "y"), ("x", "x")]
 
 
+def test_in_which_order_a_file_has_its_models_is_no_matter() -> None:
+    a, b, c = model("a"), model("b", adapter="/b"), model("c", adapter="/c")
+    assert succession([a, b], [b, a]) == {"a": ("a", True)}
+    assert succession([a, b], [c, a, b]) == {"a": ("a", False)}
+    assert succession([a, b], [b]) == {"a": ("a", False)}
+    many = [model(f"m{n}", adapter=f"/{n}") for n in range(2 * MODELS_PER_WORKER)]
+    second = f"m{MODELS_PER_WORKER}"
+    assert succession(many, many[1:]) == {"m0": ("m0", False), second: (second, False)}
+
+
 @pytest.mark.parametrize(
     ("after", "goes_on"),
     [

@@ -175,6 +175,18 @@ def test_a_full_log_rotates_and_the_oldest_goes(tmp_path: Path) -> None:
     assert (tmp_path / "l").read_text() == "4-------\nmore\n"
 
 
+def test_a_log_that_somebody_moved_or_removed_is_begun_anew(tmp_path: Path) -> None:
+    with RotatingLog(tmp_path / "l") as log:
+        log.write(b"one\n")
+        (tmp_path / "l").rename(tmp_path / "moved")
+        log.write(b"two\n")
+        (tmp_path / "l").unlink()
+        log.write(b"three\n")
+        (tmp_path / "l").write_bytes(b"")  # copied and truncated: it is the same one
+        log.write(b"four\n")
+    assert [(tmp_path / name).read_text() for name in ("l", "moved")] == ["four\n", "one\n"]
+
+
 def test_a_tethered_program_dies_with_whoever_started_it() -> None:
     middle = """
 import subprocess, sys

@@ -21,10 +21,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import zmq
 
 import loopmux
 from launcher.programs import Program, alive, launch, program, wait_for
 from loopmux import endpoints, exitcodes, keys
+from loopmux.wire import HEADER_SIZE
 from loopmux_launcher import commands, places
 from loopmux_launcher.backoff import CRASHES
 from loopmux_launcher.console import Console
@@ -269,6 +271,25 @@ def test_a_second_launcher_is_refused_in_the_brokers_words(up: Program, config: 
     assert done.returncode == 1
     assert "is taken by a living process" in done.stderr
     assert str(up.process.pid) in done.stderr
+
+
+def test_a_broker_of_another_release_ends_it_with_what_to_do(config: Path, endpoint: str, home: Path) -> None:
+    (home / "s").mkdir()
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as broker:
+        broker.bind(endpoints.worker_endpoint(endpoint))
+        with program("run", "--config", str(config), "--endpoint", endpoint) as run:
+
+            def ended() -> bool:
+                if broker.poll(50):
+                    peer = broker.recv_multipart()[0]
+                    broker.send_multipart([peer, b"LM\x09" + bytes(HEADER_SIZE)])
+                return run.process.poll() is not None
+
+            wait_for(ended, "its end")
+            assert run.wait() == 1
+    said = run.lines[-1]
+    assert "is of another release: protocol version 9 is not spoken here" in said
+    assert "install one release everywhere" in said
 
 
 def test_a_socket_held_by_a_lone_broker_ends_up_with_its_reason(config: Path, endpoint: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from loopmux.codec import Limits, decode, pack, unpack
 from loopmux.errors import ConfigError, ProtocolError
 from loopmux.messages import End, Failure, Generate, Heartbeat, ModelSpec, Tok, WorkerSpec
-from loopmux.wire import Header, Kind, unpack_tokens
+from loopmux.wire import HEADER_SIZE, Header, Kind, unpack_tokens
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine import open_engine
 from loopmux_worker.engine.base import fitting
@@ -325,6 +325,17 @@ def test_a_refused_worker_ends_with_the_reason(broker, endpoint):
             time.sleep(0.005)
         assert isinstance(worker.outcome[0], ProtocolError)
         assert "version 9" in worker.outcome[0].message
+
+
+def test_a_broker_of_another_release_ends_it_with_what_to_do(broker, endpoint):
+    with serving(endpoint) as worker:
+        broker.expect(Kind.REGISTER)
+        broker._router.send_multipart([broker.peer, b"LM\x09" + bytes(HEADER_SIZE)])
+        while not worker.outcome:
+            time.sleep(0.005)
+        assert isinstance(worker.outcome[0], ProtocolError)
+        assert "protocol version 9 is not spoken here" in worker.outcome[0].message
+        assert "install one release everywhere" in worker.outcome[0].message
 
 
 def test_a_fast_engine_waits_for_a_slow_wire(endpoint):

@@ -19,7 +19,7 @@ from loopmux.keys import Credentials
 from loopmux.messages import Register, WorkerSpec
 from loopmux.pulse import Pulse
 from loopmux.sockets import Dealer, new_context
-from loopmux.wire import CLIENT_BODY_LIMIT, VERSIONS, from_bytes, message_limit, new_id, to_bytes
+from loopmux.wire import CLIENT_BODY_LIMIT, VERSIONS, foreign, from_bytes, message_limit, new_id, to_bytes
 from loopmux_worker import logs
 from loopmux_worker.driver import Driver
 from loopmux_worker.engine.base import Description, Engine, fitting
@@ -117,8 +117,8 @@ class Worker:
             joined: called once: when the broker knows this worker, or when none has answered for a while.
 
         Raises:
-            LoopmuxError: the broker refused this worker (or, an AuthError, its key) or ended it because its engine
-                hangs, or the engine's thread died.
+            LoopmuxError: the broker refused this worker (or, an AuthError, its key), is of another release, or ended it
+                because its engine hangs, or the engine's thread died.
         """
         self._driver.start()
         self._dealer.connect(self._endpoint)
@@ -227,8 +227,11 @@ class Worker:
     def _take(self, data: bytes) -> None:
         try:
             message = from_bytes(data)
-        except LoopmuxError as error:
-            logs.warning("malformed message from the broker", error=error.message)
+        except ProtocolError as error:
+            if foreign(data) and not self._session.welcomed:
+                self._left = Leave(error)  # a broker of another release, to which REGISTER says nothing
+            else:
+                logs.warning("malformed message from the broker", error=error.message)
         else:
             self._handle(Received(message))
 

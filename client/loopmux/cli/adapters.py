@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import loopmux
+from loopmux.cli.printing import as_json
 from loopmux.cli.show import table
-from loopmux.codec import plain
 from loopmux.messages import AdapterStatus, Done
 
 
@@ -59,7 +58,7 @@ def _from(done: Done) -> str:
 def _list(options: argparse.Namespace) -> int:
     with loopmux.Client(options.endpoint) as client:
         adapters = client.adapters()
-    print(json.dumps(plain(adapters), ensure_ascii=False) if options.json else _render(adapters))
+    print(as_json(adapters) if options.json else _render(adapters))
     return 0
 
 

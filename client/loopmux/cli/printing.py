@@ -1,11 +1,11 @@
-"""Printing what a stream or a loop brings: its text on standard output, everything else on standard error."""
+"""Printing what a stream or a loop brings: its text on standard output, everything else on standard error; and JSON."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TextIO
 
 from loopmux.loopevents import ToolResult, ToolStarted, TurnFinished
@@ -65,6 +65,19 @@ class Printer:
             print(file=sys.stderr, flush=True)
         print(text, end="", file=where, flush=True)
         self._unfinished = where
+
+
+def as_json(value: Any) -> str:
+    """A value for programs. Of a dataclass every field is there, whatever it holds, so that none need ask first."""
+    return json.dumps(value, ensure_ascii=False, default=_spelled)
+
+
+def _spelled(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, bytes):
+        return value.hex()
+    raise TypeError(f"found {type(value).__name__}, expected what JSON has a form for")
 
 
 def _short(value: Any) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import loopmux
-from loopmux.codec import plain
+from loopmux.cli.printing import as_json
 from loopmux.messages import ModelStatus, Status, WorkerStatus
 
 _REFRESH = 1.0
@@ -34,7 +33,7 @@ def _status(options: argparse.Namespace) -> int:
             status = client.status()
             if options.watch and sys.stdout.isatty():
                 print("\x1b[2J\x1b[H", end="")  # clear the screen, cursor home
-            print(_json(status) if options.json else render_status(status), flush=True)
+            print(as_json(status) if options.json else render_status(status), flush=True)
             if not options.watch:
                 return 0
             time.sleep(_REFRESH)
@@ -43,12 +42,8 @@ def _status(options: argparse.Namespace) -> int:
 def _models(options: argparse.Namespace) -> int:
     with loopmux.Client(options.endpoint) as client:
         models = client.models()
-    print(_json(models) if options.json else render_models(models))
+    print(as_json(models) if options.json else render_models(models))
     return 0
-
-
-def _json(value: Any) -> str:
-    return json.dumps(plain(value), ensure_ascii=False, default=bytes.hex)
 
 
 def render_status(status: Status) -> str:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
 import loopmux
 from loopmux.cli import arguments
-from loopmux.cli.printing import Printer
-from loopmux.codec import plain
+from loopmux.cli.printing import Printer, as_json
 from loopmux.errors import BadRequestError
 
 
@@ -30,7 +28,7 @@ def _generate(options: argparse.Namespace) -> int:
     with loopmux.Client(options.endpoint) as client:
         if options.json:
             result = client.generate(prompt, model=options.model, **arguments.given(options))
-            print(json.dumps(plain(result), ensure_ascii=False))
+            print(as_json(result))
         else:
             with client.stream(prompt, model=options.model, **arguments.given(options)) as stream:
                 Printer().show(stream)
