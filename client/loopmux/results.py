@@ -114,7 +114,13 @@ class ReasoningDelta:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The request waits: where it stands in the queue and what its model is doing (queued, building, loading …)."""
+    """The request waits: where it stands in the queue and what its model is doing (queued, building, loading, warming).
+
+    Attributes:
+        position: about how many get a slot before it does, itself included; 0 where that is not known.
+        elapsed: seconds in this phase.
+        detail: a line for people: progress, or a reason.
+    """
 
     phase: str
     position: int = 0
