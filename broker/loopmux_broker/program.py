@@ -129,8 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings, see configs/broker.yaml")
     parser.add_argument("--parent-pid", type=int, metavar="PID", help="end, cleaning up, when this process is gone")
-    parser.add_argument("--log-format", choices=("json", "console"), default="console")
-    parser.add_argument("--log-level", choices=LEVELS, default="info")
+    parser.add_argument(
+        "--log-format",
+        choices=("json", "console"),
+        default="console",
+        help="of the log on standard error (%(default)s)",
+    )
+    parser.add_argument("--log-level", choices=LEVELS, default="info", help="the least that is logged (%(default)s)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"loopmux-broker {loopmux.__version__}")
     return parser

@@ -107,7 +107,9 @@ class AsyncStream(BaseStream[AsyncDriver]):
 
 
 class AsyncClient(BaseClient[AsyncChannel]):
-    """``Client`` for asyncio: the same methods, awaited. Belongs to the event loop it is first used in.
+    """``Client`` for asyncio: the same methods, awaited but for ``stream``, ``iter_tools`` and ``with_options``.
+
+    It belongs to the event loop it is first used in.
 
     Cancelling a task that awaits a call cancels the request in the engine. One that is dropped unclosed is closed, with
     a ResourceWarning.

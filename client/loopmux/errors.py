@@ -78,7 +78,7 @@ class BadRequestError(LoopmuxError, ValueError):
 
 
 class ContextLengthError(BadRequestError):
-    """Prompt and answer together do not fit in the model's context."""
+    """The prompt leaves no room for an answer in the model's context."""
 
     code = "context_length"
 
@@ -102,20 +102,23 @@ class PayloadTooLargeError(LoopmuxError):
 
 
 class OverloadedError(LoopmuxError):
-    """A queue is full. ``retry_after`` is the number of seconds after which another try is sensible."""
+    """A queue is full, or no worker is there and the request does not wait.
+
+    ``retry_after`` is the number of seconds after which another try is sensible.
+    """
 
     code = "overloaded"
     default_retryable = True
 
 
 class DeadlineExceededError(LoopmuxError, TimeoutError):
-    """The request's total deadline passed while it was queued or running, or its stream was idle for too long."""
+    """The total deadline passed, wherever the request was by then, or its stream paused for too long."""
 
     code = "deadline"
 
 
 class CancelledError(LoopmuxError):
-    """The request was cancelled: by its caller, because its client went away, or because it did not read."""
+    """The request was cancelled: by its caller, because its client was closed or lost, or because it did not read."""
 
     code = "cancelled"
 
@@ -128,32 +131,35 @@ class WorkerLostError(LoopmuxError):
 
 
 class EngineError(LoopmuxError):
-    """The engine failed while it ran the request."""
+    """The engine failed while it ran the request, or the model or its adapter could not be loaded."""
 
     code = "engine"
 
 
 class AuthError(LoopmuxError, PermissionError):
-    """The peer is not allowed to do this."""
+    """The keys of client and broker do not fit, or a tool server refused its token."""
 
     code = "auth"
 
 
 class ConnectionLostError(LoopmuxError, ConnectionError):
-    """The broker cannot be reached, or went away while the request was under way."""
+    """No broker has ever answered, or the client is closed; or a tool server cannot be reached.
+
+    A broker that was reached and went away is waited for, until the deadline.
+    """
 
     code = "connection_lost"
     default_retryable = True
 
 
 class ProtocolError(LoopmuxError):
-    """A peer sent something that the protocol does not allow, or speaks another version of it."""
+    """A peer, or a tool server, sent something that its protocol does not allow, or speaks another version of it."""
 
     code = "protocol"
 
 
 class ConfigError(LoopmuxError):
-    """A configuration file or a command line is wrong. Programs end with exit code 78."""
+    """A configuration file, an endpoint, a key or an adapter's folder is wrong. Programs end with exit code 78."""
 
     code = "config"
 
@@ -169,7 +175,7 @@ class ToolLoopError(LoopmuxError):
 
 
 class MaxTurnsError(ToolLoopError):
-    """The loop used all its turns and the model still wants tools. ``result`` is the loop so far."""
+    """The loop used up its turns or its calls, and the model still wants tools. ``result`` is the loop so far."""
 
     code = "max_turns"
 
@@ -179,7 +185,7 @@ class MaxTurnsError(ToolLoopError):
 
 
 class ToolNotFoundError(ToolLoopError):
-    """``tool_choice`` or the caller named a tool that was not handed over."""
+    """``tool_choice`` named a tool that was not handed over."""
 
     code = "tool_not_found"
 

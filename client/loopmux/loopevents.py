@@ -24,7 +24,8 @@ class Limits:
         max_tool_calls: calls that are run.
         tool_timeout: seconds for one call, unless its tool says otherwise.
         max_result_size: characters of a result that the model gets; the rest is cut and said to be.
-        max_failures: turns in which the same call with the same arguments may fail.
+        max_failures: turns in which the same call with the same arguments fails, or is denied, before the loop ends
+            with ``repeat``.
         concurrency: calls that run at the same time.
         timeout: seconds for the whole loop; None for no limit beyond that of each turn.
         stop_when_denied: end the loop after a turn whose calls were all denied.
@@ -63,7 +64,7 @@ class ToolLoopResult:
             ``max_tool_calls``.
         usage: the sum over all turns.
         tool_calls: calls that were run.
-        request_ids: one per turn, as in logs and ``status``.
+        request_ids: one per turn, as in logs.
         session: the session id of all turns.
     """
 

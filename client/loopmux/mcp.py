@@ -42,7 +42,8 @@ class MCPServer:
         include: the only tools to take, by the server's names; all if empty.
         exclude: tools to leave out, likewise.
         timeout: seconds for opening it, for its list of tools and for each call; a loop's deadline holds as well.
-        danger: level of its tools, or a function from a name to it; the default is to be asked about
+        danger: level of its tools, or a function from a name to it. It is for ``before_tool`` to look at; ``loopmux
+            chat`` asks before it runs what is not ``safe``.
         env: variables for the process beside ``PATH``, ``HOME`` and the like; it gets no others.
         headers: HTTP headers for the URL, such as ``Authorization``.
 

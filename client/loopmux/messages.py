@@ -496,7 +496,15 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """One model as the broker sees it."""
+    """One model as the broker sees it.
+
+    Attributes:
+        phase: what is done for it: idle, queued, building, loading, warming, ready or failed.
+        workers: how many serve it.
+        queued, running: requests for it.
+        detail: a line for people: progress, or the reason of a failure.
+        elapsed: seconds in this phase.
+    """
 
     id: str
     phase: ModelPhase
@@ -511,8 +519,13 @@ class ModelStatus:
 class WorkerStatus:
     """One worker as the broker sees it.
 
-    ``report`` is what the worker said about itself at REGISTER; ``tokens_per_second``, ``cached_tokens`` and
-    ``computed_tokens`` are of its last heartbeat.
+    Attributes:
+        slots: requests that it runs at once.
+        state: ``draining`` gets nothing new, ``silent`` has missed a heartbeat.
+        served, tokens: requests that gave their slot back, and tokens produced, since it joined.
+        uptime: seconds since then.
+        report: what it said about itself at REGISTER.
+        tokens_per_second, cached_tokens, computed_tokens: of its last heartbeat.
     """
 
     name: str

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "deadline", "error"]
-"""Why a generation ended: an end or stop token or string, its limit, calls to run, or one of the failures."""
+"""Why a generation ended: an end or stop token or string, its limit, calls to run. The others come as errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,13 @@ class ReasoningDelta:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The request waits: where it stands in the queue and what its model is doing (queued, building, loading …)."""
+    """The request waits: where it stands in the queue and what its model is doing (queued, building, loading, warming).
+
+    Attributes:
+        position: about how many get a slot before it does, itself included; 0 where that is not known.
+        elapsed: seconds in this phase.
+        detail: a line for people: progress, or a reason.
+    """
 
     phase: str
     position: int = 0
@@ -131,9 +137,10 @@ class Result:
         token_ids: all produced token ids, end token included.
         finish_reason: why it ended.
         tool_calls: the calls of this turn, in order.
-        model, adapter, worker: who answered.
+        model, adapter: as the request named them; a model id that has an adapter names none besides.
+        worker: who answered.
         request_id: hexadecimal, as in a worker's log where something is wrong with it.
-        attempts: 1 unless a worker was lost on the way.
+        attempts: 1 unless a worker was lost, or left, on the way.
         reasoning: what the model thought, for models that say so.
     """
 

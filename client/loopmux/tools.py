@@ -26,7 +26,7 @@ from loopmux import codec, docstrings, schemacheck, shapes
 from loopmux.errors import BadRequestError
 
 Danger = Literal["safe", "warning", "dangerous"]
-"""How careful a caller should be with a tool: approval callbacks see it, and safe ones may run without asking."""
+"""How careful a caller should be with a tool. A loop itself runs all alike: it is for ``before_tool`` to look at."""
 DANGERS: tuple[Danger, ...] = ("safe", "warning", "dangerous")
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")

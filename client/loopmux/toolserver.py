@@ -39,7 +39,8 @@ class ToolServer:
         token: sent as ``X-Auth-Token``; empty for none.
         timeout: seconds for each answer, in place of a loop's ``tool_timeout``.
         schemas: the tools' schemas, for a server that does not list them.
-        danger: level of a tool that the server gives none for; the default asks before it runs.
+        danger: level of a tool that the server gives none for, or a function from a name to it. It is for
+            ``before_tool`` to look at.
 
     Every call opens a connection of its own, so one object serves any number of threads. Proxies of the environment are
     not used: tokens stay between the two machines.

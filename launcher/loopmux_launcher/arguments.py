@@ -52,7 +52,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     add("down", "stop what `up` started", endpoint)
     add("config check", "say what is wrong with a file", file).add_argument(
-        "file", nargs="?", type=Path, metavar="FILE"
+        "file", nargs="?", type=Path, metavar="FILE", help="the same as --config FILE"
     )
     add("config schema", "print the JSON schema of the file, for editors")
     _add_env(add, file, parent, form)
@@ -73,7 +73,7 @@ def _add_env(
     form: argparse.ArgumentParser,
 ) -> None:
     one = argparse.ArgumentParser(add_help=False)
-    one.add_argument("name", metavar="NAME")
+    one.add_argument("name", metavar="NAME", help="of an environment that the configuration declares")
     some = argparse.ArgumentParser(add_help=False)
     some.add_argument("name", nargs="?", metavar="NAME", help="default: all that the configuration declares")
     build = add("env build", "build one environment, or all; undoes a rollback", file, parent, form, some)

@@ -34,7 +34,7 @@ def usable_logs(endpoint: str | None = None) -> Path:
 
 
 def adapters(endpoint: str) -> Path:
-    """The file of the adapters that were loaded at run time into the stack of an endpoint."""
+    """The file of the adapters that were loaded at run time through the broker of an endpoint."""
     return _state() / "adapters" / f"{endpoint_tag(endpoint)}.json"
 
 

@@ -106,7 +106,8 @@ class Launcher:
         self._host = "" if with_broker or endpoints.ipc_path(self._endpoint) is not None else platform.node()
         self._credentials = credentials(self._endpoint)  # its workers have the same, by their environment
         self._logs = places.usable_logs(endpoint)  # first: where that folder is unusable, it says so best
-        self._adapters = places.adapters(endpoint)
+        # By its broker, of which `endpoint` says nothing where it is another host's.
+        self._adapters = places.adapters(worker_endpoint or endpoint)
         added = adapterstore.read(self._adapters)
         groups, idle = extended(self._groups(), added)
         for one, why in idle.items():

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from e2e import stacks
+from loopmux import cli
+from loopmux_broker import program as broker
+from loopmux_launcher import arguments, commands
+from loopmux_loadtest import load
+from loopmux_worker import __main__ as worker
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in p.read_text()]
@@ -62,3 +69,21 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()) if "://" not in link]
     missing = [link for link in links if not (page.parent / link).exists()]
     assert missing == []
+
+
+PROGRAMS = [arguments.parser(commands.COMMANDS), *(program._parser() for program in (cli, broker, load, worker))]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.prog)
+def test_every_option_says_what_it_is(program: argparse.ArgumentParser) -> None:
+    assert [f"{prog} {name}" for prog, name in unexplained(program)] == []
+
+
+def unexplained(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
+    """Options and arguments of a program and its subcommands whose help says nothing."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from unexplained(command)
+        elif not action.help:
+            yield parser.prog, action.option_strings[0] if action.option_strings else action.dest

@@ -266,6 +266,30 @@ def test_run_serves_a_broker_of_another_host_by_keys(
         assert (done.returncode, "refused the key 'stranger' ($LOOPMUX_KEY)" in done.stderr) == (1, True), done.stderr
 
 
+def test_what_is_loaded_through_another_broker_is_remembered_apart(config: Path, endpoint: str, home: Path) -> None:
+    """A host may serve its own broker and one of another host, by the same endpoint for its users."""
+    away = f"ipc://{home}/a/client.ipc"
+    words = ("--config", str(config), "--endpoint", endpoint)
+    with ExitStack() as stack:
+        there = ("--endpoint", away, "--worker-endpoint", "tcp://127.0.0.1:0", "--log-format", "json")
+        broker = stack.enter_context(program(*there, module="loopmux_broker"))
+        workers = json.loads(broker.line("ready"))["worker_endpoints"][0]
+        up = stack.enter_context(program("up", *words))
+        run = stack.enter_context(program("run", *words, "--worker-endpoint", workers))
+        up.line("ready after")
+        run.line("ready after")
+        for place, name in ((endpoint, "ours"), (away, "theirs")):
+            with loopmux.Client(place) as client:
+                wait_for(lambda: [m.phase for m in client.models()] == ["ready"], "the launcher to join")
+                assert client.load_adapter("echo", name, home).remembered
+        up.process.terminate()
+        assert up.wait() == 0
+        again = stack.enter_context(program("up", *words))
+        again.line("ready after")
+        with loopmux.Client(endpoint) as client:
+            assert [one.name for one in client.adapters()] == ["ours"]
+
+
 def test_a_second_launcher_is_refused_in_the_brokers_words(up: Program, config: Path, endpoint: str) -> None:
     done = launch("run", "--config", str(config), "--endpoint", endpoint)
     assert done.returncode == 1

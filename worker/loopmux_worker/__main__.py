@@ -74,24 +74,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pulse-fd", type=int, default=-1, metavar="N", help="give signs of life in this inherited file of one byte"
     )
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.add_argument(
+        "--log-level",
+        default="info",
+        choices=["debug", "info", "warning", "error"],
+        help="the least that is logged (%(default)s)",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.set_defaults(run=_serve)
     commands = parser.add_subparsers(metavar="COMMAND")
     adapter = commands.add_parser("run-adapter", help="answer one prompt in this process, without a broker")
-    adapter.add_argument("--prompt", required=True)
-    adapter.add_argument("--base-model", required=True, metavar="DIR")
-    adapter.add_argument("--adapter-dir", metavar="DIR")
-    adapter.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    adapter.add_argument("--temperature", type=float, default=0.7, metavar="T")
-    adapter.add_argument("--model-type", choices=["instruct", "base"], default="instruct")
-    adapter.add_argument("--system-prompt", metavar="TEXT")
-    adapter.add_argument("--torch-threads", type=_positive, metavar="N")
-    adapter.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+    adapter.add_argument("--prompt", required=True, metavar="TEXT", help="what to answer")
+    adapter.add_argument("--base-model", required=True, metavar="DIR", help="a model's directory, or its hub id")
+    adapter.add_argument("--adapter-dir", metavar="DIR", help="an adapter's directory, or that of a merged model")
+    adapter.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens (%(default)s)")
+    adapter.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 is greedy (%(default)s)")
+    adapter.add_argument(
+        "--model-type",
+        choices=["instruct", "base"],
+        default="instruct",
+        help="instruct: chat template; base: plain text (%(default)s)",
+    )
+    adapter.add_argument("--system-prompt", metavar="TEXT", help="goes in front of the prompt")
+    adapter.add_argument("--torch-threads", type=_positive, metavar="N", help="default: torch's own choice")
+    adapter.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
     adapter.set_defaults(run=_run_adapter)
     probe = commands.add_parser("probe", help="print as JSON what this interpreter offers")
     probe.add_argument("--engine", choices=["auto", "echo"], default="auto", help="echo needs no torch")
-    probe.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+    probe.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
     probe.set_defaults(run=_probe)
     return parser
 

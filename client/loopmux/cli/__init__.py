@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="loopmux",
         description="Run many tool-call loops against local language models with adapters.",
-        epilog="Programs of other parts: " + "; ".join(f"{n}: {p.help}" for n, p in delegate.PROGRAMS.items()),
+        epilog=f"`loopmux COMMAND --help` has the options of a command. {_needs()}",
     )
     parser.add_argument("--version", action="version", version=f"loopmux {loopmux.__version__}")
     common = arguments.common()
@@ -45,3 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     for name, program in delegate.PROGRAMS.items():
         commands.add_parser(name, help=program.help, add_help=False)
     return parser
+
+
+def _needs() -> str:
+    """Which commands need more than the client."""
+    by_extra: dict[str, list[str]] = {}
+    for name, program in delegate.PROGRAMS.items():
+        if program.extra:
+            by_extra.setdefault(program.extra, []).append(name)
+    return " ".join(f"The extra [{extra}] is for {', '.join(names)}." for extra, names in by_extra.items())

@@ -18,18 +18,23 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     actions = commands.add_parser("adapter", help=text, description=text).add_subparsers(
         metavar="ACTION", required=True
     )
-    load = actions.add_parser("load", parents=[common], help="into all workers of a model, for as long as it is there")
+    load = _action(actions, "load", "load an adapter into all workers of a model, until it is unloaded", common)
     load.add_argument("model", metavar="MODEL", help="the model whose workers load it")
     load.add_argument("name", metavar="NAME", help="the model id that it gets")
-    load.add_argument("folder", metavar="DIR", help="where its files lie")
+    load.add_argument("folder", metavar="DIR", help="where its files lie, on the workers' hosts")
     load.set_defaults(run=_load)
-    unload = actions.add_parser("unload", parents=[common], help="what `load` brought")
+    unload = _action(actions, "unload", "unload what `load` brought", common)
     unload.add_argument("model", metavar="MODEL", help="the model that it was loaded for")
     unload.add_argument("name", metavar="NAME", help="the model id that it got")
     unload.set_defaults(run=_unload)
-    listing = actions.add_parser("list", parents=[common], help="the adapters that a request may name")
+    listing = _action(actions, "list", "list the adapters that a request may name", common)
     listing.add_argument("--json", action="store_true", help="as a JSON list")
     listing.set_defaults(run=_list)
+
+
+def _action(actions: Any, name: str, text: str, common: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    action: argparse.ArgumentParser = actions.add_parser(name, parents=[common], help=text, description=text)
+    return action
 
 
 def _load(options: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ def sampling() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", help="adapter to use on top of the model")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens to produce")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens, of this share in all")
     parser.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     parser.add_argument("--timeout", type=float, metavar="S", help="total deadline, seconds")

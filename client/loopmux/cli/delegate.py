@@ -25,9 +25,13 @@ _LAUNCHER = ("loopmux_launcher", "loopmux_broker", "yaml", "structlog", "packagi
 PROGRAMS = {
     "up": Program("loopmux_launcher", ("up",), _LAUNCHER, "server", "broker, launcher and workers in the foreground"),
     "down": Program("loopmux_launcher", ("down",), _LAUNCHER, "server", "stop what `up` started"),
-    "env": Program("loopmux_launcher", ("env",), _LAUNCHER, "server", "build, list and find model environments"),
-    "config": Program("loopmux_launcher", ("config",), _LAUNCHER, "server", "check a configuration file"),
-    "logs": Program("loopmux_launcher", ("logs",), _LAUNCHER, "server", "show a worker's log"),
+    "env": Program(
+        "loopmux_launcher", ("env",), _LAUNCHER, "server", "build, lock, check, list and remove model environments"
+    ),
+    "config": Program(
+        "loopmux_launcher", ("config",), _LAUNCHER, "server", "check a configuration file; print its JSON schema"
+    ),
+    "logs": Program("loopmux_launcher", ("logs",), _LAUNCHER, "server", "show the logs of workers, broker and builds"),
     "systemd": Program(
         "loopmux_launcher", ("systemd",), _LAUNCHER, "server", "have this user's systemd run broker and launcher"
     ),

@@ -20,7 +20,7 @@ def add_commands(commands: Any) -> None:
     new.add_argument("--folder", type=Path, default=folder, metavar="D", help="where NAME.key is put (%(default)s)")
     new.set_defaults(run=_new)
     show = _action(actions, "show", "print the public part of a key, which everybody may know")
-    show.add_argument("file", type=Path, metavar="FILE")
+    show.add_argument("file", type=Path, metavar="FILE", help="the key's file, as `keys new` wrote it")
     show.set_defaults(run=_show)
 
 
