@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loopmux_broker.clients import Principal
-    from loopmux_broker.queues import Line
-    from loopmux_broker.requests import Lane
+    from loopmux_broker.requests import Lane, Request
 
+Turn = tuple[float, float, int, int, "Line"]
+"""When a line's turn comes: (tokens served less the head start of its first, arrival less head start, number of that
+request, number of this turn, line)."""
 
 _SLACK = 64
 """Models that nobody knows any more and whose ledgers may be kept before they are swept."""
@@ -36,6 +38,15 @@ class Account:
     def settled(self) -> float:
         """Without what is only expected."""
         return self.served - self.expected
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """One principal's requests in one lane, sorted backwards so that the next one is popped off the end."""
+
+    account: Account
+    entries: list[tuple[float, int, Request]] = field(default_factory=list)
+    turn: Turn | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -24,14 +24,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loopmux_broker.clients import Principal
-from loopmux_broker.ledger import Account, Ledger, Ledgers
+from loopmux_broker.ledger import Account, Ledger, Ledgers, Line, Turn
 from loopmux_broker.pool import Worker
 from loopmux_broker.requests import Lane, Request
 
 Rank = tuple[float, int]
-_Turn = tuple[float, float, int, int, "Line"]
-"""When a line's turn comes: (tokens served less the head start of its first, arrival less head start, number of that
-request, number of this turn, line)."""
 
 _SIZE_PER_TOKEN = 4
 """Characters of a prompt that count as one token: an estimate, the broker reads no prompts."""
@@ -69,29 +66,20 @@ class HeadStart:
 
 
 @dataclass(slots=True, eq=False)
-class Line:
-    """One principal's requests in one lane, sorted backwards so that the next one is popped off the end."""
-
-    account: Account
-    entries: list[tuple[float, int, Request]] = field(default_factory=list)
-    turn: _Turn | None = None
-
-
-@dataclass(slots=True, eq=False)
 class _Queue:
     """One lane: its principals' lines, and a heap of their turns in which outdated ones may lie."""
 
     lines: dict[Principal, Line] = field(default_factory=dict)
-    turns: list[_Turn] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     length: int = 0
 
-    def next(self) -> _Turn:
+    def next(self) -> Turn:
         """The turn that comes first. There is one: a queue without lines is removed."""
         while self.turns[0][-1].turn is not self.turns[0]:
             heapq.heappop(self.turns)
         return self.turns[0]
 
-    def put(self, turn: _Turn) -> None:
+    def put(self, turn: Turn) -> None:
         """A line's turn changed."""
         turn[-1].turn = turn
         heapq.heappush(self.turns, turn)

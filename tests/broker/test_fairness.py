@@ -23,10 +23,10 @@ from loopmux.messages import Register, ServedModel, Submit
 from loopmux.wire import VERSIONS, Kind
 from loopmux_broker.clients import Client, Principal
 from loopmux_broker.events import say
-from loopmux_broker.ledger import Account, Ledger, Ledgers
+from loopmux_broker.ledger import Account, Ledger, Ledgers, Line
 from loopmux_broker.output import Output
 from loopmux_broker.pool import Worker
-from loopmux_broker.queues import HeadStart, Line, Queues
+from loopmux_broker.queues import HeadStart, Queues
 from loopmux_broker.requests import Request
 
 
