@@ -132,9 +132,14 @@ class Membership:
             self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + _REDECLARE)
 
     def redeclared(self, name: str, now: float) -> None:
-        """A launcher has had its time to declare its models: what it has not named since it registered is taken out."""
+        """A launcher has had its time to declare its models: what it has not named since it registered is taken out.
+
+        Of one that left, and that nobody has followed, that is all.
+        """
         launcher = next((x for x in self._t.pool.launchers.values() if x.name == name), None)
-        if launcher is not None:
+        if launcher is None:
+            self._withdraw(name, None, now)
+        else:
             launcher.declared = True
             self._withdraw(name, launcher.registration, now)
             self._adapters.settled(now)
@@ -156,8 +161,12 @@ class Membership:
         member.away = True
         self._t.timers.cancel((Alarm.HELD, member.peer, 0))  # it has not had its time to say what it has
 
-    def lost(self, member: Worker | Launcher, why: str, now: float) -> None:
-        """A worker or launcher is gone. What a launcher declared stays until it says BYE, is back or is given up."""
+    def lost(self, member: Worker | Launcher, why: str, now: float, stay: float = 0.0) -> None:
+        """A worker or launcher is gone. What a launcher declared stays until it is back or given up.
+
+        Args:
+            stay: and after its BYE for so many seconds at most.
+        """
         role, left = member.register.role, why == "left"
         self._t.out.append(Log("info" if left else "warning", f"{role} {why}", {"name": member.name}))
         self._t.counters[f"{role}s_left" if left else f"{role}s_lost"] += 1
@@ -170,9 +179,12 @@ class Membership:
             for model in member.models:
                 self._waiting.model_left(model, now) if left else self._waiting.worker_lost(model, now)
             self._adapters.lost(member, why, now)
+        elif left and stay:
+            self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + stay)
         elif left:
             self._withdraw(member.name, None, now)
         else:
+            self._t.timers.cancel((Alarm.LAUNCHER, member.name, 0))
             self._lost_launchers[member.name] = None
             if len(self._lost_launchers) > _LOST_LAUNCHERS:
                 name = next(iter(self._lost_launchers))

@@ -119,7 +119,7 @@ class WorkerSide:
             case Kind.DONE:
                 self._adapters.done(launcher, message, now)
             case Kind.BYE:
-                self._members.lost(launcher, "left", now)
+                self._members.lost(launcher, "left", now, stay=message.header.arg / 1000)
             case kind:
                 raise ProtocolError(f"a launcher may not send {kind.name}")
 

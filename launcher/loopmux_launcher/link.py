@@ -35,8 +35,9 @@ class Link:
         note: what people should know of this launcher; goes out with every heartbeat.
     """
 
-    def __init__(self, register: Register) -> None:
-        self._register = register
+    def __init__(self, register: Register, stay: float = 0.0) -> None:
+        """When it takes leave, requests for our models wait ``stay`` seconds for who may follow us."""
+        self._register, self._stay = register, stay
         self._heartbeat: float | None = None
         self._next = 0.0
         self._heard = 0.0
@@ -109,7 +110,7 @@ class Link:
     def bye(self) -> list[Message]:
         """Taking leave, once and for good."""
         leaves, self._left = self.welcome and not self._left, True
-        return [Message(Header(Kind.BYE))] if leaves else []
+        return [Message(Header(Kind.BYE, arg=round(1000 * self._stay)))] if leaves else []
 
     def connected(self) -> None:
         """There is a new connection: introduce ourselves over it."""

@@ -73,6 +73,8 @@ _LONGEST_POLL = 1.0
 """Seconds between two looks at things that do not wake the poller (a parent on systems without process descriptors)."""
 _PER_TURN = 64
 """Messages taken from the socket in one turn, so that a flood does not keep the children's output waiting."""
+_STAY = 2 * STOP_GRACE
+"""Seconds that requests for our models wait for who may follow us: what it takes to stop and to be started again."""
 _COULD_NOT_START = 127
 """The shell's exit code for a program that cannot be run."""
 _BUILDER = "environment "
@@ -116,7 +118,7 @@ class Launcher:
         self._plan = Plan(groups, with_broker=with_broker, budget=configuration.memory_gib, added=added, idle=idle)
         self._declared = {name: declared(e) for name, e in configuration.environments.items()}
         self._watch = FileWatch(configuration.file, time.monotonic())
-        self._link = Link(_register())
+        self._link = Link(_register(), stay=0.0 if with_broker else _STAY)  # its own broker ends with it
         self._code = workercode.install(places.usable_data() / "code")
         self._children: dict[str, Child] = {}
         self._looks_at = 0.0
@@ -194,7 +196,7 @@ class Launcher:
             self._reload(retry=asked.reload)
         for _ in range(asked.stops):
             self._handle(StopRequested(self._stopped, asked.patiently and not self._stopped))
-            self._send(self._link.bye())  # so that nobody waits for models that will not come back
+            self._send(self._link.bye())  # so that nobody waits for long for models that will not come back
             self._stopped = True
         for child in list(self._children.values()):
             if child.wants_write in writable:

@@ -312,6 +312,34 @@ def test_who_waits_for_what_leaves_with_its_launcher_is_told_at_once(core: Core,
     assert core.worker(tok(ONE, 0)) == [pushed(tok(ONE, 0))]
 
 
+def test_who_waits_for_what_a_launcher_leaves_behind_has_the_time_that_it_names(core: Core) -> None:
+    """It is started again, after an update, say: its models are on the way, and nobody is refused meanwhile."""
+    core.launcher()
+    core.declare("m", "ready")
+    core.register()
+    core.running(ONE)
+    core.submit(TWO)
+    left = core.worker(say(Kind.DRAIN, arg=1_000)) + core.worker(say(Kind.BYE, arg=10_000), LAUNCHER)
+    left += core.worker(say(Kind.BYE)) + core.submit(THREE) + core.wait(9.9)
+    assert Kind.ERROR not in {kind for _, kind in kinds(left)}
+    core.launcher(boot=b"b" * 16)
+    core.declare("m", "ready")
+    assert Kind.ERROR not in {kind for _, kind in kinds(core.wait(9.9))}
+    core.worker(say(Kind.BYE, arg=10_000), LAUNCHER)
+    assert Kind.ERROR not in {kind for _, kind in kinds(core.wait(9.9))}
+    ended = core.wait(0.2)
+    assert sorted(failure(a)[3].code for a in ended if kinds([a]) == [(CLIENT, Kind.ERROR)]) == ["model_not_found"] * 3
+
+
+def test_a_launcher_that_is_lost_within_its_time_to_declare_leaves_what_it_declared(core: Core) -> None:
+    core.launcher()
+    core.declare("m", "ready")
+    core.submit(ONE)
+    core.lose(LAUNCHER)
+    assert Kind.ERROR not in {kind for _, kind in kinds(core.wait(10))}
+    assert core.tables.pool.known() == ["m"]
+
+
 def test_with_a_launcher_that_stays_who_waits_goes_on_waiting_while_the_worker_leaves(core: Core) -> None:
     core.launcher()
     core.declare("m", "ready")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -236,6 +237,32 @@ def test_run_serves_a_broker_of_somebody_else(config: Path, endpoint: str) -> No
                 wait_for(lambda: client.status().launchers == (), "the launcher's goodbye")
             broker.process.terminate()
             assert broker.wait() == 0
+
+
+def test_a_launcher_that_is_started_again_fails_nobodys_request(config: Path, endpoint: str) -> None:
+    """As after an update: what runs, what waits and what comes meanwhile goes on in the next one's workers."""
+    config.write_text("models: {echo: {engine: echo, slots: 8, echo: {rate: 100, tokens: 150}}}\n")
+    words = ("run", "--config", str(config), "--endpoint", endpoint)
+    with ExitStack() as stack:
+        stack.enter_context(program("--endpoint", endpoint, module="loopmux_broker")).line("ready")
+        first = stack.enter_context(program(*words))
+        first.line("ready after")
+        client = stack.enter_context(loopmux.Client(endpoint, timeout=60))
+        wait_for(lambda: [m.phase for m in client.models()] == ["ready"], "the launcher to join")
+
+        def ask() -> loopmux.Result:
+            return client.generate("hello", model="echo", max_new_tokens=1000)
+
+        with ThreadPoolExecutor(24) as callers:
+            calls = [callers.submit(ask) for _ in range(16)]
+            wait_for(lambda: client.models()[0].running > 0, "a request to run")
+            first.process.terminate()
+            assert first.wait() == 0
+            calls += [callers.submit(ask) for _ in range(8)]
+            stack.enter_context(program(*words)).line("ready after")
+            for one in (call.result() for call in calls):
+                request = bytes.fromhex(one.request_id)
+                assert one.token_ids == tuple(echo_token(request, i) for i in range(150))
 
 
 def test_run_serves_a_broker_of_another_host_by_keys(

@@ -55,7 +55,7 @@ class LauncherProcess(Endpoint):
         self.alive, self.frozen_since, self.line, self.born = True, None, None, self.clock.now
         groups, idle = extended(self.groups, self.saved)
         self.plan = Plan(groups, with_broker=False, added=self.saved, idle=idle)
-        self.link = Link(Register("launcher", "host", self.clock.random.randbytes(16), wire.VERSIONS))
+        self.link = Link(Register("launcher", "host", self.clock.random.randbytes(16), wire.VERSIONS), stay=10.0)
         self.connect()
         self.handle(events.Began())
 
