@@ -157,6 +157,8 @@ class Attempts:
         self._t.affinity.ran(request, worker.name)
         self._leases.run(lease, now)
         self._leases.watch(worker)
+        if self._t.traced:
+            self._t.trace("attempt begins", request.id, attempt=number, worker=worker.name, tokens=request.output.total)
 
     def run_unanswered(self, lease: Lease, now: float) -> None:
         """RUN was not answered for a while: say it again, or give the attempt up."""
@@ -215,6 +217,8 @@ class Attempts:
 
     def _lost(self, lease: Lease, why: str, now: float, cause: Cause) -> None:
         request, worker = lease.request, lease.worker
+        if self._t.traced:
+            self._t.trace("attempt lost", request.id, attempt=lease.attempt, worker=worker.name, why=why)
         request.lease, request.avoid = None, worker.name
         if request.state is State.RECOVERING:
             self._ends.disown(request, now)  # its client, if it lives, will submit it with its prefix

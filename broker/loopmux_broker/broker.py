@@ -59,11 +59,22 @@ class Broker:
     """What the broker does, as a function of what happens to it."""
 
     def __init__(
-        self, config: BrokerConfig, *, epoch: bytes, now: float, pid: int = 0, software: str = "loopmux"
+        self,
+        config: BrokerConfig,
+        *,
+        epoch: bytes,
+        now: float,
+        pid: int = 0,
+        software: str = "loopmux",
+        traced: bool = False,
     ) -> None:
-        """``epoch`` is 8 random bytes per process; ``now`` is on the same clock as that of every event."""
+        """``epoch`` is 8 random bytes per process; ``now`` is on the same clock as that of every event.
+
+        ``traced`` has each request's steps logged.
+        """
         self.tables = Tables.empty(config, Identity(epoch, pid, software, now))
         t = self.tables
+        t.traced = traced
         self._streams, self._leases = Streams(t), Leases(t)
         self._ends = Ends(t, self._streams, self._leases)
         self._waiting = Waiting(t, self._ends)

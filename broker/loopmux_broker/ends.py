@@ -95,6 +95,9 @@ class Ends:
             t.timers.cancel((Alarm.RECOVERY, request.id, 0))
         request.move(Step.ENDED)
         t.counters[_COUNTED[kind]] += 1
+        if t.traced:
+            seconds = round(now - request.arrived, 3)
+            t.trace(f"request {_COUNTED[kind]}", request.id, tokens=request.output.total, seconds=seconds)
         t.admission.ended(request.client.principal, request.size, now)
         request.body, request.brought = b"", 0
         request.output.ids.clear()

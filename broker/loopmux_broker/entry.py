@@ -47,6 +47,12 @@ class Entry:
         request.client.add(request)
         t.admission.admit(request.client.principal, request.size)
         t.timers.set((Alarm.DEADLINE, request.id, 0), request.deadline)
+        if t.traced:
+            client, submit = request.client, request.submit
+            t.trace(
+                "request accepted", request.id, client=client.key or client.instance.hex(), model=submit.model,
+                adapter=submit.adapter, session=submit.session, trace=submit.trace,
+            )  # fmt: skip
 
     def accept(self, request: Request) -> None:
         """Tell the client that the broker has its request, and its place in the queue (0: with a worker)."""
@@ -58,6 +64,8 @@ class Entry:
     def refuse(self, client: Client, request_id: bytes, error: LoopmuxError, *, model: str, received: int = 0) -> None:
         """Answer with an error and remember nothing: a repeated SUBMIT is judged anew."""
         self._t.counters["overloaded" if isinstance(error, OverloadedError) else "refused"] += 1
+        if self._t.traced:
+            self._t.trace("request refused", request_id, model=model, code=error.code)
         if client.peer is not None:
             header = Header(Kind.ERROR, request_id, seq=received)
             self._t.out.append(Send(client.peer, Message(header, body=packed(error, model=model or None))))

@@ -28,9 +28,13 @@ class Logger:
         self._form, self._levels = form, LEVELS[LEVELS.index(level) :]
         self._outlet = Outlet(sys.stderr, lambda count: self._line("warning", "log lines lost", {"count": count}))
 
+    def says(self, level: Level) -> bool:
+        """Whether lines of a level are written."""
+        return level in self._levels
+
     def say(self, level: Level, event: str, **fields: object) -> None:
         """Write one line."""
-        if level in self._levels:
+        if self.says(level):
             self._outlet.write(self._line(level, event, fields))
 
     def pass_on(self) -> None:

@@ -83,7 +83,14 @@ class Server:
         self._look_at = time.monotonic()
         self._epoch = os.urandom(8)
         software = f"loopmux-broker {loopmux.__version__}"
-        self._broker = Broker(config, epoch=self._epoch, now=time.monotonic(), pid=os.getpid(), software=software)
+        self._broker = Broker(
+            config,
+            epoch=self._epoch,
+            now=time.monotonic(),
+            pid=os.getpid(),
+            software=software,
+            traced=log.says("debug"),
+        )
         self._poller = zmq.Poller()
         for door in self.doors:
             self._poller.register(door.socket, zmq.POLLIN)

@@ -12,7 +12,7 @@ from loopmux_broker.admission import Admission
 from loopmux_broker.clients import Clients
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.dispatch import Affinity
-from loopmux_broker.events import Action, Peer
+from loopmux_broker.events import Action, Log, Peer
 from loopmux_broker.pool import Pool, Worker
 from loopmux_broker.queues import Queues
 from loopmux_broker.requests import Request
@@ -118,6 +118,8 @@ class Tables:
     cold: set[str] = field(default_factory=set)
     """Models without a worker that somebody has begun to wait for in the event that is being handled."""
     counters: Counter[str] = field(default_factory=Counter)
+    traced: bool = False
+    """Whether the log tells what becomes of each request. Who tells it asks first: words for nobody cost as much."""
     out: list[Action] = field(default_factory=list)
 
     @classmethod
@@ -157,6 +159,10 @@ class Tables:
             self.abandoned[request.id] = request.attempt
             if len(self.abandoned) > _ABANDONED:
                 self.abandoned.popitem(last=False)
+
+    def trace(self, event: str, request_id: bytes, **fields: object) -> None:
+        """Log one step of a request's life."""
+        self.out.append(Log("debug", event, {"request": request_id.hex(), **fields}))
 
     @property
     def patience(self) -> float:

@@ -287,7 +287,7 @@ def test_no_prompt_in_the_log(endpoint: str) -> None:
             client.raw(b"secret words, hello")
             client.expect(Kind.ERROR)
         _, written = running.stop()
-    assert written
+    assert written.count((b"1" * 16).hex()) > 1  # what became of the request, and nothing of what it said
     assert "hello" not in written
     assert "secret" not in written
 

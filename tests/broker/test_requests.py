@@ -458,3 +458,32 @@ def test_the_body_reaches_the_second_worker_too(core: Core) -> None:
     [again] = core.lose(WORKER)
     assert isinstance(again, Send)
     assert again.message.body == BODY
+
+
+def test_the_log_follows_a_request_where_it_is_to(core: Core) -> None:
+    core.tables.traced = True
+    core.running(ONE, trace="00-1-2-00")
+    core.worker(tok(ONE, 0))
+    core.lose(WORKER)
+    core.register(SECOND, name="second")
+    core.worker(say(Kind.RUNACK, ONE, attempt=2), SECOND)
+    core.worker(end(ONE, 1, attempt=2), SECOND)
+    core.submit(TWO, model="unknown")
+    said = [(log.event, {k: v for k, v in log.fields.items() if k != "request"}) for log in core.logged
+            if log.fields.get("request") == ONE.hex()]  # fmt: skip
+    assert [event for event, _ in said] == [
+        "request accepted", "attempt begins", "attempt lost", "attempt begins", "request finished"
+    ]  # fmt: skip
+    assert (said[0][1]["model"], said[0][1]["trace"]) == ("m", "00-1-2-00")
+    assert [(f["attempt"], f["worker"], f["tokens"]) for e, f in said if e == "attempt begins"] == [
+        (1, "w1", 0), (2, "second", 1)
+    ]  # fmt: skip
+    assert said[-1][1]["tokens"] == 1
+    assert {log.level for log in core.logged if "request" in log.fields} == {"debug"}
+
+
+def test_a_refusal_is_in_that_log_too(core: Core) -> None:
+    core.tables.traced = True
+    core.wait(4)
+    core.submit(ONE, model="unknown")
+    assert core.logged[-1].fields == {"request": ONE.hex(), "model": "unknown", "code": "model_not_found"}
