@@ -139,7 +139,7 @@ class Result:
         tool_calls: the calls of this turn, in order.
         model, adapter: as the request named them; a model id that has an adapter names none besides.
         worker: who answered.
-        request_id: hexadecimal, as in a worker's log where something is wrong with it.
+        request_id: hexadecimal, as in the broker's log (at level debug), and in a worker's where something is wrong.
         attempts: 1 unless a worker was lost, or left, on the way.
         reasoning: what the model thought, for models that say so.
     """
