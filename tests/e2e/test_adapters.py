@@ -78,7 +78,7 @@ def test_an_adapter_from_its_loading_to_its_unloading(stack: stacks.Stack) -> No
         assert listed["loud"]["folder"] == str(SHOUT)
         [content] = listed["loud"]["contents"]
         assert f"content {content}, in default-1" in done.stdout
-        assert "onto" not in listed["tools"]
+        assert listed["tools"]["onto"] is None
         table = adapter(stack, "list").stdout.splitlines()
         assert table[0].split() == ["ADAPTER", "WORKERS", "CONTENT", "LOADED", "FOR", "FOLDER"]
         assert [line.split()[0] for line in table[1:]] == ["loud", "tools"]
