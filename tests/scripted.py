@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from loopmux.errors import CancelledError
 from loopmux.results import FinishReason, Result, StreamEvent, TextDelta, Timing, ToolCall, Usage
 
 
@@ -24,6 +25,10 @@ class ScriptedStream:
     answer: Result | BaseException
     left: list[str]
     done: bool = False
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
 
     @property
     def result(self) -> Result:
@@ -34,6 +39,8 @@ class ScriptedStream:
     def events(self) -> Iterator[StreamEvent]:
         if isinstance(self.answer, BaseException):
             raise self.answer
+        if self.cancelled:
+            raise CancelledError("the client cancelled the request")
         if self.answer.text:
             yield TextDelta(self.answer.text)
         yield from self.answer.tool_calls

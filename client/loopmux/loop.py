@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loopmux import toolrun
 from loopmux.bound import Bound
-from loopmux.errors import LoopmuxError, ToolLoopError
+from loopmux.errors import CancelledError, LoopmuxError, ToolLoopError
 from loopmux.loopevents import (
     AbandonTool,
     Action,
@@ -103,6 +103,10 @@ class Stream(Protocol):
         ...
 
     def __iter__(self) -> Iterator[StreamEvent]: ...
+
+    def cancel(self) -> None:
+        """Ask for the end of the turn, from any thread."""
+        ...
 
 
 class LoopClient(Protocol):
@@ -210,6 +214,16 @@ class _Shell:
     plan: Plan
     before_tool: BeforeTool | None
     done: queue.SimpleQueue[Event] = dataclasses.field(default_factory=queue.SimpleQueue)
+    cancelled: bool = False
+    turn: Stream | None = None
+    """The stream that is being read."""
+
+    def cancel(self) -> None:
+        """Have the loop end where it stands; from any thread."""
+        self.cancelled = True
+        if turn := self.turn:
+            turn.cancel()
+        self.done.put(TimePassed())  # for who waits for tools
 
     def events(self) -> Generator[LoopEvent]:
         """The loop, from start to end."""
@@ -225,6 +239,7 @@ class _Shell:
                     if event is not None:
                         actions += loop.handle(event, time.monotonic())
                 actions += loop.handle(self._next(), time.monotonic())
+                self._go_on()
         except LoopmuxError as error:
             error.messages = error.messages or loop.transcript()
             raise
@@ -234,6 +249,7 @@ class _Shell:
 
     def _perform(self, action: Action) -> Generator[LoopEvent, None, Event | LoopFinished | None]:
         """Carry out one action; what came of it, if that is known at once."""
+        self._go_on()
         match action:
             case AskModel(turn=turn):
                 yield TurnStarted(turn)
@@ -256,10 +272,20 @@ class _Shell:
                 raise error
         return None
 
+    def _go_on(self) -> None:
+        """Raises CancelledError where nothing more is to be done."""
+        if self.cancelled:
+            raise CancelledError("the loop was cancelled")
+
     def _ask(self, ask: AskModel) -> Generator[LoopEvent, None, Result]:
+        self._go_on()
         opened: AbstractContextManager[Stream] = self.client.stream(**self.plan.turn_options(ask))
         with opened as stream:
+            self.turn = stream
+            if self.cancelled:
+                stream.cancel()
             yield from stream
+            self.turn = None
             return stream.result
 
     def _start(self, action: RunTool) -> None:
@@ -299,7 +325,7 @@ class Events(Bound, Iterator[LoopEvent]):
     _instead = "run it here, and pass on its messages"
 
     def __init__(self, shell: _Shell) -> None:
-        self._loop = shell.plan.loop
+        self._shell, self._loop = shell, shell.plan.loop
         self._events = shell.events()
 
     def __next__(self) -> LoopEvent:
@@ -308,6 +334,10 @@ class Events(Bound, Iterator[LoopEvent]):
     def close(self) -> None:
         """Leave the loop: a turn under way is cancelled, and tools that still run are left to themselves."""
         self._events.close()
+
+    def cancel(self) -> None:
+        """Ask for the end of the loop, from any thread: as ``close``, and whoever iterates gets CancelledError."""
+        self._shell.cancel()
 
     @property
     def messages(self) -> list[ChatMessage]:

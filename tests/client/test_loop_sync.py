@@ -13,14 +13,17 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import loopmux
+from fakebroker import FakeBroker
 from loopmux import codec, loop, options, transcript, turns
 from loopmux.errors import (
     BadRequestError,
+    CancelledError,
     ConnectionLostError,
     DeadlineExceededError,
     MaxTurnsError,
@@ -41,6 +44,7 @@ from loopmux.loopevents import (
 from loopmux.messages import Generate
 from loopmux.results import TextDelta, ToolCall, Usage
 from loopmux.tools import Tool, schemas
+from loopmux.wire import Kind
 from scripted import AsyncScriptedClient, ScriptedClient, call, turn
 
 
@@ -179,6 +183,52 @@ def test_no_more_at_once_than_allowed():
 def test_a_tool_may_take_as_long_as_it_likes(seconds: float):
     out = run(ScriptedClient([turn("", call(a=1, b=2)), turn("3")]), tool_timeout=seconds)
     assert [entry["result"] for entry in out.tool_log] == [3]
+
+
+def test_a_loop_is_cancelled_from_another_thread_while_tools_run():
+    ran = threading.Event()
+
+    def wait(a: int) -> int:
+        """Wait."""
+        ran.set()
+        threading.Event().wait()
+        return a
+
+    client = ScriptedClient([turn("", call("wait", a=1))])
+    events = loop.iterate(client, "go", tools=[wait])
+    threading.Thread(target=lambda: ran.wait() and events.cancel()).start()
+    with pytest.raises(CancelledError, match="the loop was cancelled") as caught:
+        list(events)
+    assert [m["role"] for m in caught.value.messages] == ["user", "assistant", "tool"]
+    assert client.hints[-1] == (events._loop.session, "done")
+    assert list(events) == []
+
+
+def test_a_loop_is_cancelled_from_another_thread_while_the_model_answers(tmp_path: Path):
+    with FakeBroker(f"ipc://{tmp_path / 'b'}") as broker, loopmux.Client(broker.endpoint, model="hang") as client:
+        events = client.iter_tools("go", tools=[add])
+
+        def stop() -> None:
+            broker.wait_for(Kind.SUBMIT)
+            events.cancel()
+
+        threading.Thread(target=stop).start()
+        with pytest.raises(CancelledError) as caught:
+            list(events)
+        broker.wait_for(Kind.CANCEL)
+    assert caught.value.messages == [{"role": "user", "content": "go"}]
+
+
+@pytest.mark.parametrize("when", [TurnStarted, ToolStarted, ToolResult, TurnFinished])
+def test_a_cancelled_loop_does_nothing_more(when: type):
+    client = ScriptedClient([turn("", call(a=1, b=2)), turn("3")])
+    events = loop.iterate(client, "go", tools=[add])
+    while not isinstance(next(events), when):
+        pass
+    events.cancel()
+    with pytest.raises(CancelledError):
+        next(events)
+    assert len(client.requests) == (when is not TurnStarted)
 
 
 def test_a_tool_that_never_returns_is_left_behind():
