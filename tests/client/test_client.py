@@ -406,6 +406,37 @@ def test_what_belongs_to_this_process_says_so_to_who_would_send_it_to_another(
     asyncio.run(story())
 
 
+def test_threads_that_outlive_the_main_one_hear_at_once_that_their_client_was_closed(ipc_broker: FakeBroker) -> None:
+    program = """
+        import sys, threading
+        import loopmux
+
+        client = loopmux.Client(sys.argv[1], model="hang")
+        stream = client.stream("x")
+        next(stream)
+
+        def read():
+            try:
+                stream.result
+            except loopmux.LoopmuxError as error:
+                print(type(error).__name__, repr(error.partial_text))
+
+        def close():
+            threading.main_thread().join()
+            client.close()
+
+        for act in (read, close):
+            threading.Thread(target=act).start()
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), ipc_broker.endpoint],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"CancelledError {whole_text(4)!r}\n", "")
+
+
 _LEFT_WAITING = """
     import atexit, sys, threading, time
 
