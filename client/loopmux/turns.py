@@ -136,10 +136,9 @@ class Loop:
         return [*messages, *(tool_message(p.call, self._so_far(number, p).content) for number, p in calls.items())]
 
     def _so_far(self, number: int, pending: _Pending) -> Outcome:
-        running = self._running.get(number, math.inf) < math.inf  # looked at first: it gets its outcome while it does
         if pending.outcome:
             return pending.outcome
-        if running:
+        if number in self._began:
             return failed("the loop was stopped while this ran; whether it did its work is not known")
         return skipped("the loop was stopped")
 
@@ -292,10 +291,10 @@ class Loop:
 
     def _settle(self, number: int, outcome: Outcome) -> list[Action]:
         """Give a call its one outcome, its text within the limit."""
+        self._running.pop(number, None)
         outcome = cut(outcome, self.limits.max_result_size)
         pending = self._pending[number]
         pending.outcome = outcome
-        self._running.pop(number, None)  # behind it: what neither runs nor has an outcome was not run
         report = ToolResult(self.turn, pending.call, outcome.status, outcome.content, outcome.result, outcome.error)
         return [Report(report)]
 

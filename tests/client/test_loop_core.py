@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -365,8 +366,9 @@ def test_the_time_of_a_tool_begins_when_it_runs_not_when_it_is_allowed_to():
     assert loop.wake == 66.0
 
 
-def test_a_transcript_in_the_middle_of_a_turn_is_whole():
-    loop = new(concurrency=2)
+@pytest.mark.parametrize("limit", [60, math.inf])
+def test_a_transcript_in_the_middle_of_a_turn_is_whole(limit: float):
+    loop = new(concurrency=2, tool_timeout=limit)
     calls = [call("echo", f"c{i}", text=str(i)) for i in range(3)]
     asked(loop, turn("", call("sub", "c9"), *calls))
     assert loop.handle(ToolFinished(2, succeeded("1")), 0)[1:] == [RunTool(3, 1, calls[2], ECHO)]
