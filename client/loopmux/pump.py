@@ -58,8 +58,10 @@ class Pump(Driver):
         self._sinks[event.id] = sink
         self.post(event)
         if self.ended and event.id in self._sinks:  # the thread ended before it could see the event
-            self.forget(event.id)
-            sink(Fail(event.id, self._why_ended()))
+            if _exiting():
+                time.sleep(_STOP_WITHIN)  # as in _end
+            if self._sinks.pop(event.id, None):
+                sink(Fail(event.id, self._why_ended()))
 
     def post(self, event: ConnectionEvent) -> None:
         """Hand an event to the thread."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -594,6 +595,20 @@ def test_each_caller_gets_an_error_of_its_own_where_the_connection_ends(tmp_path
     errors = [item.error for item in told if isinstance(item, Fail)]
     assert [type(error) for error in errors] == [loopmux.ConnectionLostError] * 3
     assert len(set(map(id, errors))) == 3
+
+
+def test_who_begins_something_at_exit_is_told_as_late_as_who_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = pump.Pump(f"ipc://{tmp_path / 'nobody'}", 5.0, None)
+    ended.stop()
+    told: list[object] = []
+    untold: list[float] = []
+    monkeypatch.setattr(pump, "_exiting", lambda: True)
+    monkeypatch.setattr(time, "sleep", lambda seconds: told or untold.append(seconds))
+    ended.start(Asked(b"one", 0.0), told.append)
+    assert untold == [2.0]
+    assert len(told) == 1
 
 
 def test_a_keyboard_interrupt_of_a_question_leaves_nothing_behind(tmp_path: Path) -> None:
