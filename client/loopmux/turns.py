@@ -195,7 +195,7 @@ class Loop:
             return [*actions, *self._advance(now)]
         self._finish_reason = ""
         admitted = [action for number, pending in self._pending.items() for action in self._admit(number, pending.call)]
-        admitted += self._question()
+        admitted += self._question(now)
         if any(pending.outcome is None for pending in self._pending.values()):
             actions.append(HintWaiting(self._expected()))
         return [*actions, *admitted, *self._advance(now)]
@@ -237,10 +237,10 @@ class Loop:
         self._queue.append(number)
         return []
 
-    def _question(self) -> list[Action]:
+    def _question(self, now: float) -> list[Action]:
         """Ask about the next call. Not before the one in front is decided: only what runs counts for the limit."""
         actions: list[Action] = []
-        while self._unasked and self._calls >= self.limits.max_tool_calls:
+        while self._unasked and (self._calls >= self.limits.max_tool_calls or self._late(now)):
             actions += self._allow(self._unasked.popleft())
         if self._unasked:
             call = self._pending[self._unasked[0]].call
@@ -259,7 +259,7 @@ class Loop:
                 actions = self._settle(number, Outcome("denied", text, error=reason or None))
             case Substitute(result):
                 actions = self._settle(number, succeeded(result, "substituted"))
-        return [*actions, *self._question(), *self._advance(now)]
+        return [*actions, *self._question(now), *self._advance(now)]
 
     def _advance(self, now: float) -> list[Action]:
         """Start what may run; when nothing is left of the turn, close it."""

@@ -328,6 +328,16 @@ def test_a_call_that_the_deadline_ends_is_no_repetition():
     assert isinstance(fail.error, DeadlineExceededError)
 
 
+def test_nobody_is_asked_about_what_the_deadline_keeps_from_running():
+    loop = new(approval=True, timeout=10)
+    asked(loop, turn("", call("echo", text="a"), call("echo", "c1", text="b")))
+    *reports, fail = loop.handle(Decided(0, Run()), 10.0)
+    assert [type(action) for action in reports] == [Report, Report]
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, DeadlineExceededError)
+    assert contents(loop) == ["Error: not run: the loop's deadline passed"] * 2
+
+
 def test_a_long_result_is_cut_and_said_to_be():
     loop = new(max_result_size=4)
     asked(loop, turn("", call("echo", text="x")))
