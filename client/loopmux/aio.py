@@ -255,10 +255,12 @@ class AsyncClient(BaseClient[AsyncChannel]):
 
 async def _listed(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Options with the schemas of their tools where a source is among these: it may ask its server, so in a thread."""
+    tools = options.get("tools")
+    if not isinstance(tools, (list, tuple)):
+        return options
     from loopmux.tools import ToolSource, schemas
 
-    tools = options.get("tools")
-    if not isinstance(tools, (list, tuple)) or not any(isinstance(entry, ToolSource) for entry in tools):
+    if not any(isinstance(entry, ToolSource) for entry in tools):
         return options
     from loopmux.aioloop import in_thread
 

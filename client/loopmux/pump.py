@@ -16,7 +16,7 @@ import zmq
 
 from loopmux.driver import Driver, Sink, closed
 from loopmux.errors import AuthError, LoopmuxError
-from loopmux.events import Asked, Closed, ConnectionEvent, Fail, Received, Submitted, TimePassed
+from loopmux.events import Asked, Closed, ConnectionEvent, Fail, Received, Send, Submitted, TimePassed
 from loopmux.keys import Credentials
 
 _DRAIN = 64
@@ -58,8 +58,10 @@ class Pump(Driver):
         self._sinks[event.id] = sink
         self.post(event)
         if self.ended and event.id in self._sinks:  # the thread ended before it could see the event
-            self.forget(event.id)
-            sink(Fail(event.id, self._why_ended()))
+            if _exiting():
+                time.sleep(_STOP_WITHIN)  # as in _end
+            if self._sinks.pop(event.id, None):
+                sink(Fail(event.id, self._why_ended()))
 
     def post(self, event: ConnectionEvent) -> None:
         """Hand an event to the thread."""
@@ -164,20 +166,25 @@ class Pump(Driver):
         """Handle what callers posted; False when that ended the connection."""
         while self._posted:
             event = self._posted.popleft()
-            if isinstance(event, Closed):
-                waiting = self._sinks
-                if _exiting():
-                    self._sinks = {}  # those who wait at exit are told late: see _end
-                self._handle(event, time.monotonic())
-                self._sinks = waiting
+            if isinstance(event, Closed) and _exiting():
+                self._say_farewell(event)
                 return False
             self._handle(event, time.monotonic())
+            if isinstance(event, Closed):
+                return False
         return True
+
+    def _say_farewell(self, event: Closed) -> None:
+        """Tell the broker; those who wait at exit are told late: see ``_end``."""
+        for action in self._core.handle(event, time.monotonic()):
+            if isinstance(action, Send):
+                self._link.send(action.message)
 
 
 def _exiting() -> bool:
     """Whether the interpreter ends: only daemon threads are left beside what is done at exit."""
-    return not threading.main_thread().is_alive()
+    main = threading.main_thread()  # a daemon in a child that one has forked
+    return not any(one.is_alive() for one in threading.enumerate() if one is main or not one.daemon)
 
 
 class Channel:

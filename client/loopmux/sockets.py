@@ -161,6 +161,7 @@ class Dealer:
         self._unread: _Often | None = _Often()  # handshakes, none of which has succeeded so far
         self._cut_off = _Often()
         self._interval = _SOON
+        self._left_one = False  # a connection that may end behind the beginning of the next one, until that is heard
         self.socket = context.socket(zmq.DEALER)
         options = COMMON | {
             zmq.RECONNECT_IVL: _SOON,
@@ -210,6 +211,7 @@ class Dealer:
             frame = receive(self.socket)
             if frame is None:
                 return
+            self._left_one = False
             messages = split(frame)
             yield from messages
             taken += len(messages)
@@ -224,8 +226,11 @@ class Dealer:
                     self.connected = True
                     return True
                 self._connect_anew(_SOON)  # libzmq keeps to the interval with which a connection was begun
+                self._left_one = True
             elif event == zmq.EVENT_DISCONNECTED:
-                if not (self.connected or self.barred) and self._cut_off.again():
+                if self.connected and self._left_one:
+                    self._connect_anew(_SOON)  # nobody knows whether this one is gone
+                elif not (self.connected or self.barred) and self._cut_off.again():
                     self._connect_anew(min(10 * self._interval, _LATE))
                 self.connected = False
                 return False

@@ -136,10 +136,9 @@ class Loop:
         return [*messages, *(tool_message(p.call, self._so_far(number, p).content) for number, p in calls.items())]
 
     def _so_far(self, number: int, pending: _Pending) -> Outcome:
-        running = self._running.get(number, math.inf) < math.inf  # looked at first: it gets its outcome while it does
         if pending.outcome:
             return pending.outcome
-        if running:
+        if number in self._began:
             return failed("the loop was stopped while this ran; whether it did its work is not known")
         return skipped("the loop was stopped")
 
@@ -196,7 +195,7 @@ class Loop:
             return [*actions, *self._advance(now)]
         self._finish_reason = ""
         admitted = [action for number, pending in self._pending.items() for action in self._admit(number, pending.call)]
-        admitted += self._question()
+        admitted += self._question(now)
         if any(pending.outcome is None for pending in self._pending.values()):
             actions.append(HintWaiting(self._expected()))
         return [*actions, *admitted, *self._advance(now)]
@@ -238,10 +237,10 @@ class Loop:
         self._queue.append(number)
         return []
 
-    def _question(self) -> list[Action]:
+    def _question(self, now: float) -> list[Action]:
         """Ask about the next call. Not before the one in front is decided: only what runs counts for the limit."""
         actions: list[Action] = []
-        while self._unasked and self._calls >= self.limits.max_tool_calls:
+        while self._unasked and (self._calls >= self.limits.max_tool_calls or self._late(now)):
             actions += self._allow(self._unasked.popleft())
         if self._unasked:
             call = self._pending[self._unasked[0]].call
@@ -260,7 +259,7 @@ class Loop:
                 actions = self._settle(number, Outcome("denied", text, error=reason or None))
             case Substitute(result):
                 actions = self._settle(number, succeeded(result, "substituted"))
-        return [*actions, *self._question(), *self._advance(now)]
+        return [*actions, *self._question(now), *self._advance(now)]
 
     def _advance(self, now: float) -> list[Action]:
         """Start what may run; when nothing is left of the turn, close it."""
@@ -292,10 +291,10 @@ class Loop:
 
     def _settle(self, number: int, outcome: Outcome) -> list[Action]:
         """Give a call its one outcome, its text within the limit."""
+        self._running.pop(number, None)
         outcome = cut(outcome, self.limits.max_result_size)
         pending = self._pending[number]
         pending.outcome = outcome
-        self._running.pop(number, None)  # behind it: what neither runs nor has an outcome was not run
         report = ToolResult(self.turn, pending.call, outcome.status, outcome.content, outcome.result, outcome.error)
         return [Report(report)]
 

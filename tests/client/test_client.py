@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -406,6 +407,37 @@ def test_what_belongs_to_this_process_says_so_to_who_would_send_it_to_another(
     asyncio.run(story())
 
 
+def test_threads_that_outlive_the_main_one_hear_at_once_that_their_client_was_closed(ipc_broker: FakeBroker) -> None:
+    program = """
+        import sys, threading
+        import loopmux
+
+        client = loopmux.Client(sys.argv[1], model="hang")
+        stream = client.stream("x")
+        next(stream)
+
+        def read():
+            try:
+                stream.result
+            except loopmux.LoopmuxError as error:
+                print(type(error).__name__, repr(error.partial_text))
+
+        def close():
+            threading.main_thread().join()
+            client.close()
+
+        for act in (read, close):
+            threading.Thread(target=act).start()
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), ipc_broker.endpoint],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"CancelledError {whole_text(4)!r}\n", "")
+
+
 _LEFT_WAITING = """
     import atexit, sys, threading, time
 
@@ -563,6 +595,20 @@ def test_each_caller_gets_an_error_of_its_own_where_the_connection_ends(tmp_path
     errors = [item.error for item in told if isinstance(item, Fail)]
     assert [type(error) for error in errors] == [loopmux.ConnectionLostError] * 3
     assert len(set(map(id, errors))) == 3
+
+
+def test_who_begins_something_at_exit_is_told_as_late_as_who_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = pump.Pump(f"ipc://{tmp_path / 'nobody'}", 5.0, None)
+    ended.stop()
+    told: list[object] = []
+    untold: list[float] = []
+    monkeypatch.setattr(pump, "_exiting", lambda: True)
+    monkeypatch.setattr(time, "sleep", lambda seconds: told or untold.append(seconds))
+    ended.start(Asked(b"one", 0.0), told.append)
+    assert untold == [2.0]
+    assert len(told) == 1
 
 
 def test_a_keyboard_interrupt_of_a_question_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -27,6 +27,26 @@ def test_the_sdk_for_mcp_is_loaded_when_a_server_is_opened() -> None:
     assert not loaded_after("import loopmux.mcp; loopmux.mcp.MCPServer('python')") & {"mcp", "anyio"}
 
 
+@pytest.mark.parametrize("kind", ["Client", "AsyncClient"])
+def test_who_uses_no_tools_does_not_wait_for_what_they_need(tmp_path: Path, kind: str) -> None:
+    program = f"""
+import asyncio, inspect, sys, loopmux
+
+async def ask():
+    client = loopmux.{kind}("ipc://{tmp_path}/nobody", connect_timeout=0.01)
+    try:
+        answer = client.generate("x")
+        await answer
+    except loopmux.ConnectionLostError:
+        answer = client.close()
+        _ = inspect.isawaitable(answer) and await answer
+
+asyncio.run(ask())
+assert "loopmux.tools" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_the_package_alone_loads_not_even_zmq() -> None:
     assert not loaded_after("import loopmux") & {"zmq", "msgpack"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -327,6 +328,16 @@ def test_a_call_that_the_deadline_ends_is_no_repetition():
     assert isinstance(fail.error, DeadlineExceededError)
 
 
+def test_nobody_is_asked_about_what_the_deadline_keeps_from_running():
+    loop = new(approval=True, timeout=10)
+    asked(loop, turn("", call("echo", text="a"), call("echo", "c1", text="b")))
+    *reports, fail = loop.handle(Decided(0, Run()), 10.0)
+    assert [type(action) for action in reports] == [Report, Report]
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, DeadlineExceededError)
+    assert contents(loop) == ["Error: not run: the loop's deadline passed"] * 2
+
+
 def test_a_long_result_is_cut_and_said_to_be():
     loop = new(max_result_size=4)
     asked(loop, turn("", call("echo", text="x")))
@@ -365,8 +376,9 @@ def test_the_time_of_a_tool_begins_when_it_runs_not_when_it_is_allowed_to():
     assert loop.wake == 66.0
 
 
-def test_a_transcript_in_the_middle_of_a_turn_is_whole():
-    loop = new(concurrency=2)
+@pytest.mark.parametrize("limit", [60, math.inf])
+def test_a_transcript_in_the_middle_of_a_turn_is_whole(limit: float):
+    loop = new(concurrency=2, tool_timeout=limit)
     calls = [call("echo", f"c{i}", text=str(i)) for i in range(3)]
     asked(loop, turn("", call("sub", "c9"), *calls))
     assert loop.handle(ToolFinished(2, succeeded("1")), 0)[1:] == [RunTool(3, 1, calls[2], ECHO)]
