@@ -229,6 +229,12 @@ class Fleet:
         models = ", ".join(model for crew in self._inside(name) for model in crew.group.model_ids)
         yield Announce(subject, f"failed, so there is no {models}: {reason}", "error")
 
+    def build_again(self) -> None:
+        """What could not be built may fail no more: who builds reads the configuration's file, which was wrong."""
+        for name, premises in self.premises.items():
+            if premises.state == "failed" or (f"environment {name}" in self.notes and not premises.building):
+                premises.state = "wanted"
+
     def _verdict(self, name: str) -> Premises | None:
         """The environment that a build was for; None if that has come to nothing meanwhile."""
         premises = self.premises[name]

@@ -275,6 +275,22 @@ def test_an_environment_that_failed_is_tried_again_when_it_changed() -> None:
     assert told(actions)["m"].phase == "building"
 
 
+def test_what_could_not_be_built_by_a_wrong_file_is_tried_again_by_a_good_one() -> None:
+    core = plan(make("m", environment="e"), make("n", environment="used"), make("o", environment="good"))
+    core.handle(Began(), 0.0)
+    for name in ("used", "good"):
+        core.handle(EnvironmentReady(name, f"/{name}/1", ""), 0.5)
+    groups = make("m", environment="e"), make("n", environment="used"), make("o", environment="good")
+    assert of(BuildEnvironment, change(core, *groups, now=1.0, environments=("used",))) == [BuildEnvironment("used")]
+    core.handle(ConfigurationRefused("x.yaml:3: found an unknown key"), 2.0)
+    for name in ("e", "used"):
+        core.handle(EnvironmentFailed(name, "x.yaml:3: found an unknown key"), 2.5)
+    assert of(BuildEnvironment, change(core, *groups, now=3.0)) == [BuildEnvironment("e"), BuildEnvironment("used")]
+    for name in ("e", "used"):
+        core.handle(EnvironmentFailed(name, "no such package"), 4.0)
+    assert of(BuildEnvironment, change(core, *groups, now=5.0)) == []
+
+
 def test_stopping_in_the_middle_of_it_all() -> None:
     core = begun(make("a"), make("b", processes=2))
     change(core, make("b", processes=2, slots=7))  # a-1 leaves, b-1 is being replaced
