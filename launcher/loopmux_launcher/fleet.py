@@ -131,12 +131,15 @@ class Fleet:
         return sorted(self.crews.values(), key=rank)
 
     def start(self, process: Process, now: float) -> Iterator[Action]:
-        """Start a process by the configuration in force."""
+        """Start a process by the configuration in force; where its environment was never ready, when that is."""
         crew = self.crew_of(process.name)
         assert crew is not None
-        process.start(now)
         premises = self.premises_of(crew)
         python = premises.python if premises else None
+        if python == "":
+            process.put_off()
+            return
+        process.start(now)
         yield StartWorker(process.name, crew.group.environment, python, replace(crew.group.spec, name=process.name))
 
     def left(self, process: Process) -> None:

@@ -226,6 +226,17 @@ def test_when_somebody_asks_an_environment_is_looked_at_again_and_another_build_
     assert [a.python for a in of(StartWorker, core.handle(ProcessExited("m-1", 0), 22.0))] == ["/e/2"]
 
 
+def test_who_crashes_before_the_environment_to_come_was_ever_ready_waits_for_it() -> None:
+    core = begun(make("m"))
+    assert of(BuildEnvironment, change(core, make("m", environment="e"))) == [BuildEnvironment("e")]
+    core.handle(ProcessExited("m-1", -9), 11.0)
+    woken = core.handle(TimerFired(), 12.0)
+    assert (started(woken), told(woken)) == ([], {})
+    assert core.next_timer() is None
+    [anew] = of(StartWorker, core.handle(EnvironmentReady("e", "/e/1", ""), 13.0))
+    assert (anew.name, anew.python) == ("m-1", "/e/1")
+
+
 def test_who_could_not_look_at_an_environment_once_finds_it_as_it_was_the_next_time() -> None:
     core = begun(make("m", environment="e"))
     change(core, make("m", environment="e"), retry=True)
