@@ -33,7 +33,8 @@ def load(path: Path) -> BrokerConfig:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    except (ValueError, RecursionError) as error:  # the 45th of a month, thousands of lists in each other
+    except (ValueError, LookupError, AttributeError, RecursionError) as error:
+        # the 45th of a month, `!!bool maybe`, thousands of lists in each other: yaml lets that pass
         raise ConfigError(f"{path}: {error}, expected values that can be") from error
     try:
         config = build(BrokerConfig, values, strict=True)

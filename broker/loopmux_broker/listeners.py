@@ -53,6 +53,16 @@ class Listeners:
         self._own.append(Listening(endpoint, keyed=self._keyed))
         return Listener(side, self._own[-1].fileno(), self._own[-1].endpoint)
 
+    def check(self, settings: BrokerConfig) -> None:
+        """Refuse settings with which these must not be served.
+
+        Raises:
+            ConfigError: says what to do (``BrokerConfig.check_served``).
+        """
+        for one in self.all:
+            keys = settings.worker_keys if one.side is Side.WORKERS else settings.listed_clients
+            settings.check_served(one.endpoint, f"{one.side.value[:-1]}_keys", keys)
+
     def close(self) -> None:
         """Stop listening. The files of those that were opened here go too."""
         for given in self._given.values():

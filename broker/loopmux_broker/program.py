@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import loopmux
-from loopmux import exitcodes, standard
+from loopmux import exitcodes, keys, standard
 from loopmux.errors import LoopmuxError
 from loopmux.pulse import Pulse
 from loopmux_broker import descriptors
@@ -39,11 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
         settings = _Settings(options.config, log)
         listeners = Listeners(options.endpoint, options.worker_endpoint, settings.good, given)
         try:
-            code = keep(log, pulse, settings.renew)
+            code = keep(log, pulse, lambda: settings.renew(listeners))
             if code is None:
                 serving = True
                 parents.append(keeper)
-                code = _serve(settings.good, listeners.all, pulse, parents, log)
+                code = _serve(settings, listeners.all, pulse, parents, log)
         finally:
             if not serving or keeper.dead():  # else it goes on listening, for the next one
                 listeners.close()
@@ -65,10 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
         log.end()
 
 
-def _serve(config: BrokerConfig, listeners: list[Listener], pulse: Pulse, parents: list[Parent], log: Logger) -> int:
+def _serve(settings: _Settings, listeners: list[Listener], pulse: Pulse, parents: list[Parent], log: Logger) -> int:
     with Lifeline(*parents) as lifeline:
         lifeline.catch_signals()
-        server = Server(config, log, lifeline, listeners, pulse)
+        server = Server(settings.good, log, lifeline, listeners, pulse, settings.secret)
         # What is there now stays: the collector need not look at it again, and most garbage needs no collector.
         gc.freeze()
         gc.set_threshold(_GARBAGE)
@@ -80,25 +80,29 @@ def _serve(config: BrokerConfig, listeners: list[Listener], pulse: Pulse, parent
 
 
 class _Settings:
-    """The settings as they were last found good."""
+    """The settings, and the secret part of the key that they name, as both were last found good."""
 
     def __init__(self, file: Path | None, log: Logger) -> None:
         self._file, self._log = file, log
-        self.good = self._read()
+        self.good, self.secret = self._read()
 
-    def renew(self) -> None:
+    def renew(self, listeners: Listeners) -> None:
         """Read them again. Whose file has got a mistake since is not to have no broker for it."""
         try:
-            self.good = self._read()
+            settings, secret = self._read()
+            listeners.check(settings)
         except LoopmuxError as error:
             self._log.say("error", "settings refused, the former ones stay in force", reason=str(error))
+        else:
+            self.good, self.secret = settings, secret
 
-    def _read(self) -> BrokerConfig:
+    def _read(self) -> tuple[BrokerConfig, str]:
         if self._file is None:
-            return BrokerConfig()
+            return BrokerConfig(), ""
         from loopmux_broker.configfile import load  # the parser takes its time, and most brokers have no file
 
-        return load(self._file)
+        settings = load(self._file)
+        return settings, keys.read(Path(settings.key)).secret if settings.key else ""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,12 +8,11 @@ import struct
 import time
 from collections import deque
 from collections.abc import Iterable
-from pathlib import Path
 
 import zmq
 
 import loopmux
-from loopmux import endpoints, keys
+from loopmux import endpoints
 from loopmux.listening import SocketFile
 from loopmux.pulse import Pulse
 from loopmux_broker.broker import Broker
@@ -56,24 +55,24 @@ class Server:
     """Serves listening sockets, running the core until the lifeline says why to end."""
 
     def __init__(
-        self, config: BrokerConfig, log: Logger, lifeline: Lifeline, listeners: Iterable[Listener], pulse: Pulse
+        self,
+        config: BrokerConfig,
+        log: Logger,
+        lifeline: Lifeline,
+        listeners: Iterable[Listener],
+        pulse: Pulse,
+        secret: str = "",
     ) -> None:
-        """``listeners`` has the one for administrators last.
-
-        Raises:
-            ConfigError: one of them must not be served with these settings, or their key is none.
-        """
+        """``listeners`` has the one for administrators last, ``secret`` is that part of the settings' key."""
         self._config, self._log, self._lifeline, self._pulse = config, log, lifeline, pulse
         self.doors: list[Door] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._unread: list[deque[Sent]] = []  # by door: what is left of a frame that its last turn had no time for
         self._said: dict[Peer, list[Send | Push]] = {}
         self._leaving: dict[Peer, float] = {}
-        secret = keys.read(Path(config.key)).secret if config.key else ""
         names = listed(clients=config.listed_clients, workers=config.worker_keys)
         self._gate = Gate(self._context, names) if secret else None
         for one in listeners:
-            config.check_served(one.endpoint, f"{one.side.value[:-1]}_keys", names.get(one.side.value, {}))
             keyed = secret if endpoints.ipc_path(one.endpoint) is None else ""
             door = Door(self._context, len(self.doors), one.side, config.window, keyed)
             self.doors.append(door)

@@ -73,10 +73,14 @@ class _Loader(yaml.SafeLoader):
     """YAML's own, whose errors about values have a line, too."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        # the 45th of a month, a number of 5 000 digits, `!!bool maybe`: yaml lets that pass
         try:
             return super().construct_object(node, deep)
-        except ValueError as error:  # the 45th of a month, a number of 5 000 digits: yaml lets that pass
+        except ValueError as error:
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+        except (LookupError, AttributeError) as error:
+            kind = node.tag.rsplit(":", 1)[-1]
+            raise yaml.constructor.ConstructorError(None, None, f"what is no {kind}", node.start_mark) from error
 
 
 def read(file: Path) -> Document:

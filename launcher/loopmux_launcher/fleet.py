@@ -131,12 +131,15 @@ class Fleet:
         return sorted(self.crews.values(), key=rank)
 
     def start(self, process: Process, now: float) -> Iterator[Action]:
-        """Start a process by the configuration in force."""
+        """Start a process by the configuration in force; where its environment was never ready, when that is."""
         crew = self.crew_of(process.name)
         assert crew is not None
-        process.start(now)
         premises = self.premises_of(crew)
         python = premises.python if premises else None
+        if python == "":
+            process.put_off()
+            return
+        process.start(now)
         yield StartWorker(process.name, crew.group.environment, python, replace(crew.group.spec, name=process.name))
 
     def left(self, process: Process) -> None:
@@ -228,6 +231,12 @@ class Fleet:
         premises.state, premises.detail = "failed", reason
         models = ", ".join(model for crew in self._inside(name) for model in crew.group.model_ids)
         yield Announce(subject, f"failed, so there is no {models}: {reason}", "error")
+
+    def build_again(self) -> None:
+        """What could not be built may fail no more: who builds reads the configuration's file, which was wrong."""
+        for name, premises in self.premises.items():
+            if premises.state == "failed" or (f"environment {name}" in self.notes and not premises.building):
+                premises.state = "wanted"
 
     def _verdict(self, name: str) -> Premises | None:
         """The environment that a build was for; None if that has come to nothing meanwhile."""

@@ -9,6 +9,7 @@
                      ENDING ─exit─▶ PAUSING or PARKED (crash loop, or a bad configuration: it would fail again)
 
     stop: any of them ─▶ STOPPING ─exit─▶ GONE ─start─▶ STARTING, when it is wanted again
+    PAUSING ─wake─▶ WAITING, where the environment that it is to run in by now was never ready
     READY ─no sign of life─▶ ENDING: it hangs, and is killed
     READY ─exit 0─▶ GONE: somebody else told it to leave (an administrator who drains it, a signal)
 """
@@ -105,6 +106,10 @@ class Process:
         self.started, self.wake, self.left_out, self.explained = now, now + self.start_timeout, {}, False
         self.became_ready = math.inf
         self.outdated = self.last_of_its_kind = self.patient = False
+
+    def put_off(self) -> None:
+        """It cannot be started yet: whoever sees that it can starts it."""
+        self.state, self.wake = State.WAITING, None
 
     def got_ready(self, now: float) -> None:
         """It said that it is ready."""

@@ -164,6 +164,8 @@ class Plan:
             case DemandReported(demand) if self._stage == "serving":
                 yield from self.fleet.told(demand, now)
             case ConfigurationChanged() if self._stage != "stopping":
+                if self._refused:
+                    self.fleet.build_again()
                 self._refused = ""
                 groups, idle = self._remembered.renew(event.groups)
                 for one, why in idle.items():

@@ -160,6 +160,7 @@ class _Reader:
 
     def _environment(self, name: str, entry: EnvironmentEntry) -> Environment:
         where = ("environments", name)
+        self._variables((*where, "variables"), entry.variables)
         if entry.path is not None:
             for other in ("python", "requirements", "index_options"):
                 if getattr(entry, other):
@@ -174,6 +175,13 @@ class _Reader:
             name, self.root, self._python(where, entry.python), lines, file, variables=entry.variables,
             index_options=entry.index_options, installer=entry.installer, file=self.file,
         )  # fmt: skip
+
+    def _variables(self, where: Where, variables: Mapping[str, str]) -> None:
+        for name, value in variables.items():
+            if not name or "=" in name or not _fit_for_system(name):
+                self._refuse((*where, name), f"the name {name!r}", "the name of a variable, without '=' and NUL")
+            elif not _fit_for_system(value):
+                self._refuse((*where, name), show(value), "a text that a variable can hold: no NUL, no half characters")
 
     def _path(self, where: Where, text: str) -> Path:
         """Where a text leads from the file's folder.
@@ -335,6 +343,14 @@ class _Reader:
             expected = f"a memory_gib of {over.needed:g} or more for all{beside}"
             self._refuse(where, found, expected)
         return entry.memory_gib
+
+
+def _fit_for_system(text: str) -> bool:
+    """Whether a process can be started with this."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _drop(value: Any, path: Where) -> bool:

@@ -28,7 +28,7 @@ from loopmux.wire import VERSIONS, WORKER_BODY_LIMIT, Message, foreign, from_byt
 from loopmux_launcher import adapterstore, livelook, places, watchdog, workercode
 from loopmux_launcher.adapters import Added, extended
 from loopmux_launcher.asking import Asking
-from loopmux_launcher.config import Configuration
+from loopmux_launcher.config import Configuration, Environment
 from loopmux_launcher.console import Console
 from loopmux_launcher.events import (
     Action,
@@ -123,6 +123,8 @@ class Launcher:
         self._children: dict[str, Child] = {}
         self._looks_at = 0.0
         self._builds: dict[str, EnvironmentReady | EnvironmentFailed | None] = {}
+        self._begun: dict[str, Environment] = {}  # by name, as they were declared when their builds began
+        self._in_use: dict[str, Environment] = {}  # as they were when they were ready last
         self._log_troubles: dict[str, str] = {}  # by process, as they were announced
         self._stopped = False
         self._asking: Asking | None = None
@@ -246,6 +248,7 @@ class Launcher:
             case BuildEnvironment(name):
                 self._build(name)
             case StopBuild(name):
+                self._begun.pop(name, None)
                 self._children[_builder(name)].terminate()
             case StartBroker():
                 descriptors = tuple(one.fileno() for one in self._listening.values())
@@ -308,13 +311,13 @@ class Launcher:
 
     def _build(self, name: str) -> None:
         """Environments are built in a process of their own: it may be killed, and this loop never waits for it."""
-        self._builds[name] = None
+        self._builds[name], self._begun[name] = None, self._configuration.environments[name]
         command = [sys.executable, "-m", "loopmux_launcher", "env", "build", name, "--log-format", "json"]
         command += ["--config", str(self._configuration.file), "--parent-pid", str(os.getpid())]
         self._start(_builder(name), command, dict(os.environ))
 
     def _start_worker(self, action: StartWorker) -> None:
-        environment = self._configuration.environments[action.environment] if action.environment else None
+        environment = self._in_use[action.environment] if action.environment else None
         command = worker_command(action.python or sys.executable, "--spec", "-", "--parent-pid", str(os.getpid()))
         variables = worker_variables(self._code, environment.variables if environment else {})
         handover = json.dumps(plain(action.spec)).encode() + b"\n"
@@ -384,7 +387,9 @@ class Launcher:
     def _ended(self, name: str, code: int, last_lines: tuple[str, ...]) -> None:
         environment = _built_by(name)
         if environment is not None:
-            verdict = self._builds.pop(environment)
+            verdict, begun = self._builds.pop(environment), self._begun.pop(environment, None)
+            if begun is not None and isinstance(verdict, EnvironmentReady):
+                self._in_use[environment] = begun
             reason = "\n".join((f"its builder ended with {code}", *last_lines))
             self._handle(verdict or EnvironmentFailed(environment, reason))
         else:

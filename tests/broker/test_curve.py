@@ -225,14 +225,20 @@ def test_with_a_key_other_hosts_may_connect(tmp_path: Path) -> None:
         assert process.clients.startswith("tcp://0.0.0.0:")
 
 
-def test_a_next_broker_whose_settings_lost_the_key_does_not_serve_other_hosts(tmp_path: Path) -> None:
+def test_a_next_broker_whose_settings_lost_the_key_keeps_to_it_before_other_hosts(tmp_path: Path) -> None:
     path = furnished(tmp_path, endpoints=["tcp://0.0.0.0:0"])
     with broker("--config", str(path)) as process:
+        house = House(tmp_path, process)
         settings(tmp_path)
-        with House(tmp_path, process).client("desk") as client:
+        with house.client("desk") as client:
             until(lambda: client.status().uptime > 1.1, "a broker that has served")
-        os.kill(process.serving, signal.SIGKILL)
-        assert process.process.wait(10) == 78
+            os.kill(process.serving, signal.SIGKILL)
+            said = {line["event"]: line for line in (process.line() for _ in range(3))}
+            assert list(said) == ["broker died", "settings refused, the former ones stay in force", "ready"]
+            assert "tcp://0.0.0.0" in said["settings refused, the former ones stay in force"]["reason"]
+            assert client.status().pid == said["ready"]["pid"]
+        with house.client("nobody") as client, pytest.raises(AuthError):
+            client.status()
 
 
 # --- the answer to a question about a key

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from brokerwire import Peer, Process, broker, fails, plain, settings, until
+from loopmux import keys
 from processes import running as runs
 
 
@@ -60,13 +61,40 @@ def test_another_one_serves_by_the_last_good_settings_where_they_are_wrong_now(t
 
         settings(tmp_path, window=9)
         assert [line["event"] for line in next_one(9)] == ["broker died", "ready"]
-        for text, reason in (("windw: 11", "did you mean 'window'"), ("window: 2026-02-31", "day is out of range")):
+        mistakes = {
+            "windw: 11": "did you mean 'window'",
+            "window: 2026-02-31": "day is out of range",
+            "window: !!bool maybe": "maybe",
+        }
+        for text, reason in mistakes.items():
             path.write_text(text)
             _, refused, _ = next_one(9)
             assert refused["event"] == "settings refused, the former ones stay in force"
             assert reason in str(refused["reason"])
         settings(tmp_path, window=11)
         next_one(11)
+
+
+@pytest.mark.parametrize("mistake", ["a key that is gone", "nobody's key"])
+def test_so_does_it_with_the_last_good_key_and_for_what_is_listened_on(
+    tmp_path: Path, endpoint: str, mistake: str
+) -> None:
+    file, ours = keys.new("ours", tmp_path)
+    _, desk = keys.new("desk", tmp_path)
+    path = settings(tmp_path, key="ours.key", client_keys={"desk": desk.public})
+    doors = ["--endpoint", endpoint, "--endpoint", "tcp://127.0.0.1:0"]
+    with broker("--config", str(path), *doors) as first, Peer(first.clients) as client:
+        client.hello()
+        until(lambda: client.status().uptime > 1.0, "it has served")
+        if mistake == "a key that is gone":
+            file.unlink()
+        else:
+            settings(tmp_path, key="ours.key")
+        os.kill(first.serving, signal.SIGKILL)
+        said = [first.line()["event"] for _ in range(3)]
+        assert said == ["broker died", "settings refused, the former ones stay in force", "ready"]
+        with Peer(first.ready["endpoints"][1], keys.Credentials(desk, ours.public)) as keyed:
+            keyed.hello()
 
 
 def test_what_a_broker_dies_of_at_once_is_for_others_to_judge(tmp_path: Path, endpoint: str) -> None:

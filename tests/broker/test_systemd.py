@@ -60,6 +60,11 @@ def test_what_would_fail_again_is_not_started_again(path: Path) -> None:
     assert codes == [str(exitcodes.USAGE), str(exitcodes.CONFIG)]
 
 
+def test_what_a_reload_ends_in_its_first_moments_is_started_again() -> None:
+    reloaded = [unit(path)["Service"] for path in SERVICES if "ExecReload" in unit(path)["Service"]]
+    assert [one["RestartForceExitStatus"] for one in reloaded] == ["SIGHUP"]
+
+
 @pytest.mark.parametrize("path", [*SERVICES, *SOCKETS], ids=lambda path: path.name)
 def test_units_that_are_named_exist(path: Path) -> None:
     words = " ".join(value for section in unit(path).values() for value in section.values()).split()

@@ -215,6 +215,12 @@ def test_a_path_that_there_cannot_be_is_a_problem_of_the_file(write: Write, key:
     assert why in problem.hint
 
 
+@pytest.mark.parametrize("variable", ["'A=B': x", "'': x", '"A\\0": x', 'A: "a\\0b"', 'A: "\\ud800"'])
+def test_a_variable_that_no_process_can_have_is_a_problem_of_the_file(write: Write, variable: str) -> None:
+    text = f"models: {{a: {{engine: echo}}}}\nenvironments: {{own: {{requirements: [x], variables: {{{variable}}}}}}}"
+    assert only(write(text)).where.startswith("environments.own.variables")
+
+
 def test_keys_written_twice_are_refused_with_both_lines(write: Write) -> None:
     problem = only(write("models:\n  a: {engine: echo}\n  b: {engine: echo}\n  a: {engine: echo}\n"))
     assert (problem.line, problem.where) == (4, "models.a")
@@ -241,6 +247,9 @@ def test_a_word_that_yaml_reads_as_something_else_is_explained(write: Write) -> 
         (b"models: 3\n", 1, "3 (int)"),
         (b"models:\n  a: {system_prompt: 2026-02-31}\n", 2, "day is out of range"),
         (b"models:\n  a: {workers: !!int many}\n", 2, "invalid literal"),
+        (b"models:\n  a: {use_4bit: !!bool maybe}\n", 2, "no bool"),
+        (b"models:\n  a: {workers: !!int ''}\n", 2, "no int"),
+        (b"models:\n  a: {system_prompt: !!timestamp noon}\n", 2, "no timestamp"),
         (b"models:\n  a: {workers: " + b"9" * 5000 + b"}\n", 2, "exceeds the limit"),
         (b"models: " + b"[" * 3000, 0, "too many others"),
     ],

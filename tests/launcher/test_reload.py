@@ -226,6 +226,17 @@ def test_when_somebody_asks_an_environment_is_looked_at_again_and_another_build_
     assert [a.python for a in of(StartWorker, core.handle(ProcessExited("m-1", 0), 22.0))] == ["/e/2"]
 
 
+def test_who_crashes_before_the_environment_to_come_was_ever_ready_waits_for_it() -> None:
+    core = begun(make("m"))
+    assert of(BuildEnvironment, change(core, make("m", environment="e"))) == [BuildEnvironment("e")]
+    core.handle(ProcessExited("m-1", -9), 11.0)
+    woken = core.handle(TimerFired(), 12.0)
+    assert (started(woken), told(woken)) == ([], {})
+    assert core.next_timer() is None
+    [anew] = of(StartWorker, core.handle(EnvironmentReady("e", "/e/1", ""), 13.0))
+    assert (anew.name, anew.python) == ("m-1", "/e/1")
+
+
 def test_who_could_not_look_at_an_environment_once_finds_it_as_it_was_the_next_time() -> None:
     core = begun(make("m", environment="e"))
     change(core, make("m", environment="e"), retry=True)
@@ -273,6 +284,22 @@ def test_an_environment_that_failed_is_tried_again_when_it_changed() -> None:
     actions = change(core, make("m", environment="e"), make("n"), now=2.0, environments=("e",))
     assert of(BuildEnvironment, actions) == [BuildEnvironment("e")]
     assert told(actions)["m"].phase == "building"
+
+
+def test_what_could_not_be_built_by_a_wrong_file_is_tried_again_by_a_good_one() -> None:
+    core = plan(make("m", environment="e"), make("n", environment="used"), make("o", environment="good"))
+    core.handle(Began(), 0.0)
+    for name in ("used", "good"):
+        core.handle(EnvironmentReady(name, f"/{name}/1", ""), 0.5)
+    groups = make("m", environment="e"), make("n", environment="used"), make("o", environment="good")
+    assert of(BuildEnvironment, change(core, *groups, now=1.0, environments=("used",))) == [BuildEnvironment("used")]
+    core.handle(ConfigurationRefused("x.yaml:3: found an unknown key"), 2.0)
+    for name in ("e", "used"):
+        core.handle(EnvironmentFailed(name, "x.yaml:3: found an unknown key"), 2.5)
+    assert of(BuildEnvironment, change(core, *groups, now=3.0)) == [BuildEnvironment("e"), BuildEnvironment("used")]
+    for name in ("e", "used"):
+        core.handle(EnvironmentFailed(name, "no such package"), 4.0)
+    assert of(BuildEnvironment, change(core, *groups, now=5.0)) == []
 
 
 def test_stopping_in_the_middle_of_it_all() -> None:

@@ -241,6 +241,20 @@ def test_a_rolling_restart_fails_no_request(config: Path, endpoint: str, workers
         assert not before & {process.pid for process in up.children("loopmux_worker")}
 
 
+def test_who_stays_in_a_former_environment_keeps_its_variables(config: Path, endpoint: str) -> None:
+    def text(variable: str) -> str:
+        own = f"{{path: {sys.executable}, variables: {{{variable}}}}}"
+        return f"environments: {{own: {own}}}\nmodels: {{echo: {{engine: echo, environment: own}}}}\n"
+
+    with running(config, endpoint, text("A: b")) as (up, client):
+        config.write_text(text("PYTHONHOME: /nowhere"))
+        up.line("cannot be built as it is declared now, the former one stays in use")
+        [worker] = up.children("loopmux_worker")
+        worker.kill()
+        up.line("echo-1: ready in")
+        assert client.generate("hi", model="echo", max_new_tokens=2).usage.completion_tokens == 2
+
+
 def test_requests_on_weights_that_go_end_where_they_are(config: Path, endpoint: str) -> None:
     """Streams of three seconds: none of them goes on in another process, whose weights are others."""
     text = "models: {echo: {engine: echo, workers: 2, slots: 4, echo: {rate: 50, tokens: 150}}}\n"
