@@ -161,7 +161,6 @@ class Dealer:
         self._unread: _Often | None = _Often()  # handshakes, none of which has succeeded so far
         self._cut_off = _Often()
         self._interval = _SOON
-        self._left_one = False  # a connection that may end behind the beginning of the next one, until that is heard
         self.socket = context.socket(zmq.DEALER)
         options = COMMON | {
             zmq.RECONNECT_IVL: _SOON,
@@ -211,7 +210,6 @@ class Dealer:
             frame = receive(self.socket)
             if frame is None:
                 return
-            self._left_one = False
             messages = split(frame)
             yield from messages
             taken += len(messages)
@@ -221,30 +219,30 @@ class Dealer:
         while (told := news(self.monitor)) is not None:
             event, value = told
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._unread = None
-                if self._interval == _SOON:
-                    self.connected = True
-                    return True
-                self._connect_anew(_SOON)  # libzmq keeps to the interval with which a connection was begun
-                self._left_one = True
-            elif event == zmq.EVENT_DISCONNECTED:
-                if self.connected and self._left_one:
-                    self._connect_anew(_SOON)  # nobody knows whether this one is gone
-                elif not (self.connected or self.barred) and self._cut_off.again():
-                    self._connect_anew(min(10 * self._interval, _LATE))
+                self.connected, self._unread = True, None
+                return True
+            if event == zmq.EVENT_DISCONNECTED:
+                self._set_pace(self.connected)
                 self.connected = False
                 return False
-            else:
-                self.barred = self._why_barred(event, value)
-                if self.barred:
-                    return False
+            self.barred = self._why_barred(event, value)
+            if self.barred:
+                return False
         return None
 
-    def _connect_anew(self, interval: int) -> None:
-        self._interval = interval
-        self.socket.disconnect(self._endpoint)
-        self.socket.setsockopt(zmq.RECONNECT_IVL, interval)
-        self.socket.connect(self._endpoint)
+    def _set_pace(self, connected: bool) -> None:
+        """Choose when the next try comes behind a connection that has ended, or whose handshake was cut off."""
+        if connected:
+            interval = _SOON
+        elif self.barred or not self._cut_off.again():
+            return
+        else:
+            interval = min(10 * self._interval, _LATE)
+        if interval != self._interval:  # libzmq keeps to the one with which it began to connect
+            self._interval = interval
+            self.socket.disconnect(self._endpoint)
+            self.socket.setsockopt(zmq.RECONNECT_IVL, interval)
+            self.socket.connect(self._endpoint)
 
     def _why_barred(self, event: int, value: int) -> str:
         """What a handshake that failed means; empty where the next one may succeed."""

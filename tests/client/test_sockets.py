@@ -15,7 +15,7 @@ import pytest
 import zmq
 
 from brokerwire import until
-from loopmux import Client, sockets
+from loopmux import Client
 from loopmux.cadence import HEARTBEAT, SILENT_HEARTBEATS
 from loopmux.errors import ConnectionLostError
 from loopmux.sockets import COMMON, Dealer, new_context
@@ -149,37 +149,12 @@ def test_who_is_cut_off_again_and_again_asks_ever_less_often_and_as_soon_as_ever
             router = context.socket(zmq.ROUTER)
             router.bind(f"tcp://127.0.0.1:{port}")
             until(lambda: dealer.news() is True, "a connection")
-            assert dealer.socket.getsockopt(zmq.RECONNECT_IVL) == 10
             assert dealer.send([b"to the broker"]) == 1
             assert router.recv_multipart()[1:] == [b"to the broker"]
             router.unbind(f"tcp://127.0.0.1:{port}")
             router.close(0)
             until(lambda: dealer.news() is False, "its end")
-
-
-def test_the_late_end_of_a_connection_that_was_left_is_not_taken_for_that_of_the_next_one(
-    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It lives until its owner, who may be busy, looks at the socket again; which one has ended is not told."""
-    happened: list[int] = []
-    begun: list[int] = []
-    monkeypatch.setattr(sockets, "news", lambda _: (happened.pop(0), 0) if happened else None)
-    with contextlib.closing(Dealer(context, 1 << 20)) as dealer:
-        monkeypatch.setattr(zmq.Socket, "connect", lambda one, _: begun.append(one.getsockopt(zmq.RECONNECT_IVL)))
-        monkeypatch.setattr(zmq.Socket, "disconnect", lambda *_: None)
-        happened += [zmq.EVENT_DISCONNECTED] * 10 + [zmq.EVENT_HANDSHAKE_SUCCEEDED] * 2
-        assert [dealer.news() for _ in range(12)] == [False] * 10 + [True, None]
-        assert begun == [100, 10]
-        happened += [zmq.EVENT_DISCONNECTED]
-        assert dealer.news() is False
-        assert begun == [100, 10, 10]  # else a good connection might never be heard of again
-        happened += [zmq.EVENT_HANDSHAKE_SUCCEEDED]
-        assert dealer.news() is True
-        monkeypatch.setattr(sockets, "receive", lambda _: b"word")
-        assert list(dealer.arrived(1)) == [b"word"]
-        happened += [zmq.EVENT_DISCONNECTED]
-        assert dealer.news() is False
-        assert begun == [100, 10, 10]  # it was this one: libzmq asks again by itself
+            assert dealer.socket.getsockopt(zmq.RECONNECT_IVL) == 10
 
 
 def test_a_line_that_goes_dead_is_left_by_the_time_its_ends_count_as_lost() -> None:
