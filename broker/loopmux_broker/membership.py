@@ -26,7 +26,7 @@ _LONGEST_REPORT = 32 * 1024
 _REDECLARE = 5.0
 """Seconds for which a new launcher process may repeat what the last one declared, before the rest is taken out."""
 _LOST_LAUNCHERS = 100
-"""Lost launchers that are waited for: what they declared stays. Of more the longest lost ones are given up: a launcher
+"""Launchers that are gone and waited for: what they declared stays. Of more the first ones are given up: a launcher
 is named after its host, and a container may be another one with each start."""
 
 
@@ -44,7 +44,7 @@ class Membership:
     ) -> None:
         self._t, self._attempts, self._leases, self._recovery = tables, attempts, leases, recovery
         self._waiting, self._adapters = waiting, adapters
-        self._lost_launchers: dict[str, None] = {}  # launchers that are lost, by name, the longest lost first
+        self._lost_launchers: dict[str, None] = {}  # launchers that are waited for, by name, the longest gone first
 
     def register(self, peer: Peer, message: Message, key: str, now: float) -> None:
         """REGISTER: a worker or a launcher introduces itself.
@@ -138,6 +138,7 @@ class Membership:
         """
         launcher = next((x for x in self._t.pool.launchers.values() if x.name == name), None)
         if launcher is None:
+            self._lost_launchers.pop(name, None)
             self._withdraw(name, None, now)
         else:
             launcher.declared = True
@@ -179,12 +180,12 @@ class Membership:
             for model in member.models:
                 self._waiting.model_left(model, now) if left else self._waiting.worker_lost(model, now)
             self._adapters.lost(member, why, now)
-        elif left and stay:
-            self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + stay)
-        elif left:
+        elif left and not stay:
             self._withdraw(member.name, None, now)
         else:
             self._t.timers.cancel((Alarm.LAUNCHER, member.name, 0))
+            if left:
+                self._t.timers.set((Alarm.LAUNCHER, member.name, 0), now + stay)
             self._lost_launchers[member.name] = None
             if len(self._lost_launchers) > _LOST_LAUNCHERS:
                 name = next(iter(self._lost_launchers))

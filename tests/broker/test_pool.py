@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -276,8 +277,15 @@ def test_a_launcher_that_leaves_takes_its_models_along(core: Core) -> None:
     assert core.submit(TWO, model="n")[0] == run(TWO, model="n")
 
 
-def test_of_many_launchers_that_are_lost_the_longest_lost_are_not_waited_for(
-    core: Core, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "go",
+    [
+        lambda core: core.lose(LAUNCHER),
+        lambda core: core.worker(say(Kind.BYE, arg=1_000_000), LAUNCHER),
+    ],
+)
+def test_of_many_launchers_that_are_gone_the_longest_gone_are_not_waited_for(
+    core: Core, monkeypatch: pytest.MonkeyPatch, go: Callable[[Core], list[Action]]
 ) -> None:
     monkeypatch.setattr(membership, "_LOST_LAUNCHERS", 2)
     answers: list[Action] = []
@@ -286,10 +294,10 @@ def test_of_many_launchers_that_are_lost_the_longest_lost_are_not_waited_for(
         core.declare(f"m{n}", "idle")
         if n == 0:
             core.submit(ONE, model="m0")
-        answers += core.lose(LAUNCHER)
+        answers += go(core)
         core.launcher(name="host1")  # this one comes back each time
         core.declare("m1", "idle")
-        answers += core.lose(LAUNCHER)
+        answers += go(core)
     assert core.tables.pool.known() == ["m1", "m3"]
     [answer] = answers
     assert failure(answer)[3].code == "model_not_found"
