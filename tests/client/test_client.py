@@ -50,6 +50,12 @@ def client(ipc_broker: FakeBroker) -> Iterator[loopmux.Client]:
         yield c
 
 
+def ran(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own, to its end; any warning of it is an error."""
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20)
+
+
 def test_generates_over_both_transports(broker: FakeBroker) -> None:
     with loopmux.Client(broker.endpoint, model="echo") as client:
         result = client.generate("Hello", max_new_tokens=300)
@@ -276,9 +282,7 @@ def test_a_tool_loop_that_is_left_at_exit_says_nothing(ipc_broker: FakeBroker) -
         while not isinstance(next(events), loopmux.TextDelta):
             pass
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=20
-    )
+    done = ran(program)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -382,9 +386,7 @@ def test_an_unclosed_client_does_not_hang_the_interpreter(ipc_broker: FakeBroker
         stream = client.stream("x", model="hang")
         next(stream)
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=20
-    )
+    done = ran(program)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, whole_text(2).strip(), "")
     ipc_broker.wait_for(Kind.BYE)
 
@@ -429,12 +431,7 @@ def test_threads_that_outlive_the_main_one_hear_at_once_that_their_client_was_cl
         for act in (read, close):
             threading.Thread(target=act).start()
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), ipc_broker.endpoint],
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
+    done = ran(program, ipc_broker.endpoint)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"CancelledError {whole_text(4)!r}\n", "")
 
 
@@ -469,12 +466,7 @@ _LEFT_WAITING = """
 def test_a_daemon_thread_that_waits_at_exit_hears_of_it_only_if_it_is_joined(
     ipc_broker: FakeBroker, told: str, joins: list[str]
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(_LEFT_WAITING), ipc_broker.endpoint, *joins],
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
+    done = ran(_LEFT_WAITING, ipc_broker.endpoint, *joins)
     assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
     ipc_broker.wait_for(Kind.CANCEL)
     ipc_broker.wait_for(Kind.BYE)
@@ -534,9 +526,7 @@ def test_one_that_gets_no_thread_leaves_nothing_that_hangs(tmp_path: Path) -> No
         except loopmux.DeadlineExceededError:
             print("deadline")
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=20
-    )
+    done = ran(program)
     assert (done.returncode, done.stdout, done.stderr) == (0, "no thread\ndeadline\n", "")
 
 
