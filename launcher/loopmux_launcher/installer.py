@@ -6,10 +6,8 @@ import json
 import os
 import selectors
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +17,6 @@ from loopmux_launcher.interpreters import EnvironmentUnusable, Interpreter
 from loopmux_launcher.progress import Progress, Report
 from loopmux_launcher.tools import Tool
 
-_GRACE = 3.0
-"""Seconds for an installer to clean up after SIGTERM before it is killed."""
 _PIP_THAT_REPORTS = (23, 0)
 """The first pip whose installation report is in its final format."""
 _TICK = 1.0
@@ -155,18 +151,10 @@ def _run(
         lines.append(line)
         progress.line(line)
 
-    process = subprocess.Popen(
-        tether.tethered(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=variables, cwd=folder, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    with process.stdout:
-        try:
-            _read(process.stdout.fileno(), take, progress.tick)
-            return process.wait(), lines
-        except BaseException:
-            _end(process)
-            raise
+    with tether.foreign(command, variables, folder, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        _read(process.stdout.fileno(), take, progress.tick)
+        return process.wait(), lines
 
 
 def _read(descriptor: int, take: Callable[[bytes], None], tick: Callable[[], None]) -> None:
@@ -186,12 +174,3 @@ def _read(descriptor: int, take: Callable[[bytes], None], tick: Callable[[], Non
                 take(line)
     if rest:
         take(rest)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    tether.kill_group(process, signal.SIGTERM)
-    end = time.monotonic() + _GRACE
-    while not tether.has_exited(process) and time.monotonic() < end:
-        time.sleep(0.02)
-    tether.kill_group(process)
-    process.wait()

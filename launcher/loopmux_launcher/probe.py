@@ -43,16 +43,14 @@ def probe(python: Path, code: Path, extra: Mapping[str, str], *, torch: bool, ou
     interpreters.find(os.path.abspath(python))  # noqa: PTH100 - a virtual environment's interpreter is a link
     command = worker_command(python, "probe", *([] if torch else ["--engine", "echo"]))
     try:
-        done = subprocess.run(
-            tether.tethered(command), capture_output=True, timeout=_LIMIT, env=worker_variables(code, extra),
-            stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
+        with tether.foreign(command, worker_variables(code, extra)) as process:
+            stdout, stderr = process.communicate(timeout=_LIMIT)
     except subprocess.TimeoutExpired as error:
         raise EnvironmentUnusable(f"the probe of {python} did not answer within {_LIMIT:.0f} s") from error
-    report = _last_json(done.stdout)
+    report = _last_json(stdout)
     if report is None:
-        said = done.stderr.decode(errors="replace").splitlines()
-        reason = "\n".join((f"its probe failed: {spell_exit(done.returncode)}", *said[-8:]))
+        said = stderr.decode(errors="replace").splitlines()
+        reason = "\n".join((f"its probe failed: {spell_exit(process.returncode)}", *said[-8:]))
         raise EnvironmentUnusable(f"{python} cannot run workers: {reason}")
     if report.get("out_of_memory"):
         raise EnvironmentUnusable(

@@ -12,7 +12,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
 
+_GRACE = 3.0
+"""Seconds for a foreign program to clean up after SIGTERM before it is killed."""
 _PR_SET_PDEATHSIG = 1
 _WRAPPER = f"""
 import ctypes, os, sys
@@ -35,11 +42,76 @@ def die_with_parent(parent: int) -> None:
         raise SystemExit(1)
 
 
+@contextmanager
+def foreign(
+    command: list[str], variables: Mapping[str, str], folder: Path | None = None, *, stderr: int = subprocess.PIPE
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a foreign program (pip) in a group of its own, which the kernel kills when this process dies.
+
+    Where the block raises, nothing that it has started is left. Main thread only.
+    """
+    with ExitStack() as ending:
+        with _uninterrupted():
+            process = subprocess.Popen(
+                tethered(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr,
+                env=dict(variables), cwd=folder, start_new_session=True,
+            )  # fmt: skip
+            ending.enter_context(process)
+            ending.push(lambda kind, *_: _end(process) if kind else None)
+        yield process
+
+
 def tethered(command: list[str]) -> list[str]:
-    """The command line that runs a foreign program (pip) and has it killed when this process dies."""
+    """The command line that runs a foreign program and has it killed when this process dies."""
     if sys.platform != "linux":
         return command
     return [sys.executable, "-I", "-S", "-c", _WRAPPER, str(os.getpid()), *command]
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back what SIGINT and SIGTERM raise until the end of the block.
+
+    Who is interrupted while it starts a process never learns its number, and cannot end it. (A mask of signals would
+    not do: the kernel gives them to another thread then, and the child inherits it.)
+    """
+    held: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
+        held.append(number)
+
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for again in held:
+            signal.raise_signal(again)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a program with all that it has started: what one of these wrote afterwards would stay behind."""
+    kill_group(process, signal.SIGTERM)
+    _wait_for(lambda: has_exited(process))
+    kill_group(process)
+    process.wait()
+    _wait_for(lambda: _is_gone(process.pid))
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + _GRACE
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def _is_gone(group: int) -> bool:
+    """Whether no process is left in a group whose leader has been reaped."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def has_exited(process: subprocess.Popen[bytes]) -> bool:

@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+import psutil
 import pytest
 
 from loopmux_launcher import tether
@@ -202,6 +205,51 @@ p.wait()
         foreign = int(started.stdout.readline())
         started.kill()
     wait_until_gone(foreign)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_interrupted_while_it_starts_a_program_ends_it(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *words: Any, **more: Any) -> None:
+            super().__init__(*words, **more)
+            started.append(self)
+            signal.raise_signal(number)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupt)
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt), tether.foreign(["sleep", "60"], {}, tmp_path):
+            pytest.fail("it went on")
+        assert signal.getsignal(number) == interrupt
+    finally:
+        signal.signal(number, before)
+    (process,) = started
+    assert process.returncode is not None
+
+
+def test_what_a_foreign_program_started_has_ended_when_its_end_is_known() -> None:
+    child = "import time; print('up', flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    seen: list[psutil.Process] = []
+
+    def fail() -> None:
+        with tether.foreign([sys.executable, "-c", parent], os.environ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            seen.extend(psutil.Process(process.pid).children())
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fail()
+    (grandchild,) = seen
+    assert not running(grandchild)
 
 
 def test_a_program_whose_parent_is_already_another_does_not_start() -> None:
