@@ -267,7 +267,7 @@ def _work(spec: WorkerSpec, progress: Callable[..., None], pulse: Pulse) -> int:
     finally:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)  # it leaves already, and there is nothing to wake
+            signal.signal(number, lambda *_: None)  # it leaves already, and there is nothing to wake
         worker.close()
     return 0
 
