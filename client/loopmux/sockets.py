@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import socket as plain
 import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from socket import socket as PlainSocket
 from typing import TYPE_CHECKING, Final
 
 import zmq
@@ -104,10 +104,10 @@ def new_context(endpoint: str) -> zmq.Context[zmq.Socket[bytes]]:
     Raises:
         ConnectionLostError: there are too few descriptors for them: libzmq would end the process.
     """
-    tried: list[PlainSocket] = []  # objects, which close themselves where Ctrl-C comes
+    tried: list[plain.socket] = []  # objects, which close themselves where Ctrl-C comes
     try:
         while len(tried) < _DESCRIPTORS:
-            tried.append(PlainSocket())
+            tried.append(plain.socket())
     except OSError as error:
         raise ConnectionLostError(
             f"cannot connect to the broker at {endpoint}: {error}; close what is not needed, one client serves any "
