@@ -36,6 +36,11 @@ def hold() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _NEWS - unheard())  # one that is blocked comes though it is ignored
 
 
+def heed() -> None:
+    """Take signals in as they come again, and those that have come meanwhile."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NEWS)
+
+
 def keep(log: Logger, pulse: Pulse, renew: Callable[[], None] = lambda: None) -> int | None:
     """Have a broker, and another one at once when one dies that has served. Main thread only, and no other thread yet.
 
@@ -45,8 +50,9 @@ def keep(log: Logger, pulse: Pulse, renew: Callable[[], None] = lambda: None) ->
     pulse any more is killed.
 
     Returns:
-        In every broker, each a child of the process that called: None. In that process, once there is to be no broker
-        any more: the exit code of the last one, 128 and the number of the signal that it died of.
+        In every broker, each a child of the process that called: None; signals are held still. In that process, once
+        there is to be no broker any more: the exit code of the last one, 128 and the number of the signal that it died
+        of.
     """
     hold()
     gc.freeze()  # else the collectors of the brokers would write to, and so copy, what is shared with them
@@ -55,7 +61,6 @@ def keep(log: Logger, pulse: Pulse, renew: Callable[[], None] = lambda: None) ->
         began = time.monotonic()
         broker = os.fork()
         if not broker:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _NEWS)
             log.begin_anew()
             return None
         code, asked = _await_end(broker, pulse, log)

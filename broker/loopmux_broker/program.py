@@ -15,7 +15,7 @@ from loopmux.pulse import Pulse
 from loopmux_broker import descriptors
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.inherited import Listener, inherited, remove_files
-from loopmux_broker.keeper import hold, keep
+from loopmux_broker.keeper import heed, hold, keep
 from loopmux_broker.lifeline import Lifeline, Parent
 from loopmux_broker.listeners import Listeners
 from loopmux_broker.logs import LEVELS, Logger
@@ -68,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _serve(settings: _Settings, listeners: list[Listener], pulse: Pulse, parents: list[Parent], log: Logger) -> int:
     with Lifeline(*parents) as lifeline:
         lifeline.catch_signals()
+        heed()
         server = Server(settings.good, log, lifeline, listeners, pulse, settings.secret)
         # What is there now stays: the collector need not look at it again, and most garbage needs no collector.
         gc.freeze()
@@ -76,6 +77,7 @@ def _serve(settings: _Settings, listeners: list[Listener], pulse: Pulse, parents
             server.run()
         finally:
             server.close()
+            hold()  # it ends already
     return 0
 
 

@@ -14,6 +14,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -78,11 +80,16 @@ def _ask(command: Sequence[str], question: str) -> subprocess.CompletedProcess[s
 def _build(command: Sequence[str], log: Callable[[str], None] | None) -> None:
     words = [*command, "env", "build", "default", "--log-format", "plain", "--parent-pid", str(os.getpid())]
     said: deque[str] = deque(maxlen=_LAST_LINES)
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with ExitStack() as ending:
+        process = ending.enter_context(
+            subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        )
+        ending.callback(_end, process)  # where Ctrl-C comes, or the callback raises
         for line in cast(TextIO, process.stdout):
             said.append(line.rstrip())
             if log is not None:
                 log(line.rstrip())
+        process.wait()
     if process.returncode:
         raise _refused("the default environment cannot be built", process.returncode, said)
 
@@ -96,7 +103,10 @@ def _refused(what: str, code: int, lines: Iterable[str]) -> LoopmuxError:
 
 
 class PrivateStack:
-    """One ``up`` process, started at once; ``wait_ready`` waits for its models.
+    """One ``up`` process, started by ``begin``; ``wait_ready`` waits for its models.
+
+    It is started in a thread: Ctrl-C comes in the main one, and who is interrupted while he starts a process never
+    learns its number. So ``stop`` ends it whenever ``begin`` was left.
 
     Args:
         config: the configuration to write for it, or None for the one that ``up`` finds by itself.
@@ -114,20 +124,28 @@ class PrivateStack:
         self._changed = threading.Condition()
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._printed = 0
-        self._ready = False
-        try:
-            ipc_path(self.endpoint)
-            self._process = self._spawn(config, command)
-        except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise
-        self._reader = threading.Thread(target=self._read, name="loopmux-private-stack", daemon=True)
+        self._ready = self._stopped = False
+        self._config, self._command = config, command
+        self._process: subprocess.Popen[str] | None = None
+        self._begun: Future[None] = Future()
+        self._turn = threading.Lock()
+        self._reader = threading.Thread(target=self._run, name="loopmux-private-stack", daemon=True)
+
+    def begin(self) -> None:
+        """Start the process.
+
+        Raises:
+            ConfigError: its folder has too long a name for an endpoint.
+            OSError: it cannot be started.
+        """
+        ipc_path(self.endpoint)
         self._reader.start()
+        self._begun.result()
 
     @property
     def alive(self) -> bool:
         """Whether the process is there."""
-        return self._process.poll() is None
+        return self._process is not None and self._process.poll() is None
 
     def wait_ready(self, log: Callable[[str], None] | None) -> None:
         """Wait until every required model is ready; ``log`` gets each line of progress, in this thread.
@@ -160,23 +178,32 @@ class PrivateStack:
 
         The logs of a stack that failed to start stay until another process starts one: its last lines name them.
         """
+        with self._turn:
+            self._stopped = True
         failed = not self._ready and not self.alive
-        if self.alive:
-            self._process.terminate()
-            try:
-                self._process.wait(_STOP_GRACE)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
-        self._reader.join()
+        if self._process is not None:
+            _end(self._process)
+            self._reader.join()
         if not (failed and any((self.folder / "state").rglob("*.log"))):
             _remove(self.folder)
 
-    def _spawn(self, config: Mapping[str, Any] | None, command: Sequence[str]) -> subprocess.Popen[str]:
-        words = [*command, "up", "--endpoint", self.endpoint]
-        if config is not None:
+    def _run(self) -> None:
+        try:
+            with self._turn:
+                if not self._stopped:
+                    self._process = self._spawn()
+        except BaseException as error:  # noqa: BLE001 - whoever began it hears of it
+            self._begun.set_exception(error)
+        else:
+            self._begun.set_result(None)
+            if self._process is not None:
+                self._read(self._process)
+
+    def _spawn(self) -> subprocess.Popen[str]:
+        words = [*self._command, "up", "--endpoint", self.endpoint]
+        if self._config is not None:
             file = self.folder / "llm_backends.yaml"
-            file.write_text(json.dumps(config, indent=2))  # JSON is YAML, and the client has no YAML library
+            file.write_text(json.dumps(self._config, indent=2))  # JSON is YAML, and the client has no YAML library
             words += ["--config", str(file)]
         words += ["--parent-pid", str(os.getpid()), "--log-format", "plain"]
         return subprocess.Popen(
@@ -191,22 +218,33 @@ class PrivateStack:
             start_new_session=True,  # Ctrl-C is for the application, which then stops the stack in its own order
         )
 
-    def _read(self) -> None:
+    def _read(self, process: subprocess.Popen[str]) -> None:
         """Take the process's lines as long as it prints any, so that it never waits for a full pipe."""
-        with cast(TextIO, self._process.stdout) as output:
+        with cast(TextIO, process.stdout) as output:
             for line in output:
                 with self._changed:
                     self._lines.append(line.rstrip())
                     self._printed += 1
                     self._ready = self._ready or _SERVES.match(line) is not None
                     self._changed.notify_all()
-        self._process.wait()
+        process.wait()
         with self._changed:
             self._changed.notify_all()
 
     def _failure(self) -> LoopmuxError:
         self._reader.join(_LOOK_AGAIN)  # its last lines
+        assert self._process is not None
         return _refused("no broker is running, and a private one did not start", self._process.returncode, self._lines)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_STOP_GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _new_folder() -> Path:

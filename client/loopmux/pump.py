@@ -260,5 +260,10 @@ class Channel:
         """Close for good; a second time does nothing."""
         self._ours()
         with self._lock:
-            self._closed, self._pump = True, None
-        self._stop()
+            self._closed, pump, self._pump = True, self._pump, None
+        try:
+            self._stop()
+        except BaseException:  # Ctrl-C: the finalizer is used up, whether it has come to stop the pump or not
+            if pump is not None:
+                pump.stop()
+            raise

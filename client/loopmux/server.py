@@ -7,6 +7,7 @@ process be killed, its stack notices and ends by itself. A forked child starts i
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import socket
 import threading
@@ -46,8 +47,13 @@ class _Stacks:
         with self.lock:
             stack = self._running(key, model_id)
             if stack is None:
-                stack = self.by_key[key] = PrivateStack(config, launcher_command())
+                stack = PrivateStack(config, launcher_command())
                 stack.models.add(model_id)
+                with contextlib.ExitStack() as failing:
+                    failing.callback(stack.stop)
+                    stack.begin()
+                    self.by_key[key] = stack
+                    failing.pop_all()
             return stack
 
     def _running(self, key: _Key, model_id: str) -> PrivateStack | None:
@@ -65,8 +71,9 @@ class _Stacks:
         with self.lock:
             keys = [key for key, stack in self.by_key.items() if unwanted(stack)]
             dropped = [self.by_key.pop(key) for key in keys]
-        for stack in dropped:
-            stack.stop()
+        with contextlib.ExitStack() as stopping:  # whose end is interrupted, those after it are stopped all the same
+            for stack in dropped:
+                stopping.callback(stack.stop)
 
 
 _stacks = _Stacks()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import socket as plain
 import struct
 import time
 from collections import deque
@@ -104,19 +104,18 @@ def new_context(endpoint: str) -> zmq.Context[zmq.Socket[bytes]]:
     Raises:
         ConnectionLostError: there are too few descriptors for them: libzmq would end the process.
     """
-    pipes: list[tuple[int, int]] = []
+    tried: list[plain.socket] = []  # objects, which close themselves where Ctrl-C comes
     try:
-        while 2 * len(pipes) < _DESCRIPTORS:
-            pipes.append(os.pipe())
+        while len(tried) < _DESCRIPTORS:
+            tried.append(plain.socket())
     except OSError as error:
         raise ConnectionLostError(
             f"cannot connect to the broker at {endpoint}: {error}; close what is not needed, one client serves any "
             "number of threads or tasks, or let the process open more (`ulimit -n`)"
         ) from error
     finally:
-        for ends in pipes:
-            for end in ends:
-                os.close(end)
+        for one in tried:
+            one.close()
     return zmq.Context()
 
 

@@ -10,7 +10,7 @@ def write(path: Path, text: str) -> None:
     """Write a text in UTF-8, in place of what is there; it lasts when this returns.
 
     Raises:
-        OSError: it cannot be written; nothing is left of the trial.
+        OSError: it cannot be written. Whatever is raised, Ctrl-C too, nothing is left of the trial.
     """
     beside = path.with_name(f".{path.name}.new")
     try:
@@ -19,6 +19,8 @@ def write(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         beside.rename(path)
-    except OSError as error:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise

@@ -26,7 +26,7 @@ from loopmux_launcher.reader import load
 def _build(options: argparse.Namespace) -> int:
     if options.parent_pid is not None:
         tether.die_with_parent(options.parent_pid)
-    signal.signal(signal.SIGTERM, _interrupted)
+    _stop_in_good_order()
     configuration = load(config.find(options.config))
     places.usable_data()
     if not configuration.environments:
@@ -64,13 +64,25 @@ def _tell(phase: str, detail: str, **more: str) -> None:
     print(json.dumps({"phase": phase, "detail": detail, **more}), flush=True)
 
 
+def _stop_in_good_order() -> None:
+    """Have what runs here be interrupted by what ends programs, but not by what a user of nohup has it pass over."""
+    for number in tether.ENDS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupted)
+
+
 def _interrupted(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # cleaning up is not interrupted
+    for each in tether.ENDS:
+        signal.signal(each, _passed_over)  # cleaning up is not interrupted
     raise KeyboardInterrupt
 
 
+def _passed_over(number: int, frame: FrameType | None) -> None:
+    """Not SIG_IGN: of a signal that comes just before that is set, Python would complain."""
+
+
 def _lock(options: argparse.Namespace) -> int:
-    signal.signal(signal.SIGTERM, _interrupted)
+    _stop_in_good_order()
     configuration = load(config.find(options.config))
     with Console(options.log_format, farewell=math.inf) as console:
         for one in _wanted(configuration, options.name):

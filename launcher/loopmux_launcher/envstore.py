@@ -96,12 +96,12 @@ def write_state(home: Path, state: State) -> None:
 
 
 def switch(home: Path, folder: str) -> None:
-    """Let ``current`` lead to a folder, in one step."""
+    """Let ``current`` lead to a folder, in one step. Only for the holder of the lock."""
     link = home / "current"
     if link.is_symlink() and link.readlink() == Path(folder):
         return
-    beside = home / f".current-{os.getpid()}"
-    beside.unlink(missing_ok=True)
+    beside = home / ".current"
+    beside.unlink(missing_ok=True)  # who had the lock before may have been killed
     beside.symlink_to(folder)
     beside.rename(link)
 

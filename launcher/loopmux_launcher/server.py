@@ -132,21 +132,12 @@ class Launcher:
         self._guard: Guard | None = None
         # They are the launcher's, so that connections wait instead of being refused while a broker is started again.
         self._listening: dict[str, Listening] = {}
+        self._listens = {"clients": endpoint, "workers": self._endpoint} if with_broker else {}
         # Its own broker is asked where no key is needed.
         self._asked = endpoints.admin_endpoint(endpoint) if with_broker else endpoint
-        if with_broker:
-            self._listen(clients=endpoint, workers=self._endpoint)
 
     def _groups(self) -> tuple[Group, ...]:
         return group(self._configuration.models.values(), self._endpoint, len(os.sched_getaffinity(0)), self._host)
-
-    def _listen(self, **named: str) -> None:
-        try:
-            for name, endpoint in named.items():
-                self._listening[name] = Listening(endpoint)
-        except BaseException:
-            self._stop_listening()
-            raise
 
     def _listen_anew(self) -> None:
         """Somebody removed the files of our sockets. A broker that is started again has new ones, as who is with it."""
@@ -170,7 +161,10 @@ class Launcher:
     def run(self, parent: int | None = None) -> int:
         """Serve until a signal, the end of ``parent``, or until nothing is left to serve; returns the exit code."""
         with ExitStack() as ending:
+            signals = ending.enter_context(Signals(parent))  # first: nothing of what follows is cut short
             ending.callback(self._stop_listening)
+            for name, endpoint in self._listens.items():
+                self._listening[name] = Listening(endpoint)
             context = new_context(self._endpoint)
             ending.callback(context.term)
             self._guard = Guard()
@@ -179,7 +173,6 @@ class Launcher:
             ending.callback(self._dealer.close)
             ending.callback(lambda: self._send(self._link.bye()))
             ending.callback(self._abandon)
-            signals = ending.enter_context(Signals(parent))
             if self._console.form == "live":
                 self._asking = ending.enter_context(Asking(self._asked))
             self._dealer.connect(self._endpoint)

@@ -55,9 +55,9 @@ class Signals:
                 pass  # not on this system: `take` asks
 
     def __enter__(self) -> Signals:
+        signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)  # first: what is noted is not lost
         for number in (*_STOPS, signal.SIGHUP, signal.SIGCHLD):
             self._before[number] = signal.signal(number, _noted)
-        signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *failure: object) -> None:

@@ -20,6 +20,8 @@ from types import FrameType
 
 _GRACE = 3.0
 """Seconds for a foreign program to clean up after SIGTERM before it is killed."""
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a program, where it does not choose otherwise."""
 _PR_SET_PDEATHSIG = 1
 _WRAPPER = f"""
 import ctypes, os, sys
@@ -70,7 +72,7 @@ def tethered(command: list[str]) -> list[str]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Hold back what SIGINT and SIGTERM raise until the end of the block.
+    """Hold back what signals raise until the end of the block.
 
     Who is interrupted while it starts a process never learns its number, and cannot end it. (A mask of signals would
     not do: the kernel gives them to another thread then, and the child inherits it.)
@@ -80,7 +82,9 @@ def _uninterrupted() -> Iterator[None]:
     def hold(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
         held.append(number)
 
-    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number in ENDS if callable(handler := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, hold)
     try:
         yield
     finally:

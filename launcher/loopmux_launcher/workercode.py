@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from loopmux.folders import unusable
@@ -41,12 +40,12 @@ def install(folder: Path) -> Path:
 
 
 def _write(files: dict[str, bytes], target: Path) -> None:
-    beside = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
+    beside = target.with_name(".new")
+    shutil.rmtree(beside, ignore_errors=True)  # who had the lock before may have been killed
     try:
         for name, content in files.items():
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             (beside / name).write_bytes(content)
-        beside.chmod(0o755)  # mkdtemp makes it for this user alone
         shutil.rmtree(target, ignore_errors=True)  # a damaged one
         beside.rename(target)
     finally:

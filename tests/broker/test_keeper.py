@@ -220,6 +220,36 @@ def test_a_broker_that_is_asked_to_end_has_no_successor(
     assert list(tmp_path.iterdir()) == []
 
 
+ASKED_IN_BETWEEN = """
+import os, sys
+from loopmux_broker import program
+
+class Asked(program.Lifeline):
+    def catch_signals(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        super().catch_signals()
+
+    def close(self):
+        super().close()
+        os.kill(os.getpid(), int(sys.argv[1]))
+
+program.Lifeline = Asked
+sys.exit(program.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_one_that_is_asked_to_end_as_it_begins_and_as_it_ends_does_so_in_good_order(
+    tmp_path: Path, endpoint: str, number: signal.Signals
+) -> None:
+    words = [sys.executable, "-c", ASKED_IN_BETWEEN, str(int(number)), "--endpoint", endpoint]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"stopping  reason={number.name}" in done.stderr
+    assert "broker died" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_who_was_started_by_nohup_stays_when_its_terminal_goes(endpoint: str) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -551,6 +551,25 @@ def test_a_keyboard_interrupt_in_the_first_call_leaves_nothing_behind(
     assert not _threads()
 
 
+def test_a_keyboard_interrupt_of_close_leaves_nothing_behind(
+    ipc_broker: FakeBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupts = [KeyboardInterrupt()]
+    stop = pump.Pump.stop
+
+    def interrupted(one: pump.Pump) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        stop(one)
+
+    monkeypatch.setattr(pump.Pump, "stop", interrupted)
+    client = loopmux.Client(ipc_broker.endpoint, max_new_tokens=2)
+    client.generate("x")
+    with pytest.raises(KeyboardInterrupt):
+        client.close()
+    assert not _threads()
+
+
 @pytest.mark.parametrize("instant", [(driver, "Link"), (threading.Thread, "start")])
 def test_a_handler_of_a_signal_may_close_the_client_in_its_first_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instant: tuple[object, str]

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ import mcp.types
 import psutil
 import pytest
 
+from fakebroker import wait_until
 from loopmux import loop, mcpsession
 from loopmux.errors import (
     BadRequestError,
@@ -344,6 +346,26 @@ def test_a_server_outside_of_its_block() -> None:
     server = MCPServer(DEAF)
     with pytest.raises(BadRequestError, match=r"the MCP server .* is not open: use it inside of its `with` block"):
         server.tools()
+
+
+def test_ctrl_c_as_the_event_loop_of_a_server_starts_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyio import from_thread
+
+    begin = from_thread.run_eventloop
+
+    def interrupted(*words: Any, **more: Any) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        begin(*words, **more)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in a shell's background
+    threads = set(threading.enumerate())
+    monkeypatch.setattr(from_thread, "run_eventloop", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            MCPServer(SHOP).__enter__()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_until(lambda: set(threading.enumerate()) <= threads, "its threads have ended")
 
 
 def test_a_server_is_opened_once_at_a_time(stdio: MCPServer) -> None:

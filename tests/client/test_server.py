@@ -16,6 +16,7 @@ import venv
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -25,6 +26,7 @@ from launcher.wheels import write_workers_needs
 from loopmux import privatestack, server
 from loopmux.endpoints import default_endpoint
 from loopmux.errors import BadRequestError, ConfigError, ConnectionLostError
+from processes import running
 
 ECHO = "models:\n  default: {engine: echo}\n  other: {engine: echo}\n"
 
@@ -95,6 +97,44 @@ def test_the_life_of_a_private_stack(home: Path):
     assert not server.listening(endpoints[0])
     assert stacks(home) == []
     assert private_folders(home) == []
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in a shell's background
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_while_a_stack_is_being_started_leaves_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *words: Any, **more: Any) -> None:
+            super().__init__(*words, **more)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    server.shutdown_all()
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.ensure_running("default")
+    wait_until(lambda: stacks(home) == [], "the end of what was started")
+    assert private_folders(home) == []
+
+
+def test_ctrl_c_while_one_stack_is_stopped_does_not_keep_the_others_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake:
+        def stop(self) -> None:
+            stopped.append(self)
+            raise KeyboardInterrupt
+
+    stopped: list[Fake] = []
+    these = server._Stacks()
+    these.by_key = {None: Fake(), ("base", None): Fake()}  # type: ignore[dict-item]
+    monkeypatch.setattr(server, "_stacks", these)
+    with pytest.raises(KeyboardInterrupt):
+        server.shutdown_all()
+    assert len(stopped) == 2
+    assert not these.by_key
 
 
 def test_a_stack_that_was_killed_is_replaced(home: Path):
@@ -320,6 +360,25 @@ def test_a_default_environment_that_cannot_be_built(home: Path, tmp_path: Path, 
     with pytest.raises(ConfigError, match=r"cannot be built:\n.*set \$XDG_DATA_HOME to another"):
         privatestack.default_environment(privatestack.launcher_command(), lines.append)
     assert lines
+
+
+def test_who_is_interrupted_while_an_environment_is_built_ends_the_builder(tmp_path: Path) -> None:
+    builder = tmp_path / "builder.py"
+    builder.write_text(
+        "import os, sys, time\n"
+        "if 'path' in sys.argv: sys.exit('it is not built')\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    building: list[psutil.Process] = []
+
+    def interrupt(line: str) -> None:
+        building.append(psutil.Process(int(line)))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        privatestack.default_environment([sys.executable, str(builder)], interrupt)
+    assert not running(building[0])
 
 
 def test_listening(tmp_path: Path):

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import psutil
 import pytest
@@ -109,6 +111,33 @@ def test_without_descriptors_for_it_nothing_is_opened_and_later_it_is() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert told.value.retryable
     new_context("ipc:///nowhere").term()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_keyboard_interrupt_in_the_search_for_descriptors_leaves_none_open() -> None:
+    def interrupted(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left < 0 and event == "line":
+            raise KeyboardInterrupt
+        return interrupted
+
+    def opened() -> bool:
+        sys.settrace(lambda frame, *_: interrupted if frame.f_code is new_context.__code__ else None)
+        try:
+            new_context("ipc:///nowhere").term()
+        except KeyboardInterrupt:
+            return False
+        finally:
+            sys.settrace(before)
+        return True
+
+    process = psutil.Process()
+    before, begun, line, left = sys.gettrace(), process.num_fds(), 0, 0
+    while not opened():
+        assert process.num_fds() == begun
+        left = line = line + 1
+    assert line > 10
 
 
 def test_a_connection_that_is_not_answered_is_tried_again_within_seconds(

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from loopmux_launcher import tether
+from loopmux_launcher import envcommands, tether
 from loopmux_launcher.logfile import RotatingLog
 from loopmux_launcher.processes import LAST_LINES, Child, Ended, Said, broker_line
 from processes import running
@@ -193,7 +193,7 @@ def test_a_log_that_somebody_moved_or_removed_is_begun_anew(tmp_path: Path) -> N
 def test_a_tethered_program_dies_with_whoever_started_it() -> None:
     middle = """
 import subprocess, sys
-from loopmux_launcher import tether
+from loopmux_launcher import envcommands, tether
 command = tether.tethered([sys.executable, "-c", "print('up', flush=True); import time; time.sleep(60)"])
 p = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
 p.stdout.readline()
@@ -207,7 +207,7 @@ p.wait()
     wait_until_gone(foreign)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", tether.ENDS)
 def test_who_is_interrupted_while_it_starts_a_program_ends_it(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -232,6 +232,47 @@ def test_who_is_interrupted_while_it_starts_a_program_ends_it(
         signal.signal(number, before)
     (process,) = started
     assert process.returncode is not None
+
+
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print('up', flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", tether.ENDS)
+def test_the_end_of_a_program_that_a_command_runs_is_not_interrupted(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    wait = tether._wait_for
+
+    def impatient(condition: Callable[[], bool]) -> None:
+        for again in tether.ENDS:
+            signal.raise_signal(again)
+        wait(condition)
+
+    def run() -> None:
+        with tether.foreign([sys.executable, "-c", STUBBORN], os.environ) as process:
+            started.append(process)
+            assert process.stdout is not None
+            process.stdout.readline()
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(tether, "_wait_for", impatient)
+    monkeypatch.setattr(tether, "_GRACE", 0.1)
+    before = {each: signal.signal(each, signal.default_int_handler) for each in tether.ENDS}
+    try:
+        envcommands._stop_in_good_order()
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    (process,) = started
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_what_a_foreign_program_started_has_ended_when_its_end_is_known() -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,6 +28,7 @@ import zmq
 import loopmux
 from launcher.programs import Program, alive, launch, program, wait_for
 from loopmux import endpoints, exitcodes, keys
+from loopmux.listening import Listening
 from loopmux.wire import HEADER_SIZE
 from loopmux_launcher import commands, places
 from loopmux_launcher.backoff import CRASHES
@@ -34,6 +36,7 @@ from loopmux_launcher.console import Console
 from loopmux_launcher.events import Announce
 from loopmux_launcher.reader import load
 from loopmux_launcher.server import Launcher
+from loopmux_launcher.signals import Signals
 from loopmux_worker.engine.echo import echo_token
 
 ECHO = "models: {echo: {engine: echo, workers: 2}}\n"
@@ -701,6 +704,41 @@ def test_a_launcher_that_cannot_watch_for_signals_says_so_and_leaves_nothing(
     with pytest.raises(OSError, match="no descriptor is left"):
         launcher.run()
     assert list((home / "s").iterdir()) == [] if (home / "s").exists() else True
+
+
+def test_who_interrupts_it_as_it_begins_to_listen_and_as_it_ends_has_it_end_in_good_order(
+    config: Path, endpoint: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(Listening):
+        def __init__(self, endpoint: str) -> None:
+            super().__init__(endpoint)
+            signal.raise_signal(signal.SIGINT)
+
+        def close(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            super().close()
+
+    monkeypatch.setattr("loopmux_launcher.server.Listening", Interrupted)
+    assert Launcher(load(config), endpoint, Console("plain"), with_broker=True).run() == 0
+    assert not (home / "s").exists()
+
+
+def test_a_signal_that_comes_as_signals_begin_to_be_noted_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    install = signal.signal
+
+    def and_one_comes(number: int, handler: Any) -> Any:
+        before = install(number, handler)
+        if number == signal.SIGTERM and handler != before:
+            signal.raise_signal(number)
+        return before
+
+    before = install(signal.SIGTERM, lambda *_: None)
+    monkeypatch.setattr(signal, "signal", and_one_comes)
+    try:
+        with Signals() as noted:
+            assert noted.take(set()).stops == 1
+    finally:
+        install(signal.SIGTERM, before)
 
 
 def test_the_live_view_needs_no_key_where_clients_do(config: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,31 @@ def test_phases_serve_and_leave_on_sigterm(broker, tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_who_is_asked_once_more_when_all_is_closed_ends_likewise(broker, tmp_path, number):
+    again = f"""
+        import os, sys
+        from loopmux_worker import __main__, server
+
+        class Asked(server.Worker):
+            def close(self):
+                super().close()
+                os.kill(os.getpid(), {int(number)})
+
+        server.Worker = Asked
+        sys.exit(__main__.main(["--spec", {str(write_spec(tmp_path, broker.endpoint))!r}]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(again)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        broker.welcome()
+        process.send_signal(number)
+        broker.expect(Kind.BYE)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    assert "failed" not in out
+    assert not err
+
+
 def test_one_whose_engine_hangs_ends_with_an_exit_code_that_says_so(broker, tmp_path):
     with start("--spec", write_spec(tmp_path, broker.endpoint)) as process:
         broker.welcome()

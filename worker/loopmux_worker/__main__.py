@@ -265,6 +265,9 @@ def _work(spec: WorkerSpec, progress: Callable[..., None], pulse: Pulse) -> int:
         print(f"loopmux-worker: error: {error.message}", file=sys.stderr)
         return exitcodes.FAILURE
     finally:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda *_: None)  # it leaves already, and there is nothing to wake
         worker.close()
     return 0
 
