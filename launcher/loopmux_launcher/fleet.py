@@ -93,16 +93,14 @@ class Fleet:
                 premises = self.premises_of(crew)
                 if premises and premises.state != "ready":
                     break
-                if not blocked and self._has_room(crew):
+                if not crew.group.memory or (not blocked and self._has_room(crew)):
                     yield from self.start(process, now)
                     continue
-                if crew.group.memory:  # whoever waits longest has the next room, else a large one never had any
-                    if not blocked:
-                        yield from self._make_room(crew, now)
-                    blocked = True
-                    crew.waits = self._shortage(crew)
-                    break
-                yield from self.start(process, now)
+                if not blocked:
+                    yield from self._make_room(crew, now)
+                blocked = True  # whoever waits longest has the next room, else a large one never had any
+                crew.waits = self._shortage(crew)
+                break
         for crew in self.crews.values():
             premises = self.premises_of(crew)
             if not premises or premises.state == "ready":
@@ -145,8 +143,8 @@ class Fleet:
     def left(self, process: Process) -> None:
         """A process left as somebody else told it to. Beyond what always runs it is started again for who waits."""
         crew = self.crew_of(process.name)
-        if crew is not None:
-            crew.scaling.settle(len(crew.alive))
+        assert crew is not None
+        crew.scaling.settle(len(crew.alive))
 
     def _retire(self, process: Process, now: float, why: str) -> Iterator[Action]:
         """Stop a process that is not needed, or not as it is. What it runs ends there or goes on elsewhere."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.plankit import make
 from loopmux.codec import pack, unpack
 from loopmux.errors import ConfigError
 from loopmux.messages import AdapterOrder, Catalogue, Demand, Done, ModelSpec, Register, Welcome, WorkerSpec
@@ -113,6 +114,13 @@ def test_another_folder_takes_the_place_of_the_former() -> None:
 )
 def test_what_cannot_be_remembered(order: AdapterOrder, why: str) -> None:
     assert begun().handle(AdapterOrdered(ID, order, load=True), 2.0) == [AnswerOrder(ID, why)]
+
+
+def test_of_several_groups_each_has_what_is_for_its_models_and_none_is_lost() -> None:
+    adapters = Added("x", "a", "/x"), Added("c", "b", "/c"), Added("y", "c", "/y"), Added("z", "y", "/z")
+    groups, left_out = extended([make("a"), make("b"), make("c")], adapters)
+    assert [group.model_ids for group in groups] == [("a", "x"), ("b",), ("c", "y", "z")]
+    assert left_out == {adapters[1]: "a model of the configuration has its name"}
 
 
 def test_it_is_forgotten_and_taken_out_of_the_catalogue() -> None:

@@ -64,7 +64,10 @@ def test_who_asks_while_it_stops_has_it_started_again_when_it_is_gone() -> None:
     demand(core, load("m-1", idle=1.0), now=3.0)
     again = demand(core, m=1, now=3.1)
     assert of(StartWorker, again) == []
-    assert told(again)["m"].phase == "queued"
+    assert (told(again)["m"].phase, told(again)["m"].detail) == (
+        "queued",
+        "the process before it is still ending what it runs",
+    )
     assert [a.name for a in of(StartWorker, core.handle(ProcessExited("m-1", 0), 3.2))] == ["m-1"]
 
 
@@ -133,16 +136,16 @@ def test_a_request_that_leaves_before_there_is_room_wants_nothing_any_more() -> 
 
 
 def test_the_least_valuable_idle_process_makes_room_and_who_waits_is_told_for_what() -> None:
-    core = begun(lazy("a", memory=2.0), lazy("b", memory=2.0), lazy("c", memory=2.0), budget=4.0)
-    demand(core, a=1, b=1, now=0.0)
-    ready(core, "a-1", "b-1", now=1.0)
-    idle = load("a-1", idle=10.0), load("b-1", idle=50.0)
+    core = begun(*(lazy(name, memory=2.0) for name in "abcd"), budget=6.0)
+    demand(core, a=1, b=1, d=1, now=0.0)
+    ready(core, "a-1", "b-1", "d-1", now=1.0)
+    idle = load("a-1", idle=10.0), load("b-1", idle=50.0), load("d-1", idle=20.0)
     asked = demand(core, *idle, now=100.0, c=1)
     assert of(StopProcess, asked) == [StopProcess("b-1")]
     assert told(asked)["c"].phase == "queued"
-    assert told(asked)["c"].detail == "waits for 2 GiB of memory_gib: 4, of which others have: a 2, b 2"
+    assert told(asked)["c"].detail == "waits for 2 GiB of memory_gib: 6, of which others have: a 2, b 2, d 2"
     assert "makes room for c" in lines(asked, "info")[0]
-    assert of(StopProcess, demand(core, idle[0], now=100.5, c=1)) == []  # room is on its way
+    assert of(StopProcess, demand(core, idle[0], idle[2], now=100.5, c=1)) == []  # room is on its way
     assert [a.name for a in of(StartWorker, core.handle(ProcessExited("b-1", 0), 101.0))] == ["c-1"]
 
 
