@@ -215,7 +215,7 @@ def test_one_of_a_model_on_demand_is_asked_for_as_that_is() -> None:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "adapters" / "stack.json"
+    file = tmp_path / "new" / "adapters" / "stack.json"
     assert adapterstore.read(file) == ()
     adapterstore.write(file, [LOUD])
     assert adapterstore.read(file) == (LOUD,)

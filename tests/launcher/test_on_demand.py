@@ -8,6 +8,7 @@ from loopmux_launcher.events import (
     Announce,
     Began,
     BuildEnvironment,
+    ConfigurationChanged,
     EnvironmentReady,
     Finish,
     ProcessExited,
@@ -195,6 +196,39 @@ def test_a_process_that_crashed_keeps_its_memory_until_it_is_back() -> None:
     due = core.next_timer()
     assert due is not None
     assert [a.name for a in of(StartWorker, core.handle(TimerFired(), due))] == ["a-1"]
+
+
+def test_a_lower_limit_applies_at_once_to_what_does_not_always_run() -> None:
+    groups = (
+        lazy("busy", most=2, memory=1.0),
+        make("fixed", memory=1.0),
+        lazy("rests", memory=2.0),
+        lazy("loads", memory=1.0),
+    )
+    core = begun(*groups, budget=6.0)
+    ready(core, "fixed-1")
+    demand(core, busy=1, now=0.0)
+    ready(core, "busy-1", now=1.0)
+    loads = load("busy-1", running=4), load("fixed-1", idle=9.0), load("rests-1", idle=9.0), load("busy-2", running=1)
+    demand(core, *loads[:1], busy=1, now=2.0)
+    demand(core, *loads[:1], busy=1, now=2.0 + PATIENCE)
+    ready(core, "busy-2", now=5.0)
+    demand(core, rests=1, now=6.0)
+    ready(core, "rests-1", now=7.0)
+    demand(core, *loads, loads=1, now=8.0)
+    assert core.workers["loads-1"].runs
+    for budget, gone in ((6.0, []), (5.0, ["loads-1"]), (4.5, ["rests-1"]), (2.0, ["busy-2"]), (1.0, ["busy-1"])):
+        actions = core.handle(ConfigurationChanged(groups, budget=budget), 9.0)
+        assert of(StopProcess, actions) == [StopProcess(name) for name in gone]
+        said = f"number of processes: {gone[0][:-2]}" if gone else "what runs stays as it is"
+        assert lines(actions, "info")[-1] == f"configuration read again: {said}"
+    for name in ("loads-1", "rests-1", "busy-2", "busy-1"):
+        assert of(StartWorker, core.handle(ProcessExited(name, 0), 10.0)) == []
+    waits = told(demand(core, load("fixed-1"), busy=1, now=11.0))["busy"]
+    assert (waits.phase, waits.detail) == (
+        "queued",
+        "waits for 1 GiB of memory_gib: 1, of which others have: fixed 1",
+    )
 
 
 def test_stopping_stops_what_runs_and_starts_nothing() -> None:

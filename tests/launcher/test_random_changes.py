@@ -69,6 +69,8 @@ class Host:
 
     def __init__(self, seed: int) -> None:
         self.dice, self.now, self.faulty, self.finished = random.Random(seed), 0.0, True, list[int]()
+        self.steady = seed % 2 == 0
+        """The limits of memory never change, so that they hold with what is still leaving."""
         self.broker_died = 0.0
         self.running: dict[str, Running] = {}
         self.builds: dict[str, object] = {}
@@ -76,14 +78,19 @@ class Host:
         self.told: dict[str, str] = {}
         self._coming: list[tuple[float, int, Callable[[], None]]] = []
         self._number = count()
-        self.budget = self.dice.choice([None, 4.0, 6.0])
-        self.memory = {name: self.dice.choice([0.0, 1.0, 2.0]) for name in "abcz"}
+        self.budget: float | None = None
+        self.memory: dict[str, float] = {}
+        self.limits()
         self.groups = self.configuration()
         self.core = Plan(self.groups, with_broker=True, budget=self.budget)
         self.handle(Began())
 
     def chance(self, share: float) -> bool:
         return self.faulty and self.dice.random() < share
+
+    def limits(self) -> None:
+        self.budget = self.dice.choice([None, 4.0, 6.0])
+        self.memory = {name: self.dice.choice([0.0, 1.0, 2.0]) for name in "abcz"}
 
     def configuration(self) -> list[Group]:
         """One that would be accepted, and always has one model on demand: without one all may fail for good."""
@@ -118,8 +125,7 @@ class Host:
                 self.start(name, Running(spec, python, crew.group.memory))
                 there = sum(other in crew.processes for other in self.running)
                 assert there <= crew.group.limit, "no more than may run"
-                taken = sum(one.memory for one in self.running.values())
-                assert self.budget is None or taken <= self.budget or not crew.group.memory, "the memory is enough"
+                assert self.within_budget(with_leaving=self.steady), "the memory is enough"
             case StopProcess(name, patiently):
                 assert name in self.running, "what is stopped runs"
                 self.running[name].stopping = True
@@ -142,6 +148,10 @@ class Host:
                 assert not self.running, "nothing is left behind"
                 assert not self.builds
                 self.finished.append(code)
+
+    def within_budget(self, *, with_leaving: bool) -> bool:
+        taken = sum(one.memory for one in self.running.values() if with_leaving or not one.stopping)
+        return self.budget is None or taken <= self.budget
 
     def start(self, name: str, process: Running) -> None:
         assert name not in self.running, "one process of a name"
@@ -211,8 +221,9 @@ class Host:
         """What a broker says: who waits, and how busy whom it knows is."""
         queued = {name: 2 for name in "abcz" if self.chance(0.4)}
         there = [name for name, one in self.running.items() if one.ready and not one.stopping and name != BROKER]
-        busy = {name: self.chance(0.5) for name in there}
-        loads = tuple(WorkerLoad(name, 4, int(busy[name]), 0.0 if busy[name] else 25.0) for name in there)
+        busy = [name for name in there if self.chance(0.5)]
+        idle = {name: 0.0 if name in busy else 2.0 if self.chance(0.9) else 25.0 for name in there}
+        loads = tuple(WorkerLoad(name, 4, int(name in busy), idle[name]) for name in there)
         self.handle(DemandReported(Demand(queued, loads)))
 
     def crash(self) -> None:
@@ -231,6 +242,8 @@ class Host:
         if self.dice.random() < 0.15:
             self.handle(ConfigurationRefused("it is wrong"))
             return
+        if not self.steady:
+            self.limits()
         self.groups = self.configuration()
         self.reconfigure(retry=self.dice.random() < 0.3)
 
@@ -238,7 +251,11 @@ class Host:
         changed = frozenset(name for name in self.versions if self.dice.random() < 0.2)
         for name in changed:
             self.versions[name] += 1
+        for name, process in self.running.items():
+            if any(name in group.worker_names() for group in self.groups):
+                process.memory = self.memory[name[0]]
         self.handle(ConfigurationChanged(tuple(self.groups), changed, self.budget, retry))
+        assert self.within_budget(with_leaving=False), "a limit applies at once"
 
 
 def busy(seed: int, changes: int) -> Host:
