@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from loopmux_launcher import environments, envstore
+from loopmux_launcher import environments, envstore, lockfile, requirements
 from loopmux_launcher.config import Environment
 from loopmux_launcher.envplan import State
 from loopmux_launcher.envstore import Built
 from loopmux_launcher.interpreters import EnvironmentUnusable, Interpreter
 from loopmux_launcher.lock import locked
+from loopmux_launcher.lockfile import Lock, Pin
+
+PIN = Pin("a==1", ("sha256:" + "1" * 64,))
 
 
 class Installation:
@@ -29,7 +33,11 @@ class Installation:
         (self.target / "bin" / "python").symlink_to("/bin/sleep")
 
     def install(self, lock: Path | None) -> None:
-        pass
+        (self.target / "installed").write_text(str(lock))
+
+    def resolve(self, interpreter: Interpreter) -> tuple[Pin, ...]:
+        assert self.target.is_dir()
+        return (PIN,)
 
 
 class Disk:
@@ -52,6 +60,7 @@ class Disk:
         assert built == envstore.read_marker(built.folder)
         assert environments.locate(environment, self.envs) == built.python
         assert (built.code, built.torch or not torch) == (code, True)
+        assert (built.version, built.summary, built.when > 0) == ("3.11.1", "works", True)
         assert str(environment.file) in envstore.configurations(built.folder)
         return built.folder.name
 
@@ -140,6 +149,29 @@ def test_a_rollback_holds_until_somebody_builds_and_goes_through_what_works_and_
     assert disk.prepare(three, anew=True) == f"{third}-2"
     assert not environments.is_rolled_back(three, disk.envs)
     assert disk.folders == sorted([first, second, anothers, third, f"{third}-2"])
+
+
+def test_what_is_locked_is_what_is_built_as_long_as_the_requirements_agree(disk: Disk) -> None:
+    one, file = disk.declare("a==1"), disk.root / "site.e.lock"
+    first = disk.prepare(one)
+    lock = environments.resolve(one, disk.envs, disk.root / "log", disk.told.append)
+    assert lock == Lock("cpython 3.11 on linux", requirements.packages(one), (PIN,))
+    assert disk.told[-1] == f"resolving with pip for cpython 3.11 on linux, log {disk.root / 'log'}"
+    assert {path.name for path in disk.home.iterdir()} == {".lock", "current", "state.json", first}
+    found = {first}
+    for pin in (PIN, replace(PIN, hashes=("sha256:" + "2" * 64,))):
+        file.write_text(lockfile.render(replace(lock, pins=(pin,))))
+        found.add(folder := disk.prepare(one))
+        assert (disk.home / folder / "installed").read_text() == str(file)
+    assert len(found) == 3
+    with pytest.raises(EnvironmentUnusable, match="disagrees with the requirements: a==2 is not in it"):
+        disk.prepare(disk.declare("a==2"))
+    file.write_text("a==1")
+    with pytest.raises(EnvironmentUnusable, match=r"site\.e\.lock is no lock file"):
+        disk.prepare(one)
+    file.unlink()
+    assert disk.prepare(one) == first
+    assert (disk.home / first / "installed").read_text() == "None"
 
 
 # --- what is removed --------------------------------------------------------------------------------------------------

@@ -149,6 +149,14 @@ def test_fewer_and_more_processes() -> None:
     assert started(core.handle(ProcessExited("m-2", 0), 12.0)) == ["m-2"]
 
 
+def test_another_start_timeout_counts_from_the_next_start() -> None:
+    core = begun(make("m"))
+    assert stopped(change(core, make("m", timeout=7.0))) == []
+    core.handle(ProcessExited("m-1", -9), 20.0)
+    assert started(core.handle(TimerFired(), 21.0)) == ["m-1"]
+    assert core.next_timer() == 28.0
+
+
 def test_a_model_that_always_ran_goes_on_demand_and_back() -> None:
     core = begun(make("m"))
     change(core, make("m", processes=0, most=1, idle_timeout=5.0))
@@ -201,6 +209,13 @@ def test_a_changed_environment_is_built_beside_and_then_moved_into() -> None:
     ready(core, "m-2", now=67.0)
     change(core, make("m", environment="e", processes=2), now=70.0, retry=True)
     assert stopped(core.handle(EnvironmentReady("e", "/e/2", ""), 71.0)) == []  # they are in it
+
+
+def test_what_changed_in_an_environment_is_gone_by_even_where_its_interpreter_stays_the_same() -> None:
+    core = begun(make("m", environment="e"))
+    change(core, make("m", environment="e"), environments=("e",))  # its variables, say
+    assert stopped(core.handle(EnvironmentReady("e", "/e/1", ""), 11.0)) == ["m-1"]
+    assert started(core.handle(ProcessExited("m-1", 0), 12.0)) == ["m-1"]
 
 
 def test_a_build_that_fails_leaves_everything_as_it_was() -> None:
