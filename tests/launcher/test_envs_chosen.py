@@ -187,10 +187,12 @@ def test_what_a_process_has_begun_to_use_stays(disk: Disk) -> None:
     of_first = [one for one in found if one.folder == first]
     for way, used, asked, left in ((first, first, of_first, [first, second]), ("current", second, found, [second])):
         with subprocess.Popen([disk.home / way / "bin" / "python", "60"]) as sleeper:
-            assert envstore.processes(disk.envs) == {("e", used): [sleeper.pid]}
-            assert [one.folder for one in envstore.scan(disk.envs) if one.processes] == [used]
-            assert environments.remove(disk.envs, asked) == []
-            sleeper.kill()
+            try:
+                assert envstore.processes(disk.envs) == {("e", used): [sleeper.pid]}
+                assert [one.folder for one in envstore.scan(disk.envs) if one.processes] == [used]
+                assert environments.remove(disk.envs, asked) == []
+            finally:
+                sleeper.kill()
         assert disk.folders == sorted(left)
     assert environments.remove(disk.envs, found) == []
     assert not disk.home.exists()
