@@ -88,6 +88,7 @@ def test_a_model_is_added_and_another_taken_out() -> None:
 def test_processes_are_replaced_one_after_the_other_by_the_new_settings() -> None:
     core = begun(make("m", processes=3))
     actions = change(core, make("m", processes=3, slots=7))
+    assert lines(actions, "info")[0] == "configuration read again: changed: m"
     for n, name in enumerate(("m-1", "m-2", "m-3")):
         now = 20.0 + 10 * n
         assert (started(actions), stopped(actions)) == ([], [name])
