@@ -75,6 +75,14 @@ def test_the_ready_line_comes_once_when_every_required_model_is() -> None:
     assert lines(ready(core, "a-1", now=6.0), "ready") == []
 
 
+def test_what_always_runs_and_is_not_started_yet_is_waited_for() -> None:
+    core = plan(make("a"), make("b", environment="e"))
+    core.handle(Began(), 0.0)
+    assert lines(ready(core, "a-1"), "ready") == []
+    core.handle(EnvironmentReady("e", "/e", ""), 2.0)
+    assert lines(ready(core, "b-1", now=3.0), "ready") == ["ready after 3.0 s: a, b"]
+
+
 def test_nothing_is_called_ready_without_the_broker_or_with_no_model() -> None:
     core = plan(make("m"), make("lazy", processes=0, most=1), with_broker=True)
     core.handle(Began(), 0.0)
