@@ -58,6 +58,11 @@ class Crew:
         return [process for process in self.processes.values() if process.alive]
 
     @property
+    def spare(self) -> list[Process]:
+        """Those of them that are beyond what always runs; the last first."""
+        return self.alive[self.group.fewest :][::-1]
+
+    @property
     def parked(self) -> list[Process]:
         """Those that were given up."""
         return [process for process in self.processes.values() if process.state is State.PARKED]

@@ -250,8 +250,7 @@ def rollback(environment: Environment, folder: Path, code: Path, report: Report,
         ours = [f for f in good if str(environment.file) in envstore.configurations(home / f)]
         for candidate in envplan.earlier(state, now, ours):
             built = envstore.read_marker(home / candidate)
-            if built is None:
-                continue
+            assert built is not None  # it is a good one, and nobody else removes any now
             report(f"probing {candidate}")
             try:
                 built = _probed(built, code, environment, torch=torch)

@@ -93,16 +93,14 @@ class Fleet:
                 premises = self.premises_of(crew)
                 if premises and premises.state != "ready":
                     break
-                if not blocked and self._has_room(crew):
+                if not crew.group.memory or (not blocked and self._has_room(crew)):
                     yield from self.start(process, now)
                     continue
-                if crew.group.memory:  # whoever waits longest has the next room, else a large one never had any
-                    if not blocked:
-                        yield from self._make_room(crew, now)
-                    blocked = True
-                    crew.waits = self._shortage(crew)
-                    break
-                yield from self.start(process, now)
+                if not blocked:
+                    yield from self._make_room(crew, now)
+                blocked = True  # whoever waits longest has the next room, else a large one never had any
+                crew.waits = self._shortage(crew)
+                break
         for crew in self.crews.values():
             premises = self.premises_of(crew)
             if not premises or premises.state == "ready":
@@ -145,8 +143,8 @@ class Fleet:
     def left(self, process: Process) -> None:
         """A process left as somebody else told it to. Beyond what always runs it is started again for who waits."""
         crew = self.crew_of(process.name)
-        if crew is not None:
-            crew.scaling.settle(len(crew.alive))
+        assert crew is not None
+        crew.scaling.settle(len(crew.alive))
 
     def _retire(self, process: Process, now: float, why: str) -> Iterator[Action]:
         """Stop a process that is not needed, or not as it is. What it runs ends there or goes on elsewhere."""
@@ -177,7 +175,12 @@ class Fleet:
             scaling.resize(group.fewest, most(group, self.groups, self.budget), group.idle_timeout)
 
     def _taken(self) -> float:
+        """GiB of all processes."""
         return sum(crew.holding for crew in self.crews.values()) + sum(memory for _, memory in self.leaving.values())
+
+    def _leaving(self) -> float:
+        """GiB of these that are about to be free."""
+        return sum(crew.leaving for crew in self.crews.values()) + sum(memory for _, memory in self.leaving.values())
 
     def _has_room(self, crew: Crew) -> bool:
         return fits(self._taken(), crew.group.memory, self.budget)
@@ -185,8 +188,7 @@ class Fleet:
     def _make_room(self, crew: Crew, now: float) -> Iterator[Action]:
         """Stop the least valuable processes that nobody needs now, if that is enough for the one that is wanted."""
         assert self.budget is not None
-        soon = sum(c.leaving for c in self.crews.values()) + sum(memory for _, memory in self.leaving.values())
-        short = self._taken() - soon + crew.group.memory - self.budget
+        short = self._taken() - self._leaving() + crew.group.memory - self.budget
         if short <= 0 or now - self._told > _FRESH:
             return
         idle = [one for other in self.crews.values() if other is not crew for one in other.idle(self._demand, now)]
@@ -195,6 +197,16 @@ class Fleet:
             assert other is not None
             other.scaling.wanted = len(other.alive) - 1
             yield from self._retire(other.processes[name], now, f"it makes room for {crew.group.name}")
+
+    def _shrink(self, now: float) -> Iterator[Action]:
+        """Stop what a limit that is lower now has no room for, of what does not always run; who works goes last."""
+        busy = {load.name for load in self._demand.workers if load.running}
+        spare = [(crew, process) for crew in self.crews.values() if crew.group.memory for process in crew.spare]
+        for crew, process in sorted(spare, key=lambda one: (one[1].state is State.READY, one[1].name in busy)):
+            if fits(self._taken() - self._leaving(), 0.0, self.budget):
+                break
+            yield from self._retire(process, now, "memory_gib has no room for it any more")
+            crew.scaling.settle(len(crew.alive))
 
     def _shortage(self, crew: Crew) -> str:
         holders = [f"{c.group.name} {c.holding:g}" for c in self.crews.values() if c.holding]
@@ -257,7 +269,7 @@ class Fleet:
     def configure(self, event: ConfigurationChanged, now: float) -> Iterator[Action]:
         """Go over to another configuration, leaving alone what it does not change."""
         self.budget, before = event.budget, self.crews
-        self.crews, restarted, resized, added = {}, [], [], []
+        self.crews, restarted, resized, added = {}, [], set(), []
         for group, former in succeed([crew.group for crew in before.values()], event.groups):
             crew = self.crews[group.name] = Crew(group)
             if former is None:
@@ -268,7 +280,7 @@ class Fleet:
                     _outdate(crew, last_of_its_kind=not group.takes_over_from(former))
                     restarted.append(group.name)
                 if (group.fewest, group.limit) != (former.fewest, former.limit):
-                    resized.append(group.name)
+                    resized.add(group.name)
             for process in crew.parked if event.retry else ():
                 process.forgive()
         for crew in before.values():
@@ -276,6 +288,9 @@ class Fleet:
                 process.last_of_its_kind = True
             yield from self._let_go(crew.processes.values(), crew.group, now)
         self._cap()
+        alive = {name: len(crew.alive) for name, crew in self.crews.items()}
+        yield from self._shrink(now)
+        resized |= {name for name, crew in self.crews.items() if len(crew.alive) < alive[name]}
         yield from self._move(event)
         renewed = [name for name in event.environments if name in self.premises]
         said = {"added": added, "changed": restarted, "number of processes": resized, "removed": list(before)}

@@ -64,7 +64,7 @@ def victims(candidates: Iterable[Idle], short: float) -> list[str] | None:
 
 def fits(taken: float, needed: float, budget: float | None) -> bool:
     """Whether ``needed`` GiB more are within the budget; None is no limit."""
-    return budget is None or not needed or taken + needed <= budget + _ROUNDING
+    return budget is None or taken + needed <= budget + _ROUNDING
 
 
 def most(group: Group, groups: Iterable[Group], budget: float | None) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.plankit import make
 from loopmux.codec import pack, unpack
 from loopmux.errors import ConfigError
 from loopmux.messages import AdapterOrder, Catalogue, Demand, Done, ModelSpec, Register, Welcome, WorkerSpec
@@ -115,6 +116,13 @@ def test_what_cannot_be_remembered(order: AdapterOrder, why: str) -> None:
     assert begun().handle(AdapterOrdered(ID, order, load=True), 2.0) == [AnswerOrder(ID, why)]
 
 
+def test_of_several_groups_each_has_what_is_for_its_models_and_none_is_lost() -> None:
+    adapters = Added("x", "a", "/x"), Added("c", "b", "/c"), Added("y", "c", "/y"), Added("z", "y", "/z")
+    groups, left_out = extended([make("a"), make("b"), make("c")], adapters)
+    assert [group.model_ids for group in groups] == [("a", "x"), ("b",), ("c", "y", "z")]
+    assert left_out == {adapters[1]: "a model of the configuration has its name"}
+
+
 def test_it_is_forgotten_and_taken_out_of_the_catalogue() -> None:
     core = begun()
     loaded(core)
@@ -207,7 +215,7 @@ def test_one_of_a_model_on_demand_is_asked_for_as_that_is() -> None:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "adapters" / "stack.json"
+    file = tmp_path / "new" / "adapters" / "stack.json"
     assert adapterstore.read(file) == ()
     adapterstore.write(file, [LOUD])
     assert adapterstore.read(file) == (LOUD,)

@@ -29,6 +29,13 @@ def test_a_crash_after_a_long_run_is_the_first_again() -> None:
     assert backoff.crashed(1000.0, was_ready=True, ran=WINDOW + 1, draw=1.0) == FIRST_DELAY
 
 
+def test_what_everybody_waits_for_starts_again_at_once_the_first_time() -> None:
+    backoff = Backoff(eager=True)
+    found = [backoff.crashed(now, was_ready=True, ran=ran, draw=1.0) for now, ran in ((9.0, 9.0), (10.0, 1.0))]
+    assert found == [0.0, 2 * FIRST_DELAY]
+    assert backoff.crashed(1000.0, was_ready=True, ran=WINDOW + 1, draw=1.0) == 0.0
+
+
 @pytest.mark.parametrize("eager", [True, False])
 def test_crashes_close_together_are_a_loop_where_no_peer_takes_over(eager: bool) -> None:
     backoff = Backoff(eager=eager)

@@ -61,7 +61,8 @@ def test_engine_keys_and_environments_are_taken_over(write: Write, models: Path)
             f"""
 environments:
   own: {{path: "{sys.prefix}", variables: {{HF_HUB_OFFLINE: "1"}}}}
-  filed: {{python: "3.11", requirements: needs.txt}}
+  filed:
+    {{python: "3.11", requirements: needs.txt, installer: pip, variables: {{A: b}}, index_options: [--no-index]}}
 models:
   a: {{base_model: base, environment: own, workers: 3, slots: auto, context: 512, kv_cache_gib: 1, dtype: float32}}
   b: {{base_model: base, environment: filed, use_8bit: true, device: "cuda:1", torch_threads: 2, start_timeout: 9}}
@@ -72,6 +73,7 @@ models:
     assert own.path == Path(sys.prefix) / "bin" / "python"
     assert own.variables == {"HF_HUB_OFFLINE": "1"}
     assert (filed.requirements_file, filed.python) == (models / "needs.txt", "3.11")
+    assert (filed.installer, filed.variables, filed.index_options) == ("pip", {"A": "b"}, ("--no-index",))
     assert (found.models["a"].fewest, found.models["a"].most, found.models["a"].entry.kv_cache_gib) == (3, 3, 1.0)
     assert found.models["b"].entry.device == "cuda:1"
 
@@ -383,6 +385,7 @@ def test_an_adapter_that_names_another_base_gets_a_note(models: Path, write: Wri
     [note] = load(file).notes
     assert note.startswith(f"{file}:4: models.a.adapter_dir: {described} names the base 'org/other'")
     assert f"put on {models / 'base'}" in note
+    assert only(write("models: {a: {adapter_dir: lora}}")).where == "models.a.base_model"
 
 
 def test_a_merged_model_is_loaded_as_a_model(models: Path, write: Write) -> None:

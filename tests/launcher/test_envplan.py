@@ -45,7 +45,7 @@ def test_what_serves_a_declaration(good: list[str], instead: dict[str, str], cho
 
 
 def test_another_build_of_a_hash_gets_a_number() -> None:
-    assert next_folder(A, [B]) == A
+    assert next_folder(A, []) == next_folder(A, [B]) == A
     assert next_folder(A, [A, B]) == f"{A}-2"
     assert next_folder(A, [f"{A}-9", f"{A}-10"]) == f"{A}-11"
 
@@ -70,6 +70,7 @@ def test_rolling_back_goes_through_history_and_building_goes_forward() -> None:
 def test_a_rollback_passes_over_what_is_gone() -> None:
     assert earlier(State((A, B, C)), C, [A, C]) == [A]
     assert earlier(State((A, B)), None, [A, B]) == [B, A]  # the declaration of now is not built
+    assert earlier(State((A, B, C)), B, [A, B, C]) == [A]  # another configuration's was switched to since
 
 
 def test_what_may_be_removed() -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from loopmux.codec import pack, unpack
 from loopmux.errors import ProtocolError
-from loopmux.messages import Catalogue, Failure, Register, Welcome
+from loopmux.messages import Catalogue, Demand, Failure, Register, Welcome, WorkerLoad
 from loopmux.wire import VERSION, VERSIONS, Header, Kind, Message
-from loopmux_launcher.events import BrokerWelcomed
+from loopmux_launcher.events import BrokerWelcomed, DemandReported
 from loopmux_launcher.link import Link, Refused
 
 REGISTER = Register("launcher", "launcher@host", bytes(16), VERSIONS)
@@ -59,6 +61,18 @@ def test_a_message_that_could_not_be_sent_leads_to_a_new_introduction() -> None:
     link.lost()
     assert not link.welcome
     assert kinds(link.due(0.1)) == [Kind.REGISTER]
+
+
+def test_who_has_taken_leave_says_nothing_any_more() -> None:
+    link = joined()
+    assert kinds(link.bye()) == [Kind.BYE]
+    assert link.report(Catalogue("m", "ready")) == link.answer(bytes(16), "") == link.bye() == link.due(9.0) == []
+    assert link.next_timer() == math.inf
+
+
+def test_demand_is_passed_on() -> None:
+    demand = Demand({"m": 2}, (WorkerLoad("m-1", 4, 1, 0.5),))
+    assert joined().received(Message(Header(Kind.SCALE), body=pack(demand)), 1.0) == DemandReported(demand)
 
 
 def test_a_refusal_is_passed_on_in_the_brokers_words() -> None:

@@ -8,6 +8,7 @@ from loopmux_launcher.events import (
     Announce,
     Began,
     BuildEnvironment,
+    ConfigurationChanged,
     EnvironmentReady,
     Finish,
     ProcessExited,
@@ -64,7 +65,10 @@ def test_who_asks_while_it_stops_has_it_started_again_when_it_is_gone() -> None:
     demand(core, load("m-1", idle=1.0), now=3.0)
     again = demand(core, m=1, now=3.1)
     assert of(StartWorker, again) == []
-    assert told(again)["m"].phase == "queued"
+    assert (told(again)["m"].phase, told(again)["m"].detail) == (
+        "queued",
+        "the process before it is still ending what it runs",
+    )
     assert [a.name for a in of(StartWorker, core.handle(ProcessExited("m-1", 0), 3.2))] == ["m-1"]
 
 
@@ -133,16 +137,16 @@ def test_a_request_that_leaves_before_there_is_room_wants_nothing_any_more() -> 
 
 
 def test_the_least_valuable_idle_process_makes_room_and_who_waits_is_told_for_what() -> None:
-    core = begun(lazy("a", memory=2.0), lazy("b", memory=2.0), lazy("c", memory=2.0), budget=4.0)
-    demand(core, a=1, b=1, now=0.0)
-    ready(core, "a-1", "b-1", now=1.0)
-    idle = load("a-1", idle=10.0), load("b-1", idle=50.0)
+    core = begun(*(lazy(name, memory=2.0) for name in "abcd"), budget=6.0)
+    demand(core, a=1, b=1, d=1, now=0.0)
+    ready(core, "a-1", "b-1", "d-1", now=1.0)
+    idle = load("a-1", idle=10.0), load("b-1", idle=50.0), load("d-1", idle=20.0)
     asked = demand(core, *idle, now=100.0, c=1)
     assert of(StopProcess, asked) == [StopProcess("b-1")]
     assert told(asked)["c"].phase == "queued"
-    assert told(asked)["c"].detail == "waits for 2 GiB of memory_gib: 4, of which others have: a 2, b 2"
+    assert told(asked)["c"].detail == "waits for 2 GiB of memory_gib: 6, of which others have: a 2, b 2, d 2"
     assert "makes room for c" in lines(asked, "info")[0]
-    assert of(StopProcess, demand(core, idle[0], now=100.5, c=1)) == []  # room is on its way
+    assert of(StopProcess, demand(core, idle[0], idle[2], now=100.5, c=1)) == []  # room is on its way
     assert [a.name for a in of(StartWorker, core.handle(ProcessExited("b-1", 0), 101.0))] == ["c-1"]
 
 
@@ -192,6 +196,39 @@ def test_a_process_that_crashed_keeps_its_memory_until_it_is_back() -> None:
     due = core.next_timer()
     assert due is not None
     assert [a.name for a in of(StartWorker, core.handle(TimerFired(), due))] == ["a-1"]
+
+
+def test_a_lower_limit_applies_at_once_to_what_does_not_always_run() -> None:
+    groups = (
+        lazy("busy", most=2, memory=1.0),
+        make("fixed", memory=1.0),
+        lazy("rests", memory=2.0),
+        lazy("loads", memory=1.0),
+    )
+    core = begun(*groups, budget=6.0)
+    ready(core, "fixed-1")
+    demand(core, busy=1, now=0.0)
+    ready(core, "busy-1", now=1.0)
+    loads = load("busy-1", running=4), load("fixed-1", idle=9.0), load("rests-1", idle=9.0), load("busy-2", running=1)
+    demand(core, *loads[:1], busy=1, now=2.0)
+    demand(core, *loads[:1], busy=1, now=2.0 + PATIENCE)
+    ready(core, "busy-2", now=5.0)
+    demand(core, rests=1, now=6.0)
+    ready(core, "rests-1", now=7.0)
+    demand(core, *loads, loads=1, now=8.0)
+    assert core.workers["loads-1"].runs
+    for budget, gone in ((6.0, []), (5.0, ["loads-1"]), (4.5, ["rests-1"]), (2.0, ["busy-2"]), (1.0, ["busy-1"])):
+        actions = core.handle(ConfigurationChanged(groups, budget=budget), 9.0)
+        assert of(StopProcess, actions) == [StopProcess(name) for name in gone]
+        said = f"number of processes: {gone[0][:-2]}" if gone else "what runs stays as it is"
+        assert lines(actions, "info")[-1] == f"configuration read again: {said}"
+    for name in ("loads-1", "rests-1", "busy-2", "busy-1"):
+        assert of(StartWorker, core.handle(ProcessExited(name, 0), 10.0)) == []
+    waits = told(demand(core, load("fixed-1"), busy=1, now=11.0))["busy"]
+    assert (waits.phase, waits.detail) == (
+        "queued",
+        "waits for 1 GiB of memory_gib: 1, of which others have: fixed 1",
+    )
 
 
 def test_stopping_stops_what_runs_and_starts_nothing() -> None:

@@ -53,11 +53,12 @@ def test_a_model_is_built_loaded_warmed_and_ready_and_the_broker_hears_of_it() -
         ("m-2", "/e/bin/python", "m-2"),
     ]
     assert told(started)["m"].phase == "loading"
-    assert told(core.handle(ProcessReported("m-1", "warming", "one token"), 3.0))["m"] == Catalogue(
-        "m", "warming", 0.0, "one token"
-    )
+    warming = core.handle(ProcessReported("m-1", "warming", "one token"), 3.0)
+    assert told(warming)["m"] == Catalogue("m", "warming", 0.0, "one token")
+    assert of(Announce, warming) == [Announce("m-1", "warming one token", "progress")]
     first = ready(core, "m-1", now=4.0)
     assert told(first)["m"] == Catalogue("m", "ready", 0.0, "", 1)
+    assert of(Announce, first) == [Announce("m-1", "ready in 2.0 s")]
     assert lines(first, "ready") == []  # but not every process of it
     second = ready(core, "m-2", now=5.0)
     assert told(second)["m"].workers == 2
@@ -74,12 +75,34 @@ def test_the_ready_line_comes_once_when_every_required_model_is() -> None:
     assert lines(ready(core, "a-1", now=6.0), "ready") == []
 
 
+def test_what_always_runs_and_is_not_started_yet_is_waited_for() -> None:
+    core = plan(make("a"), make("b", environment="e"))
+    core.handle(Began(), 0.0)
+    assert lines(ready(core, "a-1"), "ready") == []
+    core.handle(EnvironmentReady("e", "/e", ""), 2.0)
+    assert lines(ready(core, "b-1", now=3.0), "ready") == ["ready after 3.0 s: a, b"]
+
+
+def test_nothing_is_called_ready_without_the_broker_or_with_no_model() -> None:
+    core = plan(make("m"), make("lazy", processes=0, most=1), with_broker=True)
+    core.handle(Began(), 0.0)
+    ready(core, "broker")
+    core.handle(ProcessExited("broker", -9), 1.0)
+    assert lines(ready(core, "m-1"), "ready") == []
+    core.handle(TimerFired(), 1.0)
+    assert lines(ready(core, "broker", now=2.0), "ready") == ["ready after 2.0 s: m; on demand lazy"]
+    core = plan(make("m"), make("lazy", processes=0, most=1))
+    core.handle(Began(), 0.0)
+    failed = core.handle(ProcessExited("m-1", 78), 1.0)
+    assert (lines(failed, "ready"), of(Finish, failed)) == ([], [])  # though the other one may be asked for
+
+
 def test_the_broker_goes_first_when_it_is_ours() -> None:
     core = plan(make("m"), with_broker=True)
     begun = core.handle(Began(), 0.0)
     assert of(StartBroker, begun) == [StartBroker()]
     assert of(StartWorker, begun) == []
-    assert told(begun)["m"].phase == "queued"
+    assert told(begun)["m"] == Catalogue("m", "queued", 0.0)
     assert [a.name for a in of(StartWorker, ready(core, "broker"))] == ["m-1"]
 
 
@@ -149,6 +172,7 @@ def test_bad_configuration_is_not_tried_again() -> None:
     core.handle(Began(), 0.0)
     failed = core.handle(ProcessReported("m-1", "failed", "the adapter is for another base"), 1.0)
     assert of(StopProcess, failed) == []  # it leaves by itself, with the exit code that says why
+    assert core.next_timer() == 1.0 + STOP_GRACE  # or else it is killed
     ended = core.handle(ProcessExited("m-1", 78), 1.1)
     assert told(ended)["m"].phase == "failed"
     assert "the adapter is for another base" in told(ended)["m"].detail
@@ -291,9 +315,8 @@ def test_a_broker_that_dies_later_is_restarted_and_workers_are_left_alone() -> N
     ready(core, "broker", "m-1")
     died = core.handle(ProcessExited("broker", -9), 10.0)
     assert of(StopProcess, died) == of(KillProcess, died) == []
-    due = core.next_timer()
-    assert due is not None
-    assert of(StartBroker, core.handle(TimerFired(), due)) == [StartBroker()]
+    assert core.next_timer() == 10.0  # at once: everybody waits for it
+    assert of(StartBroker, core.handle(TimerFired(), 10.0)) == [StartBroker()]
 
 
 def test_a_broker_that_its_own_parent_has_replaced_is_spoken_of_and_left_alone() -> None:
@@ -325,7 +348,8 @@ def test_stopping_ends_workers_then_the_broker_then_us() -> None:
     assert of(StopProcess, stopping) == [StopProcess("m-1"), StopProcess("m-2")]
     assert of(ReportPhase, stopping) == []
     assert of(StopProcess, core.handle(ProcessExited("m-1", 0), 10.1)) == []
-    assert of(StopProcess, core.handle(ProcessExited("m-2", 0), 10.2)) == [StopProcess("broker")]
+    last = core.handle(ProcessExited("m-2", 0), 10.2)
+    assert (of(StopProcess, last), of(Finish, last)) == ([StopProcess("broker")], [])
     assert of(Finish, core.handle(ProcessExited("broker", 0), 10.3)) == [Finish(0)]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from launcher.plankit import demand, lines, load, make, of, plan, ready, told
 from loopmux.cadence import LEAVE_PATIENTLY
 from loopmux_launcher.backoff import CRASHES
@@ -16,6 +18,7 @@ from loopmux_launcher.events import (
     ConfigurationRefused,
     EnvironmentFailed,
     EnvironmentReady,
+    Event,
     Finish,
     KillProcess,
     ProcessExited,
@@ -85,6 +88,7 @@ def test_a_model_is_added_and_another_taken_out() -> None:
 def test_processes_are_replaced_one_after_the_other_by_the_new_settings() -> None:
     core = begun(make("m", processes=3))
     actions = change(core, make("m", processes=3, slots=7))
+    assert lines(actions, "info")[0] == "configuration read again: changed: m"
     for n, name in enumerate(("m-1", "m-2", "m-3")):
         now = 20.0 + 10 * n
         assert (started(actions), stopped(actions)) == ([], [name])
@@ -146,6 +150,14 @@ def test_fewer_and_more_processes() -> None:
     assert started(core.handle(ProcessExited("m-2", 0), 12.0)) == ["m-2"]
 
 
+def test_another_start_timeout_counts_from_the_next_start() -> None:
+    core = begun(make("m"))
+    assert stopped(change(core, make("m", timeout=7.0))) == []
+    core.handle(ProcessExited("m-1", -9), 20.0)
+    assert started(core.handle(TimerFired(), 21.0)) == ["m-1"]
+    assert core.next_timer() == 28.0
+
+
 def test_a_model_that_always_ran_goes_on_demand_and_back() -> None:
     core = begun(make("m"))
     change(core, make("m", processes=0, most=1, idle_timeout=5.0))
@@ -189,10 +201,22 @@ def test_a_changed_environment_is_built_beside_and_then_moved_into() -> None:
     assert [entry.phase for entry in core.catalogue(11.0)] == ["ready"]
     assert lines(actions, "info") == ["configuration read again: environments changed: e"]
     built = core.handle(EnvironmentReady("e", "/e/2", ""), 60.0)
-    assert stopped(built) == ["m-1"]
+    assert of(StopProcess, built) == [StopProcess("m-1")]  # what it runs can go on in the other one
+    assert lines(built, "info")[0] == "ready in 50.0 s: "
     gone = core.handle(ProcessExited("m-1", 0), 61.0)
     assert [(a.name, a.python) for a in of(StartWorker, gone)] == [("m-1", "/e/2")]
     assert stopped(ready(core, "m-1", now=65.0)) == ["m-2"]
+    core.handle(ProcessExited("m-2", 0), 66.0)
+    ready(core, "m-2", now=67.0)
+    change(core, make("m", environment="e", processes=2), now=70.0, retry=True)
+    assert stopped(core.handle(EnvironmentReady("e", "/e/2", ""), 71.0)) == []  # they are in it
+
+
+def test_what_changed_in_an_environment_is_gone_by_even_where_its_interpreter_stays_the_same() -> None:
+    core = begun(make("m", environment="e"))
+    change(core, make("m", environment="e"), environments=("e",))  # its variables, say
+    assert stopped(core.handle(EnvironmentReady("e", "/e/1", ""), 11.0)) == ["m-1"]
+    assert started(core.handle(ProcessExited("m-1", 0), 12.0)) == ["m-1"]
 
 
 def test_a_build_that_fails_leaves_everything_as_it_was() -> None:
@@ -213,6 +237,16 @@ def test_a_build_that_fails_leaves_everything_as_it_was() -> None:
         BuildEnvironment("e")
     ]
     assert stopped(core.handle(EnvironmentReady("e", "/e/2", ""), 50.0)) == ["m-1"]
+
+
+def test_what_is_said_of_an_environment_that_cannot_be_built_ends_with_what_it_is_about() -> None:
+    for group, environments in ((make("m", environment="e"), ("e",)), (make("m"), ())):
+        core = begun(make("m", environment="e"))
+        change(core, make("m", environment="e"), environments=("e",))
+        core.handle(EnvironmentFailed("e", "no such package"), 20.0)
+        assert core.note
+        change(core, group, now=30.0, environments=environments)
+        assert core.note == ""
 
 
 def test_when_somebody_asks_an_environment_is_looked_at_again_and_another_build_of_it_moved_into() -> None:
@@ -256,23 +290,25 @@ def test_what_was_given_up_in_a_damaged_environment_is_tried_again_in_the_next_b
     assert [(a.name, a.python) for a in of(StartWorker, anew)] == [("m-1", "/e/2")]
 
 
-def test_a_build_that_a_change_has_overtaken_is_ended_and_done_anew() -> None:
+@pytest.mark.parametrize("end", [EnvironmentFailed("e", "interrupted"), EnvironmentReady("e", "/e/1", "just then")])
+def test_a_build_that_a_change_has_overtaken_is_ended_and_done_anew(end: Event) -> None:
     core = plan(make("m", environment="e"))
     core.handle(Began(), 0.0)
     assert of(StopBuild, change(core, make("m", environment="e"), now=1.0, environments=("e",))) == [StopBuild("e")]
-    anew = core.handle(EnvironmentFailed("e", "interrupted"), 2.0)
-    assert lines(anew, "error") == []
+    anew = core.handle(end, 2.0)
+    assert of(Announce, anew) == []
     assert of(BuildEnvironment, anew) == [BuildEnvironment("e")]
+    assert started(anew) == []
     assert started(core.handle(EnvironmentReady("e", "/e/2", ""), 3.0)) == ["m-1"]
 
 
-def test_an_environment_that_nobody_names_any_more_is_forgotten() -> None:
+@pytest.mark.parametrize("end", [EnvironmentFailed("e", "interrupted"), EnvironmentReady("e", "/e/1", "just then")])
+def test_an_environment_that_nobody_names_any_more_is_forgotten(end: Event) -> None:
     core = plan(make("m", environment="e"), make("n"))
     core.handle(Began(), 0.0)
     ready(core, "n-1")
     assert of(StopBuild, change(core, make("n"), now=1.0)) == [StopBuild("e")]
-    ended = core.handle(EnvironmentFailed("e", "interrupted"), 2.0)
-    assert lines(ended, "error") == []
+    assert core.handle(end, 2.0) == []
     assert of(Finish, core.handle(StopRequested(), 3.0)) == []
     assert of(Finish, core.handle(ProcessExited("n-1", 0), 3.1)) == [Finish(0)]
 

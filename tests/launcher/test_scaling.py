@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from launcher.plankit import make
 from loopmux.messages import WorkerLoad
-from loopmux_launcher.memory import Idle, fits, victims
+from loopmux_launcher.memory import Idle, fits, most, victims
 from loopmux_launcher.scaling import PATIENCE, Scaling
 
 
@@ -118,5 +119,24 @@ def test_what_was_dear_to_start_is_kept_longer() -> None:
 def test_decimal_fractions_fill_a_budget_to_the_brim() -> None:
     assert fits(0.1 + 0.2, 0.3, 0.6)
     assert not fits(0.4, 0.3, 0.6)
-    assert fits(9.0, 0.0, 0.6)  # what takes nothing always has room
     assert fits(9.0, 9.0, None)
+
+
+@pytest.mark.parametrize(
+    ("memory", "budget", "expected"),
+    [
+        (2.0, None, 4),
+        (0.0, 1.0, 4),
+        (2.0, 100.0, 4),
+        (2.0, 6.0, 2),  # the others always have 2 of it
+        (2.0, 7.9, 2),
+        (2.0, 3.0, 1),  # that it always has is judged when the configuration is read
+        (0.1, 2.3, 3),
+    ],
+)
+def test_no_more_may_run_than_what_the_others_always_have_leaves_room_for(
+    memory: float, budget: float | None, expected: int
+) -> None:
+    group = make("m", processes=1, most=4, memory=memory)
+    others = make("x", processes=2, memory=1.0), make("y", processes=0, most=9, memory=1.0)
+    assert most(group, [group, *others], budget) == expected

@@ -94,6 +94,8 @@ def test_an_installers_reason_is_short_and_says_what_to_do(output: str, says: li
     found = tools.reason(output.splitlines(), 1, MUCH, Path("/envs"))
     for part in says:
         assert part in found
+    hints = ("could not be reached", "the disk is full", "not the one that was locked", "python3-venv")
+    assert [h for h in hints if h in found] == [h for h in hints if any(h in part for part in says)]
     assert len(found) < 1000
     assert "pip.pypa.io" not in found
 
@@ -103,7 +105,25 @@ def test_a_disk_without_room_is_the_reason_whatever_is_printed() -> None:
 
 
 def test_a_kill_is_told_as_such() -> None:
-    assert "SIGKILL (out of memory, or killed by hand)" in tools.reason([], -9, MUCH, Path("/envs"))
+    assert "SIGKILL (out of memory, or killed by hand)" in tools.reason(["Collecting cc"], -9, MUCH, Path("/envs"))
+
+
+def test_uv_makes_an_environment_by_itself_and_pip_is_put_into_one_that_is_empty() -> None:
+    python, target = Path("/usr/bin/python3"), Path("/envs/e")
+    [alone] = tools.Tool(Path("/uv")).create(python, target)
+    assert (alone[:2], alone[-3:]) == (["/uv", "venv"], ["--python", str(python), str(target)])
+    empty, pip = tools.Tool().create(python, target)
+    assert (empty[0], empty[-2:]) == (str(python), ["--without-pip", str(target)])
+    assert (pip[0], "ensurepip" in pip) == ("/envs/e/bin/python", True)
+
+
+@pytest.mark.parametrize("uv", [None, Path("/uv")])
+@pytest.mark.parametrize("locked", [False, True])
+def test_what_is_installed_is_in_the_files_and_where_it_is_locked_nothing_else(uv: Path | None, locked: bool) -> None:
+    command = tools.Tool(uv).install(Path("/envs/e/bin/python"), [Path("a"), Path("b")], locked=locked)
+    assert command[0] == ("/uv" if uv else "/envs/e/bin/python")
+    assert command[-4:] == ["-r", "a", "-r", "b"]
+    assert ("--require-hashes" in command, "--no-deps" in command) == (locked, locked)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +158,10 @@ def test_between_lines_files_tell_how_far_it_is(tmp_path: Path) -> None:
     progress.line("  Downloading torch-2.whl (3.0 MB)")
     (scratch / "torch-2.whl").write_bytes(bytes(1_000_000))
     progress.tick()
+    progress.line("Collecting b")
+    progress.tick()  # of that nothing can be seen
     progress.line("Installing collected packages: a, b, c")
     (packages / "a-1.dist-info").mkdir()
     progress.tick()
+    assert found.pop(2) == "resolving b (1 so far)"
     assert found[1::2] == ["downloading torch-2.whl, 1 of 3 MB", "installing 1 of 3 packages"]
