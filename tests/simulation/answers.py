@@ -133,7 +133,7 @@ class Answers:
                 return _says(Kind.REGISTER)
             case Kind.DIE:
                 return lambda _: not worker.alive
-            case Kind.WELCOME if not core.welcomed and header.seq == core._introduction:
+            case Kind.WELCOME if not core.welcomed and header.seq == core._presence.introduction:
                 return lambda said: not worker.alive or sum(m.kind is Kind.HELD for m in said) == core.requests
             case Kind.RUN if core.welcomed and (key in core._requests or header.attempt > 1):
                 return _says(Kind.RUNACK, Kind.RESET, *wire.TERMINALS, **about)
