@@ -166,7 +166,7 @@ class Answers:
                 return _says(Kind.HELLO) if core.state is connection.State.READY else None
             case Kind.WHO if call is not None and call.open and call.cancelled > self._world.clock.now:
                 return _of(id_, Kind.ATTACH)
-            case Kind.WELCOME if core.state is connection.State.GREETING and header.seq == core._introduction:
+            case Kind.WELCOME if core.state is connection.State.GREETING and header.seq == core._presence.introduction:
                 asked = [each for each in core._exchanges if client.calls[each].open]
                 return lambda said: {m.header.request for m in said}.issuperset(
                     i for i in asked if i in core._exchanges
