@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from enum import Enum, auto
 
-from loopmux.cadence import HEARTBEAT, INTRODUCE_AGAIN, SILENT_HEARTBEATS
+from loopmux.cadence import ABSENT_HEARTBEATS, HEARTBEAT, INTRODUCE_AGAIN, SILENT_HEARTBEATS
 from loopmux.codec import BODY_LIMITS, unpack
 from loopmux.errors import LoopmuxError, ProtocolError
 from loopmux.messages import Failure, Welcome
@@ -22,8 +22,6 @@ from loopmux.wire import NO_ID, VERSIONS, Kind, Message
 
 _FASTEST = 0.05
 """Seconds; a broker that wants heartbeats more often is mistaken."""
-_ABSENCE = 2
-"""Heartbeats; who was away for longer (suspended, stopped) must not blame the silence on the broker."""
 
 
 class State(Enum):
@@ -60,7 +58,7 @@ class Presence:
 
     def turn(self, now: float) -> None:
         """It is ``now``. If we were away meanwhile, so was our ear."""
-        if now - self._seen > _ABSENCE * self._heartbeat:
+        if now - self._seen > ABSENT_HEARTBEATS * self._heartbeat:
             self.heard += now - self._seen
         self._seen = now
 
