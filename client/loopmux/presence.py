@@ -87,7 +87,7 @@ class Presence:
         if header.kind is not Kind.WELCOME or header.seq != self.introduction or self.state is State.CLOSED:
             return None
         welcome = unpack(Welcome, message.route)
-        if welcome.version not in VERSIONS or welcome.heartbeat <= 0 or welcome.window < 1:
+        if welcome.version not in VERSIONS or not 0 < welcome.heartbeat < math.inf or welcome.window < 1:
             return ProtocolError(f"the broker sent an impossible WELCOME: {welcome}")
         if self.ready and welcome.epoch == self.epoch:
             return None

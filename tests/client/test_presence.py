@@ -128,7 +128,11 @@ def test_an_introduction_is_refused_and_nothing_else_is() -> None:
     assert answer(ready(), error(), 0.2) is None  # something that we said was malformed
 
 
-@pytest.mark.parametrize("impossible", [{"heartbeat": 0.0}, {"heartbeat": -1.0}, {"window": 0}, {"version": 99}])
+@pytest.mark.parametrize(
+    "impossible",
+    [{"heartbeat": 0.0}, {"heartbeat": math.nan}, {"heartbeat": math.inf}, {"window": 0}, {"version": 99}],
+    ids=str,
+)
 def test_an_impossible_welcome_is_a_refusal(impossible: dict[str, Any]) -> None:
     presence = greeting()
     assert isinstance(answer(presence, welcome(**impossible), 0.1), ProtocolError)
