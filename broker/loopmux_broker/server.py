@@ -13,6 +13,7 @@ import zmq
 
 import loopmux
 from loopmux import endpoints
+from loopmux.cadence import ABSENT_HEARTBEATS
 from loopmux.listening import SocketFile
 from loopmux.pulse import Pulse
 from loopmux_broker.broker import Broker
@@ -150,7 +151,7 @@ class Server:
     def _note_gap(self, expected: float) -> float:
         """If this process was stopped or starved, peers were not silent in that time. Returns what time it is."""
         now = time.monotonic()
-        if now - expected > 2 * self._config.heartbeat:
+        if now - expected > ABSENT_HEARTBEATS * self._config.heartbeat:
             self._log.say("warning", "loop stalled", seconds=round(now - expected, 3))
             self._handle(LoopStalled(now - expected), now)
         return now

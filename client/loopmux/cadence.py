@@ -8,6 +8,8 @@ HEARTBEAT: Final = 1.0
 """Interval in which every peer says something, unless the broker's settings name another (it is told in WELCOME)."""
 SILENT_HEARTBEATS: Final = 3
 """After so many heartbeats without a word a peer counts as lost."""
+ABSENT_HEARTBEATS: Final = 2
+"""Who was away for longer itself (suspended, stopped) does not blame the silence on others."""
 INTRODUCE_AGAIN: Final = 0.5
 """Until HELLO and REGISTER are repeated."""
 RESEND: Final = 1.0

@@ -1,13 +1,7 @@
-"""One connection to a broker, shared by many requests: who is there, since when, and what to repeat.
+"""One connection to a broker, shared by many requests: what it means to each of them who is there, and what to repeat.
 
 A pure core: ``Connection.handle(event, now)`` returns what to do. It does no I/O and reads no clock; the sync and the
 asyncio client are two shells around it.
-
-::
-
-    IDLE ──first request──▶ GREETING ──WELCOME──▶ READY ──silence, WHO, disconnected──▶ GREETING
-      ▲                        │ ERROR, nobody there in time and nothing waits
-      └────────────────────────┘
 """
 
 from __future__ import annotations
@@ -15,11 +9,10 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import assert_never
 
 from loopmux import codec, wire
-from loopmux.cadence import INTRODUCE_AGAIN, RESEND, SILENT_HEARTBEATS
+from loopmux.cadence import RESEND
 from loopmux.errors import (
     AuthError,
     CancelledError,
@@ -55,6 +48,7 @@ from loopmux.events import (
     TimePassed,
 )
 from loopmux.messages import Done, Failure, Hello, Status, Welcome
+from loopmux.presence import Presence, State
 from loopmux.stream import Exchange, Stage
 from loopmux.wire import Header, Kind, Message
 
@@ -63,15 +57,6 @@ MOST_WAITING, MOST_BYTES = 10_000, 128 * 1024 * 1024
 more requests and holds no more bytes of one client: it would refuse what is beyond."""
 _STALE_TIMERS = 64
 """Timers of ended requests that may lie in the heap before it is swept."""
-
-
-class State(Enum):
-    """What is known about the broker."""
-
-    IDLE = auto()
-    GREETING = auto()
-    READY = auto()
-    CLOSED = auto()
 
 
 @dataclass(slots=True)
@@ -97,9 +82,8 @@ class Connection:
     def __init__(self, endpoint: str, instance: bytes, connect_timeout: float, software: str = "") -> None:
         self._endpoint = endpoint
         self._hello = codec.pack(Hello(wire.VERSIONS, instance, software))
-        self._introduction = 0  # its number: it rises with each connection, and the answer has it, too
         self._connect_timeout = connect_timeout
-        self.state = State.IDLE
+        self._presence = Presence()
         self.malformed = 0
         self._welcome: Welcome | None = None
         self._exchanges: dict[bytes, Exchange] = {}
@@ -108,14 +92,15 @@ class Connection:
         self._questions: dict[bytes, _Question] = {}
         self._timers: list[tuple[float, bytes]] = []
         self._armed: dict[bytes, float] = {}  # the earliest timer of each request that is in the heap
-        self._speak_at = math.inf  # when to say HELLO again (GREETING) or PING (READY)
-        self._heard = 0.0
-        self._seen: float | None = None
-        self._cut = False  # the connection was closed since the last HELLO
+
+    @property
+    def state(self) -> State:
+        """What is known about the broker."""
+        return self._presence.state
 
     def handle(self, event: ConnectionEvent, now: float) -> list[Action]:
         """Take an event in and say what to do about it."""
-        self._forgive_pause(now)
+        self._presence.turn(now)
         match event:
             case Received(data):
                 return self._received(data, now)
@@ -134,9 +119,9 @@ class Connection:
                 session = Send(Message(Header(Kind.SESSION), codec.pack(hint)))
                 return [session] if self.state is State.READY else []  # a hint to nobody helps nobody
             case Disconnected():
-                return self._disconnected(now)
+                return self._lose(now)
             case Connected():
-                return self._connected(now)
+                return self._greet(now) if self.state is State.GREETING else []
             case Barred(reason):
                 return self._refuse(AuthError(reason))
             case Closed():
@@ -147,8 +132,9 @@ class Connection:
     def next_timer(self) -> float:
         """When ``TimePassed`` is to be handled next; infinity for never."""
         requests = self._timers[0][0] if self._timers else math.inf
-        questions = min((min(q.deadline, q.resend_at) for q in self._questions.values()), default=math.inf)
-        return min(requests, questions, self._speak_at, self._unreachable_at())
+        asked = self._questions.values()
+        questions = min(min(q.deadline, q.resend_at) for q in asked) if asked else math.inf
+        return min(requests, questions, self._presence.next_timer(), self._unreachable_at())
 
     # --- callers ------------------------------------------------------------------------------------------------------
 
@@ -198,8 +184,7 @@ class Connection:
         self._timers.clear()
         if self.state is State.READY:
             actions.append(Send(Message(Header(Kind.BYE))))
-        self.state = State.CLOSED
-        self._speak_at = math.inf
+        self._presence.enter(State.CLOSED)
         return actions
 
     # --- requests -----------------------------------------------------------------------------------------------------
@@ -256,7 +241,7 @@ class Connection:
     def _received(self, data: bytes, now: float) -> list[Action]:
         try:
             message = wire.from_bytes(data)
-            self._heard = now
+            self._presence.heard = now
             if message.header.request in self._exchanges:
                 return self._tell(message.header.request, Arrived(message), now)
             return self._about_connection(message, now)
@@ -270,16 +255,14 @@ class Connection:
         match message.kind:
             case Kind.PONG:
                 return self._tell_all(Ponged(), now)
-            case Kind.WELCOME if message.header.seq == self._introduction:  # else it answers an older HELLO
-                return self._welcomed(codec.unpack(Welcome, message.route), now)
             case Kind.WHO if self.state is State.READY and message.header.request == wire.NO_ID:
                 return self._lose(now)
             case Kind.REPORT | Kind.DONE if message.header.request in self._questions:
                 return self._reported(message)
             case Kind.ERROR if message.header.request in self._questions:
                 return self._rejected(message)
-            case Kind.ERROR if message.header.request == wire.NO_ID:
-                return self._refuse(_error(message)) if self.state is State.GREETING else []
+            case Kind.WELCOME | Kind.ERROR if message.header.request == wire.NO_ID:
+                return self._answered(self._presence.answered(message, now), now)
             case kind if kind in wire.TERMINALS:  # our ENDACK was lost
                 return [Send(Message(Header(Kind.ENDACK, message.header.request)))]
         return []
@@ -298,62 +281,44 @@ class Connection:
         del self._questions[message.header.request]
         return [Fail(message.header.request, error)]
 
-    def _welcomed(self, welcome: Welcome, now: float) -> list[Action]:
-        known, self._welcome = self._welcome, welcome
-        fresh = known is None or known.epoch != welcome.epoch
-        if self.state is State.CLOSED or (self.state is State.READY and not fresh):
-            return []
-        if welcome.version not in wire.VERSIONS or welcome.heartbeat <= 0 or welcome.window < 1:
-            self._welcome = None
-            return self._refuse(ProtocolError(f"the broker at {self._endpoint} sent an impossible WELCOME: {welcome}"))
-        self.state = State.READY
-        self._speak_at = now + welcome.heartbeat
-        actions = self._tell_all(_attached(welcome, fresh=fresh), now)
+    def _answered(self, answer: Welcome | LoopmuxError | None, now: float) -> list[Action]:
+        if not isinstance(answer, Welcome):
+            return [] if answer is None else self._refuse(answer)
+        known, self._welcome = self._welcome, answer
+        fresh = known is None or known.epoch != answer.epoch
+        actions = self._tell_all(_attached(answer, fresh=fresh), now)
         actions += [self._put(question, now) for question in self._questions.values()]
         return actions
 
     def _refuse(self, error: LoopmuxError) -> list[Action]:
         """Nobody will serve what waits now; the next request tries anew."""
-        self.state = State.IDLE
-        self._speak_at = math.inf
+        self._presence.enter(State.IDLE)
         actions: list[Action] = [Fail(id_, error) for id_ in self._questions]
         self._questions.clear()
         for request in list(self._exchanges):
-            actions += self._tell(request, Refused(_again(error)), self._heard)
+            actions += self._tell(request, Refused(_again(error)), self._presence.heard)
         return actions
 
     # --- presence -----------------------------------------------------------------------------------------------------
 
     def _greet(self, now: float) -> list[Action]:
-        self.state, self._cut = State.GREETING, False
-        self._speak_at = now + INTRODUCE_AGAIN
-        return [Introduce(Message(Header(Kind.HELLO, seq=self._introduction), self._hello))]
+        self._presence.introduce()
+        return self._speak(now)
 
-    def _disconnected(self, now: float) -> list[Action]:
-        """Nobody waits for three silent heartbeats then: HELLO is the first that goes over the next connection."""
-        if self.state is State.READY:
-            lost = self._lose(now)
-        else:
-            lost, self._introduction = [], self._introduction + 1
-        self._cut = True
-        return lost
-
-    def _connected(self, now: float) -> list[Action]:
-        """A HELLO from before may have gone into the connection that is no more."""
-        return self._greet(now) if self._cut and self.state is State.GREETING else []
+    def _speak(self, now: float) -> list[Action]:
+        if not self._presence.speaks(now):
+            return []
+        if self._presence.ready:
+            return [Send(Message(Header(Kind.PING)))]
+        return [Introduce(Message(Header(Kind.HELLO, seq=self._presence.introduction), self._hello))]
 
     def _lose(self, now: float) -> list[Action]:
-        self._introduction += 1
+        """HELLO is the first that goes over the next connection."""
+        if not self._presence.disconnected():
+            return []
         for question in self._questions.values():
             question.resend_at = math.inf
-        return [*self._tell_all(Detached(), now), *self._greet(now)]
-
-    def _forgive_pause(self, now: float) -> None:
-        """If it was we who were away (suspended, stopped), the broker's silence is not its fault."""
-        pause = now - (now if self._seen is None else self._seen)
-        self._seen = now
-        if self._welcome is not None and pause > 2 * self._welcome.heartbeat:
-            self._heard = min(now, self._heard + pause)
+        return [*self._tell_all(Detached(), now), *self._speak(now)]
 
     def _unreachable_at(self) -> float:
         if self._welcome is not None or self.state is not State.GREETING or not self._exchanges:
@@ -374,27 +339,15 @@ class Connection:
         )
 
     def _time_passed(self, now: float) -> list[Action]:
-        actions = self._presence(now)
+        actions = self._lose(now) if self._presence.silent(now) else self._speak(now)
         while self._unreachable_at() <= now:
             oldest = next(iter(self._exchanges))
             actions += self._tell(oldest, Refused(self._nobody()), now)
         actions += self._wake_due(now)
         actions += self._ask_again(now)
         if self.state is State.GREETING and self._welcome is None and not self._exchanges and not self._questions:
-            self.state = State.IDLE
-            self._speak_at = math.inf
+            self._presence.enter(State.IDLE)
         return actions
-
-    def _presence(self, now: float) -> list[Action]:
-        if now < self._speak_at:
-            return []
-        if self.state is State.GREETING:
-            return self._greet(now)
-        assert self._welcome is not None, "it is READY: nobody else has a time to speak"
-        if now - self._heard > SILENT_HEARTBEATS * self._welcome.heartbeat:
-            return self._lose(now)
-        self._speak_at = now + self._welcome.heartbeat
-        return [Send(Message(Header(Kind.PING)))]
 
     def _ask_again(self, now: float) -> list[Action]:
         actions: list[Action] = []

@@ -404,7 +404,7 @@ class Launcher:
 
     def _receive(self) -> None:
         while (connected := self._dealer.news()) is not None:
-            self._link.connected() if connected else self._link.lost()
+            self._link.introduce() if connected else self._link.disconnected()
         if self._dealer.barred:
             raise AuthError(self._dealer.barred)
         for data in self._dealer.arrived(_PER_TURN):
@@ -414,7 +414,7 @@ class Launcher:
         try:
             news = self._link.received(from_bytes(data), time.monotonic())
         except ProtocolError as error:
-            if foreign(data) and not self._link.welcome:  # a broker of another release, to which REGISTER says nothing
+            if foreign(data) and not self._link.ready:  # a broker of another release, to which REGISTER says nothing
                 raise LoopmuxError(f"the broker at {self._endpoint} is of another release: {error}") from error
             self._console.announce(Announce("launcher", f"the broker sent something malformed: {error}", "warning"))
             return

@@ -133,7 +133,7 @@ class Answers:
                 return _says(Kind.REGISTER)
             case Kind.DIE:
                 return lambda _: not worker.alive
-            case Kind.WELCOME if not core.welcomed and header.seq == core._introduction:
+            case Kind.WELCOME if not core.welcomed and header.seq == core._presence.introduction:
                 return lambda said: not worker.alive or sum(m.kind is Kind.HELD for m in said) == core.requests
             case Kind.RUN if core.welcomed and (key in core._requests or header.attempt > 1):
                 return _says(Kind.RUNACK, Kind.RESET, *wire.TERMINALS, **about)
@@ -166,7 +166,7 @@ class Answers:
                 return _says(Kind.HELLO) if core.state is connection.State.READY else None
             case Kind.WHO if call is not None and call.open and call.cancelled > self._world.clock.now:
                 return _of(id_, Kind.ATTACH)
-            case Kind.WELCOME if core.state is connection.State.GREETING and header.seq == core._introduction:
+            case Kind.WELCOME if core.state is connection.State.GREETING and header.seq == core._presence.introduction:
                 asked = [each for each in core._exchanges if client.calls[each].open]
                 return lambda said: {m.header.request for m in said}.issuperset(
                     i for i in asked if i in core._exchanges

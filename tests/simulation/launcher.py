@@ -79,12 +79,12 @@ class LauncherProcess(Endpoint):
 
     def connected(self) -> None:
         if self.watches:
-            self.link.connected()
+            self.link.introduce()
             self.look()
 
     def disconnected(self) -> None:
         if self.watches:
-            self.link.lost()
+            self.link.disconnected()
             self.look()
 
     def _beat(self) -> None:

@@ -51,7 +51,7 @@ class Launches:
     def at_rest(self) -> None:
         """What the launcher believes is so, and the broker has heard it."""
         launcher, pool = self._world.launcher, self._world.broker.core.tables.pool
-        hold(launcher.link.welcome, "everybody is with the broker", "the launcher is not")
+        hold(launcher.link.ready, "everybody is with the broker", "the launcher is not")
         for name, process in launcher.plan.workers.items():
             runs = name in launcher.children
             hold(

@@ -20,7 +20,7 @@ KEY = Key(b"r" * 16, 1)
 
 
 def welcome(session: Session) -> Received:
-    header = Header(Kind.WELCOME, seq=session._introduction)
+    header = Header(Kind.WELCOME, seq=session._presence.introduction)
     return Received(Message(header, pack(Welcome(VERSION, b"epoch--1", 1.0, 2**20, 1024))))
 
 

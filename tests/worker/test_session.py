@@ -70,7 +70,7 @@ def message(kind, request=bytes(16), route=None, body=None, tokens=(), **header)
 
 def welcome(session, epoch=EPOCH, heartbeat=1.0, to=None):
     """The answer to the REGISTER of its present connection, or ``to`` the one with this number."""
-    seq = session._introduction if to is None else to
+    seq = session._presence.introduction if to is None else to
     return Received(message(Kind.WELCOME, route=Welcome(VERSION, epoch, heartbeat, 2**20, 256), seq=seq))
 
 
@@ -570,6 +570,12 @@ def test_three_silent_heartbeats_make_it_pause_and_register():
     assert kinds(session.handle(replay(0), 3.5)) == [Kind.TOK, Kind.TOK]
 
 
+def test_a_welcome_from_another_broker_process_has_it_say_what_it_has():
+    session = running()
+    assert session.handle(welcome(session), 1.0) == []  # REGISTER was said again before the first one
+    assert kinds(session.handle(welcome(session, NEXT_EPOCH), 1.1)) == [Kind.HELD]
+
+
 def test_a_process_that_was_suspended_does_not_blame_the_broker():
     session = running()
     assert kinds(session.handle(Woke(), 100.0)) == [Kind.HB]
@@ -592,6 +598,13 @@ def test_refusal_at_registration_ends_the_process_with_the_reason(reason):
     (leave,) = session.handle(Received(message(Kind.ERROR, body=Failure("protocol", reason))), 0.1)
     assert isinstance(leave, Leave)
     assert reason in leave.error.message
+
+
+def test_an_impossible_welcome_ends_the_process():
+    session = Session(REGISTER, {}, 0.0)
+    (leave,) = session.handle(welcome(session, heartbeat=0.0), 0.1)
+    assert isinstance(leave, Leave)
+    assert "an impossible WELCOME" in leave.error.message
 
 
 def test_asked_to_end_with_nothing_to_do_it_says_goodbye():

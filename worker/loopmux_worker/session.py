@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loopmux.cadence import HEARTBEAT, INTRODUCE_AGAIN, KEPT, RESEND, SILENT_HEARTBEATS
+from loopmux.cadence import KEPT, RESEND
 from loopmux.codec import BODY_LIMITS, pack, shorten, unpack
 from loopmux.errors import BadRequestError, ConfigError, EngineError, LoopmuxError, ProtocolError
 from loopmux.messages import (
@@ -29,8 +29,9 @@ from loopmux.messages import (
     SessionHint,
     Welcome,
 )
+from loopmux.presence import Presence
 from loopmux.results import Usage
-from loopmux.wire import NO_ID, VERSIONS, Header, Kind, Message, StopReason, unpack_tokens
+from loopmux.wire import Header, Kind, Message, StopReason, unpack_tokens
 from loopmux_worker.engine.base import Failed, Finished, Job, Key, Load, Output, Produced
 from loopmux_worker.events import (
     Action,
@@ -65,10 +66,6 @@ _REASON = 2000
 """Bytes of a reason in DONE, which the broker reads."""
 _MESSAGE = 64 * 1024
 """Bytes of the message of an error; a worker may send sixteen times as many."""
-_FASTEST_HEARTBEAT = 0.05
-"""Seconds; a broker that asks for more is mistaken."""
-_ABSENCE = 2.0
-"""Heartbeats; who was away for longer (suspended, stopped) must not blame the silence on the broker."""
 
 
 @dataclass(slots=True)
@@ -101,13 +98,8 @@ class Session:
         self._requests: dict[Key, _Request] = {}
         self._load = Load(0, 0, 0)
         self._tokens = 0  # since the last heartbeat
-        self._welcomed = False
-        self._introduction = 0  # its number: it rises with each connection, and the answer has it, too
-        self._epoch = b""
-        self._heartbeat = HEARTBEAT
-        self._now = now
-        self._heard = now
-        self._register_at = now
+        self._presence = Presence()
+        self._presence.introduce()
         self._beat_at = now
         self._lost_since = now
         self._offer_at = now
@@ -124,9 +116,7 @@ class Session:
         Raises:
             ProtocolError: a message's contents are malformed; it changed nothing.
         """
-        if now - self._now > _ABSENCE * self._heartbeat:
-            self._heard += now - self._now
-        self._now = now
+        self._presence.turn(now)
         actions = self._handle(event, now)
         if self._leave_at < math.inf and not self._requests and not isinstance(event, Asked):
             actions += self._goodbye()
@@ -135,10 +125,11 @@ class Session:
     def _handle(self, event: Event, now: float) -> list[Action]:
         match event:
             case Received(message):
-                self._heard = now
+                self._presence.heard = now
                 return self._received(message, now)
             case Connected():
-                return [] if self._welcomed else self._introduce(now)
+                self._presence.introduce()
+                return self._speak(now)
             case Disconnected():
                 self._lost(now)
                 return [Unsend()]
@@ -156,15 +147,14 @@ class Session:
 
     def next_timer(self) -> float:
         """When to send ``Woke``."""
-        times = [self._heard + SILENT_HEARTBEATS * self._heartbeat, self._beat_at]
-        if any(request.offered for request in self._requests.values()):
+        times, welcomed = [self._presence.next_timer(), self._leave_at, self._drain_at], self.welcomed
+        if not welcomed:
+            times += [self._lost_since + KEPT] if self._requests else []
+        elif any(request.offered for request in self._requests.values()):
             times.append(self._offer_at)
-        if not self._welcomed:
-            times = [self._register_at] + ([self._lost_since + KEPT] if self._requests else [])
-        times += (self._leave_at, self._drain_at)
         for request in self._requests.values():
             # While the broker is away, output waits: only what expires needs the clock.
-            if self._flows(request):
+            if welcomed and not request.offered:
                 times += (request.stream.due(), request.acknowledge_at)
             if request.stopping is None and request.stream.terminal is None:
                 times.append(request.deadline)
@@ -173,7 +163,7 @@ class Session:
     @property
     def welcomed(self) -> bool:
         """Whether the broker knows this worker."""
-        return self._welcomed
+        return self._presence.ready
 
     @property
     def requests(self) -> int:
@@ -187,22 +177,19 @@ class Session:
 
     def _flows(self, request: _Request) -> bool:
         """Whether a request's output may be sent as it comes."""
-        return self._welcomed and not request.offered
+        return self._presence.ready and not request.offered
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
     def _received(self, message: Message, now: float) -> list[Action]:
         header = message.header
         match header.kind:
-            case Kind.WELCOME if header.seq == self._introduction:  # else it answers an older REGISTER
-                return self._welcome(unpack(Welcome, message.route), now)
-            case Kind.WHO if self._welcomed:  # else REGISTER is on its way, behind what this one answers
+            case Kind.WELCOME | Kind.ERROR:
+                return self._answered(self._presence.answered(message, now), now)
+            case Kind.WHO if self.welcomed:  # else REGISTER is on its way, behind what this one answers
                 self._lost(now)
-                return self._introduce(now)
-            case Kind.ERROR if header.request == NO_ID and not self._welcomed:
-                failure = unpack(Failure, message.body, BODY_LIMITS)
-                return [Leave(ProtocolError(f"the broker refused this worker: {failure.message}"))]
-            case Kind.RUN if self._welcomed:
+                return self._speak(now)
+            case Kind.RUN if self.welcomed:
                 return self._run(message, now)
             case Kind.STOP:
                 return self._stop(header, now)
@@ -221,7 +208,7 @@ class Session:
                 return [Hint(unpack(SessionHint, message.route))]
             case Kind.DRAIN:
                 return self._leave_within(header.arg / 1000, now)
-            case Kind.LOAD | Kind.UNLOAD if self._welcomed:
+            case Kind.LOAD | Kind.UNLOAD if self.welcomed:
                 return self._adapt(message)
             case Kind.DIE:
                 return [Leave(EngineError("the broker found that its engine does not get on, and had it end"))]
@@ -236,29 +223,28 @@ class Session:
             return [request] if request else []
         return [request for key, request in self._requests.items() if key.request == header.request]
 
-    def _introduce(self, now: float) -> list[Action]:
-        self._register_at = now + INTRODUCE_AGAIN
+    def _speak(self, now: float) -> list[Action]:
+        if not self._presence.speaks(now):
+            return []
+        if self.welcomed:
+            return [self._beat(now)]
         self._forget_stopped()
         register = replace(self._register, held=len(self._requests))
         # It goes before all else, and waits for room where what the last connection left behind fills the socket.
-        header = Header(Kind.REGISTER, seq=self._introduction)
+        header = Header(Kind.REGISTER, seq=self._presence.introduction)
         return [Unsend(), Send(Message(header, pack(register), pack(self._report)))]
 
     def _lost(self, now: float) -> None:
         """Nothing but REGISTER goes out until the broker answers; output is kept."""
-        self._introduction += 1
-        if self._welcomed:
-            self._welcomed, self._lost_since = False, now
-        self._register_at = now
+        if self._presence.disconnected():
+            self._lost_since = now
 
-    def _welcome(self, welcome: Welcome, now: float) -> list[Action]:
-        if welcome.version not in VERSIONS:
-            return [Leave(ProtocolError(f"the broker chose protocol {welcome.version}, spoken here: {VERSIONS}"))]
-        self._heartbeat = max(welcome.heartbeat, _FASTEST_HEARTBEAT)
-        self._epoch = welcome.epoch
-        if self._welcomed:
+    def _answered(self, answer: Welcome | LoopmuxError | None, now: float) -> list[Action]:
+        if answer is None:
             return []
-        self._welcomed, self._beat_at = True, now + welcome.heartbeat
+        if not isinstance(answer, Welcome):
+            return [Leave(ProtocolError(f"the broker refused this worker: {answer.message}"))]
+        self._beat_at = now
         self._forget_stopped()
         for request in self._requests.values():
             request.offered = True
@@ -302,12 +288,12 @@ class Session:
 
     def _wanted(self, request: _Request) -> None:
         """The present broker wants it of this worker."""
-        request.offered, request.epoch = False, self._epoch
+        request.offered, request.epoch = False, self._presence.epoch
 
     def _asked(self, within: float, now: float) -> list[Action]:
         """Leave once nothing runs here any more; at once when that is so, or a signal was in as much hurry before."""
         leave_at = now + within
-        if self._signalled <= leave_at or not self._welcomed or not self._requests:
+        if self._signalled <= leave_at or not self.welcomed or not self._requests:
             return self._goodbye()
         self._signalled = leave_at
         return self._leave_within(within, now)
@@ -344,8 +330,8 @@ class Session:
             return [_acknowledged(known), *self._send(known, known.stream.resend(len(prefix), now))]
         if known is not None:  # numbered alike by two brokers that did not know of each other: another number, please
             return [*self._drop(key), _not_here(key)]
-        acknowledge_at = now + ACKNOWLEDGE_WITHIN
-        request = _Request(OutputStream(key, len(prefix)), Run(model=""), math.inf, self._epoch, acknowledge_at)
+        epoch, acknowledge_at = self._presence.epoch, now + ACKNOWLEDGE_WITHIN
+        request = _Request(OutputStream(key, len(prefix)), Run(model=""), math.inf, epoch, acknowledge_at)
         self._requests[key] = request
         try:
             request.run = run = unpack(Run, message.route)
@@ -381,7 +367,7 @@ class Session:
         """The answer to what was asked before the broker knew this worker as it is now: behind REGISTER it might be
         taken for one about an attempt that is given out since.
         """
-        return answer if self._welcomed else []
+        return answer if self.welcomed else []
 
     def _drop(self, key: Key) -> list[Action]:
         request = self._requests.pop(key, None)
@@ -468,7 +454,7 @@ class Session:
         if error is not None:
             reason = shorten(error.message, _REASON)
             done = Done(Failure(error.code, reason, error.retryable, event.order.model or None, self._name))
-        if self._welcomed:
+        if self.welcomed:
             return [*undo, Send(Message(Header(Kind.DONE, event.id), body=pack(done)))]
         self._lost(now)  # REGISTER may be on its way, and says what was served before
         return undo
@@ -482,21 +468,15 @@ class Session:
     # --- the clock ----------------------------------------------------------------------------------------------------
 
     def _woke(self, now: float) -> list[Action]:
-        actions: list[Action] = []
-        if self._welcomed and now >= self._heard + SILENT_HEARTBEATS * self._heartbeat:
+        if self._presence.silent(now):
             self._lost(now)
-        if not self._welcomed:
-            if now >= self._register_at:
-                actions += self._introduce(now)
-            if now >= self._lost_since + KEPT:
-                actions += self._forget_all()
-                self._lost_since = now
-        else:
-            if now >= self._beat_at:
-                actions.append(self._beat(now))
-            if now >= self._offer_at:
-                actions += self._give_up_the_largest()
-                actions += self._offer(now)
+        actions = self._speak(now)
+        if not self.welcomed and now >= self._lost_since + KEPT:
+            actions += self._forget_all()
+            self._lost_since = now
+        if self.welcomed and now >= self._offer_at:
+            actions += self._give_up_the_largest()
+            actions += self._offer(now)
         if now >= self._leave_at:
             return [*actions, *self._goodbye()]
         if now >= self._drain_at:
@@ -506,7 +486,7 @@ class Session:
         return actions
 
     def _tick(self, request: _Request, now: float) -> list[Action]:
-        if self._welcomed and request.stream.expired(now):
+        if self.welcomed and request.stream.expired(now):
             del self._requests[request.stream.key]
             return []
         if request.stream.terminal is None and request.stopping is None and now >= request.deadline:
@@ -519,11 +499,11 @@ class Session:
         return self._guarded(request, lambda: request.stream.tick(now), now)
 
     def _beat(self, now: float) -> Action:
-        elapsed = max(now - self._beat_at + self._heartbeat, 1e-3)
+        elapsed = max(now - self._beat_at, 1e-3)
         load = self._load
         rate = round(self._tokens / elapsed, 1)
         beat = Heartbeat(load.running, load.queued, rate, load.cached, load.computed)
-        self._tokens, self._beat_at = 0, now + self._heartbeat
+        self._tokens, self._beat_at = 0, now
         header = Header(Kind.HB, seq=load.progress % 2**32)
         return Send(Message(header, route=pack(beat)), lasting=False)
 
