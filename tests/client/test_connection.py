@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -70,10 +71,11 @@ class Story:
             raw["route" if wire.PARTS[kind] & wire.Part.ROUTE else "body"] = codec.pack(parts[0])
         return self.kinds(Received(to_bytes(Message(Header(kind, request, seq=seq), **raw))))
 
-    def welcome(self, epoch: bytes = b"one", *, heartbeat: float = HEARTBEAT, to: int | None = None) -> list[Kind]:
+    def welcome(self, epoch: bytes = b"one", *, to: int | None = None, **other: Any) -> list[Kind]:
         """The answer to the last HELLO, or ``to`` the one with this number."""
         seq = self.introduction if to is None else to
-        return self.get(Kind.WELCOME, Welcome(wire.VERSION, epoch, heartbeat, 10**6, 16), seq=seq)
+        told = dataclasses.replace(Welcome(wire.VERSION, epoch, HEARTBEAT, 10**6, 16), **other)
+        return self.get(Kind.WELCOME, told, seq=seq)
 
     def submit(self, i: int = 1, timeout: float = 50.0, body: bytes = b"") -> bytes:
         id_ = bytes([i]) * 16
@@ -229,6 +231,7 @@ def test_a_refused_hello_fails_what_waits_and_the_next_request_tries_anew() -> N
         assert isinstance(story.error(id_), errors.ProtocolError)
     assert {story.error(one).request_id, story.error(two).request_id} == {one.hex(), two.hex()}
     assert story.kinds(Submitted(Request(b"3" * 16, Submit("m"), b"", story.now + 9))) == [Kind.HELLO]
+    assert story.welcome() == [Kind.SUBMIT]
 
 
 def test_a_refusal_may_have_many_words() -> None:
@@ -243,8 +246,8 @@ def test_a_refusal_may_have_many_words() -> None:
     assert str(greeting.error(id_)) == words
 
 
-@pytest.mark.parametrize("welcome", [{"heartbeat": 0.0}, {"heartbeat": -1.0}])
-def test_an_impossible_welcome_is_refused(welcome: dict[str, float]) -> None:
+@pytest.mark.parametrize("welcome", [{"heartbeat": 0.0}, {"heartbeat": -1.0}, {"version": 99}, {"window": 0}])
+def test_an_impossible_welcome_is_refused(welcome: dict[str, Any]) -> None:
     story = Story()
     id_ = story.submit()
     story.welcome(**welcome)
@@ -318,6 +321,16 @@ def test_malformed_messages_are_counted_and_dropped() -> None:
     assert story.get(Kind.WELCOME, route=b"\xc1") == []
     assert story.connection.malformed == 6
     assert story.connection.state is State.READY
+
+
+def test_malformed_messages_are_no_answer_to_a_greeting() -> None:
+    story = Story()
+    id_ = story.submit()
+    for data in (b"", b"junk", to_bytes(Message(Header(Kind.PONG))) + b"more"):
+        assert story.do(Received(data)) == []
+    assert (story.connection.malformed, story.connection.state) == (3, State.GREETING)
+    assert id_ not in story.outcomes
+    assert story.welcome() == [Kind.SUBMIT]
 
 
 def test_a_broker_of_another_release_is_named_at_once() -> None:

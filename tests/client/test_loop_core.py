@@ -256,11 +256,12 @@ def test_other_arguments_are_another_call():
 
 
 def test_a_success_wipes_the_failures_out():
-    loop = new()
+    loop = new(max_turns=20)
     for _ in range(3):
         fail_once(loop, call(a=1, b=2))
         (job,) = [a for a in asked(loop, turn("", call(a=1, b=2))) if isinstance(a, RunTool)]
         assert isinstance(loop.handle(ToolFinished(job.number, succeeded(3)), 0)[-1], AskModel)
+    assert [type(fail_once(loop, call(a=1, b=2))[-1]) for _ in range(3)] == [AskModel, AskModel, Finish]
 
 
 def test_failures_of_one_turn_count_once():

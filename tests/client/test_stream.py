@@ -166,7 +166,7 @@ def test_submit_is_repeated_until_anything_comes_and_says_what_time_is_left() ->
 
 def test_collecting_delivers_nothing_but_the_result() -> None:
     story = begun(collect=True)
-    credited = [c for i in range(0, 64, 8) for c in credits_of(story.do(tok(i, 8)))]
+    credited = [c for i in range(0, 64, 4) for c in credits_of(story.do(tok(i, 4)))]
     story.do(end(64))
     assert story.delivered == []
     assert isinstance(story.outcomes[0], Finish)
@@ -431,6 +431,13 @@ def test_the_deadline_needs_no_grace_without_a_broker() -> None:
     assert story.exchange.stage is Stage.DONE
 
 
+def test_a_stream_is_idle_before_its_reader_has_said_a_word() -> None:
+    story = begun(idle_timeout=2.0)
+    story.do(tok(0))
+    assert story.wait(2) == [Kind.CANCEL]
+    assert "idle_timeout" in str(story.error)
+
+
 def test_an_idle_stream_ends_but_a_slow_reader_is_no_idle_stream() -> None:
     story = begun(idle_timeout=2.0)
     story.wait(10)  # the first token may take its time
@@ -443,6 +450,39 @@ def test_an_idle_stream_ends_but_a_slow_reader_is_no_idle_stream() -> None:
     story.wait(4)
     assert isinstance(story.error, errors.DeadlineExceededError)
     assert "idle_timeout" in str(story.error)
+
+
+UNDECODABLE = Arrived(Message(Header(Kind.PHASE, ID), b"\xc1"))
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        Refused(errors.CancelledError("closed")),
+        UNDECODABLE,
+        tok(1),
+        end(1),
+        failure(Kind.ERROR, 9, "internal"),
+        CancelAsked(ID),
+        Arrived(Message(Header(Kind.WHO, ID))),
+        ATTACHED,
+        Detached(),
+        Ponged(),
+        Consumed(ID, 1),
+    ],
+)
+@pytest.mark.parametrize("first", [UNDECODABLE, CancelAsked(ID), TimePassed()])
+def test_a_caller_has_one_outcome_whatever_follows_it(first: RequestEvent, later: RequestEvent) -> None:
+    story = begun(timeout=100.0)
+    story.do(tok(0))
+    story.now = 100.0 + GRACE - PATIENCE
+    story.do(first)
+    story.wait(PATIENCE)
+    assert len(story.outcomes) == len(story.delivered) == 1
+    story.do(later)
+    assert len(story.outcomes) == len(story.delivered) == 1
+    story.wait(KEPT)
+    assert len(story.outcomes) == 1
 
 
 # --- the broker comes and goes ----------------------------------------------------------------------------------------
