@@ -149,8 +149,6 @@ class Exchange:
             return self._end(PayloadTooLargeError(f"the request has {size} bytes, this broker accepts {limit}"))
         if event.fresh and self.stage is not Stage.WAITING:
             return [self._reattach(now)]
-        if self.stage is Stage.WAITING:
-            self._limit = self._allowed()
         return [self._submit(now) if self.stage in (Stage.WAITING, Stage.SUBMITTED) else self._credit()]
 
     def _reattach(self, now: float) -> Send:
@@ -167,9 +165,9 @@ class Exchange:
         left = max(self.request.deadline - now, 0.001)  # the broker takes no time that is not positive
         submit = dataclasses.replace(self.request.submit, timeout=left, fingerprint=self._fingerprint)
         route = codec.pack(submit)
+        self._limit = self._allowed()
         if not self._attaching:
             return Send(Message(Header(Kind.SUBMIT, self.request.id), route, self.request.body))
-        self._limit = self._allowed()
         header = Header(Kind.ATTACH, self.request.id, self.received, self._limit, self._attempt)
         return Send(Message(header, route, self.request.body, wire.pack_tokens(self._ids)))
 

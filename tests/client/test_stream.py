@@ -143,7 +143,7 @@ def test_reasoning_comes_in_front_of_text_and_is_no_part_of_it() -> None:
     assert [type(d.event) for d in story.delivered[:4]] == [ReasoningDelta, TextDelta] * 2
     (outcome,) = story.outcomes
     assert isinstance(outcome, Finish)
-    assert (outcome.result.reasoning, outcome.result.text) == ("I add.", "0.1.")
+    assert (outcome.result.reasoning, outcome.result.text, outcome.result.attempts) == ("I add.", "0.1.", 1)
 
 
 def test_waiting_is_told_to_the_reader() -> None:
@@ -429,6 +429,10 @@ def test_the_deadline_needs_no_grace_without_a_broker() -> None:
     story.wait(5.0)
     assert "no broker had taken it yet" in str(story.error)
     assert story.exchange.stage is Stage.DONE
+    story = begun(timeout=5.0)
+    story.do(Detached())
+    assert story.wait(5.0) == []
+    assert "0 tokens had arrived" in str(story.error)
 
 
 def test_a_stream_is_idle_before_its_reader_has_said_a_word() -> None:
@@ -488,6 +492,22 @@ def test_a_caller_has_one_outcome_whatever_follows_it(first: RequestEvent, later
 # --- the broker comes and goes ----------------------------------------------------------------------------------------
 
 
+def test_nothing_is_said_while_there_is_no_connection() -> None:
+    story = Story()
+    story.do(ATTACHED)
+    story.do(Detached())
+    assert story.wait(10) == []
+    [attach] = story.do(ATTACHED)
+    assert attach.header == Header(Kind.ATTACH, ID, seq=0, arg=16)
+    story.do(tok(0, 16))
+    story.do(Detached())
+    for event in (Consumed(ID, 16), tok(18), CancelAsked(ID)):
+        assert story.do(event) == []
+    assert story.wait(KEPT) == []
+    assert isinstance(story.error, errors.CancelledError)
+    assert story.kinds(ATTACHED) == [Kind.CANCEL]
+
+
 def test_a_new_broker_is_told_which_weights_the_tokens_came_from() -> None:
     story = begun()
     story.do(tok(0, fingerprint="f"))
@@ -533,7 +553,7 @@ def test_a_terminal_of_the_old_broker_that_overtook_its_tokens_is_forgotten() ->
     story.do(end(3))
     story.do(Detached())
     assert story.kinds(ATTACHED) == [Kind.ATTACH]
-    assert story.wait(KEPT - 1).count(Kind.ATTACH) > 1
+    assert story.wait(KEPT + 1).count(Kind.ATTACH) > 1
     assert story.outcomes == []
 
 
