@@ -124,6 +124,7 @@ def test_a_call_is_run_and_its_result_goes_back():
     assert loop.tool_log == [
         {"tool": "add", "args": {"a": 1, "b": 2}, "status": "success", "result": 3, "error": None, "iteration": 1}
     ]
+    assert loop.handle(TimePassed(), 2.0) == []  # it is the model's turn
 
 
 def test_results_go_back_in_call_order_whatever_order_they_came_in():
@@ -247,6 +248,16 @@ def test_the_same_call_failing_three_times_ends_the_loop():
     assert isinstance(finish, Finish)
     assert finish.result.finish_reason == "repeat"
     assert finish.result.turns == 3
+
+
+def test_the_same_call_denied_three_times_ends_the_loop():
+    loop = new(approval=True)
+    last = []
+    for number in range(3):
+        asked(loop, turn("", call(a=1, b=2)))
+        last.append(loop.handle(Decided(number, Deny()), 0)[-1])
+    assert [type(action) for action in last] == [AskModel, AskModel, Finish]
+    assert last[-1].result.finish_reason == "repeat"
 
 
 def test_other_arguments_are_another_call():
@@ -417,7 +428,9 @@ def test_whoever_is_asked_cannot_change_the_call():
 def test_a_denied_call_is_logged_without_result():
     loop = new(approval=True)
     asked(loop, turn("", call("echo", text="a")))
-    loop.handle(Decided(0, Deny()), 0)
+    report, _ = loop.handle(Decided(0, Deny()), 0)
+    said = "Denied: the user did not allow this call."
+    assert report == Report(ToolResult(1, call("echo", text="a"), "denied", said, None, None))
     assert loop.tool_log == [{"tool": "echo", "args": {"text": "a"}, "status": "denied", "iteration": 1}]
     assert contents(loop) == ["Denied: the user did not allow this call."]
 
