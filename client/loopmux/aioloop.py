@@ -113,7 +113,7 @@ class _Shell:
     prepare: Callable[[], loopplan.Plan]
     before_tool: loopplan.BeforeTool | None
     plan: loopplan.Plan | None = None
-    done: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    done: asyncio.Queue[ToolFinished] = field(default_factory=asyncio.Queue)
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
 
     @property
@@ -203,14 +203,13 @@ class _Shell:
         wake = self.loop.wake
         try:
             async with asyncio.timeout(None if wake is None else max(0.0, wake - time.monotonic())):
-                event = await self.done.get()
+                finished = await self.done.get()
         except TimeoutError:
             if self.done.empty():
                 return TimePassed()
-            event = self.done.get_nowait()  # it came while this event loop stood still
-        if isinstance(event, ToolFinished):
-            self.tasks.pop(event.number, None)
-        return event
+            finished = self.done.get_nowait()  # it came while this event loop stood still
+        self.tasks.pop(finished.number, None)
+        return finished
 
     async def _cancel_tools(self) -> None:
         tasks = [task for task in self.tasks.values() if not task.done()]

@@ -66,7 +66,7 @@ def _google_section(lines: list[str], at: int) -> str | None:
 def _numpy_section(lines: list[str], at: int) -> str | None:
     """The section that begins on this line: a title underlined with at least three dashes."""
     underlined = at + 1 < len(lines) and re.fullmatch(r"-{3,}", lines[at + 1].strip())
-    return lines[at].strip().lower() if underlined and lines[at].strip() else None
+    return lines[at].strip().lower() if underlined else None
 
 
 def _numpy_end(lines: list[str], at: int) -> int:

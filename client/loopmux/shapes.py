@@ -130,9 +130,7 @@ class Shapes:
 
     def _new_class(self, kind: type[Any]) -> Shape:
         if issubclass(kind, enum.Enum):
-            members = list(kind)
-            by_value = all(isinstance(m.value, (str, int, float)) for m in members)
-            return _choice([(m.value if by_value else m.name, m) for m in members])
+            return _choice([(_written(member), member) for member in kind])
         if hasattr(kind, "model_json_schema") and hasattr(kind, "model_validate"):
             schema = kind.model_json_schema()
             return Shape(_inlined(schema, schema.get("$defs", {}), frozenset()), kind.model_validate)
@@ -163,7 +161,7 @@ class Shapes:
         if origin in _QUALIFIERS:
             return self.of(args[0])
         if origin is typing.Literal:
-            return _choice([(a.value, a) if isinstance(a, enum.Enum) else (a, a) for a in args])
+            return _choice([(_written(arg), arg) for arg in args])
         if origin in (typing.Union, types.UnionType):
             return self._union(args)
         if origin in _LISTS:
@@ -273,6 +271,14 @@ def hints_of(function: Any) -> dict[str, Any]:
     return _hints(types.SimpleNamespace(__name__=name, __wrapped__=target, __annotations__=hints))
 
 
+def _written(value: Any) -> Any:
+    """What stands for a value: for an Enum member its own, or its name where that of another one has no JSON form."""
+    if not isinstance(value, enum.Enum):
+        return value
+    by_value = all(isinstance(member.value, (str, int, float)) for member in type(value))
+    return value.value if by_value else value.name
+
+
 def _choice(pairs: list[tuple[Any, Any]]) -> Shape:
     """A fixed set of JSON values and what each stands for."""
     values = [value for value, _ in pairs]
@@ -291,8 +297,7 @@ def _annotate(schema: dict[str, Any], doc: str | None, defaults: Mapping[str, An
     extra: dict[str, Any] = {}
     if doc and "description" not in schema:
         extra["description"] = doc
-    default = defaults.get(name)
-    default = default.value if isinstance(default, enum.Enum) else default
+    default = _written(defaults.get(name))
     if isinstance(default, (str, int, float, bool)):
         extra["default"] = default
     return schema | extra

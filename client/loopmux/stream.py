@@ -89,7 +89,7 @@ class Exchange:
         self._consumed = 0
         self._reported = 0  # position up to which the reader was asked to report
         self._connected = False
-        self._cancelling = False
+        self._cancelling = False  # the broker is asked to cancel it, as in all of CLOSING
         self._attaching = False  # SUBMIT was sent to a broker that is gone
         self._fingerprint: str | None = None  # of the weights that the tokens came from
         self._attempt = 0  # the highest one that anything came from
@@ -139,7 +139,7 @@ class Exchange:
 
     def _attached(self, event: Attached, now: float) -> list[RequestAction]:
         self._connected, self._window = True, event.window
-        if self._settled or self._cancelling:
+        if self._cancelling:
             # A broker that was started again may hear of the request from its worker: it has to be told too.
             self._resend_at = now + RESEND
             return [self._bare(Kind.CANCEL)]
@@ -149,8 +149,6 @@ class Exchange:
             return self._end(PayloadTooLargeError(f"the request has {size} bytes, this broker accepts {limit}"))
         if event.fresh and self.stage is not Stage.WAITING:
             return [self._reattach(now)]
-        if self.stage is Stage.WAITING:
-            self._limit = self._allowed()
         return [self._submit(now) if self.stage in (Stage.WAITING, Stage.SUBMITTED) else self._credit()]
 
     def _reattach(self, now: float) -> Send:
@@ -167,9 +165,9 @@ class Exchange:
         left = max(self.request.deadline - now, 0.001)  # the broker takes no time that is not positive
         submit = dataclasses.replace(self.request.submit, timeout=left, fingerprint=self._fingerprint)
         route = codec.pack(submit)
+        self._limit = self._allowed()
         if not self._attaching:
             return Send(Message(Header(Kind.SUBMIT, self.request.id), route, self.request.body))
-        self._limit = self._allowed()
         header = Header(Kind.ATTACH, self.request.id, self.received, self._limit, self._attempt)
         return Send(Message(header, route, self.request.body, wire.pack_tokens(self._ids)))
 
@@ -193,7 +191,7 @@ class Exchange:
 
     def _arrived(self, message: Message, now: float) -> list[RequestAction]:
         if message.kind is Kind.WHO:
-            return [] if self._settled or self._cancelling else [self._reattach(now)]
+            return [] if self._cancelling else [self._reattach(now)]
         self._quiet = False
         self._attempt = max(self._attempt, message.header.attempt)
         if self.stage is Stage.SUBMITTED:
@@ -272,7 +270,7 @@ class Exchange:
 
     def _terminal(self, message: Message, now: float) -> list[RequestAction]:
         total = message.header.seq
-        if self._settled or self._cancelling or total == self.received:
+        if self._cancelling or total == self.received:
             return self._conclude(message)
         if total < self.received:
             raise ProtocolError(f"the broker ended the request at {total} tokens after {self.received} had arrived")
@@ -356,7 +354,7 @@ class Exchange:
         return failed + self._call_off(KEPT, now)
 
     def _cancel(self, now: float) -> list[RequestAction]:
-        if self._settled or self._cancelling:
+        if self._cancelling:
             return []
         if self.stage is Stage.WAITING:
             return self._end(CancelledError("the request was cancelled before it was sent"))

@@ -75,7 +75,7 @@ class Loop:
     tool_log: list[dict[str, Any]] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
     deadline: float | None = None
-    _finish_reason: str = ""
+    _finish_reason: str = ""  # of the turn under way, where it is the last one
     _calls: int = 0
     _numbered: int = 0
     _pending: dict[int, _Pending] = field(default_factory=dict)
@@ -193,7 +193,6 @@ class Loop:
             for number in self._pending:
                 actions += self._settle(number, skipped(why))
             return [*actions, *self._advance(now)]
-        self._finish_reason = ""
         admitted = [action for number, pending in self._pending.items() for action in self._admit(number, pending.call)]
         admitted += self._question(now)
         if any(pending.outcome is None for pending in self._pending.values()):

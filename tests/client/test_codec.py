@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
@@ -72,7 +71,7 @@ def test_unknown_fields_of_a_newer_peer_are_ignored_unless_strict() -> None:
         ({"inner": {"n": True}}, "inner.n: found True (bool), expected a whole number"),
         ({"inner": {"n": 1.0}}, "inner.n: found 1.0 (float), expected a whole number"),
         ({"many": [{"n": 1}, {"n": "2"}]}, "many[1].n: found '2' (str), expected a whole number"),
-        ({"many": "no"}, "many: found 'no' (str), expected a list"),
+        ({"many": "no"}, "many: found 'no' (str), expected a list, each entry a mapping"),
         ({"pair": [1]}, "pair: found [1] (list), expected a list of 2: a whole number, a number"),
         ({"pair": [1, "x"]}, "pair[1]: found 'x' (str), expected a number"),
         ({"words": [1]}, "words[0]: found 1 (int), expected a text"),
@@ -86,8 +85,9 @@ def test_unknown_fields_of_a_newer_peer_are_ignored_unless_strict() -> None:
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], says: str) -> None:
-    with pytest.raises(FieldError, match=re.escape(says)):
+    with pytest.raises(FieldError) as caught:
         build(Outer, {"name": "x", "inner": {"n": 1}} | change)
+    assert str(caught.value) == says
 
 
 def test_long_values_are_shortened_in_messages() -> None:
@@ -130,7 +130,7 @@ def test_whatever_is_found_can_be_said(value: Any) -> None:
 
 def test_a_value_is_shown_as_python_writes_it() -> None:
     scalars = (None, True, -1.5, b"\0", "it's")
-    for value in (*scalars, [], [1, "a"], (), (1,), (1, 2), {}, {"a": [None], b"b": {"c": (1,)}}):
+    for value in (*scalars, "y" * 78, [], [1, "a"], (), (1,), (1, 2), {}, {"a": [None], b"b": {"c": (1,)}}):
         assert codec.show(value).startswith(repr(value))
 
 
@@ -170,6 +170,7 @@ def test_what_has_no_wire_form(value: Any) -> None:
         msgpack.packb("x" * 4097),
         msgpack.packb({1: 2}),
         msgpack.packb(msgpack.ExtType(5, b"x")),
+        msgpack.packb(msgpack.ExtType(5, b"")),
         msgpack.packb(msgpack.Timestamp(1)),
         b"\x91" * 5000 + b"\xc0",
         msgpack.packb(1) + b"more",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import random
 from typing import Any
 
 import pytest
@@ -32,6 +34,7 @@ from loopmux.events import (
 )
 from loopmux.messages import AdapterOrder, Done, End, Failure, Hello, SessionHint, Status, Submit, Tok, Welcome
 from loopmux.results import Timing, Usage
+from loopmux.stream import GRACE
 from loopmux.wire import Header, Kind, Message, pack_tokens, to_bytes
 
 HEARTBEAT = 1.0
@@ -70,10 +73,11 @@ class Story:
             raw["route" if wire.PARTS[kind] & wire.Part.ROUTE else "body"] = codec.pack(parts[0])
         return self.kinds(Received(to_bytes(Message(Header(kind, request, seq=seq), **raw))))
 
-    def welcome(self, epoch: bytes = b"one", *, heartbeat: float = HEARTBEAT, to: int | None = None) -> list[Kind]:
+    def welcome(self, epoch: bytes = b"one", *, to: int | None = None, **other: Any) -> list[Kind]:
         """The answer to the last HELLO, or ``to`` the one with this number."""
         seq = self.introduction if to is None else to
-        return self.get(Kind.WELCOME, Welcome(wire.VERSION, epoch, heartbeat, 10**6, 16), seq=seq)
+        told = dataclasses.replace(Welcome(wire.VERSION, epoch, HEARTBEAT, 10**6, 16), **other)
+        return self.get(Kind.WELCOME, told, seq=seq)
 
     def submit(self, i: int = 1, timeout: float = 50.0, body: bytes = b"") -> bytes:
         id_ = bytes([i]) * 16
@@ -113,7 +117,8 @@ def test_the_first_request_greets_and_goes_out_with_the_welcome() -> None:
     said = codec.unpack(Hello, hello.route)
     assert (hello.kind, said.versions, said.instance) == (Kind.HELLO, wire.VERSIONS, b"i" * 16)
     assert story.wait(2 * INTRODUCE_AGAIN) == [Kind.HELLO, Kind.HELLO]
-    assert story.welcome() == [Kind.SUBMIT]
+    assert story.kinds(Submitted(Request(b"2" * 16, Submit("m"), b"", story.now + 9))) == []
+    assert story.welcome() == [Kind.SUBMIT, Kind.SUBMIT]
     assert story.connection.state is State.READY
 
 
@@ -123,6 +128,23 @@ def test_a_closed_connection_is_not_waited_for_to_be_silent() -> None:
     assert story.connection.state is State.GREETING
     assert story.kinds(Connected()) == [Kind.HELLO]  # the one before may have gone with the old connection
     assert story.welcome() == [Kind.SUBMIT]
+
+
+def test_without_a_connection_there_is_nothing_but_hello() -> None:
+    story = ready()
+    assert story.kinds(Asked(QUESTION, math.inf)) == [Kind.STATUS]
+    story.do(Disconnected())
+    assert set(story.wait(5)) == {Kind.HELLO}
+    assert story.welcome() == [Kind.SUBMIT, Kind.STATUS]
+
+
+def test_who_knew_a_broker_says_hello_to_the_next_one_whether_or_not_anything_waits() -> None:
+    story = ready()
+    story.get(Kind.END, End("stop", Usage(), Timing(), "m", "w"), request=WAITING)
+    story.do(Disconnected())
+    assert story.wait(10 * INTRODUCE_AGAIN) == [Kind.HELLO] * 10
+    story.welcome(b"two")
+    assert story.connection.state is State.READY
 
 
 def test_a_welcome_from_the_connection_that_is_gone_is_none_to_the_new_one() -> None:
@@ -201,8 +223,10 @@ def test_a_pause_of_our_own_is_not_the_brokers_silence() -> None:
 def test_who_makes_us_say_hello_again() -> None:
     story = ready()
     story.get(Kind.ACCEPTED, request=WAITING)
+    old = story.introduction
     assert story.get(Kind.WHO) == [Kind.HELLO]
     assert story.get(Kind.WHO) == []  # it is on its way
+    assert story.welcome(to=old) == []
     assert story.welcome() == [Kind.CREDIT]
 
 
@@ -228,6 +252,7 @@ def test_a_refused_hello_fails_what_waits_and_the_next_request_tries_anew() -> N
         assert isinstance(story.error(id_), errors.ProtocolError)
     assert {story.error(one).request_id, story.error(two).request_id} == {one.hex(), two.hex()}
     assert story.kinds(Submitted(Request(b"3" * 16, Submit("m"), b"", story.now + 9))) == [Kind.HELLO]
+    assert story.welcome() == [Kind.SUBMIT]
 
 
 def test_a_refusal_may_have_many_words() -> None:
@@ -242,12 +267,28 @@ def test_a_refusal_may_have_many_words() -> None:
     assert str(greeting.error(id_)) == words
 
 
-@pytest.mark.parametrize("welcome", [{"heartbeat": 0.0}, {"heartbeat": -1.0}])
-def test_an_impossible_welcome_is_refused(welcome: dict[str, float]) -> None:
+@pytest.mark.parametrize("welcome", [{"heartbeat": 0.0}, {"heartbeat": -1.0}, {"version": 99}, {"window": 0}])
+def test_an_impossible_welcome_is_refused(welcome: dict[str, Any]) -> None:
     story = Story()
     id_ = story.submit()
     story.welcome(**welcome)
     assert isinstance(story.error(id_), errors.ProtocolError)
+    late = story.submit(2)
+    story.wait(6)
+    assert "no broker answers" in str(story.error(late))  # what sent it is none
+
+
+def test_a_window_of_one_token_is_possible() -> None:
+    story = Story()
+    story.submit()
+    assert story.welcome(window=1) == [Kind.SUBMIT]
+
+
+def test_an_error_about_nothing_is_none_to_who_was_welcomed() -> None:
+    story = ready()
+    assert story.get(Kind.ERROR, Failure("protocol", "no common version")) == []
+    assert story.connection.state is State.READY
+    assert WAITING not in story.outcomes
 
 
 def test_a_terminal_of_a_forgotten_request_is_acknowledged_again() -> None:
@@ -266,7 +307,9 @@ def test_questions_are_repeated_answered_and_given_up() -> None:
     story = Story()
     assert story.kinds(Asked(QUESTION, story.now + 3)) == [Kind.HELLO]
     assert story.welcome() == [Kind.STATUS]
-    assert Kind.STATUS in story.wait(1.0)
+    story.do(Asked(b"s" * 16, story.now + 0.5))
+    assert Kind.STATUS not in story.wait(0.5)  # another question's end is no reason to repeat this one
+    assert Kind.STATUS in story.wait(0.5)
     status = Status(b"e", 1.0, "s", 1, 1, 0, 0)
     story.get(Kind.REPORT, status, request=QUESTION)
     assert story.outcomes[QUESTION] == Answer(QUESTION, status)
@@ -275,6 +318,7 @@ def test_questions_are_repeated_answered_and_given_up() -> None:
     story.alive = True
     story.wait(3)
     assert isinstance(story.error(other), errors.ConnectionLostError)
+    assert "did not answer STATUS (waited 5 s)" in str(story.error(other))
 
 
 def test_a_question_that_nobody_waits_for_is_not_kept() -> None:
@@ -319,6 +363,16 @@ def test_malformed_messages_are_counted_and_dropped() -> None:
     assert story.connection.state is State.READY
 
 
+def test_malformed_messages_are_no_answer_to_a_greeting() -> None:
+    story = Story()
+    id_ = story.submit()
+    for data in (b"", b"junk", to_bytes(Message(Header(Kind.PONG))) + b"more"):
+        assert story.do(Received(data)) == []
+    assert (story.connection.malformed, story.connection.state) == (3, State.GREETING)
+    assert id_ not in story.outcomes
+    assert story.welcome() == [Kind.SUBMIT]
+
+
 def test_a_broker_of_another_release_is_named_at_once() -> None:
     """It cannot read HELLO and says so in its own way: a header of its version, in a frame of its own, and a BODY."""
     story = Story()
@@ -344,6 +398,26 @@ def test_timers_of_ended_requests_do_not_pile_up() -> None:
     assert len(story.connection._exchanges) == 1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_who_is_left_is_woken_in_time_however_many_ended_before(seed: int) -> None:
+    story, dice = ready(), random.Random(seed)
+    due = {}
+    for i in range(300):
+        id_, timeout = i.to_bytes(16), dice.uniform(10, 40)
+        story.do(Submitted(Request(id_, Submit("m"), b"", story.now + timeout)))
+        story.get(Kind.ACCEPTED, request=id_)
+        due[id_] = story.now + timeout + GRACE
+    story.wait(2)  # and nothing is said again by now
+    for id_ in dice.sample(sorted(due), 250):
+        story.get(Kind.END, End("stop", Usage(), Timing(), "m", "w"), request=id_)
+        del due[id_]
+    for id_ in sorted(due, key=due.__getitem__):
+        story.wait(due[id_] - story.now - 1e-6)
+        assert id_ not in story.outcomes
+        story.wait(1e-5)
+        assert isinstance(story.error(id_), errors.DeadlineExceededError)
+
+
 # --- what waits for a broker ------------------------------------------------------------------------------------------
 
 
@@ -357,6 +431,7 @@ def test_a_client_keeps_so_many_requests_that_no_broker_has_taken(monkeypatch: p
     assert (error.retryable, error.retry_after, error.request_id, error.model) == (True, 1.0, third.hex(), "m")
     assert story.welcome() == [Kind.SUBMIT, Kind.SUBMIT]
     assert isinstance(story.error(story.submit(4)), errors.OverloadedError)  # sent is not taken
+    story.get(Kind.ACCEPTED, request=first)
     story.get(Kind.ACCEPTED, request=first)
     taken = story.submit(5)
     assert isinstance(story.error(story.submit(6)), errors.OverloadedError)
@@ -385,7 +460,10 @@ def test_and_so_many_bytes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     first = story.submit(1, body=bytes(600))
     assert "1 requests of 600 bytes wait" in str(story.error(story.submit(2, body=bytes(401))))
     small = story.submit(3, body=bytes(400))
-    story.kinds(CancelAsked(first))  # it was never sent
+    assert story.welcome() == [Kind.SUBMIT, Kind.SUBMIT]
+    assert story.wait(2.0).count(Kind.SUBMIT) == 4  # what is said again counts once
+    story.kinds(CancelAsked(first))
+    story.get(Kind.CANCELLED, Failure("cancelled", "as was asked"), request=first)
     assert story.submit(4, body=bytes(600)) not in story.outcomes
     assert small not in story.outcomes
 

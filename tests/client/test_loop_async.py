@@ -98,7 +98,7 @@ def test_async_callbacks_are_awaited():
     assert isinstance(seen[-1], LoopFinished)
 
 
-def test_a_coroutine_tool_that_takes_too_long_is_cancelled():
+def test_a_coroutine_tool_that_takes_too_long_is_cancelled_and_the_loop_goes_on():
     async def main() -> loop.ToolLoopResult:
         cancelled = asyncio.Event()
 
@@ -108,13 +108,25 @@ def test_a_coroutine_tool_that_takes_too_long_is_cancelled():
             finally:
                 cancelled.set()
 
+        async def see(event: Any) -> None:
+            if event == TurnStarted(2):
+                await cancelled.wait()
+
         client = AsyncScriptedClient([turn("", call("hang")), turn("gave up")])
-        out = await loop.arun(client, "go", tools=[hang], tool_timeout=0.05)
-        async with asyncio.timeout(5):
-            await cancelled.wait()
-        return out
+        return await loop.arun(client, "go", tools=[hang], tool_timeout=0.05, on_event=see)
 
     assert wait(main()).messages[2]["content"] == "Error: no result within 0.05 s"
+
+
+def test_ctrl_c_in_a_coroutine_tool_ends_the_program_and_is_no_result():
+    async def interrupted() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # that nobody asked how its task ended
+        raise KeyboardInterrupt
+
+    client = AsyncScriptedClient([turn("", call("interrupted")), turn("ok")])
+    with pytest.raises(KeyboardInterrupt):
+        run(client, tools=[interrupted])
+    assert len(client.requests) == 1
 
 
 def test_a_plain_tool_that_never_returns_does_not_hang_the_program():

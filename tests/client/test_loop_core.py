@@ -124,6 +124,7 @@ def test_a_call_is_run_and_its_result_goes_back():
     assert loop.tool_log == [
         {"tool": "add", "args": {"a": 1, "b": 2}, "status": "success", "result": 3, "error": None, "iteration": 1}
     ]
+    assert loop.handle(TimePassed(), 2.0) == []  # it is the model's turn
 
 
 def test_results_go_back_in_call_order_whatever_order_they_came_in():
@@ -249,6 +250,16 @@ def test_the_same_call_failing_three_times_ends_the_loop():
     assert finish.result.turns == 3
 
 
+def test_the_same_call_denied_three_times_ends_the_loop():
+    loop = new(approval=True)
+    last = []
+    for number in range(3):
+        asked(loop, turn("", call(a=1, b=2)))
+        last.append(loop.handle(Decided(number, Deny()), 0)[-1])
+    assert [type(action) for action in last] == [AskModel, AskModel, Finish]
+    assert last[-1].result.finish_reason == "repeat"
+
+
 def test_other_arguments_are_another_call():
     loop = new()
     for n in range(5):
@@ -256,11 +267,12 @@ def test_other_arguments_are_another_call():
 
 
 def test_a_success_wipes_the_failures_out():
-    loop = new()
+    loop = new(max_turns=20)
     for _ in range(3):
         fail_once(loop, call(a=1, b=2))
         (job,) = [a for a in asked(loop, turn("", call(a=1, b=2))) if isinstance(a, RunTool)]
         assert isinstance(loop.handle(ToolFinished(job.number, succeeded(3)), 0)[-1], AskModel)
+    assert [type(fail_once(loop, call(a=1, b=2))[-1]) for _ in range(3)] == [AskModel, AskModel, Finish]
 
 
 def test_failures_of_one_turn_count_once():
@@ -416,7 +428,9 @@ def test_whoever_is_asked_cannot_change_the_call():
 def test_a_denied_call_is_logged_without_result():
     loop = new(approval=True)
     asked(loop, turn("", call("echo", text="a")))
-    loop.handle(Decided(0, Deny()), 0)
+    report, _ = loop.handle(Decided(0, Deny()), 0)
+    said = "Denied: the user did not allow this call."
+    assert report == Report(ToolResult(1, call("echo", text="a"), "denied", said, None, None))
     assert loop.tool_log == [{"tool": "echo", "args": {"text": "a"}, "status": "denied", "iteration": 1}]
     assert contents(loop) == ["Denied: the user did not allow this call."]
 

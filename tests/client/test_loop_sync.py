@@ -317,6 +317,7 @@ def test_observers_and_approval_stay_in_the_callers_thread():
         (True, "3", True),
         (Deny("no sums"), "Denied: no sums", False),
         (Deny("no \ud800 sums"), "Denied: no ? sums", False),
+        (Deny(reason=None), "Denied: the user did not allow this call.", False),
         (False, "Denied: the user did not allow this call.", False),
         (Substitute({"sum": 4}), '{"sum": 4}', False),
         ("four", "four", False),

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+import sys
 import typing
 from typing import Any, Literal
 
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from loopmux import codec, messages, wire
 from loopmux.errors import BadRequestError
-from loopmux.messages import Generate, Sampling
+from loopmux.messages import Generate, Sampling, Submit
 from loopmux.results import TokenLogprob, ToolCall
 from loopmux.wire import pack_tokens
 
@@ -114,6 +116,41 @@ def test_generate_out_of_range(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(BadRequestError) as caught:
         Generate(**fields).check()
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("made", "field", "lowest", "highest"),
+    [
+        (Submit, "priority", -100, 100),
+        (Submit, "max_new_tokens", 1, 2**31 - 1),
+        (Submit, "prompt_size", 0, 4 * 1024 * 1024),
+        (Submit, "timeout", math.nextafter(0.0, 1.0), sys.float_info.max),
+        (Generate, "max_new_tokens", 1, 2**31 - 1),
+        (Generate, "logprobs", 0, 20),
+        (Sampling, "temperature", 0.0, 100.0),
+        (Sampling, "top_p", math.nextafter(0.0, 1.0), 1.0),
+        (Sampling, "top_k", 0, 2**31 - 1),
+        (Sampling, "min_p", 0.0, 1.0),
+        (Sampling, "repetition_penalty", 0.01, 100.0),
+        (Sampling, "presence_penalty", -100.0, 100.0),
+        (Sampling, "frequency_penalty", -100.0, 100.0),
+        (Sampling, "seed", 0, 2**63 - 1),
+    ],
+)
+def test_the_ends_of_a_range_are_in_it_and_what_is_next_to_them_is_not(
+    made: type, field: str, lowest: float, highest: float
+) -> None:
+    below, above = (
+        (lowest - 1, highest + 1)
+        if isinstance(lowest, int)
+        else (math.nextafter(lowest, -math.inf), math.nextafter(highest, math.inf))
+    )
+    right: Any = {Submit: Submit("m"), Generate: Generate("x"), Sampling: Sampling()}[made]
+    for value in (lowest, highest):
+        dataclasses.replace(right, **{field: value}).check()
+    for value in (below, above, math.nan):
+        with pytest.raises(BadRequestError, match=f"{field}: found"):
+            dataclasses.replace(right, **{field: value}).check()
 
 
 def test_what_is_right_passes() -> None:

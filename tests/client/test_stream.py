@@ -143,7 +143,7 @@ def test_reasoning_comes_in_front_of_text_and_is_no_part_of_it() -> None:
     assert [type(d.event) for d in story.delivered[:4]] == [ReasoningDelta, TextDelta] * 2
     (outcome,) = story.outcomes
     assert isinstance(outcome, Finish)
-    assert (outcome.result.reasoning, outcome.result.text) == ("I add.", "0.1.")
+    assert (outcome.result.reasoning, outcome.result.text, outcome.result.attempts) == ("I add.", "0.1.", 1)
 
 
 def test_waiting_is_told_to_the_reader() -> None:
@@ -166,7 +166,7 @@ def test_submit_is_repeated_until_anything_comes_and_says_what_time_is_left() ->
 
 def test_collecting_delivers_nothing_but_the_result() -> None:
     story = begun(collect=True)
-    credited = [c for i in range(0, 64, 8) for c in credits_of(story.do(tok(i, 8)))]
+    credited = [c for i in range(0, 64, 4) for c in credits_of(story.do(tok(i, 4)))]
     story.do(end(64))
     assert story.delivered == []
     assert isinstance(story.outcomes[0], Finish)
@@ -429,6 +429,17 @@ def test_the_deadline_needs_no_grace_without_a_broker() -> None:
     story.wait(5.0)
     assert "no broker had taken it yet" in str(story.error)
     assert story.exchange.stage is Stage.DONE
+    story = begun(timeout=5.0)
+    story.do(Detached())
+    assert story.wait(5.0) == []
+    assert "0 tokens had arrived" in str(story.error)
+
+
+def test_a_stream_is_idle_before_its_reader_has_said_a_word() -> None:
+    story = begun(idle_timeout=2.0)
+    story.do(tok(0))
+    assert story.wait(2) == [Kind.CANCEL]
+    assert "idle_timeout" in str(story.error)
 
 
 def test_an_idle_stream_ends_but_a_slow_reader_is_no_idle_stream() -> None:
@@ -445,7 +456,56 @@ def test_an_idle_stream_ends_but_a_slow_reader_is_no_idle_stream() -> None:
     assert "idle_timeout" in str(story.error)
 
 
+UNDECODABLE = Arrived(Message(Header(Kind.PHASE, ID), b"\xc1"))
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        Refused(errors.CancelledError("closed")),
+        UNDECODABLE,
+        tok(1),
+        end(1),
+        failure(Kind.ERROR, 9, "internal"),
+        CancelAsked(ID),
+        Arrived(Message(Header(Kind.WHO, ID))),
+        ATTACHED,
+        Detached(),
+        Ponged(),
+        Consumed(ID, 1),
+    ],
+)
+@pytest.mark.parametrize("first", [UNDECODABLE, CancelAsked(ID), TimePassed()])
+def test_a_caller_has_one_outcome_whatever_follows_it(first: RequestEvent, later: RequestEvent) -> None:
+    story = begun(timeout=100.0)
+    story.do(tok(0))
+    story.now = 100.0 + GRACE - PATIENCE
+    story.do(first)
+    story.wait(PATIENCE)
+    assert len(story.outcomes) == len(story.delivered) == 1
+    story.do(later)
+    assert len(story.outcomes) == len(story.delivered) == 1
+    story.wait(KEPT)
+    assert len(story.outcomes) == 1
+
+
 # --- the broker comes and goes ----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_said_while_there_is_no_connection() -> None:
+    story = Story()
+    story.do(ATTACHED)
+    story.do(Detached())
+    assert story.wait(10) == []
+    [attach] = story.do(ATTACHED)
+    assert attach.header == Header(Kind.ATTACH, ID, seq=0, arg=16)
+    story.do(tok(0, 16))
+    story.do(Detached())
+    for event in (Consumed(ID, 16), tok(18), CancelAsked(ID)):
+        assert story.do(event) == []
+    assert story.wait(KEPT) == []
+    assert isinstance(story.error, errors.CancelledError)
+    assert story.kinds(ATTACHED) == [Kind.CANCEL]
 
 
 def test_a_new_broker_is_told_which_weights_the_tokens_came_from() -> None:
@@ -493,7 +553,7 @@ def test_a_terminal_of_the_old_broker_that_overtook_its_tokens_is_forgotten() ->
     story.do(end(3))
     story.do(Detached())
     assert story.kinds(ATTACHED) == [Kind.ATTACH]
-    assert story.wait(KEPT - 1).count(Kind.ATTACH) > 1
+    assert story.wait(KEPT + 1).count(Kind.ATTACH) > 1
     assert story.outcomes == []
 
 

@@ -232,6 +232,7 @@ ENDLESS.append(ENDLESS)
         (["add"], "expected functions"),
         ([ENDLESS], "expected functions"),
         ([{"type": "function"}], '"function": {"name"'),
+        ([{"type": "function", "function": "add"}], '"function": {"name"'),
     ],
 )
 def test_tools_that_are_no_list_of_tools(tools: Any, said: str):

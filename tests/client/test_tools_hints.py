@@ -33,6 +33,22 @@ class Handler(enum.Enum):
     DICT = dict
 
 
+class Mixed(enum.Enum):
+    """Values of which not all have a JSON form: then all go by their names."""
+
+    ONE = 1
+    PAIR = (1, 2)
+
+
+@dataclass
+class Painted:
+    colour: Colour = Colour.BLUE
+    level: Level = Level.LOW
+    handler: Handler | None = Handler.DICT
+    mixed: Mixed = Mixed.ONE
+    only: Literal[Mixed.ONE] = Mixed.ONE
+
+
 @dataclass
 class Point:
     """A place.
@@ -152,6 +168,24 @@ CASES: list[tuple[Any, dict[str, Any], Any, Any]] = [
         },
         {"x": 1, "tags": ["a"]},
         Point(1, 0.0, ["a"]),
+    ),
+    (
+        Painted,
+        {
+            "type": "object",
+            "properties": {
+                "colour": {"type": "string", "enum": ["red", "blue"], "default": "blue"},
+                "level": {"type": "integer", "enum": [1, 2], "default": 1},
+                "handler": {
+                    "anyOf": [{"type": "string", "enum": ["LIST", "DICT"]}, {"type": "null"}],
+                    "default": "DICT",
+                },
+                "mixed": {"type": "string", "enum": ["ONE", "PAIR"], "default": "ONE"},
+                "only": {"type": "string", "enum": ["ONE"], "default": "ONE"},
+            },
+        },
+        {"colour": "red", "mixed": "PAIR", "only": "ONE"},
+        Painted(Colour.RED, mixed=Mixed.PAIR),
     ),
     (
         Tree,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,6 +54,7 @@ BAD: list[tuple[Any, Any, str]] = [
     ({"type": "boolean"}, 1, "value: found 1, expected true or false"),
     ({"type": ["integer", "null"]}, "a", 'value: found "a", expected a whole number or null'),
     ({"type": "object"}, [], "value: found [], expected an object"),
+    ({"type": "null"}, "é", 'value: found "é", expected null'),
     ({"enum": [1, "a"]}, True, 'value: found true, expected one of 1, "a"'),
     ({"const": 1}, 2, "value: found 2, expected 1"),
     ({"minLength": 2}, "a", "value: found 1 characters, expected at least 2"),
@@ -110,6 +112,28 @@ def test_a_schema_that_refers_to_itself_ends():
     assert problems(tree, {"kids": [{"kids": [{"n": "x"}]}]}) == [
         'kids[0].kids[0].n: found "x", expected a whole number'
     ]
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        (lambda part: {"allOf": [part]}, lambda entry: entry),
+        (lambda part: {"anyOf": [part]}, lambda entry: entry),
+        (lambda part: {"oneOf": [part]}, lambda entry: entry),
+        (lambda part: {"items": part}, lambda entry: [entry]),
+        (lambda part: {"prefixItems": [part]}, lambda entry: [entry]),
+        (lambda part: {"properties": {"a": part}}, lambda entry: {"a": entry}),
+        (lambda part: {"patternProperties": {"a": part}}, lambda entry: {"a": entry}),
+        (lambda part: {"additionalProperties": part}, lambda entry: {"a": entry}),
+    ],
+)
+def test_sixty_four_levels_of_any_keyword_are_checked(schema: Callable[[Any], Any], value: Callable[[Any], Any]):
+    deep_schema: Any = {"type": "null"}
+    deep_value: Any = 1
+    for _ in range(64):
+        deep_schema, deep_value = schema(deep_schema), value(deep_value)
+    assert problems(deep_schema, deep_value)[0].endswith("found 1, expected null")
+    assert problems(schema(deep_schema), value(deep_value))[0].endswith("nested deeper than 64 levels")
 
 
 def test_long_values_are_shortened():
