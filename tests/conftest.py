@@ -1,5 +1,6 @@
 """Where tests compute, on how many threads, and what the last lines say of what did not run."""
 
+import signal
 import sys
 
 import pytest
@@ -23,6 +24,12 @@ def one_torch_thread():
     """Tests run beside each other, one process a core; more threads than cores only wait for each other."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard():
+    """A shell has what it starts in the background ignore Ctrl-C, and so would all that the tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -74,7 +74,8 @@ _LISTS: dict[Any, Callable[[Iterable[Any]], Any]] = {
     abc.Collection: list,
 }
 _MAPS = (dict, abc.Mapping, abc.MutableMapping)
-_QUALIFIERS = {typing.Required, typing.NotRequired, typing.Final}
+_QUALIFIERS = {typing.Required, typing.NotRequired, typing.Final, getattr(typing, "ReadOnly", typing.Final)}
+"""What changes nothing about a value; Python 3.13 has ``ReadOnly``."""
 _BOUNDS = {
     "ge": "minimum",
     "le": "maximum",
@@ -104,9 +105,9 @@ class Shapes:
         if hasattr(hint, "__supertype__"):  # NewType
             return self.of(hint.__supertype__)
         if hasattr(hint, "__value__"):  # type X = ...
-            return self.of(hint.__value__)
+            return self._named(hint, {}, lambda alias: self.of(alias.__value__))
         if isinstance(hint, type) and typing.get_origin(hint) is None:
-            return self._class(hint)
+            return self._named(hint, {"type": "object"}, self._new_class)
         return self._generic(typing.get_origin(hint), typing.get_args(hint), hint)
 
     def fields(self, hints: Mapping[str, Any], docs: Mapping[str, str], defaults: Mapping[str, Any]) -> Shape:
@@ -118,15 +119,16 @@ class Shapes:
             schema["required"] = required
         return Shape(schema, lambda value: {name: shapes[name].convert(entry) for name, entry in value.items()})
 
-    def _class(self, kind: type[Any]) -> Shape:
-        if kind in self._open:  # contains itself: the inner one is shown as an object and checked when it is made
-            return Shape({"type": "object"}, lambda value: self._made[kind].checked(value))
-        self._open.add(kind)
+    def _named(self, hint: Any, within: dict[str, Any], make: Callable[[Any], Shape]) -> Shape:
+        """The shape of what may contain itself: the inner one is shown as ``within``, and checked when it is made."""
+        if hint in self._open:
+            return Shape(within, lambda value: self._made[hint].checked(value))
+        self._open.add(hint)
         try:
-            self._made[kind] = self._new_class(kind)
+            self._made[hint] = make(hint)
         finally:
-            self._open.discard(kind)
-        return self._made[kind]
+            self._open.discard(hint)
+        return self._made[hint]
 
     def _new_class(self, kind: type[Any]) -> Shape:
         if issubclass(kind, enum.Enum):

@@ -6,6 +6,8 @@ import datetime
 import decimal
 import enum
 import pathlib
+import sys
+import typing
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +87,25 @@ class Person(pydantic.BaseModel):
 
 
 UserId = NewType("UserId", int)
+
+
+class Alias:
+    """What the statement ``type Json = …`` of Python 3.12 makes: its value is looked at when it is asked for."""
+
+    __value__ = property(lambda self: dict[str, Json] | list[Json] | Colour)
+
+
+Json: Any = Alias()
+if sys.version_info >= (3, 12):
+    exec("type Json = dict[str, Json] | list[Json] | Colour")
+
+
+ReadOnly: Any = getattr(typing, "ReadOnly", typing.Required)  # Python 3.13 has it
+
+
+class Fixed(TypedDict):
+    year: ReadOnly[int]
+
 
 CASES: list[tuple[Any, dict[str, Any], Any, Any]] = [
     (int, {"type": "integer"}, 3.0, 3),
@@ -201,6 +222,18 @@ CASES: list[tuple[Any, dict[str, Any], Any, Any]] = [
         Tree("a", [Tree("b")]),
     ),
     (
+        Fixed,
+        {"type": "object", "properties": {"year": {"type": "integer"}}, "required": ["year"]},
+        {"year": 2026},
+        {"year": 2026},
+    ),
+    (
+        Json,
+        {"anyOf": [{"type": "object"}, {"type": "array"}, {"type": "string", "enum": ["red", "blue"]}]},
+        {"a": ["red", {"b": "blue"}]},
+        {"a": [Colour.RED, {"b": Colour.BLUE}]},
+    ),
+    (
         Movie,
         {
             "type": "object",
@@ -293,6 +326,11 @@ def test_what_a_type_holds_of_itself_is_checked_in_words(child: dict[str, Any], 
 @dataclass
 class Flat:
     x: int
+
+
+def test_what_an_alias_holds_of_itself_is_checked_in_words():
+    with pytest.raises(ValueError, match="found 1, expected"):
+        Shapes().of(Json).convert({"a": ["red", 1]})
 
 
 def test_an_alternative_does_not_fit_a_value_with_more_than_it_knows():

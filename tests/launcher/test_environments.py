@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,7 +205,7 @@ def test_an_interpreter_that_is_not_there_is_named_with_what_is(tiny: Path) -> N
     done = launch("env", "build", "--config", str(tiny))
     assert done.returncode == 78  # the configuration is wrong here, and nothing is begun
     assert "Python 3.99" in done.stderr
-    assert f"found only {VERSION}" in done.stderr
+    assert re.search(rf"found only .*\b{VERSION}", done.stderr)  # whatever else PATH has
     assert "Traceback" not in done.stderr
 
 
@@ -223,7 +224,7 @@ def test_an_old_python_is_refused(tmp_path: Path) -> None:
 
 def test_a_wrong_version_behind_the_right_name_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = tmp_path / f"python{VERSION}"
-    fake.write_text('#!/bin/sh\necho \'["3.12.0", "cpython", "/x", "linux"]\'\n')
+    fake.write_text('#!/bin/sh\necho \'["3.0.0", "cpython", "/x", "linux"]\'\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert interpreters.find(VERSION).version.startswith(VERSION)

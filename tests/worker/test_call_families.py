@@ -247,7 +247,7 @@ def test_text_that_is_no_call_stays_as_it_is(name, text):
         ("envelope", "<tool_call>f(**x)</tool_call>", "needs its name"),
         ("envelope", "<tool_call>f(x='\\ud83d')</tool_call>", "surrogate"),
         ("envelope", "<tool_call>f(x=1j)</tool_call>", "expected a value"),
-        ("envelope", f"<tool_call>{'a.' * 5000}b(x=1)</tool_call>", "malformed"),
+        ("envelope", f"<tool_call>{'a.' * 50_000}b(x=1)</tool_call>", "malformed"),
         ("envelope", f"<tool_call>f(x={'[' * 300}{']' * 300})</tool_call>", "malformed"),
         ("envelope", "<tool_call></tool_call>", "found 0 calls"),
     ],
