@@ -490,7 +490,6 @@ class Session:
                 actions += self._introduce(now)
             if now >= self._lost_since + KEPT:
                 actions += self._forget_all()
-                self._lost_since = now
         else:
             if now >= self._beat_at:
                 actions.append(self._beat(now))
