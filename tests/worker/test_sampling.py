@@ -5,7 +5,7 @@ import torch
 
 from loopmux.errors import BadRequestError, EngineError
 from loopmux.messages import Sampling
-from loopmux_worker.engine.sampling import Sampler, _adjusted, choose_rows, seed_of, uniform
+from loopmux_worker.engine.sampling import Sampler, _adjusted, _mix, choose_rows, seed_of, uniform
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 
@@ -48,6 +48,14 @@ def test_uniform_numbers_are_uniform_and_below_one():
     buckets = torch.histc(torch.tensor(numbers), 10, 0, 1)
     assert torch.all((buckets - 500).abs() < 5 * math.sqrt(500))
     assert uniform(7, 3) == uniform(7, 3)
+
+
+def test_uniform_numbers_are_those_of_splitmix64():
+    """Known ones: a request that goes on at a worker of another release is to draw the same."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    gamma = 0x9E3779B97F4A7C15
+    assert [_mix(1234567 + n * gamma) >> 11 for n in range(4)] == [number >> 11 for number in published]
+    assert uniform(1234567, 2) == (_mix(_mix(1234567) + 2 * gamma) >> 11) / 2**53
 
 
 def test_a_request_without_a_seed_has_the_same_one_in_every_attempt():
