@@ -88,14 +88,15 @@ def test_logit_bias_moves_the_choice(device):
         sampler(Sampling(logit_bias={"6": 1.0}))
 
 
-def test_log_probabilities_are_the_models_own(device):
+@pytest.mark.parametrize(("logits", "best"), [(LOGITS, [0, 1]), (LOGITS.flip(0), [5, 4])])
+def test_log_probabilities_are_the_models_own(logits, best, device):
     chooser = sampler(Sampling(temperature=0, logit_bias={"5": 10.0}), logprobs=2, device=device)
-    pick = chooser.choose(LOGITS.to(device), 0)
-    reference = torch.log_softmax(LOGITS, 0)
+    pick = chooser.choose(logits.to(device), 0)
+    reference = torch.log_softmax(logits, 0)
     assert pick.logprob.token == 5
     assert pick.logprob.logprob == pytest.approx(float(reference[5]))
-    assert [token for token, _ in pick.logprob.top] == [0, 1]
-    assert pick.logprob.top[0][1] == pytest.approx(float(reference[0]))
+    assert [token for token, _ in pick.logprob.top] == best
+    assert pick.logprob.top[0][1] == pytest.approx(float(reference[best[0]]))
     assert sampler(Sampling(temperature=0)).choose(LOGITS, 0).logprob is None
 
 
