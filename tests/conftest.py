@@ -1,10 +1,16 @@
-"""Where tests compute, on how many threads, and what the last lines say of what did not run."""
+"""Where tests compute, on how many threads, how properties are tried, what the last lines say of what did not run."""
 
+import os
 import signal
 import sys
 
 import pytest
 import structlog
+from hypothesis import settings
+
+# No deadline per example: the machine may be busy. On CI the same examples every time, so that a red run repeats.
+settings.register_profile("loopmux", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("loopmux")
 
 NO_GPU = "NOT TESTED ON A GPU"
 

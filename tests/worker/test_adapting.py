@@ -83,6 +83,33 @@ def test_what_cannot_be_loaded_harms_nobody(echo, error, monkeypatch):
     assert isinstance(echo.until_ended(1)[0], Finished)
 
 
+@pytest.mark.parametrize(
+    ("due", "adapting", "waits"),
+    [(None, False, None), (None, True, 0.01), (0.5, False, 0.5), (0.5, True, 0.5), (0.0, False, 0.0), (0.0, True, 0.0)],
+)
+def test_only_an_adapter_that_cannot_be_loaded_yet_wakes_an_idle_engine(due, adapting, waits, monkeypatch):
+    waited = []
+
+    class NoCommands(queue.SimpleQueue):
+        def get(self, timeout=None):
+            waited.append(timeout)
+            raise queue.Empty
+
+        def get_nowait(self):
+            self.get(0.0)
+
+    engine = EchoEngine(WorkerSpec("w", "", (ModelSpec("m"),)))
+    monkeypatch.setattr(engine, "due", lambda: due)
+    monkeypatch.setattr(engine, "can_load", lambda: False)
+    driver = Driver(engine, lambda: None)
+    if adapting:
+        driver.put(Adapt(ID, AdapterOrder("m", "loud", "/adapters/loud"), load=True))
+        driver._turn()
+    driver._commands = NoCommands()
+    driver._turn()
+    assert waited == [waits]
+
+
 def test_an_adapter_is_asked_as_the_model_is_that_it_is_loaded_for(tiny_model):
     engine = enginekit.opened(tiny_model.base, ModelSpec("base"), ModelSpec("brief", system_prompt="one two three"))
     try:

@@ -5,12 +5,12 @@ import time
 from typing import get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from callkit import TOOLS, parse, parser, results
 from loopmux.messages import ToolFormat
-from loopmux_worker.engine.calls import FAMILIES, family_of
+from loopmux_worker.engine.calls import FAMILIES, Parsed, family_of
 from loopmux_worker.engine.calls.source import Marks, marks
 
 
@@ -97,6 +97,29 @@ def test_what_is_no_call_says_why(raw, reason):
     assert made.error is not None
     assert reason in made.error
     assert (made.name, made.raw, made.arguments) == ("", raw, {})
+
+
+@pytest.mark.parametrize(
+    "least",
+    [
+        lambda n: [0] * (65_536 + n),
+        lambda n: dict.fromkeys(map(str, range(4096 + n)), 0),
+        lambda n: json.loads("[" * (63 + n) + "]" * (63 + n)),
+        lambda n: json.loads('{"x":' * (62 + n) + "{}" + "}" * (62 + n)),
+        lambda n: 2**64 - 1 + n,
+        lambda n: -(2**63) - n,
+    ],
+)
+def test_what_can_just_be_sent_is_sent(least):
+    [made] = hermes(call("a", {"x": least(0)}))[1]
+    assert (made.error, made.arguments) == (None, {"x": least(0)})
+    [made] = hermes(call("a", {"x": least(1)}))[1]
+    assert made.error is not None
+
+
+def test_a_key_that_is_no_arguments_does_not_hide_them():
+    [made] = hermes('<tool_call>{"name": "a", "parameters": {"y": 2}, "arguments": {"x": 1}}</tool_call>')[1]
+    assert made.arguments == {"x": 1}
 
 
 def test_arguments_written_as_a_json_text_and_raw_line_ends_are_taken():
@@ -252,11 +275,18 @@ def test_each_call_of_code_has_its_own_text():
 
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.text(min_size=1, max_size=8), st.dictionaries(st.text(max_size=5), JSON)), max_size=3))
-def test_whatever_a_call_holds_comes_back(calls):
-    parsed = parse("hermes", "".join(call(name, arguments) for name, arguments in calls), 3)
-    assert parsed.text == ""
-    assert results(parsed) == calls
-    assert len({c.id for c in parsed.calls}) == len(calls)
+@example([("f", {"x": '"'}), ("g", {"y": "\\"})])
+def test_whatever_a_call_holds_comes_back_with_its_last_character(calls):
+    one, made = parser("hermes", TOOLS), []
+    for number, (name, arguments) in enumerate(calls):
+        for character in call(name, arguments):
+            assert len(made) == number
+            parsed = one.push(character)
+            assert parsed.text == ""
+            made += parsed.calls
+    assert [(c.name, c.arguments, c.error) for c in made] == [(*each, None) for each in calls]
+    assert len({c.id for c in made}) == len(calls)
+    assert one.flush() == Parsed()
 
 
 def test_an_argument_of_a_megabyte():

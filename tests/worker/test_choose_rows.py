@@ -70,7 +70,7 @@ def assert_same(pick, alone):
     assert [p for _, p in pick.logprob.top] == pytest.approx([p for _, p in alone.logprob.top], abs=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     made=st.lists(samplers(), min_size=ROWS, max_size=ROWS),
     positions=st.lists(st.integers(0, 2**20), min_size=ROWS, max_size=ROWS),

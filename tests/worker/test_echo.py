@@ -101,8 +101,10 @@ def test_a_whole_prefix_only_ends():
 
 def test_the_rate_holds_over_time():
     clock = Clock()
-    some = engine(clock, rate=100, tokens=1000)
+    some = engine(clock, rate=100, tokens=1000, first_delay=0.5)
     some.submit(job(max_new_tokens=1000))
+    assert (some.step(), some.due()) == ([], 0.5)
+    clock.now += 0.5
     produced = 0
     assert len(ids(some.step())) == 1
     assert some.due() == pytest.approx(0.01)

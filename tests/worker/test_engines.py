@@ -229,6 +229,7 @@ def test_a_deterministic_request_is_the_same_to_the_last_bit(engine):
         return [[(o.ids, o.logprobs) for o in of(one, outputs) if isinstance(o, Produced)] for one in jobs]
 
     alone = [seen([one(i)])[0] for i in range(3)]
+    assert [len(tokens) for tokens in alone] == [24] * 3
     answer(engine, job(prompt_token_ids=prompt, max_new_tokens=8, session="s"))  # which leaves state of that prompt
     beside = [job(prompt=None, prompt_token_ids=pack_tokens(range(n, 4 * n)), max_new_tokens=40) for n in (5, 40, 60)]
     assert seen([one(i) for i in range(3)], every=2, beside=beside) == alone

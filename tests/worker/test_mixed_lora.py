@@ -116,7 +116,7 @@ def packed(model, adapters, runs, sequences, **options):
     sees = (owner[:, None] == owner) & (positions[:, None] >= positions)
     adapters.use(runs, **options)
     with torch.inference_mode():
-        mask = torch.where(sees, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+        mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)
         given = [tensor.to(model.device) for tensor in (ids, mask[None, None], positions[None])]
         logits = model(given[0], attention_mask=given[1], position_ids=given[2]).logits[0]
         return logits.cpu().split([len(s) for s in sequences])
@@ -192,6 +192,15 @@ def test_half_precision_stays_half_and_close(base, kinds, device):
         exact = reference(base, kinds[name], ids, device)
         theirs = (reference(base, kinds[name], ids, device, torch.bfloat16) - exact).abs().mean()
         assert (found - exact).abs().mean() <= 1.5 * theirs
+
+
+def test_a_dtype_that_cannot_be_packed_is_mixed_all_the_same(base, kinds):
+    assert not lora.can_pack(torch.float64)
+    model, adapters = mixed(base, kinds, "cpu", torch.float64)
+    runs, sequences = [("sixteen", 4), ("one", 3)], [tokens(4, 1), tokens(3, 2)]
+    for (name, _), ids, found in zip(runs, sequences, packed(model, adapters, runs, sequences), strict=True):
+        expected = reference(base, kinds[name], ids, dtype=torch.float64)
+        torch.testing.assert_close(found, expected, **CLOSE["cpu"])
 
 
 def test_coming_and_going(base, kinds, device):

@@ -1,6 +1,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from loopmux.codec import BODY_LIMITS, pack, unpack
 from loopmux.errors import EngineError
@@ -19,7 +21,7 @@ from loopmux.messages import (
     Tok,
     Welcome,
 )
-from loopmux.results import Timing, ToolCall, Usage
+from loopmux.results import Timing, TokenLogprob, ToolCall, Usage
 from loopmux.wire import (
     VERSION,
     VERSIONS,
@@ -160,13 +162,22 @@ def test_a_hint_about_a_session_is_the_engine_s():
 
 def test_heartbeats_carry_load_progress_and_rate():
     session = running()
-    session.handle(stepped(produced(0, 8)), 0.5)
+    session.handle(Stepped((produced(0, 8),), replace(BUSY, progress=2**32 + 7)), 0.5)
     (beat,) = sent(session.handle(Woke(), 1.0))
-    assert beat.header == Header(Kind.HB, seq=7)
+    assert beat.header == Header(Kind.HB, seq=7)  # of 32 bits
     assert unpack(Heartbeat, beat.route) == Heartbeat(1, 0, 8.0, cached_tokens=300, computed_tokens=50)
     session.handle(Received(message(Kind.PONG)), 1.1)
     (beat,) = [m for m in sent(session.handle(Woke(), 2.0)) if m.kind is Kind.HB]
     assert unpack(Heartbeat, beat.route).tokens_per_second == 0
+
+
+def test_heartbeats_are_no_closer_than_a_worker_can_bear():
+    session = Session(REGISTER, {}, 0.0)
+    session.handle(Woke(), 0.0)
+    session.handle(welcome(session, heartbeat=0.001), 0.0)
+    assert session.next_timer() == 0.05
+    assert kinds(session.handle(Woke(), 0.05)) == [Kind.HB]
+    assert session.next_timer() == 0.1
 
 
 def test_run_is_submitted_once_and_acknowledged_where_no_output_does_so():
@@ -247,9 +258,9 @@ def test_the_first_token_goes_at_once_then_eight_or_twenty_milliseconds():
 def test_a_terminal_flushes_first_and_repeats_until_acknowledged():
     session = running()
     session.handle(stepped(produced(0, 1)), 1.0)
-    call = ToolCall("call_0", "add", {"a": 1})
-    tok, end = sent(session.handle(stepped(produced(1, 2, calls=(call,), reasoning="hm"), finished(3)), 1.001))
-    assert unpack(Tok, tok.body) == Tok("x", (call,), reasoning="hm")
+    brought = {"calls": (ToolCall("call_0", "add", {"a": 1}),), "logprobs": (TokenLogprob(2, -0.5),), "reasoning": "hm"}
+    tok, end = sent(session.handle(stepped(produced(1, 2, **brought), finished(3)), 1.001))
+    assert unpack(Tok, tok.body) == Tok("x", **brought)
     assert end.header == Header(Kind.END, REQUEST, seq=3, attempt=1)
     assert unpack(End, end.body) == End("stop", Usage(3, 3), Timing(), "m", "w1")
     assert [m for m in sent(session.handle(Woke(), 2.001)) if m.kind is not Kind.HB] == [end]
@@ -383,6 +394,22 @@ def test_a_replay_names_what_the_client_has_and_only_that_is_let_go():
     assert [m.header.seq for m in sent(session.handle(replay(8, acknowledged=8), 1.8))] == [8, 16]
 
 
+def test_output_that_waits_for_a_minute_is_let_go():
+    """Nothing older can be asked for, and a client that acknowledges nothing must not fill the worker."""
+    session = running(timeout=1000.0)
+    for position, at in ((0, 1.0), (8, 2.0)):
+        session.handle(stepped(produced(position, 8)), at)
+    at = 2.0
+    while at < 61.0:
+        at = session.next_timer()
+        session.handle(Woke(), at)
+        session.handle(Received(message(Kind.PONG)), at)
+    assert at == 61.0
+    session.handle(Received(message(Kind.WHO)), 61.5)
+    [held] = sent(session.handle(welcome(session), 61.6))
+    assert held.header == Header(Kind.HELD, REQUEST, seq=8, arg=16, attempt=1)
+
+
 def test_the_first_tokens_of_an_attempt_come_with_the_name_of_the_weights():
     session = running(prefix=(7, 7))
     first = sent(session.handle(stepped(produced(2, 1)), 1.0))
@@ -452,6 +479,14 @@ def test_an_attempt_of_the_same_number_behind_another_prefix_is_another_attempt(
     assert actions[0] == Cancel(KEY)
     assert [(m.kind, m.header.attempt) for m in sent(actions)] == [(Kind.RESET, 1)]
     assert session.requests == 0
+
+
+def test_what_was_dropped_does_not_end_what_is_run_under_its_number():
+    session = running()
+    assert session.handle(Received(message(Kind.RESET, REQUEST)), 1.0) == [Cancel(KEY)]
+    session.handle(run(), 1.1)
+    assert session.handle(Cancelled(KEY, Usage(3, 8)), 1.11) == []
+    assert kinds(session.handle(stepped(produced(0, 1), finished(1)), 1.12)) == [Kind.TOK, Kind.END]
 
 
 def test_replay_of_what_is_not_here_says_so():
@@ -576,9 +611,10 @@ def test_a_welcome_from_another_broker_process_has_it_say_what_it_has():
     assert kinds(session.handle(welcome(session, NEXT_EPOCH), 1.1)) == [Kind.HELD]
 
 
-def test_a_process_that_was_suspended_does_not_blame_the_broker():
+@pytest.mark.parametrize("until", [3.0, 100.0])
+def test_a_process_that_was_suspended_does_not_blame_the_broker(until):
     session = running()
-    assert kinds(session.handle(Woke(), 100.0)) == [Kind.HB]
+    assert kinds(session.handle(Woke(), until)) == [Kind.HB]
 
 
 def test_requests_of_a_broker_that_stays_away_are_given_up_after_a_minute():
@@ -636,7 +672,7 @@ def test_what_does_not_end_is_left_behind():
 def test_asked_twice_it_goes_at_once():
     session = running()
     session.handle(Asked(), 0.2)
-    assert session.handle(Asked(), 0.3)[-1] == Leave()
+    assert session.handle(Asked(), 0.2)[-1] == Leave()
 
 
 def drained(within: float) -> Received:
@@ -815,3 +851,44 @@ def test_an_adapter_that_was_loaded_while_the_broker_was_away_is_in_the_next_int
     assert sent(session.handle(adapted(LOUD), 2.0)) == []
     [register] = [m for m in sent(session.handle(Connected(), 2.5)) if m.kind is Kind.REGISTER]
     assert LOUD in unpack(Register, register.route).models
+
+
+# --- whatever happens -------------------------------------------------------------------------------------------------
+
+HAPPENINGS = {
+    "run": lambda session: run(timeout=50.0),
+    "run again": lambda session: run(attempt=2, prefix=(7,)),
+    "tokens": lambda session: stepped(*(produced(r.stream.end, 1, key=key) for key, r in session._requests.items())),
+    "end": lambda session: stepped(*(finished(r.stream.end, key) for key, r in session._requests.items())),
+    "stop": lambda session: Received(message(Kind.STOP, REQUEST, arg=1)),
+    "cancelled": lambda session: Cancelled(KEY, None),
+    "reset": lambda session: Received(message(Kind.RESET, REQUEST)),
+    "replay": lambda session: replay(0),
+    "endack": lambda session: Received(message(Kind.ENDACK, REQUEST)),
+    "tokack": lambda session: Received(message(Kind.TOKACK, REQUEST, arg=1)),
+    "who": lambda session: Received(message(Kind.WHO)),
+    "lost": lambda session: Disconnected(),
+    "connected": lambda session: Connected(),
+    "welcome": lambda session: welcome(session, NEXT_EPOCH),
+    "drain": lambda session: drained(100),
+    "alarm": lambda session: Woke(),
+}
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(st.sampled_from(sorted(HAPPENINGS)), st.sampled_from([0.0, 0.01, 0.5, 20.0])), max_size=25))
+@example([("run", 0.0), ("cancelled", 60.0)])
+def test_alarms_soon_leave_nothing_to_do_at_their_time(happened):
+    """Else the loop that waits for the next one would not wait, and take a whole core."""
+    session, now = joined(), 0.0
+    for name, later in happened:
+        now += later
+        session.handle(HAPPENINGS[name](session), now)
+    end = now + 100.0
+    while now < end:
+        now = max(now, session.next_timer())
+        for _ in range(3):  # a request does one thing at a time
+            if Leave() in session.handle(Woke(), now):
+                return
+        assert session.next_timer() > now
+        session.handle(Received(message(Kind.PONG)), now)

@@ -190,14 +190,44 @@ def test_rows_are_taken_by_value():
     assert rows.take([9] * 5, "base", None, 501.0) is None
 
 
-def parked(count: int) -> Rows:
-    """Rows of 50 tokens, one for each of the sessions s0, s1, …, all parked at 0.0."""
+def parked(count: int, *sessions: str | None) -> Rows:
+    """Rows of 50 tokens, one for each of the sessions s0, s1, … or those given, all parked at 0.0."""
     rows = Rows(count)
-    for index in range(count):
-        row, _ = rows.take([index] * 50, "base", f"s{index}", 0.0)
+    for index, session in enumerate(sessions or [f"s{index}" for index in range(count)]):
+        row, _ = rows.take([index] * 50, "base", session, 0.0)
         row.tokens, row.filled = [index] * 50, 50
         rows.park(index, 0.0)
     return rows
+
+
+@pytest.mark.parametrize(
+    ("owner", "session", "shared", "row"),
+    [
+        ("s0", "s0", 20, 0),  # its own
+        ("s0", "new", 20, 1),  # the tail of s0 is worth more than all of s1
+        ("s0", "new", 49, 0),  # and here less
+        (None, None, 20, 1),  # nobody's row is not one's own
+    ],
+)
+def test_a_beginning_is_copied_where_less_is_lost_by_it(owner, session, shared, row):
+    rows = parked(2, owner, "s1")
+    rows.expect("s0", 1.0, 1.0)
+    rows.expect("s1", 61.0, 1.0)
+    if owner is None:
+        rows.leave("s1")
+    found, copy = rows.take([0] * shared + [9], "base", session, 1.0)
+    assert (found.index, found.filled, copy) == (row, shared, Copy(0, 1, shared) if row else None)
+
+
+def test_of_equal_beginnings_that_of_the_session_is_used():
+    rows = Rows(3)
+    for session in ("s0", "s1", "s2"):
+        row, _ = rows.take([], "base", session, 0.0)
+        row.tokens, row.filled = [1] * 50, 50
+    for index in range(3):
+        rows.park(index, 0.0)
+    found, copy = rows.take([1] * 51, "base", "s1", 1.0)
+    assert (found.index, found.filled, copy) == (1, 50, None)
 
 
 def test_a_session_that_is_done_is_taken_first_and_one_that_waits_for_a_tool_last():
@@ -235,14 +265,16 @@ def test_what_a_session_that_is_done_leaves_can_still_be_found_and_its_next_requ
     assert rows[0].worth == rows[1].worth
 
 
-def test_an_adapter_that_is_gone_takes_its_rows_with_it():
-    rows = Rows(2)
-    for index in range(2):
-        row, _ = rows.take([3] * 50, f"base {index}", None, 0.0)
+def test_an_adapter_that_is_gone_takes_its_parked_rows_with_it():
+    rows = Rows(3)
+    for index in range(3):
+        row, _ = rows.take([3] * 50, f"base {index % 2}", None, 0.0)
         row.tokens, row.filled = [3] * 50, 50
+    for index in range(2):
         rows.park(index, 0.0)
     rows.forget("base 0")
-    assert (rows.parked, rows.known([3] * 50, "base 0"), rows.known([3] * 50, "base 1")) == (1, 0, 50)
+    assert (rows.parked, rows.known([3] * 50, "base 1")) == (1, 50)
+    assert (rows[0].filled, rows[2].running) == (0, True), "another adapter with the same contents runs there"
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -291,22 +323,26 @@ def test_nothing_of_a_failed_step_counts_as_computed():
     assert core.rows.known([1] * 30, "base") == core.rows.known([2] * 30, "base") == 0
 
 
-def test_a_suspect_that_does_well_alone_is_trusted_again_three_times():
+def test_a_suspect_that_does_well_alone_is_trusted_again_three_times_and_then_takes_turns_with_the_others():
     core = scheduler()
     for number in (1, 2):
         core.add(sequence(number, [number] * 5))
     core.admit(512, 0.0)
-    together = 0
+    steps = []
     for _ in range(30):
         plan = core.plan(512)
+        steps.append([int.from_bytes(s.key.request, "big") for s in plan.segments])
         if len(plan.segments) == 2:
-            together += 1
             assert core.failed(plan) is None
         else:
             core.done(plan)
             for segment in plan.segments:
                 core.append(segment.key, 7)
-    assert together == 3
+    assert sum(len(step) == 2 for step in steps) == 3
+    assert sorted(steps[-2:]) == [[1], [2]]
+    assert steps[-20:] == steps[-2:] * 10
+    core.remove(key(1), 1.0)
+    assert [run(core)[1][0][0] for _ in range(3)] == [2, 2, 2]
 
 
 def test_short_memory_costs_the_youngest_its_row_and_its_place_stays_empty_for_a_while():
@@ -315,10 +351,14 @@ def test_short_memory_costs_the_youngest_its_row_and_its_place_stays_empty_for_a
         core.add(sequence(number, [number] * 5))
     run(core)
     assert core.preempt() == key(3)
+    for number in (4, 5):
+        core.add(sequence(number, [number] * 3))
     assert [s[0] for s in run(core)[1]] == [1, 2]
     core.remove(key(1), 1.0)
-    assert run(core)[1] == [(2, 6, 1, True), (3, 0, 6, True)]
-    core.remove(key(2), 1.0)
+    assert run(core)[1] == [(2, 6, 1, True), (3, 0, 6, True), (4, 0, 3, True)]
+    assert core.waiting == 1
+    for gone in (2, 4, 5):
+        core.remove(key(gone), 1.0)
     assert core.preempt() is None
 
 
@@ -393,6 +433,7 @@ def test_whatever_happens_every_token_is_computed_once_in_order_over_a_true_hist
         for copy in copies:
             cells[copy.target][: copy.length] = cells[copy.source][: copy.length]
         plan = core.plan(budget)
+        assert bool(plan.segments) == bool(core.running)
         if rng.random() < 0.1:
             for segment in plan.segments:  # a step that raised may have left anything behind
                 for place in range(segment.start, segment.start + segment.count):

@@ -473,7 +473,6 @@ class Session:
         actions = self._speak(now)
         if not self.welcomed and now >= self._lost_since + KEPT:
             actions += self._forget_all()
-            self._lost_since = now
         if self.welcomed and now >= self._offer_at:
             actions += self._give_up_the_largest()
             actions += self._offer(now)

@@ -59,7 +59,7 @@ def python_list(source: Source, output: Output, mark: str) -> Waiting[None]:
             if (yield from string(source, raw.append, mark, "\n")) == "\n":
                 break
         else:
-            depth += {"[": 1, "]": -1}.get(mark, 0)
+            depth += 1 if mark == "[" else -1
     _tell(output, "".join(raw).strip(), whole=bool(mark))
 
 
