@@ -99,14 +99,6 @@ def test_the_life_of_a_private_stack(home: Path):
     assert private_folders(home) == []
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in a shell's background
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_a_stack_is_being_started_leaves_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
         def __init__(self, *words: Any, **more: Any) -> None:

@@ -193,7 +193,7 @@ def test_a_log_that_somebody_moved_or_removed_is_begun_anew(tmp_path: Path) -> N
 def test_a_tethered_program_dies_with_whoever_started_it() -> None:
     middle = """
 import subprocess, sys
-from loopmux_launcher import envcommands, tether
+from loopmux_launcher import tether
 command = tether.tethered([sys.executable, "-c", "print('up', flush=True); import time; time.sleep(60)"])
 p = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
 p.stdout.readline()
