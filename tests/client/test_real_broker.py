@@ -63,7 +63,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     running = Stack(endpoint, folder, start_broker(folder, endpoint), workers)
     try:
         with loopmux.Client(endpoint, connect_timeout=20) as client:
-            wait_until(lambda: serving(client), "both workers joined", 20)
+            wait_until(lambda: serving(client), "both workers joined", limit=20)
         yield running
     finally:
         for process in (*running.workers, running.broker):
@@ -201,7 +201,7 @@ def pair(tmp_path: Path) -> Iterator[Stack]:
     running = Stack(endpoint, tmp_path, start_broker(tmp_path, endpoint), workers)
     try:
         with loopmux.Client(endpoint, connect_timeout=20) as client:
-            wait_until(lambda: len(client.status().workers) == 2, "both workers joined", 20)
+            wait_until(lambda: len(client.status().workers) == 2, "both workers joined", limit=20)
         yield running
     finally:
         for process in (*running.workers, running.broker):
