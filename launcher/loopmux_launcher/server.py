@@ -159,7 +159,12 @@ class Launcher:
         self._listening.clear()
 
     def run(self, parent: int | None = None) -> int:
-        """Serve until a signal, the end of ``parent``, or until nothing is left to serve; returns the exit code."""
+        """Serve until a signal, the end of ``parent``, or until nothing is left to serve; returns the exit code.
+
+        Raises:
+            BusyError, ConfigError: its own broker's endpoints cannot be listened on.
+            LoopmuxError: the broker refuses this launcher, or a socket cannot be had.
+        """
         with ExitStack() as ending:
             signals = ending.enter_context(Signals(parent))  # first: nothing of what follows is cut short
             ending.callback(self._stop_listening)
