@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from brokerkit import end, tok
-from brokerwire import Peer, broker, fails, plain
+from brokerwire import PATIENCE, Peer, broker, fails, plain
 from loopmux.claims import BusyError
 from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.listening import Listening, renew
@@ -120,7 +120,7 @@ def test_systemd_s_variables(tmp_path: Path) -> None:
                 client.hello()
         finally:
             process.terminate()
-            process.communicate(timeout=10)
+            process.communicate(timeout=PATIENCE)
         assert process.returncode == 0
     finally:
         workers.close()

@@ -22,6 +22,7 @@ from loopmux.listening import Listening
 from loopmux.wire import Kind
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.configfile import load
+from processes import running as runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,7 +131,7 @@ def test_what_a_killed_broker_left_is_replaced(endpoint: str) -> None:
         running.process.kill()
         os.kill(running.serving, signal.SIGKILL)
         running.process.wait()
-        until(lambda: not _runs(running.serving), "broker ended")
+        until(lambda: not runs(running.serving), "broker ended")
     assert Path(endpoint.removeprefix("ipc://")).exists()
     with broker("--endpoint", endpoint) as running, Peer(running.clients) as client:
         client.hello()
@@ -218,15 +219,7 @@ def test_it_ends_and_cleans_up_when_its_parent_is_killed(endpoint: str, tmp_path
         child = int(parent.stdout.readline())
         parent.kill()
     until(lambda: not (tmp_path / "sockets").exists(), "socket folder removed")
-    until(lambda: not _runs(child), "broker ended")
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return "Z" not in Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    until(lambda: not runs(child), "broker ended")
 
 
 # --- configuration
