@@ -74,8 +74,9 @@ def test_a_folder_that_was_there_before_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_busy_path_names_its_holder_and_the_remedy(endpoint: str) -> None:
-    with broker("--endpoint", endpoint) as running, Peer(running.clients) as client:
+def test_a_busy_path_names_its_holder_and_the_remedy(endpoint: str, tmp_path: Path) -> None:
+    words = ("--config", str(settings(tmp_path)), "--endpoint", endpoint)
+    with broker(*words) as running, Peer(running.clients) as client:
         client.hello()
         code, written = fails("--endpoint", endpoint)
         assert code == 1
@@ -137,10 +138,11 @@ def test_what_a_killed_broker_left_is_replaced(endpoint: str) -> None:
         client.hello()
 
 
-def test_a_log_that_nobody_reads_holds_nobody_up(endpoint: str) -> None:
+def test_a_log_that_nobody_reads_holds_nobody_up(endpoint: str, tmp_path: Path) -> None:
     unread, into = os.pipe()
     fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, 4096)
-    with subprocess.Popen(command("--endpoint", endpoint), stderr=into) as process:
+    words = command("--config", str(settings(tmp_path)), "--endpoint", endpoint)
+    with subprocess.Popen(words, stderr=into) as process:
         os.close(into)
         try:
             until(lambda: Path(f"{endpoint}.work".removeprefix("ipc://")).exists(), "listens")

@@ -240,13 +240,16 @@ def test_run_serves_a_broker_of_somebody_else(config: Path, endpoint: str) -> No
             assert broker.wait() == 0
 
 
-def test_a_launcher_that_is_started_again_fails_nobodys_request(config: Path, endpoint: str) -> None:
+def test_a_launcher_that_is_started_again_fails_nobodys_request(
+    config: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As after an update: what runs, what waits and what comes meanwhile goes on in the next one's workers."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     config.write_text("models: {echo: {engine: echo, slots: 8, echo: {rate: 100, tokens: 150}}}\n")
     words = ("run", "--config", str(config), "--endpoint", endpoint)
     with ExitStack() as stack:
         stack.enter_context(program("--endpoint", endpoint, module="loopmux_broker")).line("ready")
-        first = stack.enter_context(program(*words))
+        first = stack.enter_context(program(*words, module="launcher.unhurried"))
         first.line("ready after")
         client = stack.enter_context(loopmux.Client(endpoint, timeout=60))
         wait_for(lambda: [m.phase for m in client.models()] == ["ready"], "the launcher to join")
