@@ -512,6 +512,12 @@ def test_an_adapter_that_was_loaded_is_there_until_it_is_unloaded(config: Path, 
     def served() -> dict[str, int]:
         return {one.name: one.workers for one in client.adapters()}
 
+    def kill_a_worker() -> None:
+        victim = client.status().workers[0].pid
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: victim not in {one.pid for one in client.status().workers}, "the worker to be gone")
+        wait_for(lambda: len(client.status().workers) == 2, "the next one")
+
     words = ("up", "--config", str(config), "--endpoint", endpoint)
     with program(*words) as up, loopmux.Client(endpoint, max_new_tokens=3) as client:
         up.line("ready after")
@@ -519,8 +525,7 @@ def test_an_adapter_that_was_loaded_is_there_until_it_is_unloaded(config: Path, 
         done = client.load_adapter("echo", "parrot", "/adapters/parrot")
         assert (done.workers, done.remembered) == (("echo-1", "echo-2"), True)
         up.line("adapter parrot: loaded for echo")
-        up.children("loopmux_worker")[0].kill()
-        wait_for(lambda: served() == {"parrot": 1}, "the worker to be gone")
+        kill_a_worker()
         wait_for(lambda: served() == {"parrot": 2}, "the next one to have it")
         psutil.Process(client.status().pid).kill()
         wait_for(lambda: served() == {"parrot": 2}, "the next broker to know it")
@@ -533,9 +538,7 @@ def test_an_adapter_that_was_loaded_is_there_until_it_is_unloaded(config: Path, 
         [one] = client.adapters()
         assert (one.onto, one.folder) == ("echo", "/adapters/parrot")
         client.unload_adapter("echo", "parrot")
-        up.children("loopmux_worker")[0].kill()
-        wait_for(lambda: len(client.status().workers) == 1, "the worker to be gone")
-        wait_for(lambda: len(client.status().workers) == 2, "the next one")
+        kill_a_worker()
         assert served() == {}
         assert {model.id for model in client.models()} == {"echo"}
 
