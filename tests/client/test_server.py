@@ -29,7 +29,7 @@ from loopmux.errors import BadRequestError, ConfigError, ConnectionLostError
 ECHO = "models:\n  default: {engine: echo}\n  other: {engine: echo}\n"
 
 
-def wait_until(condition: Callable[[], bool], what: str, limit: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, limit: float = 60.0) -> None:
     end = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < end, f"waited {limit} s for {what}"
