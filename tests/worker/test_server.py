@@ -179,10 +179,11 @@ def test_many_streams_at_once_are_exact(broker, endpoint):
 
 def test_what_a_step_gives_its_streams_travels_together(broker, endpoint):
     requests = [bytes([i]) * 16 for i in range(1, 9)]
-    with serving(endpoint, tokens=400):
+    long = Generate(prompt="x", max_new_tokens=5_000)  # so that all of them run for a while, however they are started
+    with serving(endpoint, tokens=5_000):
         broker.welcome()
         for request in requests:
-            broker.send(Kind.RUN, request, route={"model": "echo"}, body=Generate(prompt="x"), attempt=1)
+            broker.send(Kind.RUN, request, route={"model": "echo"}, body=long, attempt=1)
         for _ in requests:
             while broker.receive().kind is not Kind.END:
                 pass
