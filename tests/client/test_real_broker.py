@@ -216,9 +216,9 @@ def drain(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_an_administrator_drains_a_worker_under_its_running_streams(pair: Stack) -> None:
     with loopmux.Client(pair.endpoint, model="paced") as client, ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(client.generate, "x", max_new_tokens=1600) for _ in range(8)]
+        answers = [pool.submit(client.generate, "x", max_new_tokens=1200) for _ in range(8)]
         wait_until(lambda: [w.running for w in client.status().workers] == [4, 4], "both run four")
-        done = drain(pair, "one", "--within", "1")  # of the eight seconds that the streams take
+        done = drain(pair, "one", "--within", "0.5")  # the streams take six seconds, and the command has to start
         assert done.returncode == 0, done.stderr
         first, *_, last = done.stdout.splitlines()
         assert (first, last.startswith("one has left after ")) == ("one: 4 running", True), done.stdout
@@ -227,7 +227,7 @@ def test_an_administrator_drains_a_worker_under_its_running_streams(pair: Stack)
         status = client.status()
     for result in results:
         request = bytes.fromhex(result.request_id)
-        assert result.token_ids == tuple(echo_token(request, i) for i in range(1600))
+        assert result.token_ids == tuple(echo_token(request, i) for i in range(1200))
     assert sorted(result.attempts for result in results) == [1, 1, 1, 1, 2, 2, 2, 2]
     assert {name: status.counters.get(name, 0) for name in ("migrated", "requeued", "workers_left")} == {
         "migrated": 4,
