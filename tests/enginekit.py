@@ -13,7 +13,7 @@ from loopmux_worker.engine import open_engine
 from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Output, Produced
 
 GREEDY = Sampling(temperature=0)
-PATIENCE = 20.0
+PATIENCE = 30.0
 """Seconds after which something that does not happen is a failure; generous, the machine is shared."""
 _STEPS = 10_000
 """After which an engine that still has something to do goes on for ever."""

@@ -19,6 +19,8 @@ from loopmux.results import Timing, Usage
 from loopmux.wire import Header, Kind, Message, pack_tokens
 
 CHUNK = 4
+PATIENCE = 30.0
+"""Seconds after which something that should happen at once counts as not happening: the machine may be busy."""
 
 
 @dataclass
@@ -97,7 +99,7 @@ class FakeBroker:
         """How many messages of a kind came."""
         return sum(s.message.kind is kind for s in list(self.seen))
 
-    def wait_for(self, kind: Kind, times: int = 1, within: float = 5.0) -> Message:
+    def wait_for(self, kind: Kind, times: int = 1, within: float = PATIENCE) -> Message:
         """Wait until so many messages of a kind came; the last of them."""
         with self._news:
             if not self._news.wait_for(lambda: self.count(kind) >= times, within):
@@ -187,7 +189,7 @@ class FakeBroker:
             self._send(peer, Message(Header(Kind.END, id_, seq=live.total, attempt=1), body=codec.pack(end)))
 
 
-def wait_until(condition: Callable[[], bool], what: str, within: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, within: float = PATIENCE) -> None:
     """Poll a condition that nobody announces."""
     until = time.monotonic() + within
     while not condition():

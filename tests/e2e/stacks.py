@@ -20,7 +20,7 @@ READY_LIMIT = 120.0
 """Seconds for a start without building an environment; loading torch on a busy two-core machine takes most of it."""
 
 
-def wait_for(condition: Callable[[], Any], what: str, limit: float = 20.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, limit: float = 60.0) -> Any:
     """Poll until the condition holds and return its value."""
     end = time.monotonic() + limit
     while not (value := condition()):
@@ -60,7 +60,7 @@ class Stack:
         """Send a signal to ``up`` and wait until it is gone."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     def left_behind(self) -> list[str]:
         """Socket, lock and state files that are still in the socket's folder."""

@@ -19,7 +19,7 @@ from processes import running
 T = TypeVar("T")
 BUILD_LIMIT = 200.0
 """Seconds for a command that may build an environment, which takes five on an idle machine."""
-LIMIT = 30.0
+LIMIT = 60.0
 """Seconds that a test waits for something that takes one on an idle machine."""
 
 

@@ -23,7 +23,7 @@ from loopmux_launcher.logfile import RotatingLog
 from loopmux_launcher.processes import LAST_LINES, Child, Ended, Said, broker_line
 from processes import running
 
-LIMIT = 20.0
+LIMIT = 60.0
 
 
 @contextmanager
