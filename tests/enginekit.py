@@ -14,7 +14,7 @@ from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Outpu
 from waiting import wait_for
 
 GREEDY = Sampling(temperature=0)
-PATIENCE = 20.0
+PATIENCE = 30.0
 """Seconds after which something that does not happen is a failure; generous, the machine is shared."""
 until = partial(wait_for, limit=PATIENCE)
 _STEPS = 10_000

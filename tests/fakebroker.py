@@ -20,7 +20,9 @@ from loopmux.wire import Header, Kind, Message, pack_tokens
 from waiting import wait_for
 
 CHUNK = 4
-wait_until = partial(wait_for, limit=5.0)
+PATIENCE = 30.0
+"""Seconds after which something that should happen at once counts as not happening: the machine may be busy."""
+wait_until = partial(wait_for, limit=PATIENCE)
 
 
 @dataclass
@@ -99,7 +101,7 @@ class FakeBroker:
         """How many messages of a kind came."""
         return sum(s.message.kind is kind for s in list(self.seen))
 
-    def wait_for(self, kind: Kind, times: int = 1, within: float = 5.0) -> Message:
+    def wait_for(self, kind: Kind, times: int = 1, within: float = PATIENCE) -> Message:
         """Wait until so many messages of a kind came; the last of them."""
         with self._news:
             if not self._news.wait_for(lambda: self.count(kind) >= times, within):

@@ -296,7 +296,7 @@ class Client:
 
     # --- the application's side
 
-    def until(self, condition: Callable[[], bool], within: float = 20.0) -> None:
+    def until(self, condition: Callable[[], bool], within: float = 60.0) -> None:
         end = time.monotonic() + within
         while not condition():
             assert time.monotonic() < end, "it did not come to that"

@@ -10,9 +10,9 @@ from loopmux.codec import pack, unpack
 from loopmux.messages import Generate, Register, Run, Welcome
 from loopmux.wire import VERSION, Header, Kind, Message, from_bytes, pack_tokens, split, to_bytes
 
-PATIENCE = 20.0
+PATIENCE = 30.0
 """Seconds after which a message that does not come is a failure; generous, the machine is shared."""
-LOADING = 60.0
+LOADING = 90.0
 """The same for a worker that imports torch first."""
 
 

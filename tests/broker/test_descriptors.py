@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from brokerkit import Core
-from brokerwire import Peer, broker, plain
+from brokerwire import PATIENCE, Peer, broker, plain, settings
 from loopmux_broker import descriptors
 from loopmux_broker.events import ConnectionsRefused
 
@@ -33,7 +33,8 @@ def open_files() -> Iterator[None]:
 
 def test_a_flood_of_connections_ends_no_broker(open_files: None, tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/b.ipc"
-    with broker("--endpoint", endpoint, open_files=FEW) as running, ExitStack() as peers:
+    words = ("--config", str(settings(tmp_path)), "--endpoint", endpoint)
+    with broker(*words, open_files=FEW) as running, ExitStack() as peers:
         client, worker = (peers.enter_context(Peer(each)) for each in (running.clients, running.workers))
         client.hello()
         worker.register()
@@ -52,7 +53,7 @@ def test_a_flood_of_connections_ends_no_broker(open_files: None, tmp_path: Path)
 
 def ends(connection: socket.socket) -> bool:
     """Whether the broker closes a connection; before, it may have said what libzmq begins with."""
-    connection.settimeout(10)
+    connection.settimeout(PATIENCE)
     while connection.recv(64):
         pass
     return True

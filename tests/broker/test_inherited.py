@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from brokerkit import end, tok
-from brokerwire import Peer, broker, fails, plain
+from brokerwire import PATIENCE, Peer, broker, fails, plain, settings
 from loopmux.claims import BusyError
 from loopmux.errors import ConfigError, LoopmuxError
 from loopmux.listening import Listening, renew
@@ -46,16 +46,19 @@ def arguments(clients: Listening, workers: Listening) -> list[str]:
     return ["--listen-fd", f"clients={clients.fileno()}", "--listen-fd", f"workers={workers.fileno()}"]
 
 
-def test_nobody_is_refused_while_the_broker_is_started_again(sockets: tuple[Listening, Listening]) -> None:
+def test_nobody_is_refused_while_the_broker_is_started_again(
+    sockets: tuple[Listening, Listening], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    words = ("--config", str(settings(tmp_path_factory.mktemp("settings"))), *arguments(*sockets))
     descriptors = [one.fileno() for one in sockets]
     with Peer(sockets[0].endpoint) as early, Peer(sockets[1].endpoint) as worker:
-        with broker(*arguments(*sockets), descriptors=descriptors) as first:
+        with broker(*words, descriptors=descriptors) as first:
             assert first.clients == sockets[0].endpoint
             early.hello()  # it connected before there was a broker
             worker.register()
             first.stop(signal.SIGKILL)
         with plain(sockets[0].endpoint), Peer(sockets[0].endpoint) as late:
-            with broker(*arguments(*sockets), descriptors=descriptors) as second:
+            with broker(*words, descriptors=descriptors) as second:
                 assert second.workers == sockets[1].endpoint
                 late.hello()
                 worker.register()
@@ -120,7 +123,7 @@ def test_systemd_s_variables(tmp_path: Path) -> None:
                 client.hello()
         finally:
             process.terminate()
-            process.communicate(timeout=10)
+            process.communicate(timeout=PATIENCE)
         assert process.returncode == 0
     finally:
         workers.close()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from brokerwire import Peer, Process, broker, fails, plain, settings, until
+from brokerwire import PATIENCE, Peer, Process, broker, fails, plain, settings, until
 from loopmux import keys
 from processes import running as runs
 
@@ -20,6 +23,29 @@ from processes import running as runs
 @pytest.fixture
 def endpoint(tmp_path: Path) -> str:
     return f"ipc://{tmp_path}/sockets/b.ipc"
+
+
+KEPT = """
+import json, sys
+from loopmux_broker import keeper, program, server
+
+vars(keeper).update(json.loads(sys.argv[1]))
+server._LONGEST_POLL = 0.1
+sys.exit(program.main(["--log-format", "json", "--endpoint", sys.argv[2]]))
+"""
+
+
+@contextmanager
+def kept(endpoint: str, **times: float) -> Iterator[Process]:
+    """A broker whose parent judges by other times."""
+    words = [sys.executable, "-c", KEPT, json.dumps(times), endpoint]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            running = Process(process, {})
+            running.ready = running.line()
+            yield running
+        finally:
+            process.terminate()
 
 
 def test_another_one_serves_at_once_with_the_settings_as_they_are_now(tmp_path: Path, endpoint: str) -> None:
@@ -98,11 +124,11 @@ def test_so_does_it_with_the_last_good_key_and_for_what_is_listened_on(
 
 
 def test_what_a_broker_dies_of_at_once_is_for_others_to_judge(tmp_path: Path, endpoint: str) -> None:
-    with broker("--endpoint", endpoint) as only:
+    with kept(endpoint, _SERVED=3600.0) as only:
         os.kill(only.serving, signal.SIGKILL)
         died = only.line()
         assert (died["event"], died["by"], died["again"]) == ("broker died", "SIGKILL", False)
-        assert only.process.wait(10) == 128 + signal.SIGKILL
+        assert only.process.wait(PATIENCE) == 128 + signal.SIGKILL
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,30 +138,29 @@ def test_one_that_is_killed_just_when_it_is_asked_to_end_leaves_nothing_behind(t
         os.kill(asked.serving, signal.SIGKILL)
         os.kill(asked.process.pid, signal.SIGTERM)
         os.kill(asked.process.pid, signal.SIGCONT)
-        assert asked.process.wait(10) == 128 + signal.SIGKILL
+        assert asked.process.wait(PATIENCE) == 128 + signal.SIGKILL
     assert list(tmp_path.iterdir()) == []
 
 
 SCRIPT = """
-import os, signal, sys, time
+import os, signal, sys
+from types import SimpleNamespace
 from loopmux.pulse import Pulse
 from loopmux_broker import keeper
 from loopmux_broker.logs import Logger
 
-keeper._SERVED = 0.3
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as some do, and pass on
-began, last = open(sys.argv[1], "a+b", buffering=0), int(sys.argv[2])
+served, last = open(sys.argv[1], "ab", buffering=0), int(sys.argv[2])  # a byte for each second
+keeper.time = SimpleNamespace(monotonic=served.tell)
 code = keeper.keep(Logger("console", "info"), Pulse())
 if code is None:
-    began.write(b".")
-    match os.stat(began.fileno()).st_size:
-        case 1:
-            time.sleep(0.4)
+    before = served.tell()
+    served.write(b"." if before < 2 or last == 78 else b"")
+    match before:
+        case 0:
             raise RuntimeError("a bug")
-        case 2:
-            time.sleep(0.4)
+        case 1:
             os.abort()
-    time.sleep(0.4 if last == 78 else 0)
     os._exit(last)
 print("parent ends with", code)
 """
@@ -156,39 +181,26 @@ print("parent ends with", code)
 
 
 def test_what_brokers_die_of_again_and_again_is_for_others_to_judge() -> None:
-    done = subprocess.run([sys.executable, "-c", CRASHING], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CRASHING], capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
     assert done.stdout == f"parent ends with {128 + signal.SIGABRT}\n"
     assert done.stderr.count("broker died") == 3
 
 
-HANGING = """
-import sys
-from loopmux_broker import keeper, program, server
-
-keeper._SERVED, keeper._HUNG, server._LONGEST_POLL = 0.0, 2.0, 0.1
-sys.exit(program.main(["--log-format", "json", "--endpoint", sys.argv[1]]))
-"""
-
-
 def test_one_that_hangs_is_killed_and_one_that_has_nothing_to_do_is_not(endpoint: str) -> None:
-    words = [sys.executable, "-c", HANGING, endpoint]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            first = Process(process, {})
-            first.ready = first.line()
-            over = time.monotonic() + 2.3
-            until(lambda: time.monotonic() > over, "longer than one may hang")
-            with Peer(first.clients) as client:
-                client.hello()
-                assert client.status().pid == first.serving
-            os.kill(first.serving, signal.SIGSTOP)
-            hangs, died, ready = first.line(), first.line(), first.line()
-            assert (hangs["event"], hangs["pid"]) == ("broker hangs", first.serving)
-            assert (died["event"], died["by"], died["again"]) == ("broker died", "SIGKILL", True)
-            assert (ready["event"], ready["endpoints"]) == ("ready", [endpoint])
-        finally:
-            process.terminate()
-    assert process.returncode == 0
+    with kept(endpoint, _SERVED=0.0, _HUNG=4.0) as first:
+        over = time.monotonic() + 4.3
+        until(lambda: time.monotonic() > over, "longer than one may hang")
+        with Peer(first.clients) as client:
+            client.hello()
+            assert client.status().pid == first.serving
+        os.kill(first.serving, signal.SIGSTOP)
+        hangs, died, ready = first.line(), first.line(), first.line()
+        assert (hangs["event"], hangs["pid"]) == ("broker hangs", first.serving)
+        assert (died["event"], died["by"], died["again"]) == ("broker died", "SIGKILL", True)
+        assert (ready["event"], ready["endpoints"]) == ("ready", [endpoint])
+    assert first.process.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -196,7 +208,7 @@ def test_one_that_hangs_is_killed_and_one_that_has_nothing_to_do_is_not(endpoint
 )
 def test_it_goes_on_until_one_ends_by_itself(tmp_path: Path, last: int) -> None:
     words = ["-c", SCRIPT, str(tmp_path / "began"), str(last)]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout == f"parent ends with {last}\n"
     assert "RuntimeError: a bug" in done.stderr
     told = [line.partition("broker died  ")[2].split("  ") for line in done.stderr.splitlines() if "died" in line]
@@ -215,7 +227,7 @@ def test_a_broker_that_is_asked_to_end_has_no_successor(
         if both:
             os.kill(asked.process.pid, number)
         os.kill(asked.serving, number)
-        assert asked.process.wait(10) == 0
+        assert asked.process.wait(PATIENCE) == 0
         assert "broker died" not in asked.process.communicate()[1]
     assert list(tmp_path.iterdir()) == []
 

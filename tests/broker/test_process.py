@@ -22,6 +22,7 @@ from loopmux.listening import Listening
 from loopmux.wire import Kind
 from loopmux_broker.config import BrokerConfig
 from loopmux_broker.configfile import load
+from processes import running as runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,8 +74,9 @@ def test_a_folder_that_was_there_before_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_busy_path_names_its_holder_and_the_remedy(endpoint: str) -> None:
-    with broker("--endpoint", endpoint) as running, Peer(running.clients) as client:
+def test_a_busy_path_names_its_holder_and_the_remedy(endpoint: str, tmp_path: Path) -> None:
+    words = ("--config", str(settings(tmp_path)), "--endpoint", endpoint)
+    with broker(*words) as running, Peer(running.clients) as client:
         client.hello()
         code, written = fails("--endpoint", endpoint)
         assert code == 1
@@ -130,16 +132,17 @@ def test_what_a_killed_broker_left_is_replaced(endpoint: str) -> None:
         running.process.kill()
         os.kill(running.serving, signal.SIGKILL)
         running.process.wait()
-        until(lambda: not _runs(running.serving), "broker ended")
+        until(lambda: not runs(running.serving), "broker ended")
     assert Path(endpoint.removeprefix("ipc://")).exists()
     with broker("--endpoint", endpoint) as running, Peer(running.clients) as client:
         client.hello()
 
 
-def test_a_log_that_nobody_reads_holds_nobody_up(endpoint: str) -> None:
+def test_a_log_that_nobody_reads_holds_nobody_up(endpoint: str, tmp_path: Path) -> None:
     unread, into = os.pipe()
     fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, 4096)
-    with subprocess.Popen(command("--endpoint", endpoint), stderr=into) as process:
+    words = command("--config", str(settings(tmp_path)), "--endpoint", endpoint)
+    with subprocess.Popen(words, stderr=into) as process:
         os.close(into)
         try:
             until(lambda: Path(f"{endpoint}.work".removeprefix("ipc://")).exists(), "listens")
@@ -218,15 +221,7 @@ def test_it_ends_and_cleans_up_when_its_parent_is_killed(endpoint: str, tmp_path
         child = int(parent.stdout.readline())
         parent.kill()
     until(lambda: not (tmp_path / "sockets").exists(), "socket folder removed")
-    until(lambda: not _runs(child), "broker ended")
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return "Z" not in Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    until(lambda: not runs(child), "broker ended")
 
 
 # --- configuration

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from brokerwire import Peer
+from brokerwire import PATIENCE, Peer
 from loopmux import exitcodes
 from loopmux.endpoints import default_endpoint, worker_endpoint
 from loopmux.listening import Listening
@@ -113,11 +113,11 @@ def test_the_broker_takes_their_sockets_over_again_and_again(tmp_path: Path) -> 
                 worker.register()
                 assert [one.name for one in client.status().workers] == ["w1"]
                 process.send_signal(signal.SIGKILL)
-                process.communicate(timeout=10)
+                process.communicate(timeout=PATIENCE)
             process = start(sockets)
             client.hello()
             process.terminate()
-            _, written = process.communicate(timeout=10)
+            _, written = process.communicate(timeout=PATIENCE)
             assert process.returncode == 0, written
     finally:
         if process is not None and process.poll() is None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from brokerwire import Peer, until
+from brokerwire import PATIENCE, Peer, until
 from loopmux.pulse import Pulse
 from loopmux.wire import Kind
 from loopmux_broker.config import BrokerConfig
@@ -88,7 +88,7 @@ def test_a_flood_at_one_door_leaves_the_others_their_turns(
                 flood.together(*[say(Kind.PING)] * together)
             until(lambda: bool(door.monitor.poll(0)), "the connection is there")
             door.watch()
-            flood.socket.close(1000)
+            flood.socket.close(int(1000 * PATIENCE))
         until(lambda: bool(door.monitor.poll(0)), "all of it has come in, and the connection closed behind it")
         monkeypatch.setattr("loopmux_broker.server.time", SimpleNamespace(monotonic=lambda: clock.now))
         turns = []
@@ -113,11 +113,10 @@ def test_while_very_many_timers_ring_what_comes_in_is_heard(listeners: list[List
         with Peer(server.doors[0].endpoint) as client:
             client.send(say(Kind.PING))
             until(lambda: server.doors[0].readable, "it has come in")
-            begun = time.monotonic()
             while 5 not in handled:
+                assert server._timeout(time.monotonic()) == 0, "it does not sleep where a timer is due"
                 server._turn(server._wait())
         server.close()
-    assert time.monotonic() - begun < 0.5, "it does not sleep where a timer is due"
     assert [type(event) for event in handled] == [ClientSent, int, int, int, int, int]
 
 

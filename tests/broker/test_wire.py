@@ -7,15 +7,17 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import zmq
 from hypothesis import HealthCheck, given
 from hypothesis import settings as bounds
 from hypothesis import strategies as st
 
 from brokerkit import end, stopped, tok
-from brokerwire import BODY, Peer, Process, broker, settings, until
+from brokerwire import BODY, PATIENCE, Peer, Process, broker, settings, until
 from loopmux import codec, wire
 from loopmux.messages import Failure, Held, Submit
 from loopmux.wire import Header, Kind, Message
@@ -32,7 +34,7 @@ def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Process
         arguments = ["--endpoint", f"ipc://{tmp_path}/b.ipc"]
     else:
         arguments = ["--endpoint", "tcp://127.0.0.1:0", "--worker-endpoint", "tcp://[::1]:0"]
-    with broker(*arguments) as running:
+    with broker("--config", str(settings(tmp_path)), *arguments) as running:
         yield running
 
 
@@ -92,7 +94,7 @@ def test_what_stands_before_garbage_in_a_frame_counts(running: Process) -> None:
 
 def test_two_doors_of_a_kind(tmp_path: Path) -> None:
     doors = ["--endpoint", f"ipc://{tmp_path}/b.ipc", "--endpoint", "tcp://127.0.0.1:0"]
-    with broker(*doors) as running:
+    with broker("--config", str(settings(tmp_path)), *doors) as running:
         near, far = running.ready["endpoints"]
         with Peer(near) as first, Peer(far) as second, Peer(running.workers) as worker:
             first.hello()
@@ -105,6 +107,7 @@ def test_two_doors_of_a_kind(tmp_path: Path) -> None:
 
 
 def test_a_worker_whose_connection_breaks_is_replaced_at_once(running: Process) -> None:
+    """By its silence it would be known in minutes."""
     with Peer(running.clients) as client, Peer(running.workers) as second:
         client.hello()
         first = Peer(running.workers)
@@ -112,10 +115,8 @@ def test_a_worker_whose_connection_breaks_is_replaced_at_once(running: Process) 
         client.submit(ONE)
         first.take()
         second.register("w2")
-        begun = time.monotonic()
         first.close()
         assert second.take().header == Header(Kind.RUN, ONE, attempt=2)
-        assert time.monotonic() - begun < 1  # a heartbeat would have taken three seconds
         second.send(tok(ONE, 0, attempt=2))
         assert client.expect(Kind.TOK).header.attempt == 2
 
@@ -166,21 +167,23 @@ def test_a_client_whose_connection_breaks_loses_its_requests_after_the_grace(run
             client.hello()
             client.submit(ONE)
             worker.take()
-        stop = worker.expect(Kind.STOP, patience=1)
+        stop = worker.expect(Kind.STOP)
         assert stop.header == Header(Kind.STOP, ONE, arg=1, attempt=1)
         worker.send(stopped(ONE))
         worker.expect(Kind.ENDACK)
 
 
 def test_a_request_that_is_not_to_outlive_its_client_is_stopped_at_once(tmp_path: Path) -> None:
-    with broker("--endpoint", f"ipc://{tmp_path}/b.ipc") as process, Peer(process.workers) as worker:
+    path = settings(tmp_path, closed_grace=600)
+    doors = ("--config", str(path), "--endpoint", f"ipc://{tmp_path}/b.ipc")
+    with broker(*doors) as process, Peer(process.workers) as worker:
         worker.register()
         with Peer(process.clients) as client:
             client.hello()
             client.submit(ONE)
             client.submit(TWO, cancel_on_disconnect=True)
             assert {worker.take().header.request for _ in range(2)} == {ONE, TWO}
-        stop = worker.expect(Kind.STOP, patience=1)  # the other one has 2 s
+        stop = worker.expect(Kind.STOP)  # the other one has minutes
         assert stop.header == Header(Kind.STOP, TWO, arg=1, attempt=1)
 
 
@@ -255,7 +258,7 @@ def test_a_client_that_never_reads_is_cancelled(tmp_path: Path) -> None:
 
 
 def test_the_brokers_own_sleep_costs_nobody_their_place(tmp_path: Path) -> None:
-    path = settings(tmp_path, heartbeat=0.3)
+    path = settings(tmp_path, heartbeat=1.0)
     with (
         broker("--config", str(path), "--endpoint", f"ipc://{tmp_path}/b.ipc") as running,
         Peer(running.clients) as client,
@@ -265,7 +268,7 @@ def test_the_brokers_own_sleep_costs_nobody_their_place(tmp_path: Path) -> None:
         worker.register()
         os.kill(running.serving, signal.SIGSTOP)
         until_stopped(running.serving)
-        deadline = time.monotonic() + 1.2
+        deadline = time.monotonic() + 4.0
         until(lambda: time.monotonic() > deadline, "four heartbeats")
         os.kill(running.serving, signal.SIGCONT)
         client.send(say(Kind.PING))
@@ -276,8 +279,8 @@ def test_the_brokers_own_sleep_costs_nobody_their_place(tmp_path: Path) -> None:
 
 
 def test_who_took_the_sleeping_broker_for_dead_goes_on_where_it_was(tmp_path: Path) -> None:
-    path = settings(tmp_path, heartbeat=0.3)
-    impatient = {"HEARTBEAT_IVL": 200, "HEARTBEAT_TIMEOUT": 600}
+    path = settings(tmp_path, heartbeat=1.0)
+    impatient = {"HEARTBEAT_IVL": 500, "HEARTBEAT_TIMEOUT": 2000}
     boot, instance = wire.new_id(), wire.new_id()
     with (
         broker("--config", str(path), "--endpoint", f"ipc://{tmp_path}/b.ipc") as running,
@@ -290,15 +293,25 @@ def test_who_took_the_sleeping_broker_for_dead_goes_on_where_it_was(tmp_path: Pa
         worker.take()
         worker.send(tok(ONE, 0))
         client.expect(Kind.TOK)
-        os.kill(running.serving, signal.SIGSTOP)
-        until_stopped(running.serving)
-        time.sleep(1.5)
+        with left(client), left(worker):
+            os.kill(running.serving, signal.SIGSTOP)
+            until_stopped(running.serving)
+            time.sleep(3.0)  # two heartbeats and more, or it was no stall
         os.kill(running.serving, signal.SIGCONT)
         worker.register(boot=boot, held=1)
         worker.send(Message(Header(Kind.HELD, ONE, 0, 1, 1), codec.pack(Held(instance, "m"))))
         assert worker.expect(Kind.REPLAY).header.seq == 1
         client.hello(instance)
         assert client.status().counters == {"submitted": 1, "stalls": 1}
+
+
+@contextmanager
+def left(peer: Peer) -> Iterator[None]:
+    """Until the end of the block, and longer if need be, a peer takes its broker for dead and leaves it."""
+    with peer.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) as monitor:
+        yield
+        assert monitor.poll(int(1000 * PATIENCE))
+        peer.socket.disable_monitor()
 
 
 def until_stopped(process: int) -> None:
@@ -376,7 +389,7 @@ PIECES = st.one_of(
 def sturdy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Peer, Peer]]:
     """One broker for many examples, with a client and a worker that must not notice any of them."""
     folder = tmp_path_factory.mktemp("sturdy")
-    path = settings(folder, heartbeat=60)
+    path = settings(folder)
     with (
         broker("--config", str(path), "--endpoint", f"ipc://{folder}/b.ipc") as running,
         Peer(running.clients) as client,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import zmq
 
+import ports
 from loopmux import keys
 from loopmux.cli import main
 from loopmux.errors import ConfigError
@@ -155,6 +156,12 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
     context.destroy(0)  # where a test has failed, sockets are left
 
 
+@pytest.fixture
+def port() -> Iterator[int]:
+    with ports.reserved() as port:
+        yield port
+
+
 def made(name: str) -> Key:
     return Key(name, *(part.decode() for part in zmq.curve_keypair()))
 
@@ -164,7 +171,7 @@ def barred(dealer: Dealer) -> str:
         while dealer.news() is not None:
             if dealer.barred:
                 return dealer.barred
-        assert dealer.monitor.poll(5000)
+        assert dealer.monitor.poll(30_000)
     raise AssertionError("never barred")
 
 
@@ -212,7 +219,7 @@ def test_who_has_no_key_is_told_to_get_one_and_who_has_one_that_none_is_wanted(
 def cut_off(port: int, begun: bytes) -> None:
     """Take the port, and 15 connections that end amid the handshake, as those to a broker that is killed do."""
     with socket.create_server(("127.0.0.1", port)) as listening:
-        listening.settimeout(5)
+        listening.settimeout(30)
         for _ in range(15):
             with listening.accept()[0] as one:
                 one.sendall(begun)
@@ -221,7 +228,7 @@ def cut_off(port: int, begun: bytes) -> None:
 def connects(dealer: Dealer, router: zmq.Socket[bytes], port: int) -> None:
     router.bind(f"tcp://127.0.0.1:{port}")
     while not dealer.connected:
-        assert dealer.monitor.poll(5000)
+        assert dealer.monitor.poll(30_000)
         dealer.news()
     assert dealer.barred == ""
 
@@ -231,10 +238,8 @@ GREETING = b"\xff" + bytes(7) + b"\1\x7f\3\0NULL" + bytes(48)
 
 @pytest.mark.parametrize("begun", [b"", GREETING[:14], GREETING], ids=["nothing", "half a greeting", "a greeting"])
 def test_without_a_key_nobody_is_barred_for_being_cut_off(
-    context: zmq.Context[zmq.Socket[bytes]], begun: bytes
+    context: zmq.Context[zmq.Socket[bytes]], port: int, begun: bytes
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     dealer, router = Dealer(context, 1 << 20), context.socket(zmq.ROUTER)
     dealer.connect(f"tcp://127.0.0.1:{port}")
     cut_off(port, begun)
@@ -247,22 +252,22 @@ def test_without_a_key_nobody_is_barred_for_being_cut_off(
     router.close(0)
 
 
-def test_who_was_let_in_is_not_barred_for_being_cut_off_later(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_who_was_let_in_is_not_barred_for_being_cut_off_later(
+    context: zmq.Context[zmq.Socket[bytes]], port: int
+) -> None:
     broker = made("broker")
     routers = [context.socket(zmq.ROUTER) for _ in range(2)]
     for router in routers:
         router.setsockopt(zmq.CURVE_SERVER, 1)
         router.setsockopt(zmq.CURVE_SECRETKEY, broker.secret.encode())
         router.setsockopt(zmq.LINGER, 0)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     dealer = Dealer(context, 1 << 20, Credentials(made("desk"), broker.public))
     dealer.connect(f"tcp://127.0.0.1:{port}")
     connects(dealer, routers[0], port)
     routers[0].unbind(f"tcp://127.0.0.1:{port}")
     routers[0].close()
     while dealer.connected:
-        assert dealer.monitor.poll(5000)
+        assert dealer.monitor.poll(30_000)
         dealer.news()
     cut_off(port, b"")
     connects(dealer, routers[1], port)

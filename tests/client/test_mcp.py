@@ -193,11 +193,11 @@ def children() -> set[int]:
 
 
 def only(expected: set[int]) -> bool:
-    """Whether these are all of our children, as soon as those that have ended are collected."""
-    give_up = time.monotonic() + 10
-    while children() != expected and time.monotonic() < give_up:
+    """Whether we have no other children, as soon as those that have ended are collected."""
+    give_up = time.monotonic() + 30
+    while not children() <= expected and time.monotonic() < give_up:
         time.sleep(0.01)
-    return children() == expected
+    return children() <= expected
 
 
 async def begin_a_call_and_give_it_up(server: MCPServer) -> None:
@@ -219,12 +219,13 @@ def test_a_server_that_ends_is_opened_again_by_the_next_call_but_not_by_every_on
         asyncio.run(begin_a_call_and_give_it_up(server))
         (again,) = set(pool.map(pid, [server] * 4))  # who comes at the same time finds it opened once
         assert only(before | {again})
+        assert again in children()
         waiting = [pool.submit(asyncio.run, server.call("hang", {})) for _ in range(3)]
         died, later = results(server, call("shop_die"), call("shop_add", a=1, b=2))
         assert died.startswith(GONE + SHOP[0])
         assert died.endswith("its last words: out of paper): find out why it ended; a later call opens it again")
         assert later.startswith(GONE)
-        assert [type(job.exception(10)) for job in waiting] == [ConnectionLostError] * 3
+        assert [type(job.exception(30)) for job in waiting] == [ConnectionLostError] * 3
         assert only(before)
         with pytest.raises(ConnectionLostError, match="is gone") as caught:
             loop.run(ScriptedClient([]), "go", tools=[server])
@@ -275,8 +276,10 @@ def test_a_server_behind_a_url_that_has_forgotten_the_session(url: str) -> None:
 
 
 def test_a_call_that_is_never_answered(shop: MCPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = shop.tools()
     monkeypatch.setattr(shop._session, "timeout", 0.1)
-    (content,) = results(shop, call("shop_hang"))
+    out = loop.run(ScriptedClient([turn("", call("shop_hang")), turn("done")]), "go", tools=[*listed])
+    content = out.messages[2]["content"]
     assert "asked for a call of 'hang', did not answer within 0.1 s: see whether it hangs, or give it more" in content
     monkeypatch.undo()
     assert results(shop, call("shop_add", a=1, b=2)) == ["3"]  # the connection lives on
@@ -300,7 +303,7 @@ def test_a_process_that_never_answers() -> None:
     before = children()
     with pytest.raises(DeadlineExceededError, match=r"did not answer within 0\.2 s: see that the command starts"):
         MCPServer(DEAF, timeout=0.2).__enter__()
-    assert children() == before
+    assert only(before)
 
 
 def test_a_url_that_never_answers() -> None:
@@ -376,7 +379,7 @@ def test_a_forked_child_leaves_its_parents_server_alone() -> None:
         if child == 0:
             good = False
             try:
-                signal.alarm(20)  # the test's own limit does not end it
+                signal.alarm(60)  # the test's own limit does not end it
                 with pytest.raises(BadRequestError, match=r"is not open: .* in the process that opened it"):
                     server.tools()
                 with pytest.raises(BadRequestError, match="is not open"):

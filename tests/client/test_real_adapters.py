@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import loopmux
-from fakebroker import wait_until
+from fakebroker import PATIENCE, wait_until
 
 
 def start(folder: Path, module: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -33,8 +33,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         (folder / f"{name}.json").write_text(json.dumps(spec | {"echo": {"tokens": 10**6, "rate": 200}}))
         running.append(start(folder, "loopmux_worker", "--spec", str(folder / f"{name}.json")))
     try:
-        with loopmux.Client(endpoint, connect_timeout=20) as client:
-            wait_until(lambda: len(client.status().workers) == 2, "both workers joined", limit=20)
+        with loopmux.Client(endpoint, connect_timeout=PATIENCE) as client:
+            wait_until(lambda: len(client.status().workers) == 2, "both workers joined")
         yield endpoint
     finally:
         for process in running:
@@ -68,7 +68,7 @@ def test_where_one_of_two_cannot_it_is_taken_back_from_the_other(endpoint: str) 
             client.load_adapter("m", "own", "/another")
         assert caught.value.message.startswith("adapter 'own' was loaded nowhere: a: adapter 'own': a model or adapter")
         assert caught.value.message.endswith("; taken back from b")
-        wait_until(lambda: [one.workers for one in client.adapters()] == [1], "b to have unloaded it", limit=10)
+        wait_until(lambda: [one.workers for one in client.adapters()] == [1], "b to have unloaded it")
 
 
 def test_with_asyncio(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

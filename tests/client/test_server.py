@@ -32,7 +32,7 @@ from waiting import wait_for
 ECHO = "models:\n  default: {engine: echo}\n  other: {engine: echo}\n"
 
 
-wait_until = partial(wait_for, limit=20.0)
+wait_until = partial(wait_for, limit=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,7 @@ def test_what_is_built_and_what_is_loaded_is_told(home: Path, tmp_path: Path, mo
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))  # else it may have all of it, and installs nothing new
     write_workers_needs(tmp_path / "wheels")
     environment = {"requirements": [], "index_options": ["--no-index", f"--find-links {tmp_path / 'wheels'}"]}
     models = {"default": {"engine": "echo", "environment": "own"}}

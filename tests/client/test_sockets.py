@@ -67,7 +67,7 @@ print("unharmed")
 def test_a_broker_that_is_killed_in_mid_message_takes_no_reader_along(tmp_path: Path) -> None:
     """libzmq may end the reader's process, so it is one of its own here."""
     command = [sys.executable, "-c", READER, f"ipc://{tmp_path}/s", FLOOD]
-    reader = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    reader = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert (reader.stdout, reader.returncode) == ("unharmed\n", 0), reader.stderr
 
 
@@ -85,12 +85,12 @@ def test_nothing_is_taken_without_a_connection(context: zmq.Context[zmq.Socket[b
     for _ in range(2):
         router = context.socket(zmq.ROUTER)
         router.bind(endpoint)
-        assert dealer.monitor.poll(5000)
+        assert dealer.monitor.poll(30_000)
         assert dealer.news() is True
         assert dealer.send([b"to ", b"the broker"]) == 2
         assert router.recv_multipart()[1:] == [b"to the broker"]
         router.close(0)
-        assert dealer.monitor.poll(5000)
+        assert dealer.monitor.poll(30_000)
         assert dealer.news() is False
         assert dealer.send([b"to nobody"]) == 0
     assert dealer.news() is None
@@ -165,7 +165,7 @@ def test_who_is_cut_off_again_and_again_asks_ever_less_often_and_as_soon_as_ever
     """A proxy whose broker is down takes every connection, and closes it."""
     with contextlib.closing(Dealer(context, 1 << 20)) as dealer:
         with socket.create_server(("127.0.0.1", 0)) as proxy:
-            proxy.settimeout(5)
+            proxy.settimeout(30)
             port = proxy.getsockname()[1]
             dealer.connect(f"tcp://{host}:{port}")
             intervals = [dealer.socket.getsockopt(zmq.RECONNECT_IVL)]

@@ -19,7 +19,7 @@ import waiting
 
 READY_LIMIT = 120.0
 """Seconds for a start without building an environment; loading torch on a busy two-core machine takes most of it."""
-wait_for = partial(waiting.wait_for, limit=20.0)
+wait_for = partial(waiting.wait_for, limit=60.0)
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Stack:
         """Send a signal to ``up`` and wait until it is gone."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     def left_behind(self) -> list[str]:
         """Socket, lock and state files that are still in the socket's folder."""

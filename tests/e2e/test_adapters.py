@@ -49,9 +49,12 @@ def killed(client: loopmux.Client) -> None:
     """Kill the worker and wait for the next one."""
     [worker] = client.status().workers
     psutil.Process(worker.pid).kill()
-    stacks.wait_for(lambda: {w.pid for w in client.status().workers} - {worker.pid}, "another worker", limit=60)
+    stacks.wait_for(
+        lambda: {w.pid for w in client.status().workers} - {worker.pid}, "another worker", limit=stacks.READY_LIMIT
+    )
 
 
+@pytest.mark.timeout(300)  # torch is loaded twice, on whatever is left of a busy machine
 def test_an_adapter_from_its_loading_to_its_unloading(stack: stacks.Stack) -> None:
     with loopmux.Client(stack.endpoint) as client:
         plain = answer(client, "default")
@@ -68,7 +71,7 @@ def test_an_adapter_from_its_loading_to_its_unloading(stack: stacks.Stack) -> No
         done = adapter(stack, "load", "default", "loud", str(SHOUT))
         assert done.returncode == 0, done.stderr
         loud = answer(client, "loud")
-        reader.join(60)
+        reader.join(stacks.READY_LIMIT)
         assert (told[0][: len(plain)], told[1]) == (plain, "length")
         assert loud == loud.upper() != plain
         assert client.generate(QUESTION, model="default", adapter="loud", temperature=0, max_new_tokens=60).text == loud

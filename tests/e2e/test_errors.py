@@ -92,11 +92,13 @@ def test_a_failing_engine_and_a_lost_worker(home: Path, tmp_path: Path) -> None:
             with pytest.raises(loopmux.EngineError) as failed:
                 client.generate("x", model="broken", max_new_tokens=10)
             assert len(failed.value.partial_text.split()) == 3
+            stack.process.send_signal(signal.SIGSTOP)  # no other one yet
             psutil.Process(next(w.pid for w in client.status().workers if "echo" in w.models)).kill()
             stacks.wait_for(lambda: not any("echo" in w.models for w in client.status().workers), "the loss to be seen")
             with pytest.raises(loopmux.OverloadedError, match="does not wait") as refused:
                 client.generate("x", model="echo", wait=False)
             assert refused.value.retry_after
+            stack.process.send_signal(signal.SIGCONT)
             assert client.generate("x", model="echo").text
     finally:
         stack.stop()

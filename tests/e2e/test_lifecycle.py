@@ -96,7 +96,7 @@ def test_down_stops_what_up_started(echo_config: Path, home: Path) -> None:
         [sys.executable, "-m", "loopmux", "down", "--endpoint", stack.endpoint], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert stack.process.wait(10) == 0
+    assert stack.process.wait(60) == 0
     assert not any(map(running, family))
     assert stack.left_behind() == []
 

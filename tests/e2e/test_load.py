@@ -128,7 +128,7 @@ def test_ctrl_c_cancels_what_is_under_way_and_prints_what_was_measured(
 
         stacks.wait_for(running, "the second request to run")
         process.send_signal(signal.SIGINT)
-        out, said = process.communicate(timeout=20)
+        out, said = process.communicate(timeout=60)
         stacks.wait_for(lambda: not running(), "the second request to be cancelled")
     assert (process.returncode, said) == (130, "")
     found = json.loads(out)

@@ -11,7 +11,7 @@ import sys
 from loopmux_launcher import server, watchdog
 from loopmux_launcher.__main__ import main
 
-SILENCE, POLL = 1.2, 0.1
+SILENCE, POLL = 4.0, 0.1
 """Seconds without a sign of life that are too many, and the most from one to the next."""
 _WORKER = f"""
 import sys

@@ -19,7 +19,7 @@ from processes import running
 
 BUILD_LIMIT = 200.0
 """Seconds for a command that may build an environment, which takes five on an idle machine."""
-LIMIT = 30.0
+LIMIT = 60.0
 """Seconds that a test waits for something that takes one on an idle machine."""
 wait_for = partial(waiting.wait_for, limit=LIMIT)
 

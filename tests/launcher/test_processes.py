@@ -24,7 +24,7 @@ from loopmux_launcher.processes import LAST_LINES, Child, Ended, Said, broker_li
 from processes import running
 from waiting import wait_for
 
-LIMIT = 20.0
+LIMIT = 60.0
 
 
 @contextmanager

@@ -74,7 +74,7 @@ esac
 
 
 def test_a_model_runs_from_its_first_request_until_it_is_idle(config: Path, endpoint: str) -> None:
-    text = "models: {echo: {engine: echo, min: 0, idle_timeout: 1.5, echo: {tokens: 5}}}\n"
+    text = "models: {echo: {engine: echo, min: 0, idle_timeout: 3, echo: {tokens: 5}}}\n"
     with running(config, endpoint, text) as (up, client):
         assert up.lines[-1].endswith(": on demand echo")
         assert up.children("loopmux_worker") == []
@@ -130,11 +130,11 @@ def test_a_start_that_takes_too_long_is_given_up_with_what_the_worker_said_last(
 ) -> None:
     python = broken_python(home, "echo still reading >&2; exec sleep 1000")
     text = f"environments: {{x: {{path: {python}}}}}\n"
-    text += "models: {slow: {engine: echo, environment: x, min: 0, start_timeout: 0.3}}\n"
+    text += "models: {slow: {engine: echo, environment: x, min: 0, start_timeout: 1}}\n"
     with running(config, endpoint, text) as (up, client):
         with pytest.raises(loopmux.EngineError) as caught:
             client.generate("hello", model="slow")
-        assert "it was not ready after 0.3 s (start_timeout)" in str(caught.value)
+        assert "it was not ready after 1 s (start_timeout)" in str(caught.value)
         assert "still reading" in str(caught.value)
         assert not [process for process in up.family() if "sleep" in process.cmdline()]
 

@@ -14,6 +14,7 @@ import pytest
 
 from loopmux.messages import Generate, ModelSpec, Sampling, WorkerSpec
 from loopmux.wire import Kind, unpack_tokens
+from loopmux_worker.events import STOP_WITHIN
 from loopmux_worker.oneshot import one_shot
 from processes import running
 from workerpeer import LOADING, PATIENCE, FakeBroker
@@ -153,7 +154,7 @@ def test_the_specification_by_standard_input(broker, tmp_path):
 
 
 def test_a_model_is_loaded_announced_and_served_and_a_broken_adapter_told(broker, tmp_path, tiny_model):
-    """All that is left to this process: it ends within two seconds of SIGTERM, in the middle of a generation, too."""
+    """All that is left to this process: it ends soon upon SIGTERM, in the middle of a generation, too."""
     bad = shutil.copytree(tiny_model.adapters["red"], tmp_path / "bad")
     (bad / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     adapters = {"bad": bad, "red": tiny_model.adapters["red"]}
@@ -208,13 +209,17 @@ def test_the_plain_engine_is_served_and_writes_nothing_to_standard_error(broker,
 
 
 def stopped_while_it_generates(broker, process, model):
-    """What a worker that is stopped in the middle of a generation has printed; it ends in time and well."""
+    """What a worker that is stopped in the middle of a generation has printed; it ends well.
+
+    It takes the time that it says, for the broker, and what a process with torch takes to end on this machine.
+    """
     broker.run(OTHER, Generate(prompt="hi", max_new_tokens=200, ignore_eos=True), model=model)
     broker.expect(Kind.TOK)
-    asked = time.monotonic()
     process.terminate()
+    while (said := broker.receive()).kind is not Kind.DRAIN:
+        assert said.kind in (Kind.TOK, Kind.END)
+    assert said.header.arg == round(1000 * STOP_WITHIN)
     printed = process.communicate(timeout=PATIENCE)
-    assert time.monotonic() - asked < 2
     assert process.returncode == 0
     return printed
 
@@ -330,7 +335,7 @@ def test_probe_reports_versions_and_devices_and_leaves_no_files(temporary):
 
 def test_probe_without_memory_names_no_package_to_install():
     limited = f"ulimit -v 400000; exec {sys.executable} -m loopmux_worker probe"
-    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, timeout=3 * PATIENCE)
     report = json.loads(done.stdout)
     assert (done.returncode, report["ok"], report["missing"]) == (1, False, [])
     assert report["out_of_memory"]
@@ -365,7 +370,7 @@ def test_probe_names_what_is_missing_and_the_remedy(tmp_path):
 )
 def test_run_adapter_refuses_before_it_loads(tmp_path, arguments, told):
     command = [*PROGRAM, "run-adapter", "--base-model", str(tmp_path / "nowhere"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
     assert done.returncode == 2
     assert told in done.stderr
     assert "Traceback" not in done.stderr
