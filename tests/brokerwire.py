@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,18 +25,12 @@ from loopmux.messages import Heartbeat, Hello, Register, ServedModel, Status, Su
 from loopmux.sockets import use_keys
 from loopmux.wire import Header, Kind, Message
 from loopmux_broker.events import say
+from waiting import wait_for
 
 PATIENCE = 30.0
 """Seconds after which something that should happen at once counts as not happening: the machine may be busy."""
+until = partial(wait_for, limit=PATIENCE)
 BODY = codec.pack({"prompt": "hello"})
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"still not: {what}"
-        time.sleep(0.01)
 
 
 def plain(endpoint: str) -> socket.socket:

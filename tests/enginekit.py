@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from loopmux.messages import Generate, ModelSpec, Run, Sampling, WorkerSpec
 from loopmux.wire import new_id, pack_tokens
 from loopmux_worker.engine import open_engine
 from loopmux_worker.engine.base import Engine, Failed, Finished, Job, Key, Output, Produced
+from waiting import wait_for
 
 GREEDY = Sampling(temperature=0)
 PATIENCE = 30.0
 """Seconds after which something that does not happen is a failure; generous, the machine is shared."""
+until = partial(wait_for, limit=PATIENCE)
 _STEPS = 10_000
 """After which an engine that still has something to do goes on for ever."""
 
@@ -91,11 +93,3 @@ def ids(outputs: Iterable[Output]) -> list[int]:
 def text(outputs: Iterable[Output]) -> str:
     """The text in outputs."""
     return "".join(output.text for output in outputs if isinstance(output, Produced))
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something that another thread does."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} does not happen"
-        time.sleep(0.005)

@@ -6,9 +6,9 @@ Not a mock of the client's parts: everything goes through real sockets. What it 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 import zmq
@@ -17,10 +17,12 @@ from loopmux import codec, wire
 from loopmux.messages import End, Failure, Generate, ModelStatus, Status, Submit, Tok, Welcome
 from loopmux.results import Timing, Usage
 from loopmux.wire import Header, Kind, Message, pack_tokens
+from waiting import wait_for
 
 CHUNK = 4
 PATIENCE = 30.0
 """Seconds after which something that should happen at once counts as not happening: the machine may be busy."""
+wait_until = partial(wait_for, limit=PATIENCE)
 
 
 @dataclass
@@ -187,12 +189,3 @@ class FakeBroker:
             live.ended = True
             end = End("length", Usage(3, live.total), Timing(0.0, 0.001, 0.002), live.model, "fake-worker")
             self._send(peer, Message(Header(Kind.END, id_, seq=live.total, attempt=1), body=codec.pack(end)))
-
-
-def wait_until(condition: Callable[[], bool], what: str, within: float = PATIENCE) -> None:
-    """Poll a condition that nobody announces."""
-    until = time.monotonic() + within
-    while not condition():
-        if time.monotonic() > until:
-            raise AssertionError(f"not within {within} s: {what}")
-        time.sleep(0.002)

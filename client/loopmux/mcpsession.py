@@ -12,11 +12,10 @@ import os
 import re
 import sys
 import tempfile
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Self, TextIO, TypeVar
 
+from loopmux import uninterrupted
 from loopmux.errors import BadRequestError, ConnectionLostError, DeadlineExceededError, LoopmuxError, ProtocolError
 from loopmux.outcome import described
 
@@ -94,7 +93,8 @@ class Session:
         with contextlib.ExitStack() as stack:
             self._log = stack.enter_context(tempfile.TemporaryFile("w"))
             fcntl.fcntl(self._log, fcntl.F_SETFL, fcntl.fcntl(self._log, fcntl.F_GETFL) | os.O_APPEND)
-            portal = _to_its_end(lambda: stack.enter_context(start_portal(name="loopmux-mcp")))
+            # A portal that is interrupted while its event loop starts waits for the end of that one, for ever.
+            portal = uninterrupted.run(lambda: stack.enter_context(start_portal(name="loopmux-mcp")))
             ended, _ = portal.start_task(self._serve)
             stack.callback(ended.result)
             stack.callback(portal.call, self._closing.set)
@@ -307,29 +307,6 @@ class _Watched:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
-
-
-def _to_its_end(work: Callable[[], T]) -> T:
-    """Do something short in a thread of its own: Ctrl-C comes in the main one, which then waits all the same.
-
-    A portal that is interrupted while its event loop starts waits for the end of that one, for ever.
-    """
-    done: Future[T] = Future()
-
-    def run() -> None:
-        if done.set_running_or_notify_cancel():
-            try:
-                done.set_result(work())
-            except BaseException as error:  # noqa: BLE001 - who waits gets it
-                done.set_exception(error)
-
-    try:
-        threading.Thread(target=run, name="loopmux-mcp-start", daemon=True).start()
-        return done.result()
-    except KeyboardInterrupt:
-        if not done.cancel():
-            done.exception()
-        raise
 
 
 def _sdk() -> Any:

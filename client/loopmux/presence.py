@@ -100,7 +100,7 @@ class Presence:
         return now >= self.heard + self._patience
 
     def speaks(self, now: float) -> bool:
-        """Whether it is time to say who we are, or, once the broker knows it, that we are there."""
+        """Whether it is time to say who we are, or, once the broker knows it, that we are there. Then it is said."""
         if now < self._speak_at:
             return False
         self._speak_at = now + (self._heartbeat if self.ready else INTRODUCE_AGAIN)

@@ -14,12 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from loopmux import exitcodes, program
+from loopmux import exitcodes, program, uninterrupted
 from loopmux.endpoints import ipc_path, private_folder, runtime_folder
 from loopmux.errors import ConfigError, ConnectionLostError, LoopmuxError
 from loopmux.pulse import exists
@@ -105,9 +104,6 @@ def _refused(what: str, code: int, lines: Iterable[str]) -> LoopmuxError:
 class PrivateStack:
     """One ``up`` process, started by ``begin``; ``wait_ready`` waits for its models.
 
-    It is started in a thread: Ctrl-C comes in the main one, and who is interrupted while he starts a process never
-    learns its number. So ``stop`` ends it whenever ``begin`` was left.
-
     Args:
         config: the configuration to write for it, or None for the one that ``up`` finds by itself.
         command: the launcher program.
@@ -124,23 +120,20 @@ class PrivateStack:
         self._changed = threading.Condition()
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._printed = 0
-        self._ready = self._stopped = False
+        self._ready = False
         self._config, self._command = config, command
         self._process: subprocess.Popen[str] | None = None
-        self._begun: Future[None] = Future()
-        self._turn = threading.Lock()
-        self._reader = threading.Thread(target=self._run, name="loopmux-private-stack", daemon=True)
+        self._reader = threading.Thread(target=self._read, name="loopmux-private-stack", daemon=True)
 
     def begin(self) -> None:
-        """Start the process.
+        """Start the process. Whatever is raised, Ctrl-C too, ``stop`` ends what was started.
 
         Raises:
             ConfigError: its folder has too long a name for an endpoint.
             OSError: it cannot be started.
         """
         ipc_path(self.endpoint)
-        self._reader.start()
-        self._begun.result()
+        uninterrupted.run(self._spawn)  # who is interrupted while he starts a process never learns its number
 
     @property
     def alive(self) -> bool:
@@ -178,35 +171,22 @@ class PrivateStack:
 
         The logs of a stack that failed to start stay until another process starts one: its last lines name them.
         """
-        with self._turn:
-            self._stopped = True
         failed = not self._ready and not self.alive
         if self._process is not None:
             _end(self._process)
-            self._reader.join()
+            if self._reader.is_alive():
+                self._reader.join()
         if not (failed and any((self.folder / "state").rglob("*.log"))):
             _remove(self.folder)
 
-    def _run(self) -> None:
-        try:
-            with self._turn:
-                if not self._stopped:
-                    self._process = self._spawn()
-        except BaseException as error:  # noqa: BLE001 - whoever began it hears of it
-            self._begun.set_exception(error)
-        else:
-            self._begun.set_result(None)
-            if self._process is not None:
-                self._read(self._process)
-
-    def _spawn(self) -> subprocess.Popen[str]:
+    def _spawn(self) -> None:
         words = [*self._command, "up", "--endpoint", self.endpoint]
         if self._config is not None:
             file = self.folder / "llm_backends.yaml"
             file.write_text(json.dumps(self._config, indent=2))  # JSON is YAML, and the client has no YAML library
             words += ["--config", str(file)]
         words += ["--parent-pid", str(os.getpid()), "--log-format", "plain"]
-        return subprocess.Popen(
+        self._process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -217,17 +197,19 @@ class PrivateStack:
             env={**os.environ, "XDG_STATE_HOME": str(self.folder / "state")},  # logs go when the stack goes
             start_new_session=True,  # Ctrl-C is for the application, which then stops the stack in its own order
         )
+        self._reader.start()
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
+    def _read(self) -> None:
         """Take the process's lines as long as it prints any, so that it never waits for a full pipe."""
-        with cast(TextIO, process.stdout) as output:
+        assert self._process is not None
+        with cast(TextIO, self._process.stdout) as output:
             for line in output:
                 with self._changed:
                     self._lines.append(line.rstrip())
                     self._printed += 1
                     self._ready = self._ready or _SERVES.match(line) is not None
                     self._changed.notify_all()
-        process.wait()
+        self._process.wait()
         with self._changed:
             self._changed.notify_all()
 

@@ -47,13 +47,13 @@ class _Stacks:
         with self.lock:
             stack = self._running(key, model_id)
             if stack is None:
-                stack = PrivateStack(config, launcher_command())
+                stack = self.by_key[key] = PrivateStack(config, launcher_command())
                 stack.models.add(model_id)
-                with contextlib.ExitStack() as failing:
-                    failing.callback(stack.stop)
+                try:
                     stack.begin()
-                    self.by_key[key] = stack
-                    failing.pop_all()
+                except BaseException:
+                    self.by_key.pop(key).stop()
+                    raise
             return stack
 
     def _running(self, key: _Key, model_id: str) -> PrivateStack | None:

@@ -77,11 +77,6 @@ class Crew:
         """GiB taken by what runs or starts again by itself."""
         return self.group.memory * sum(p.runs or p.alive for p in self.processes.values())
 
-    @property
-    def leaving(self) -> float:
-        """GiB that are about to be free."""
-        return self.group.memory * sum(p.state is State.STOPPING for p in self.processes.values())
-
     def next_to_start(self, taken: Container[str] = ()) -> Process | None:
         """A process to start, if one more is wanted, none whose name is ``taken``.
 

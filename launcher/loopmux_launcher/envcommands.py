@@ -64,23 +64,6 @@ def _tell(phase: str, detail: str, **more: str) -> None:
     print(json.dumps({"phase": phase, "detail": detail, **more}), flush=True)
 
 
-def _stop_in_good_order() -> None:
-    """Have what runs here be interrupted by what ends programs, but not by what a user of nohup has it pass over."""
-    for number in tether.ENDS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _interrupted)
-
-
-def _interrupted(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
-    for each in tether.ENDS:
-        signal.signal(each, _passed_over)  # cleaning up is not interrupted
-    raise KeyboardInterrupt
-
-
-def _passed_over(number: int, frame: FrameType | None) -> None:
-    """Not SIG_IGN: of a signal that comes just before that is set, Python would complain."""
-
-
 def _lock(options: argparse.Namespace) -> int:
     _stop_in_good_order()
     configuration = load(config.find(options.config))
@@ -238,6 +221,20 @@ def _meant(declared: Iterable[Environment], envs: Path) -> list[tuple[str, str]]
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
+
+
+def _stop_in_good_order() -> None:
+    """Have what runs here be interrupted by what ends programs, but not by what a user of nohup has it pass over."""
+    for number in tether.ENDS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupted)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
+    """Only once: cleaning up is not interrupted."""
+    for each in tether.ENDS:
+        signal.signal(each, lambda *_: None)  # with SIG_IGN, Python would complain of one that comes just before it
+    raise KeyboardInterrupt
 
 
 def _wanted(configuration: Configuration, name: str | None) -> list[Environment]:

@@ -178,9 +178,9 @@ class Fleet:
         """GiB of all processes."""
         return sum(crew.holding for crew in self.crews.values()) + sum(memory for _, memory in self.leaving.values())
 
-    def _leaving(self) -> float:
-        """GiB of these that are about to be free."""
-        return sum(crew.leaving for crew in self.crews.values()) + sum(memory for _, memory in self.leaving.values())
+    def _staying(self) -> float:
+        """GiB of those that are not about to end."""
+        return sum(crew.group.memory * len(crew.alive) for crew in self.crews.values())
 
     def _has_room(self, crew: Crew) -> bool:
         return fits(self._taken(), crew.group.memory, self.budget)
@@ -188,7 +188,7 @@ class Fleet:
     def _make_room(self, crew: Crew, now: float) -> Iterator[Action]:
         """Stop the least valuable processes that nobody needs now, if that is enough for the one that is wanted."""
         assert self.budget is not None
-        short = self._taken() - self._leaving() + crew.group.memory - self.budget
+        short = self._staying() + crew.group.memory - self.budget
         if short <= 0 or now - self._told > _FRESH:
             return
         idle = [one for other in self.crews.values() if other is not crew for one in other.idle(self._demand, now)]
@@ -203,7 +203,7 @@ class Fleet:
         busy = {load.name for load in self._demand.workers if load.running}
         spare = [(crew, process) for crew in self.crews.values() if crew.group.memory for process in crew.spare]
         for crew, process in sorted(spare, key=lambda one: (one[1].state is State.READY, one[1].name in busy)):
-            if fits(self._taken() - self._leaving(), 0.0, self.budget):
+            if fits(self._staying(), 0.0, self.budget):
                 break
             yield from self._retire(process, now, "memory_gib has no room for it any more")
             crew.scaling.settle(len(crew.alive))

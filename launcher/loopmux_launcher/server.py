@@ -132,7 +132,7 @@ class Launcher:
         self._guard: Guard | None = None
         # They are the launcher's, so that connections wait instead of being refused while a broker is started again.
         self._listening: dict[str, Listening] = {}
-        self._listens = {"clients": endpoint, "workers": self._endpoint} if with_broker else {}
+        self._listens_at = {"clients": endpoint, "workers": self._endpoint} if with_broker else {}
         # Its own broker is asked where no key is needed.
         self._asked = endpoints.admin_endpoint(endpoint) if with_broker else endpoint
 
@@ -159,11 +159,16 @@ class Launcher:
         self._listening.clear()
 
     def run(self, parent: int | None = None) -> int:
-        """Serve until a signal, the end of ``parent``, or until nothing is left to serve; returns the exit code."""
+        """Serve until a signal, the end of ``parent``, or until nothing is left to serve; returns the exit code.
+
+        Raises:
+            BusyError, ConfigError: its own broker's endpoints cannot be listened on.
+            LoopmuxError: the broker refuses this launcher, or a socket cannot be had.
+        """
         with ExitStack() as ending:
             signals = ending.enter_context(Signals(parent))  # first: nothing of what follows is cut short
             ending.callback(self._stop_listening)
-            for name, endpoint in self._listens.items():
+            for name, endpoint in self._listens_at.items():
                 self._listening[name] = Listening(endpoint)
             context = new_context(self._endpoint)
             ending.callback(context.term)

@@ -196,7 +196,6 @@ def test_control_c_after_tools_ran_keeps_what_they_did(
 
 def test_control_c_while_a_tool_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in a shell's background
 
     def hang() -> None:
         """As long as it takes."""
@@ -205,7 +204,6 @@ def test_control_c_while_a_tool_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     client = talk(monkeypatch, Terminal("one\ntwo\n"), turn("", call("hang")), turn("2"), tools=[hang])
     released.set()
-    signal.signal(signal.SIGINT, before)
     stopped = "Error: the loop was stopped while this ran; whether it did its work is not known"
     assert said(client, 1) == ["Be brief.", "one", "", stopped, "two"]
 

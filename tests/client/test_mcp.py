@@ -360,14 +360,10 @@ def test_ctrl_c_as_the_event_loop_of_a_server_starts_leaves_nothing(monkeypatch:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         begin(*words, **more)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in a shell's background
     threads = set(threading.enumerate())
     monkeypatch.setattr(from_thread, "run_eventloop", interrupted)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            MCPServer(SHOP).__enter__()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        MCPServer(SHOP).__enter__()
     wait_until(lambda: set(threading.enumerate()) <= threads, "its threads have ended")
 
 

@@ -11,10 +11,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,12 @@ from loopmux import privatestack, server
 from loopmux.endpoints import default_endpoint
 from loopmux.errors import BadRequestError, ConfigError, ConnectionLostError
 from processes import running
+from waiting import wait_for
 
 ECHO = "models:\n  default: {engine: echo}\n  other: {engine: echo}\n"
 
 
-def wait_until(condition: Callable[[], bool], what: str, limit: float = 60.0) -> None:
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, f"waited {limit} s for {what}"
-        time.sleep(0.02)
+wait_until = partial(wait_for, limit=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +96,6 @@ def test_the_life_of_a_private_stack(home: Path):
     assert private_folders(home) == []
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in a shell's background
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_a_stack_is_being_started_leaves_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
         def __init__(self, *words: Any, **more: Any) -> None:

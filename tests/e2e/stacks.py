@@ -9,25 +9,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+import waiting
+
 READY_LIMIT = 120.0
 """Seconds for a start without building an environment; loading torch on a busy two-core machine takes most of it."""
-
-
-def wait_for(condition: Callable[[], Any], what: str, limit: float = 60.0) -> Any:
-    """Poll until the condition holds and return its value."""
-    end = time.monotonic() + limit
-    while not (value := condition()):
-        if time.monotonic() > end:
-            raise AssertionError(f"waited {limit:.0f} s for {what}")
-        time.sleep(0.02)
-    return value
+wait_for = partial(waiting.wait_for, limit=60.0)
 
 
 @dataclass

@@ -8,28 +8,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
 
 import psutil
 
+import waiting
 from processes import running
 
-T = TypeVar("T")
 BUILD_LIMIT = 200.0
 """Seconds for a command that may build an environment, which takes five on an idle machine."""
 LIMIT = 60.0
 """Seconds that a test waits for something that takes one on an idle machine."""
-
-
-def wait_for(condition: Callable[[], T], what: str, limit: float = LIMIT) -> T:
-    """Poll until the condition holds and return its value."""
-    end = time.monotonic() + limit
-    while not (value := condition()):
-        assert time.monotonic() < end, f"waited {limit:.0f} s for {what}"
-        time.sleep(0.02)
-    return value
+wait_for = partial(waiting.wait_for, limit=LIMIT)
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:

@@ -66,9 +66,8 @@ class Disk:
 
     def rollback(self, environment: Environment) -> str:
         self.told.clear()
-        return environments.rollback(
-            environment, self.envs, Path("c1"), self.told.append, torch=False
-        ).folder.name  # fmt: skip
+        built = environments.rollback(environment, self.envs, Path("c1"), self.told.append, torch=False)
+        return built.folder.name
 
     def probe(self, python: Path, *rest: object, torch: bool, ours: bool) -> str:
         assert ours

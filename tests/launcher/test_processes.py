@@ -22,6 +22,7 @@ from loopmux_launcher import envcommands, tether
 from loopmux_launcher.logfile import RotatingLog
 from loopmux_launcher.processes import LAST_LINES, Child, Ended, Said, broker_line
 from processes import running
+from waiting import wait_for
 
 LIMIT = 60.0
 
@@ -55,13 +56,6 @@ def run(one: Child, until: Callable[[list[Said]], object] = lambda _: None) -> t
         if ended is not None:
             return told + ended.said, ended
     raise AssertionError(f"the child neither ended nor did what was waited for: {told}")
-
-
-def wait_until_gone(pid: int) -> None:
-    end = time.monotonic() + LIMIT
-    while running(pid):
-        assert time.monotonic() < end, f"process {pid} still runs"
-        select.select([], [], [], 0.01)
 
 
 def test_phases_are_told_and_everything_else_is_logged(tmp_path: Path) -> None:
@@ -140,7 +134,7 @@ time.sleep(60)
         one.kill()
         _, ended = run(one)
     assert ended == Ended(-signal.SIGKILL, [])
-    wait_until_gone(told[0].fields["helper"])
+    wait_for(lambda: not running(told[0].fields["helper"]), "its end", LIMIT)
 
 
 def test_helpers_of_a_child_that_ended_are_ended_too(tmp_path: Path) -> None:
@@ -153,7 +147,7 @@ print(json.dumps({"phase": "ready", "helper": helper.pid}), flush=True)
         told, ended = run(one)
     assert ended is not None  # although the helper holds the pipes open
     assert ended.code == 0
-    wait_until_gone(told[0].fields["helper"])
+    wait_for(lambda: not running(told[0].fields["helper"]), "its end", LIMIT)
 
 
 def test_the_broker_is_ready_when_its_log_says_so() -> None:
@@ -193,7 +187,7 @@ def test_a_log_that_somebody_moved_or_removed_is_begun_anew(tmp_path: Path) -> N
 def test_a_tethered_program_dies_with_whoever_started_it() -> None:
     middle = """
 import subprocess, sys
-from loopmux_launcher import envcommands, tether
+from loopmux_launcher import tether
 command = tether.tethered([sys.executable, "-c", "print('up', flush=True); import time; time.sleep(60)"])
 p = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
 p.stdout.readline()
@@ -204,7 +198,7 @@ p.wait()
         assert started.stdout is not None
         foreign = int(started.stdout.readline())
         started.kill()
-    wait_until_gone(foreign)
+    wait_for(lambda: not running(foreign), "its end", LIMIT)
 
 
 @pytest.mark.parametrize("number", tether.ENDS)

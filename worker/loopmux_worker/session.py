@@ -100,7 +100,7 @@ class Session:
         self._tokens = 0  # since the last heartbeat
         self._presence = Presence()
         self._presence.introduce()
-        self._beat_at = now
+        self._last_beat = now
         self._lost_since = now
         self._offer_at = now
         # These are infinity until it is asked to leave.
@@ -244,7 +244,7 @@ class Session:
             return []
         if not isinstance(answer, Welcome):
             return [Leave(ProtocolError(f"the broker refused this worker: {answer.message}"))]
-        self._beat_at = now
+        self._last_beat = now
         self._forget_stopped()
         for request in self._requests.values():
             request.offered = True
@@ -498,11 +498,11 @@ class Session:
         return self._guarded(request, lambda: request.stream.tick(now), now)
 
     def _beat(self, now: float) -> Action:
-        elapsed = max(now - self._beat_at, 1e-3)
+        elapsed = max(now - self._last_beat, 1e-3)
         load = self._load
         rate = round(self._tokens / elapsed, 1)
         beat = Heartbeat(load.running, load.queued, rate, load.cached, load.computed)
-        self._tokens, self._beat_at = 0, now
+        self._tokens, self._last_beat = 0, now
         header = Header(Kind.HB, seq=load.progress % 2**32)
         return Send(Message(header, route=pack(beat)), lasting=False)
 
