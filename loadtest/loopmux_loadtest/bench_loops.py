@@ -241,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = {"environments": {"own": {"path": sys.prefix}}, "models": {"tools": {**tools, **how}}}
     stack = PrivateStack(config, launcher_command())
     try:
+        stack.begin()
         stack.wait_ready(None)
         report = asyncio.run(bench(stack.endpoint, given.loops, given.turns, kill=given.kill))
     finally:
