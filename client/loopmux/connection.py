@@ -83,7 +83,7 @@ class Connection:
         self._endpoint = endpoint
         self._hello = codec.pack(Hello(wire.VERSIONS, instance, software))
         self._connect_timeout = connect_timeout
-        self._presence = Presence()
+        self._presence = Presence(f"the broker at {endpoint}")
         self.malformed = 0
         self._welcome: Welcome | None = None
         self._exchanges: dict[bytes, Exchange] = {}

@@ -36,13 +36,17 @@ class State(Enum):
 class Presence:
     """What one peer knows of its broker.
 
+    Args:
+        broker: what errors call it.
+
     Attributes:
         ready: whether the broker knows us; ``epoch`` is its own.
         introduction: the number of HELLO or REGISTER: it rises with each connection, and WELCOME has it, too.
         heard: when the broker said anything last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, broker: str = "it") -> None:
+        self._broker = broker
         self.introduction = 0
         self.heard = 0.0
         self.epoch = b""
@@ -88,7 +92,7 @@ class Presence:
             return None
         welcome = unpack(Welcome, message.route)
         if welcome.version not in VERSIONS or not 0 < welcome.heartbeat < math.inf or welcome.window < 1:
-            return ProtocolError(f"the broker sent an impossible WELCOME: {welcome}")
+            return ProtocolError(f"{self._broker} sent an impossible WELCOME: {welcome}")
         if self.ready and welcome.epoch == self.epoch:
             return None
         self.epoch, self._heartbeat = welcome.epoch, max(welcome.heartbeat, _FASTEST)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from loopmux.messages import Demand, ModelPhase, WorkerLoad
 from loopmux_launcher.groups import Group
@@ -57,10 +57,11 @@ class Crew:
         """Those that serve, or are on the way to it."""
         return [process for process in self.processes.values() if process.alive]
 
-    @property
-    def spare(self) -> list[Process]:
-        """Those of them that are beyond what always runs; the last first."""
-        return self.alive[self.group.fewest :][::-1]
+    def spare(self, worth: Callable[[Process], Any]) -> list[Process]:
+        """So many of them as are beyond what always runs: those worth least, and among equals the last."""
+        alive = self.alive[::-1]
+        alive.sort(key=worth)
+        return alive[: max(0, len(alive) - self.group.fewest)]
 
     @property
     def parked(self) -> list[Process]:

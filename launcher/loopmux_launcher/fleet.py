@@ -201,8 +201,12 @@ class Fleet:
     def _shrink(self, now: float) -> Iterator[Action]:
         """Stop what a limit that is lower now has no room for, of what does not always run; who works goes last."""
         busy = {load.name for load in self._demand.workers if load.running}
-        spare = [(crew, process) for crew in self.crews.values() if crew.group.memory for process in crew.spare]
-        for crew, process in sorted(spare, key=lambda one: (one[1].state is State.READY, one[1].name in busy)):
+
+        def worth(process: Process) -> tuple[bool, bool]:
+            return process.state is State.READY, process.name in busy
+
+        spare = [(crew, process) for crew in self.crews.values() if crew.group.memory for process in crew.spare(worth)]
+        for crew, process in sorted(spare, key=lambda one: worth(one[1])):
             if fits(self._staying(), 0.0, self.budget):
                 break
             yield from self._retire(process, now, "memory_gib has no room for it any more")

@@ -273,6 +273,7 @@ def test_an_impossible_welcome_is_refused(welcome: dict[str, Any]) -> None:
     id_ = story.submit()
     story.welcome(**welcome)
     assert isinstance(story.error(id_), errors.ProtocolError)
+    assert "the broker at ipc:///x sent an impossible WELCOME" in str(story.error(id_))
     late = story.submit(2)
     story.wait(6)
     assert "no broker answers" in str(story.error(late))  # what sent it is none

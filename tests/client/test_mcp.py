@@ -351,20 +351,33 @@ def test_a_server_outside_of_its_block() -> None:
         server.tools()
 
 
-def test_ctrl_c_as_the_event_loop_of_a_server_starts_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit])
+def test_a_signal_as_the_event_loop_of_a_server_starts_leaves_nothing(
+    raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from anyio import from_thread
 
-    begin = from_thread.run_eventloop
+    begin, left = from_thread.run_eventloop, threading.Event()
 
     def interrupted(*words: Any, **more: Any) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        left.wait(0.2)  # who does not wait for what was begun
         begin(*words, **more)
 
+    def heard(number: int, frame: object) -> None:
+        raise raised
+
+    before = signal.signal(signal.SIGINT, heard)
     threads = set(threading.enumerate())
     monkeypatch.setattr(from_thread, "run_eventloop", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        MCPServer(SHOP).__enter__()
+    try:
+        with pytest.raises(raised) as caught:
+            MCPServer(SHOP).__enter__()
+    finally:
+        left.set()
+        signal.signal(signal.SIGINT, before)
     wait_until(lambda: set(threading.enumerate()) <= threads, "its threads have ended")
+    assert caught.tb  # and not because nobody knows of them any more
 
 
 def test_a_server_is_opened_once_at_a_time(stdio: MCPServer) -> None:

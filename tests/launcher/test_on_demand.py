@@ -231,6 +231,21 @@ def test_a_lower_limit_applies_at_once_to_what_does_not_always_run() -> None:
     )
 
 
+def test_of_a_model_those_that_work_stay_under_a_lower_limit_whichever_they_are() -> None:
+    group = make("m", processes=1, most=3, memory=1.0)
+    core = begun(group, budget=3.0)
+    ready(core, "m-1")
+    for name, now in (("m-2", 10.0), ("m-3", 20.0)):
+        demand(core, load("m-1", running=1), load("m-2", running=1), m=1, now=now)
+        demand(core, load("m-1", running=1), load("m-2", running=1), m=1, now=now + PATIENCE)
+        ready(core, name, now=now + 5.0)
+    demand(core, load("m-1", idle=9.0), load("m-2", running=1), load("m-3", running=1), now=30.0)
+    core.handle(ProcessExited("m-2", -9), 31.0)
+    for budget, gone in ((2.0, []), (1.0, [StopProcess("m-1")])):
+        assert of(StopProcess, core.handle(ConfigurationChanged((group,), budget=budget), 31.1)) == gone
+    assert {name: worker.alive for name, worker in core.workers.items()} == {"m-1": False, "m-2": False, "m-3": True}
+
+
 def test_stopping_stops_what_runs_and_starts_nothing() -> None:
     core = begun(lazy("a"), lazy("b"))
     demand(core, a=1, now=0.0)

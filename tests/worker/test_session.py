@@ -640,7 +640,7 @@ def test_an_impossible_welcome_ends_the_process():
     session = Session(REGISTER, {}, 0.0)
     (leave,) = session.handle(welcome(session, heartbeat=0.0), 0.1)
     assert isinstance(leave, Leave)
-    assert "an impossible WELCOME" in leave.error.message
+    assert "refused this worker: it sent an impossible WELCOME" in leave.error.message
 
 
 def test_asked_to_end_with_nothing_to_do_it_says_goodbye():
